@@ -1,0 +1,144 @@
+"""`RMSEConfig`: every number that defines an RMS-E model, validated once, the same on disk (JSON) as in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+MODEL_TYPE = "rmse"  # the Hugging Face `model_type` of config.json
+SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is written once per segment
+MAX_LOOPS = 64  # upper bound on the trained depth
+
+STEP_ENCODINGS = ("learned", "temporal_rope")
+ATTENTION_GATES = ("headwise", "elementwise")
+EXIT_RULES = ("gate", "delta", "entropy")
+KV_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class RMSEConfig:
+    """Shape and behaviour of one RMS-E model: a single block applied up to `max_loops` times."""
+
+    vocab_size: int = 65
+    d_model: int = 192
+    # attention
+    n_heads: int = 6
+    n_kv_heads: int = 2  # grouped-query attention; divides n_heads
+    head_dim: int = 32
+    attention_gate: str = "headwise"  # output gate: one sigmoid per head, or per channel ("elementwise")
+    window: int = 128  # positions a query sees, itself included
+    rope_theta: float = 10_000.0
+    # the loop
+    max_loops: int = 12  # the trained depth
+    min_loops: int = 1
+    step_encoding: str = "learned"  # a bias per loop, or "temporal_rope": Q and K turned by the loop index
+    step_dims: int = 8  # channels of each head that temporal_rope reserves (even)
+    # exit; a position stops at the first loop where one of the rules holds
+    exit_rules: tuple[str, ...] = ("gate", "delta")
+    exit_threshold: float = 1.0  # gate: stop when 1 - survival >= this; >= 1 disables
+    exit_epsilon: float = 0.0  # delta: stop when |h' - h| < this * |h'|; 0 disables
+    exit_entropy: float = 0.0  # entropy: stop when the logits' entropy (nats) < this; 0 disables
+    # experts
+    n_experts: int = 512
+    top_k: int = 10
+    expert_width: int = 32  # a multiple of 32, so that it quantises in groups
+    n_shared_experts: int = 1
+    shared_width: int = 96  # of each shared expert
+    # numerics and training
+    norm_eps: float = 1e-6
+    kv_dtype: str = "float32"  # K and V are rounded to it before any use
+    tie_embeddings: bool = False
+    dropout: float = 0.0
+    block_size: int = 256  # positions of one training sequence
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exit_rules", tuple(self.exit_rules))
+        positive = (
+            "vocab_size d_model n_heads n_kv_heads head_dim window max_loops min_loops n_experts top_k expert_width "
+            "n_shared_experts shared_width block_size"
+        ).split()
+        for name in positive:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if "shared" in name else 1):
+                raise ConfigError(f"{name}: got {value!r}, expected a positive integer")
+        for name, choices in (
+            ("step_encoding", STEP_ENCODINGS),
+            ("attention_gate", ATTENTION_GATES),
+            ("kv_dtype", KV_DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        self._require(self.max_loops <= MAX_LOOPS, "max_loops", f"at most {MAX_LOOPS}")
+        self._require(self.min_loops <= self.max_loops, "min_loops", f"at most max_loops ({self.max_loops})")
+        self._require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of n_heads ({self.n_heads})")
+        self._require(self.head_dim % 2 == 0, "head_dim", "an even number")
+        self._require(self.window >= SEGMENT, "window", f"at least {SEGMENT}")
+        self._require(self.expert_width % 32 == 0, "expert_width", "a multiple of 32")
+        self._require(self.top_k <= self.n_experts, "top_k", f"at most n_experts ({self.n_experts})")
+        self._require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        self._require(self.exit_threshold > 0, "exit_threshold", "a positive number (1 or more disables the gate)")
+        self._require(self.exit_epsilon >= 0, "exit_epsilon", "0 (off) or a positive number")
+        self._require(self.exit_entropy >= 0, "exit_entropy", "0 (off) or a positive number")
+        for rule in self.exit_rules:
+            if rule not in EXIT_RULES:
+                raise ConfigError(f"exit_rules: got {rule!r}, expected some of {', '.join(EXIT_RULES)}")
+        if self.step_encoding == "temporal_rope":
+            ok = self.step_dims % 2 == 0 and 0 < self.step_dims < self.head_dim
+            self._require(ok, "step_dims", f"an even number below head_dim ({self.head_dim})")
+
+    def _require(self, ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def rotary_dims(self) -> int:
+        """Channels of each head that turn with the position (the rest, if any, turn with the loop index)."""
+        return self.head_dim - (self.step_dims if self.step_encoding == "temporal_rope" else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"exit_rules": list(self.exit_rules)}
+
+    def to_json(self) -> str:
+        """The text of config.json: these fields plus what Hugging Face's Auto classes look for."""
+        head = {"model_type": MODEL_TYPE, "architectures": ["RMSEForCausalLM"]}
+        return json.dumps(head | self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> RMSEConfig:
+        """Build from a mapping; keys that Hugging Face adds are ignored, unknown ones are an error.
+
+        Raises:
+            ConfigError: a key this version does not know, another `model_type`, or a value out of range.
+        """
+        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ConfigError(f"{where}: model_type is {values['model_type']!r}, expected {MODEL_TYPE!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        foreign = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
+        unknown = sorted(set(values) - known - foreign)
+        if unknown:
+            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except TypeError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> RMSEConfig:
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; expected a config.json of an RMS-E model") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object of configuration keys")
+        return cls.from_dict(values, where=str(path))

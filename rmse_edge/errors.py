@@ -1,0 +1,33 @@
+"""Two families of failure: what the user can mend, and what is ours.
+
+A `UserError` (bad input, bad file, bad flag) is shown as one line that names the thing and the fix; the command line
+turns it into exit code 2. Anything else is a defect and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The message is one line: what, where, and what to do about it."""
+
+
+class ConfigError(UserError):
+    """A configuration value is outside what the model supports ("got X, expected Y")."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint folder is missing files, truncated, or holds values that cannot be loaded."""
+
+
+class PackageError(UserError):
+    """A package is missing, damaged, edited, or made for something else."""
+
+
+class ExportError(UserError):
+    """A model cannot be lowered to the chosen target, or the lowered artifact failed its checks."""
+
+
+class ParityError(ExportError):
+    """The exported package does not say what the PyTorch model says."""
+
+
+class TextError(UserError):
+    """A text file cannot be read, decoded, or expressed in the tokenizer's vocabulary."""

@@ -1,0 +1,153 @@
+"""Memory-sparse experts: each position of each loop is computed by 10 of 512 tiny SwiGLU experts and a shared one.
+
+Routing reads the loop step twice: through the state, which carries the step encoding, and through a learned logit per
+(loop, expert), so that one block can act like a different layer in every loop. Expert weights are stacked with the
+expert as the first axis, contiguous, so that a runtime can keep, quantise or page each one by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import table_row
+from .config import RMSEConfig
+
+# Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
+GATHER_ROWS = 4
+
+
+class Routing(NamedTuple):
+    """What the router decided for N rows."""
+
+    logits: Tensor  # (N, E) float32, balancing bias not included
+    experts: Tensor  # (N, top_k) int64
+    weights: Tensor  # (N, top_k) float32, positive, sum 1
+
+
+def select(logits: Tensor, bias: Tensor, top_k: int) -> Routing:
+    """Pick experts and weigh them.
+
+    The balancing bias takes part in the selection only (Wang et al. 2024, auxiliary-loss-free load balancing). The
+    weights are the float32 softmax over all experts, renormalised over the chosen ones; since both steps divide by a
+    common factor, that equals the softmax over the chosen logits.
+    """
+    chosen = (logits + bias).topk(top_k, -1).indices
+    return Routing(logits, chosen, torch.softmax(logits.gather(-1, chosen), -1))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up over interleaved channels [gate_0, up_0, gate_1, ...]: (..., 2f) -> (..., f)."""
+    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * up
+
+
+def gathered_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For a few rows: fetch the chosen experts' weights and multiply. (N, d) -> (N, d)."""
+    hidden = swiglu(torch.einsum("nd,nkfd->nkf", x, gate_up[routing.experts]))
+    return torch.einsum("nkf,nkdf->nd", hidden * routing.weights[..., None].to(x.dtype), down[routing.experts])
+
+
+def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For many rows: sort (row, expert) pairs by expert, then one grouped matmul per projection. (N, d) -> (N, d)."""
+    rows, top_k = routing.experts.shape
+    flat = routing.experts.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    hidden = swiglu(F.grouped_mm(x.index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends))
+    # The routing weight goes on the narrow hidden channels; on the output it would cost d / f times as much.
+    hidden = hidden * routing.weights.reshape(-1, 1).index_select(0, order).to(x.dtype)
+    out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return out.index_select(0, position).view(rows, top_k, -1).sum(1)
+
+
+@torch.library.custom_op("rmse_edge::sparse_experts", mutates_args=())
+def sparse_experts(
+    x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int
+) -> Tensor:
+    """The routed experts as one operator, which every target lowers in its own way.
+
+    Args:
+        x: (N, d) normed rows.
+        logits: (N, E) float32 router logits.
+        bias: (E,) balancing bias, added for selection only.
+        active: (N,) bool; rows that have stopped may be skipped, and whatever is returned for them is ignored.
+        gate_up: (E, 2f, d) with gate and up interleaved; down: (E, d, f).
+    Returns:
+        (N, d).
+    """
+    routing = select(logits, bias, top_k)
+    compute = gathered_experts if x.shape[0] <= GATHER_ROWS else grouped_experts
+    return compute(x, routing, gate_up, down)
+
+
+@sparse_experts.register_fake
+def _(
+    x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+class SparseExperts(nn.Module):
+    """Router, routed experts and shared experts."""
+
+    def __init__(self, config: RMSEConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, width = config.d_model, config.expert_width
+        self.router = nn.Linear(d, config.n_experts, bias=False)
+        self.step_logits = nn.Parameter(torch.zeros(config.max_loops, config.n_experts))
+        self.register_buffer("balance_bias", torch.zeros(config.n_experts))
+        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * width, d))
+        self.down_proj = nn.Parameter(torch.empty(config.n_experts, d, width))
+        shared = config.n_shared_experts * config.shared_width
+        self.shared_gate_up_proj = nn.Linear(d, 2 * shared, bias=False)
+        self.shared_down_proj = nn.Linear(shared, d, bias=False)
+        # Rows each expert received since the last balance() call; kept out of checkpoints.
+        self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
+        # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order; never exported.
+        self.observer: Callable[[int, Routing], None] | None = None
+
+    def router_logits(self, x: Tensor, k: int | Tensor) -> Tensor:
+        """(N, d) -> (N, E), always float32: a rounding of 1e-3 here flips which experts run."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.router.weight.float()) + table_row(self.step_logits, k).float()
+
+    def forward(self, x: Tensor, k: int | Tensor, active: Tensor | None = None) -> Tensor:
+        """(B, C, d) normed states of loop k -> (B, C, d); rows where `active` (B, C) is False may be skipped."""
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.router_logits(rows, k)
+        if torch.compiler.is_exporting():
+            live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
+            routed = sparse_experts(
+                rows, logits, self.balance_bias, live, self.gate_up_proj, self.down_proj, self.config.top_k
+            )
+        else:
+            routing = select(logits, self.balance_bias, self.config.top_k)
+            if self.observer is not None:
+                self.observer(int(k), routing)
+            if self.training:
+                self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.config.n_experts)
+            compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts
+            routed = compute(rows, routing, self.gate_up_proj, self.down_proj)
+        shared = self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
+        return (routed + shared).view(x.shape)
+
+    @torch.no_grad()
+    def balance(self, rate: float) -> float:
+        """Raise the selection bias of experts that got less than their share, lower it for the others.
+
+        Called once per optimiser step, after the loads of all processes were summed into `load`.
+
+        Returns:
+            The share of experts that received no row since the last call.
+        """
+        idle = (self.load == 0).float().mean().item()
+        self.balance_bias += rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+        return idle

@@ -1,0 +1,301 @@
+"""RMS-E: token embedding, one block applied up to K times, a brake, and a head.
+
+    x0 = embed(tokens);  h = x0
+    for k = 1..K:
+        u  = h + inject(x0) + step[k]
+        u  = u + norm(attention(norm(u)))
+        h' = u + norm(experts(norm(u)))                  # a shared expert and 10 of 512 routed ones
+        h  = where(active, h', h)                        # a stopped position keeps its state
+        stop a position when an exit rule holds          # rmse_edge/exit.py
+    logits = head(norm(h))
+
+**KV rule.** Loop k attends to loop k's own keys and values. A position that stopped at depth d supplies, for every
+deeper loop k, K_k, V_k = kv(norm(h_exit + inject(x0) + step[k])): inside a call that is simply what the block computes
+from the kept state; for loops the call never ran, `commit` does it in one batched product. Chunked prefill and decode
+therefore give the same numbers wherever positions stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attention import MASKED, Attention, RMSNorm, table_row
+from .config import RMSEConfig
+from .errors import ConfigError
+from .exit import add_log_survival, delta_stops, entropy_stops, gate_stops
+from .experts import SparseExperts
+from .loop import LoopSpec, Tensors, TensorSpec
+from .rope import rotary_angles
+
+
+class Block(nn.Module):
+    """The block that is looped: attention, then experts, each normed before and after (sandwich, as in Ouro)."""
+
+    def __init__(self, config: RMSEConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.attention_post_norm = RMSNorm(config.d_model, config.norm_eps, init=config.max_loops**-0.5)
+        self.experts_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.experts = SparseExperts(config)
+        self.experts_post_norm = RMSNorm(config.d_model, config.norm_eps, init=config.max_loops**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        u: Tensor,
+        k: int | Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One iteration's computation on u (B, C, d).
+
+        Args:
+            past: keys and values (B, G, W, hd) of loop k from earlier calls.
+            mask: (B or 1, 1, C, S), over past then chunk.
+        Returns:
+            (h' (B, C, d), this chunk's keys and values of loop k, each (B, G, C, hd)).
+        """
+        x = self.attention_norm(u)
+        keys, values = self.attention.keys_values(x, k, cos, sin)
+        seen = (keys, values) if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, (keys, values)))
+        u = u + self.dropout(self.attention_post_norm(self.attention(x, k, cos, sin, *seen, mask)))
+        h = u + self.dropout(self.experts_post_norm(self.experts(self.experts_norm(u), k, active)))
+        return h, keys, values
+
+
+class RMSE(nn.Module):
+    """The model, as a `LoopModel` for runtimes and exporters and as a trajectory of states for training."""
+
+    def __init__(self, config: RMSEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.inject = nn.Linear(config.d_model, config.d_model, bias=False)
+        if config.step_encoding == "learned":
+            self.step_encoding = nn.Parameter(torch.zeros(config.max_loops, config.d_model))
+        self.block = Block(config)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.gate = nn.Linear(config.d_model, 1)
+        self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        # Called as observer(k, active=, routing=, log_survival=, change=) in every eager iteration; see `Observer`.
+        self.observer: Callable[..., None] | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fan-in scaled normal weights; random step encodings, so that loops differ from the first update on.
+
+        The injection enters K times and adds up, so it starts at 1/K.
+        """
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+        self.embed.weight.normal_(std=1.0)
+        self.inject.weight.mul_(1 / config.max_loops)
+        self.head_proj.weight.normal_(std=0.02)
+        self.gate.weight.zero_()
+        # A gate that starts at 1/K gives every loop a similar share of the exit distribution.
+        self.gate.bias.fill_(-float(np.log(max(config.max_loops - 1, 1))))
+        if config.step_encoding == "learned":
+            self.step_encoding.normal_(std=0.15)
+        experts = self.block.experts
+        experts.step_logits.normal_(std=1.0)
+        experts.gate_up_proj.normal_(std=config.d_model**-0.5)
+        experts.down_proj.normal_(std=config.expert_width**-0.5)
+        if config.tie_embeddings:
+            self.embed.weight.normal_(std=0.02)
+            self.head_proj.weight = self.embed.weight
+
+    # ------------------------------------------------------------------------------------------------ LoopModel
+
+    def spec(self, chunk: int) -> LoopSpec:
+        c = self.config
+        if not 1 <= chunk <= c.window:
+            raise ConfigError(f"chunk: got {chunk}, expected 1..window ({c.window})")
+        vector = (1, chunk, c.d_model)
+        half = c.rotary_dims // 2
+        new_kv = (1, c.n_kv_heads, chunk, c.head_dim)
+        ring = (c.max_loops, 1, c.n_kv_heads, c.window, c.head_dim)
+        kv = getattr(torch, c.kv_dtype)
+        scalar = ((1,), torch.int64)
+        return LoopSpec(
+            chunk=chunk,
+            max_loops=c.max_loops,
+            inputs=(TensorSpec("tokens", (1, chunk), torch.int64),),
+            prelude=(TensorSpec("x0", vector), TensorSpec("injection", vector)),
+            context=(
+                TensorSpec("cos", (1, chunk, half)),
+                TensorSpec("sin", (1, chunk, half)),
+                TensorSpec("position", *scalar),  # of the chunk's first row
+                TensorSpec("n_valid", *scalar),  # rows that are not padding
+            ),
+            state=(TensorSpec("past_keys", ring, kv), TensorSpec("past_values", ring, kv)),
+            h=TensorSpec("h", vector),
+            active=TensorSpec("active", (1, chunk), torch.bool),
+            carry=(TensorSpec("log_survival", (1, chunk)),),
+            emits=(TensorSpec("new_keys", new_kv), TensorSpec("new_values", new_kv)),
+            head=(TensorSpec("logits", (1, chunk, c.vocab_size)),),
+            commit=(
+                TensorSpec("keys", (c.max_loops, *new_kv), kv),
+                TensorSpec("values", (c.max_loops, *new_kv), kv),
+            ),
+            dials=("max_loops", "min_loops", "exit_threshold", "exit_epsilon")
+            + (("exit_entropy",) if "entropy" in c.exit_rules else ()),
+            notes={
+                "window": c.window,
+                "rotary_dims": c.rotary_dims,
+                "rope_theta": c.rope_theta,
+                "rings": {"past_keys": "keys", "past_values": "values"},  # state <- the commit result that fills it
+                "ids": c.vocab_size,
+                "examples": {"position": [3 * c.window - chunk], "n_valid": [max(1, chunk - 3)]},  # a wrapped ring
+            },
+        )
+
+    def prelude(self, tensors: Tensors) -> Tensors:
+        x0 = self.dropout(self.embed(tensors["tokens"]))
+        return {"x0": x0, "injection": self.inject(x0)}
+
+    def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        x0, position, n_valid = tensors["x0"], tensors["position"], tensors["n_valid"]
+        row = torch.arange(x0.shape[1], device=x0.device)
+        valid = row < n_valid[:, None]  # (B, C)
+        carry = {"h": x0, "active": valid, "log_survival": torch.zeros_like(x0[..., 0], dtype=torch.float32)}
+        return carry, {"mask": self.mask(position, valid, row)}
+
+    def mask(self, position: Tensor, valid: Tensor, row: Tensor) -> Tensor:
+        """What each row sees of [ring; chunk], by absolute distance: (B, 1, C, W + C), 0 or `MASKED`.
+
+        Slot s of the ring holds the largest position below `position` that is s modulo W, if there is one.
+        """
+        window = self.config.window
+        last = position[:, None] - 1
+        slot = torch.arange(window, device=row.device)
+        held = last - torch.remainder(last - slot, window)  # (B, W)
+        here = position[:, None] + row  # (B, C)
+        past = (held >= 0)[:, None] & (here[..., None] - held[:, None] < window)
+        distance = row[:, None] - row
+        chunk = (distance >= 0) & (distance < window) & (valid[:, None] | (distance == 0))
+        seen = torch.cat([past, chunk.expand(*past.shape[:2], row.shape[0])], -1)
+        zero = torch.zeros((), device=row.device)
+        return torch.where(seen, zero, zero + MASKED).unsqueeze(1)
+
+    def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
+        before, active = carry["h"], carry["active"]
+        ring = (past["past_keys"].to(before.dtype), past["past_values"].to(before.dtype))
+        u = self.enter(before, fixed["injection"], k)
+        after, keys, values = self.block(u, k, fixed["cos"], fixed["sin"], fixed["mask"], ring, active)
+        normed = self.norm(after)
+        log_survival = add_log_survival(carry["log_survival"], self.gate(normed).squeeze(-1), active)
+        stop = gate_stops(log_survival, dials["exit_threshold"]) | delta_stops(before, after, dials["exit_epsilon"])
+        if "entropy" in self.config.exit_rules:
+            stop = stop | entropy_stops(self.head_proj(normed), dials["exit_entropy"])
+        if self.observer is not None:
+            self.observer(int(k), active=active, before=before, after=after, log_survival=log_survival)
+        new = {
+            "h": torch.where(active.unsqueeze(-1), after, before),
+            "active": active & ~(stop & (k + 1 >= dials["min_loops"])),
+            "log_survival": log_survival,
+        }
+        return new, {"new_keys": keys, "new_values": values}
+
+    def head(self, h: Tensor) -> Tensors:
+        return {"logits": self.head_proj(self.norm(h))}
+
+    def commit(self, tensors: Tensors) -> Tensors:
+        keys, values = self.propagate(tensors["h"], tensors["injection"], tensors["cos"], tensors["sin"])
+        loops = torch.arange(self.config.max_loops, device=keys.device)
+        ran = (loops < tensors["iterations"]).view(-1, 1, 1, 1, 1)
+        dtype = getattr(torch, self.config.kv_dtype)
+        return {
+            "keys": torch.where(ran, tensors["new_keys"], keys).to(dtype),
+            "values": torch.where(ran, tensors["new_values"], values).to(dtype),
+        }
+
+    # ------------------------------------------------------------------------------------------------ pieces
+
+    def enter(self, h: Tensor, injection: Tensor, k: int | Tensor) -> Tensor:
+        """u = h + inject(x0) + step[k], (B, C, d)."""
+        u = h + injection
+        return u + table_row(self.step_encoding, k) if self.config.step_encoding == "learned" else u
+
+    def propagate(self, h: Tensor, injection: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that final states h (B, C, d) supply to every loop: each (K, B, G, C, hd)."""
+        loops, attention = self.config.max_loops, self.block.attention
+        u = (h + injection).unsqueeze(0)  # (1, B, C, d)
+        if self.config.step_encoding == "learned":
+            u = u + self.step_encoding.view(loops, 1, 1, -1)
+        x = self.block.attention_norm(u.expand(loops, *h.shape)).flatten(0, 1)  # (K * B, C, d)
+        keys, values = attention.keys_values(x, None, cos, sin)
+        return keys.unflatten(0, (loops, -1)), values.unflatten(0, (loops, -1))
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def trajectory(
+        self,
+        tokens: Tensor,
+        loops: int | None = None,
+        stop: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+        stopped_kv: str = "propagate",
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """All states of a whole sequence from an empty past, every iteration computed.
+
+        Args:
+            tokens: (B, T) int64, T positions from 0 on.
+            loops: iterations, at most the trained depth (default).
+            stop: called as stop(k, before, after, gate_logit (B, T)) after iteration k (0-based) and returns which
+                positions to stop, (B, T) bool; stopped positions keep their state, so that deeper loops see the keys
+                and values that the deployed KV rule gives them.
+            stopped_kv: "propagate", the rule of this project, or "frozen": a stopped position repeats the keys and
+                values of its last iteration. Kept so that the comparison can be run again.
+        Returns:
+            (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
+        """
+        batch, count = tokens.shape
+        angles = rotary_angles(np.arange(count), self.config.rotary_dims, self.config.rope_theta)
+        cos, sin = (torch.from_numpy(a).to(tokens.device)[None] for a in angles)
+        row = torch.arange(count, device=tokens.device)
+        distance = row[:, None] - row
+        seen = (distance >= 0) & (distance < self.config.window)
+        mask = torch.where(seen, 0.0, MASKED)[None, None]
+        prelude = self.prelude({"tokens": tokens})
+        h, injection = prelude["x0"], prelude["injection"]
+        active = torch.ones_like(tokens, dtype=torch.bool)
+        depth = torch.zeros_like(tokens)
+        states, gates = [], []
+        frozen: tuple[Tensor, Tensor] | None = None
+        for k in range(self.config.max_loops if loops is None else loops):
+            u = self.enter(h, injection, k)
+            if stopped_kv == "frozen":
+                after, *frozen = self._frozen_iteration(u, k, cos, sin, mask, active, frozen)
+            else:
+                after = self.block(u, k, cos, sin, mask)[0]
+            normed = self.norm(torch.where(active.unsqueeze(-1), after, h))
+            gate = self.gate(normed).float().squeeze(-1)
+            states.append(normed)
+            gates.append(gate)
+            depth = depth + active
+            before, h = h, torch.where(active.unsqueeze(-1), after, h)
+            if stop is not None:
+                active = active & ~stop(k, before, h, gate)
+        return states, torch.stack(gates), depth
+
+    def _frozen_iteration(self, u: Tensor, k: int, cos: Tensor, sin: Tensor, mask: Tensor, active: Tensor, kept: Any):
+        """The ablated rule: as the block, but stopped positions are read through the K and V they had last."""
+        block = self.block
+        x = block.attention_norm(u)
+        new = block.attention.keys_values(x, k, cos, sin)
+        if kept is not None:
+            new = tuple(torch.where(active[:, None, :, None], n, o) for n, o in zip(new, kept))
+        u = u + block.attention_post_norm(block.attention(x, k, cos, sin, *new, mask))
+        return u + block.experts_post_norm(block.experts(block.experts_norm(u), k)), *new

@@ -1,0 +1,153 @@
+"""A package: the folder `NAME.rmse/` that an export leaves and a runtime loads.
+
+`manifest.json` names every other file with its size and SHA-256, and carries the SHA-256 of its own canonical form. A
+loader checks all of it before any runtime sees a byte: some runtimes abort the process on damaged input, others compute
+with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import ExportError, PackageError
+
+FORMAT = "rmse-edge package"
+FORMAT_VERSION = 1
+SUFFIX = ".rmse"
+MANIFEST = "manifest.json"
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_manifest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's canonical JSON: sorted keys, no white space, without its own `sha256`."""
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Package:
+    """A verified package on disk. Make one with `Package.open`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Package:
+        """Read and verify a package: format, its own hash, no file missing, changed, or unlisted.
+
+        Raises:
+            PackageError: one line saying what is wrong with which file, and what to do.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise PackageError(f"{folder}: no such package folder; make one with rmse-export")
+        manifest = _read_manifest(folder)
+        listed = manifest["files"]
+        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
+        for name in sorted(set(listed) - present):
+            raise PackageError(f"{folder / name}: missing from the package; export it again")
+        for name in sorted(present - set(listed)):
+            raise PackageError(f"{folder / name}: not listed in the package's manifest; remove it or export again")
+        for name, entry in listed.items():
+            path = folder / name
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise PackageError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; truncated? export again")
+            if digest_file(path) != entry["sha256"]:
+                raise PackageError(f"{path}: its SHA-256 is not the manifest's; the file is damaged, export again")
+        return cls(folder, manifest)
+
+    @property
+    def target(self) -> str:
+        return self.manifest["target"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, the manifest included."""
+        return sum(f["bytes"] for f in self.manifest["files"].values()) + (self.folder / MANIFEST).stat().st_size
+
+    def path(self, name: str) -> Path:
+        """The path of a listed file.
+
+        Raises:
+            PackageError: the manifest lists no such file.
+        """
+        if name not in self.manifest["files"]:
+            raise PackageError(f"{self.folder}: the package holds no {name}; it has {', '.join(self.manifest['files'])}")
+        return self.folder / name
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PackageError(f"{path}: missing; {folder} is not a package") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PackageError(f"{path}: not readable as JSON ({error}); export the package again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise PackageError(f"{path}: not the manifest of an {FORMAT}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise PackageError(
+            f"{path}: format version {manifest.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; "
+            "export the package again"
+        )
+    if manifest.get("sha256") != digest_manifest(manifest):
+        raise PackageError(f"{path}: was edited after the export (its own SHA-256 does not fit); export again")
+    return manifest
+
+
+@contextmanager
+def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A scratch folder beside `destination` that becomes it when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ExportError: `destination` is in the way and is not a package, its parent does not exist, or the disk is full.
+    """
+    destination = Path(destination)
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        raise ExportError(f"{parent}: no such folder to write {destination.name} into")
+    if destination.exists() and not overwrite:
+        raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
+    if destination.exists() and not (destination / MANIFEST).is_file() and any(destination.iterdir()):
+        raise ExportError(f"{destination}: exists and is not a package; choose another -o")
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
+    except OSError as error:
+        raise ExportError(f"{parent}: cannot be written ({error.strerror})") from None
+    try:
+        yield scratch
+        if destination.exists():
+            shutil.rmtree(destination)
+        os.chmod(scratch, 0o755)
+        os.replace(scratch, destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Complete `manifest` with every file's size and hash and its own hash, and write it into `folder`."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": files}
+    manifest["sha256"] = digest_manifest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
