@@ -1,0 +1,101 @@
+"""LoopProgram -> ONNX: one graph per method and chunk, one file of weights for all of them.
+
+The loop is an ONNX `Loop`, with the weights and the KV ring read from outer scope: what an ONNX Runtime `Loop` carries
+is copied in every iteration. K and V of the call are a scan output, and leave the graph for the host to commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from ..errors import ExportError
+from .onnx_ops import translations
+from .onnx_passes import PASSES, WeightFile
+from .program import ExportedMethod, LoopProgram
+from .targets import LowerOptions, target
+
+OPSET = 23
+WEIGHTS = "weights.bin"
+
+
+def graph_file(method: str, chunk: int) -> str:
+    return f"{method}_{chunk}.onnx"
+
+
+def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
+    """One traced method as an ONNX model with its weights inline, after all passes."""
+    with _quiet():
+        exported = torch.onnx.export(
+            method.program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[t.name for t in method.takes],
+            output_names=[t.name for t in method.gives],
+            custom_translation_table=translations(compact),
+            verbose=False,
+        )
+    model = exported.model_proto
+    for apply in PASSES:
+        apply(model)
+    return model
+
+
+def weight_names(model: nn.Module) -> dict[bytes, str]:
+    """Content -> name for every parameter and buffer, as it is and, for matrices, transposed."""
+    names: dict[bytes, str] = {}
+    for name, tensor in model.state_dict().items():
+        array = tensor.detach().cpu().contiguous()
+        names.setdefault(array.numpy().tobytes(), name)
+        if array.dim() == 2:
+            names.setdefault(array.T.contiguous().numpy().tobytes(), f"{name}.T")
+    return names
+
+
+@target("onnx")
+def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
+    """Write METHOD_CHUNK.onnx and weights.bin into `folder`.
+
+    Raises:
+        ExportError: a graph that ONNX's own checker refuses.
+    """
+    names = weight_names(program.model) if isinstance(program.model, nn.Module) else {}
+    weights = WeightFile(names, half=options.quant == "fp16")
+    graphs: dict[str, str] = {}
+    for method in program.methods:
+        options.progress(f"lowering {method.name} ({method.chunk} rows)")
+        model = to_onnx(method, compact=options.compact and method.chunk > 1)
+        weights.take(model, WEIGHTS)
+        file = graph_file(method.name, method.chunk)
+        onnx.save(model, folder / file)
+        graphs[f"{method.name}_{method.chunk}"] = file
+    weights.write(folder / WEIGHTS)
+    for file in graphs.values():
+        try:
+            onnx.checker.check_model(str(folder / file))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"{file}: {str(error).splitlines()[0]}") from error
+    return {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact}
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporter reports on every optional package it does not find; errors still come as exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level, out = logger.level, io.StringIO()
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(out):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,297 @@
+"""The parity gate: an export fails unless the package says what the PyTorch model says.
+
+A package is run through its real runtime, teacher-forced, beside PyTorch with identically rounded weights, at full depth
+and at two adaptive settings. Two rules:
+
+- exact (fp32): logits within 1e-4 and equal depth at every position, except from a position on where the reference
+  itself is undecided: the margin between its 10th and 11th expert, or of the exit rule, is below 1e-4. There the
+  comparison restarts from an empty state; such positions are listed and may be 1 % at most.
+- rounded (fp16 and quantised): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
+  (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
+
+Every method is also compared by itself, and the loop driven by the host through `step` must match `loop`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ParityError
+from ..exit import Dials as ExitDials
+from ..experts import Routing
+from ..loop import LoopSpec
+from ..runtimes.base import Arrays, Dials, LoopRuntime, Methods
+from ..runtimes.torch import TorchMethods, TorchRuntime
+from .program import LoopProgram, dial_specs, next_of, signature
+
+LOGITS_TOLERANCE = 1e-4
+MARGIN = 1e-4  # below it the reference is undecided
+UNDECIDED_SHARE = 0.01
+SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
+POSITIONS = 256  # tokens compared per setting
+
+
+class Margins:
+    """Listens to the reference and keeps, for every position fed, its smallest distance to a different decision."""
+
+    def __init__(self, runtime: TorchRuntime, dials: Dials) -> None:
+        self.model, self.dials = runtime.model, dials
+        self.calls: list[np.ndarray] = []
+        self.brake: list[np.ndarray] = []  # per iteration: (k, brake score of active rows)
+        self.change: list[np.ndarray] = []
+
+    def __enter__(self) -> Margins:
+        self.model.observer = self.on_iteration
+        self.model.block.experts.observer = self.on_routing
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.observer = self.model.block.experts.observer = None
+
+    def on_routing(self, k: int, routing: Routing) -> None:
+        experts = self.model.block.experts
+        biased = (routing.logits + experts.balance_bias).topk(min(experts.config.top_k + 1, routing.logits.shape[1])).values
+        tight = biased.shape[1] > experts.config.top_k
+        self.routing = (biased[:, -2] - biased[:, -1]).cpu().numpy() if tight else np.full(len(biased), np.inf)
+
+    def on_iteration(self, k: int, active, before, after, log_survival) -> None:
+        live = active[0].cpu().numpy()
+        if k == 0:
+            self.calls.append(np.full(int(live.sum()), np.inf))  # rows in a call are its first ones
+        brake = -np.expm1(log_survival[0].cpu().numpy().astype(np.float64))
+        relative = ((after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30))[0].cpu().numpy()
+        margin = self.routing.copy()
+        if self.dials.exit_threshold < 1:
+            margin = np.minimum(margin, np.abs(brake - self.dials.exit_threshold))
+        if self.dials.exit_epsilon > 0:
+            margin = np.minimum(margin, np.abs(relative - self.dials.exit_epsilon))
+        rows = np.arange(len(self.calls[-1]))
+        kept = self.calls[-1]
+        kept[:] = np.where(live[rows], np.minimum(kept, margin[rows]), kept)
+        self.brake.append(brake[live])
+        self.change.append(relative[live])
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(n,) the smallest margin of each position fed since the start."""
+        return np.concatenate(self.calls) if self.calls else np.zeros(0)
+
+
+def adaptive_settings(reference: TorchRuntime, tokens: np.ndarray) -> dict[str, Dials]:
+    """Full depth and two adaptive settings at which this model's exits vary: one by the gate, one by the delta rule.
+
+    The checkpoint's own setting is used where it is adaptive; otherwise a first run at full depth shows the brake scores
+    and relative changes of the middle loop, and the threshold is put among them, where it is clearest who stops.
+    """
+    own, full = reference.info.dials, reference.info.full_depth
+    middle = max(0, reference.info.max_loops // 2 - 1)
+    with Margins(reference, full) as seen:
+        reference.reset()
+        reference.feed(tokens, full, "last")
+    per_loop = reference.info.max_loops
+    brake = clear_threshold(np.concatenate(seen.brake[middle::per_loop]))
+    change = clear_threshold(np.concatenate(seen.change[middle::per_loop]))
+    gate = own.exit_threshold if own.exit_threshold < 1 else min(brake, 0.999)
+    return {
+        "full depth": full,
+        "gate": dataclasses.replace(full, exit_threshold=float(np.float32(gate))),
+        "delta": dataclasses.replace(full, exit_epsilon=float(np.float32(own.exit_epsilon or change)), min_loops=1),
+    }
+
+
+def clear_threshold(values: np.ndarray) -> float:
+    """The middle of the widest gap among the central third of `values`; a little below them if they are all alike."""
+    low, high = np.quantile(values, [1 / 3, 2 / 3])
+    central = np.sort(values[(values >= low) & (values <= high)])
+    gaps = np.diff(central)
+    if not len(gaps) or gaps.max() < 10 * MARGIN:
+        return float(low - min(0.01, low / 2))
+    widest = int(np.argmax(gaps))
+    return float((central[widest] + central[widest + 1]) / 2)
+
+
+def compare(
+    reference: TorchRuntime, candidate: LoopRuntime, tokens: np.ndarray, dials: Dials, exact: bool
+) -> dict[str, Any]:
+    """Run both over `tokens` at one setting and measure.
+
+    Raises:
+        ParityError: they disagree beyond the rule; the message names the position and the numbers.
+    """
+    start, undecided = 0, []
+    ours, theirs, depths = [], [], []
+    while start < len(tokens):
+        with Margins(reference, dials) as margins:
+            for runtime in (reference, candidate):
+                runtime.reset()
+            a = reference.feed(tokens[start:], dials)
+            b = candidate.feed(tokens[start:], dials)
+        wrong = (np.abs(a.logits - b.logits).max(1) > LOGITS_TOLERANCE) | (a.depth != b.depth)
+        n = len(wrong)
+        if exact and wrong.any():
+            first = int(np.argmax(wrong))
+            unsure = np.flatnonzero(margins.positions[: first + 1] < MARGIN)
+            if not len(unsure):
+                raise ParityError(
+                    f"position {start + first}: logits differ by {np.abs(a.logits - b.logits)[first].max():.1e} (allowed "
+                    f"{LOGITS_TOLERANCE:.0e}), depth {b.depth[first]} instead of {a.depth[first]}, and the reference is "
+                    f"decided (margin {margins.positions[: first + 1].min():.1e})"
+                )
+            undecided.append(start + int(unsure[-1]))
+            n = int(unsure[-1])
+        ours.append(a.logits[:n])
+        theirs.append(b.logits[:n])
+        depths.append(np.stack([a.depth[:n], b.depth[:n]]))
+        start += n + 1 if exact and wrong.any() else n
+    return _summary(np.concatenate(ours), np.concatenate(theirs), np.concatenate(depths, 1), undecided, len(tokens), exact)
+
+
+def _summary(
+    ours: np.ndarray, theirs: np.ndarray, depths: np.ndarray, undecided: list[int], total: int, exact: bool
+) -> dict[str, Any]:
+    p, q = _log_softmax(ours), _log_softmax(theirs)
+    mean = depths.mean(1)
+    result = {
+        "positions": total,
+        "max_logit_difference": float(np.abs(ours - theirs).max()),
+        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
+        "same_top_token": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        "same_depth": float((depths[0] == depths[1]).mean()),
+        "mean_depth": [float(mean[0]), float(mean[1])],
+        "depth_sd": float(depths[0].std()),
+        "undecided": undecided,
+    }
+    if exact and len(undecided) > UNDECIDED_SHARE * total:
+        raise ParityError(f"{len(undecided)} of {total} positions are undecided, more than {UNDECIDED_SHARE:.0%}")
+    if not exact:
+        checks = {
+            f"same top token {result['same_top_token']:.1%} < {SAME_TOKEN:.0%}": result["same_top_token"] >= SAME_TOKEN,
+            f"same depth {result['same_depth']:.1%} < {SAME_DEPTH:.0%}": result["same_depth"] >= SAME_DEPTH,
+            f"mean depth {mean[1]:.3f} against {mean[0]:.3f}": abs(mean[1] / mean[0] - 1) <= MEAN_DEPTH,
+            f"KL {result['kl']:.1e} > {KL:.0e}": result["kl"] <= KL,
+        }
+        for message, ok in checks.items():
+            if not ok:
+                raise ParityError(message)
+    return result
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------------------- method by method
+
+
+def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
+    """Made-up but consistent inputs for every method of one call: valid ids, real prelude results, a filled state."""
+    draw = np.random.default_rng(seed)
+    feeds: Arrays = {}
+    for t in (*spec.inputs, *spec.context, *spec.state):
+        dtype = str(t.dtype).removeprefix("torch.")
+        if t.name in spec.notes.get("examples", {}):
+            feeds[t.name] = np.asarray(spec.notes["examples"][t.name], dtype).reshape(t.shape)
+        elif dtype == "int64":
+            feeds[t.name] = draw.integers(0, spec.notes.get("ids", 2), t.shape)
+        else:
+            feeds[t.name] = draw.standard_normal(t.shape).astype(dtype)
+    feeds |= {k: v.copy() for k, v in methods.run("prelude", spec.chunk, feeds).items()}
+    return feeds
+
+
+def drive_step(methods: Methods, spec: LoopSpec, first: Arrays, feeds: Arrays, dials: Arrays) -> tuple[Arrays, list[Arrays]]:
+    """The loop as a host owns it: `step` until nothing is active. Returns the last carry and every iteration's emits."""
+    carry, emits, k = dict(first), [], 0
+    while k < int(dials["max_loops"]) and carry["active"].any():
+        rows = {t.name: np.ascontiguousarray(feeds[t.name][k]) for t in spec.state}
+        out = methods.run("step", spec.chunk, feeds | carry | rows | dials | {"k": np.array(k, np.int64)})
+        carry = {t.name: out[next_of(t).name].copy() for t in spec.carried}
+        emits.append({t.name: out[t.name].copy() for t in spec.emits})
+        k += 1
+        if not bool(out["any_active"]):
+            break
+    return carry, emits
+
+
+def compare_methods(program: LoopProgram, candidate: Methods, dial_values: dict[str, float], tolerance: float) -> dict[str, float]:
+    """Largest difference of every method and chunk between PyTorch and the package, relative to the values' size.
+
+    Raises:
+        ParityError: naming the method, the tensor and the difference.
+    """
+    worst: dict[str, float] = {}
+
+    def note(label: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        difference = float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) if a.size else 0.0
+        worst[label] = max(worst.get(label, 0.0), difference)
+        if not difference <= tolerance:
+            raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {tolerance:.0e})")
+
+    for chunk, spec in program.specs.items():
+        reference = TorchMethods(program.model)
+        dials = {t.name: np.array(dial_values[t.name], str(t.dtype).removeprefix("torch.")) for t in dial_specs(spec)}
+        feeds = example_feeds(spec, reference)
+        results: dict[str, Arrays] = {}
+        for name in ("prelude", "loop", "head", *(["commit"] if spec.commit else [])):
+            given = feeds | results.get("loop", {}) | dials
+            expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
+            got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
+            for t in signature(spec, name)[1]:
+                ran = slice(int(expected["iterations"])) if name == "loop" and t in _stacked_names(spec) else slice(None)
+                a, b = (np.atleast_1d(r[t.name]) for r in (expected, got))
+                note(f"{name}_{chunk}", t.name, a[ran], b[ran])
+            results[name] = expected
+        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
+        carry = {k: v.numpy() for k, v in program.model.begin(tensors)[0].items()}
+        carry["depth"] = np.zeros(spec.active.shape, np.int64)
+        last, emits = drive_step(candidate, spec, carry, feeds, dials)
+        note(f"step_{chunk}", "h", results["loop"]["h"], last["h"])
+        note(f"step_{chunk}", "depth", results["loop"]["depth"], last["depth"])
+        for t in spec.emits:
+            note(f"step_{chunk}", t.name, results["loop"][t.name][: len(emits)], np.stack([e[t.name] for e in emits]))
+    return worst
+
+
+def _stacked_names(spec: LoopSpec):
+    from .program import stacked
+
+    return stacked(spec)
+
+
+def gate(
+    program: LoopProgram,
+    reference: TorchRuntime,
+    candidate: LoopRuntime,
+    tokens: np.ndarray,
+    exact: bool,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The whole gate for a language model. Returns the report that goes into the manifest.
+
+    Raises:
+        ParityError: the package must not ship.
+    """
+    tokens = tokens[:POSITIONS]
+    report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
+    for name, dials in adaptive_settings(reference, tokens).items():
+        progress(f"parity at {name}")
+        try:
+            result = compare(reference, candidate, tokens, dials, exact)
+        except ParityError as error:
+            raise ParityError(f"parity failed at {name}: {error}") from None
+        report["settings"][name] = {"dials": vars(dials), **result}
+    progress("parity of each method")
+    dials = ExitDials._fields
+    values = vars(adaptive_settings(reference, tokens)["gate"])
+    report["methods"] = compare_methods(program, candidate.methods, {d: values[d] for d in dials}, 1e-4 if exact else 1e-2)
+    reference.reset()
+    candidate.reset()
+    return report

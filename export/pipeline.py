@@ -1,0 +1,181 @@
+"""Model -> LoopProgram -> lowered files -> parity gate -> Package, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import SEGMENT, RMSEConfig
+from ..errors import ExportError, ParityError, UserError
+from ..model import RMSE
+from ..package import MANIFEST, Package, seal, writing
+from ..runtimes import runtime_for
+from ..runtimes.base import LoopRuntime
+from ..runtimes.torch import TorchRuntime, model_info
+from ..text import Tokenizer, read_text
+from .parity import POSITIONS, gate
+from .program import method_names, signature, trace
+from .targets import QUANTIZATIONS, LowerOptions, get_target
+
+CHUNKS = (1, SEGMENT)
+SAMPLE = "sample.txt"
+SAMPLE_LIMIT = 64 * 1024  # bytes
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Everything an export may be asked for."""
+
+    target: str = "onnx"
+    quant: str = "fp32"
+    compact: bool = True
+    max_seq_len: int | None = None
+    overwrite: bool = False
+    check: bool = True  # run the parity gate; only benches of random weights go without
+
+    def __post_init__(self) -> None:
+        get_target(self.target)
+        if self.quant not in QUANTIZATIONS:
+            raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
+
+
+def rounded(model: RMSE, quant: str) -> RMSE:
+    """The model a package of this precision is compared with: the same weights after the same rounding."""
+    if quant == "fp32":
+        return model
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            half = p.half()
+            if not torch.isfinite(half).all():
+                raise ExportError(f"{name}: has values beyond float16's range; export with --quant fp32")
+            if p.numel() * 4 >= 1024:  # smaller tensors stay float32 in every package
+                p.copy_(half)
+    return twin
+
+
+def export_package(
+    model: RMSE,
+    destination: str | Path,
+    request: ExportRequest,
+    checkpoint: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Package:
+    """Export `model` into the package folder `destination`.
+
+    Args:
+        checkpoint: the folder the model came from; its tokenizer.json and sample.txt go into the package.
+        progress: told each stage as it begins.
+    Raises:
+        ExportError, ParityError: nothing is left behind but what stood at `destination` before.
+    """
+    destination = Path(destination)
+    for name, p in model.state_dict().items():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
+    with writing(destination, request.overwrite) as folder:
+        program = trace(model, CHUNKS, progress)
+        lowering = get_target(request.target)(
+            program, folder, LowerOptions(quant=request.quant, compact=request.compact, progress=progress)
+        )
+        text = _carry_text(checkpoint, folder)
+        info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target)
+        manifest: dict[str, Any] = {
+            "target": request.target,
+            "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
+            "methods": _methods(program),
+            "quantization": {"weights": request.quant},
+            "lowering": lowering,
+            "text": text,
+            "versions": _versions(),
+        }
+        manifest["parity"] = None
+        if request.check:
+            seal(folder, manifest)
+            reference = TorchRuntime(rounded(model, request.quant), info.name)
+            candidate = runtime_for(Package.open(folder))
+            assert isinstance(candidate, LoopRuntime)
+            tokens = parity_tokens(model.config, folder, text)
+            exact = request.quant == "fp32"
+            manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        seal(folder, manifest)
+    return Package.open(destination)
+
+
+def parity_tokens(config: RMSEConfig, folder: Path, text: dict[str, str]) -> np.ndarray:
+    """What the gate is run on: the sample text if the package has one, random tokens otherwise."""
+    if "sample" in text and "tokenizer" in text:
+        head = read_text(folder / text["sample"])[: 8 * POSITIONS]
+        ids = np.asarray(Tokenizer(folder / text["tokenizer"]).encode(head), np.int64)
+        if len(ids) >= POSITIONS:
+            return ids[:POSITIONS]
+    return np.random.default_rng(0).integers(0, config.vocab_size, POSITIONS)
+
+
+def _carry_text(checkpoint: Path | None, folder: Path) -> dict[str, str]:
+    """Copy the tokenizer and the text sample, where the checkpoint has them."""
+    text = {}
+    for key, name in (("tokenizer", TOKENIZER), ("sample", SAMPLE)):
+        if checkpoint is not None and (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+            text[key] = name
+    if "sample" in text and (folder / SAMPLE).stat().st_size > SAMPLE_LIMIT:
+        raise ExportError(f"{checkpoint / SAMPLE}: larger than {SAMPLE_LIMIT} bytes; shorten it")  # type: ignore[operator]
+    return text
+
+
+def _methods(program) -> dict[str, Any]:
+    """Every method's tensors, for the manifest."""
+
+    def tensors(specs):
+        return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in specs]
+
+    return {
+        f"{m.name}_{m.chunk}": {"inputs": tensors(m.takes), "outputs": tensors(m.gives)} for m in program.methods
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("rmse-edge", "torch", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(model: RMSE, request: ExportRequest) -> dict[str, Any]:
+    """What an export would contain, without tracing anything: methods, shapes, sizes in bytes."""
+    specs = {chunk: model.spec(chunk) for chunk in CHUNKS}
+    width = {"fp32": 4, "fp16": 2}[request.quant]
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "target": request.target,
+        "quantization": request.quant,
+        "parameters": parameters,
+        "weight_bytes": parameters * width,
+        "state_bytes": sum(t.nbytes for t in specs[1].state),
+        "max_loops": model.config.max_loops,
+        "methods": {
+            f"{name}_{chunk}": {
+                "inputs": {t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[0]},
+                "outputs": {t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[1]},
+            }
+            for chunk, spec in specs.items()
+            for name in method_names(spec)
+        },
+    }

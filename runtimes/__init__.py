@@ -1,0 +1,59 @@
+"""Runtimes: the same small `Runtime` over PyTorch, ONNX Runtime and other engines.
+
+`open_runtime` takes a package or a checkpoint folder and returns the runtime for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import PackageError, UserError
+from ..package import MANIFEST, Package
+from .base import Dials, Fed, LoopRuntime, Methods, ModelInfo, Runtime
+
+__all__ = ["Dials", "Fed", "LoopRuntime", "Methods", "ModelInfo", "Runtime", "open_runtime", "runtime_for"]
+
+RUNTIMES = ("torch", "onnx")
+
+
+def runtime_for(package: Package, threads: int | None = None) -> Runtime:
+    """The runtime of a verified package.
+
+    Raises:
+        PackageError: no runtime here runs its target.
+    """
+    if package.target == "onnx":
+        from .onnx import OnnxRuntime
+
+        return OnnxRuntime(package, threads)
+    raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known is onnx")
+
+
+def open_runtime(path: str | Path, runtime: str | None = None, device: str = "cpu", threads: int | None = None) -> Runtime:
+    """The runtime for a package folder or a checkpoint folder.
+
+    Args:
+        runtime: "torch" or "onnx"; by default whatever the folder was made for.
+        device: "cpu" or "cuda", for the torch runtime.
+        threads: threads of one call; by default the engine's own choice.
+    Raises:
+        UserError: the folder is neither, or the runtime does not fit it.
+    """
+    path = Path(path)
+    if runtime is not None and runtime not in RUNTIMES:
+        raise UserError(f"--runtime: got {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+    if not path.exists():
+        raise UserError(f"{path}: no such package or checkpoint folder")
+    if (path / MANIFEST).is_file() or path.suffix == ".rmse":
+        package = Package.open(path)
+        if runtime not in (None, package.target):
+            raise UserError(f"{path}: made for {package.target}; --runtime {runtime} needs a checkpoint folder")
+        if device != "cpu":
+            raise UserError(f"--device {device}: the {package.target} runtime runs on the CPU; use a checkpoint folder")
+        return runtime_for(package, threads)
+    if runtime not in (None, "torch"):
+        raise UserError(f"{path}: is not a package; --runtime {runtime} needs one (make it with rmse-export)")
+    from .torch import TorchRuntime, set_threads
+
+    set_threads(threads)
+    return TorchRuntime.open(path, device)

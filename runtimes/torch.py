@@ -1,0 +1,84 @@
+"""The reference runtime: the PyTorch model itself, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint import load_checkpoint
+from ..config import SEGMENT
+from ..errors import UserError
+from ..loop import LoopModel, run_loop
+from ..model import RMSE
+from .base import Arrays, Dials, LoopRuntime, ModelInfo
+
+
+class TorchMethods:
+    """A `LoopModel`'s methods on NumPy arrays."""
+
+    def __init__(self, model: LoopModel, device: str = "cpu") -> None:
+        self.model = model
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
+        model, spec = self.model, self.model.spec(chunk)
+        tensors = {k: torch.from_numpy(np.asarray(v)).to(self.device) for k, v in feeds.items()}
+        if method == "prelude":
+            out = model.prelude(tensors)
+        elif method == "loop":
+            out = run_loop(model, spec, tensors, {d: tensors[d] for d in spec.dials})
+        elif method == "head":
+            out = model.head(tensors["h"])
+        elif method == "commit":
+            out = model.commit(tensors)
+        else:
+            raise ValueError(f"unknown method {method!r}")
+        return {k: v.cpu().numpy() for k, v in out.items()}
+
+
+def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch") -> ModelInfo:
+    """The host's view of an RMS-E model; `nbytes` is the size of what holds it on disk."""
+    config, spec = model.config, model.spec(1)
+    return ModelInfo(
+        name=name,
+        target=target,
+        vocab_size=config.vocab_size,
+        max_loops=config.max_loops,
+        dials=Dials(
+            config.max_loops, config.min_loops, config.exit_threshold, config.exit_epsilon, config.exit_entropy
+        ),
+        window=config.window,
+        rotary_dims=config.rotary_dims,
+        rope_theta=config.rope_theta,
+        parameters=sum(p.numel() for p in model.parameters()),
+        nbytes=nbytes,
+        chunks=(1, SEGMENT),
+        state={t.name: (t.shape, str(t.dtype).removeprefix("torch.")) for t in spec.state},
+        rings=dict(spec.notes["rings"]),
+        config=config.to_dict(),
+    )
+
+
+class TorchRuntime(LoopRuntime):
+    """A checkpoint folder, or a model already in memory, run by PyTorch."""
+
+    def __init__(self, model: RMSE, name: str, nbytes: int = 0, device: str = "cpu") -> None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+        self.model = model.to(device).eval()
+        super().__init__(model_info(model, name, nbytes), TorchMethods(model, device))
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
+        folder = Path(folder)
+        model = load_checkpoint(folder)
+        return cls(model, folder.absolute().name, (folder / "model.safetensors").stat().st_size, device)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit PyTorch's threads for the whole process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
