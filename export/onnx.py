@@ -44,6 +44,7 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
             custom_translation_table=translations(compact),
             verbose=False,
         )
+    assert exported is not None  # None is for the exporter's other modes
     model = exported.model_proto
     for apply in PASSES:
         apply(model)

@@ -1,4 +1,4 @@
-"""How the model's own operators become ONNX: ONNX Runtime's contrib `MoE`, with and without compaction.
+"""How the model's own operators become ONNX: `RotaryEmbedding`, and ONNX Runtime's contrib `MoE`, with compaction or not.
 
 `rmse_edge::sparse_experts` selects experts by logits plus balancing bias, but weighs them by the logits alone. `MoE`
 knows one input for both, so the logits of experts that were not selected are pushed to -1e4 first: its own top-k then
@@ -18,6 +18,7 @@ from onnxscript import opset23 as op
 from ..attention import MASKED
 
 CONTRIB = "com.microsoft"
+ROTARY = torch.ops.rmse_edge.rotary.default
 SPARSE_EXPERTS = torch.ops.rmse_edge.sparse_experts.default
 
 
@@ -42,7 +43,10 @@ def register_contrib_schemas(*names: str) -> None:
         generic = {p.typeStr for p in [*schema.inputs, *schema.outputs] if "(" not in p.typeStr}
         attributes = [
             defs.OpSchema.Attribute(
-                a.name, getattr(defs.OpSchema.AttrType, str(a.type).rsplit(".", 1)[-1]), a.description, required=a.required
+                a.name,
+                getattr(defs.OpSchema.AttrType, str(a.type).rsplit(".", 1)[-1]),
+                a.description,
+                required=a.required,
             )
             for a in schema.attributes.values()
         ]
@@ -97,4 +101,8 @@ def translations(compact: bool) -> dict[Any, Any]:
         some = experts(op.GatherND(x, rows), op.GatherND(logits, rows), bias, gate_up, down, top_k)
         return op.ScatterND(x, rows, some)  # stopped rows get anything: their result is not read
 
-    return {SPARSE_EXPERTS: active_rows if compact else all_rows}
+    def rotary(x, cos, sin):
+        axis = op.Constant(value_ints=[1])  # angles are alike for all heads: (B, 1, C, hd/2) -> (B, C, hd/2)
+        return op.RotaryEmbedding(x, op.Squeeze(cos, axis), op.Squeeze(sin, axis))
+
+    return {SPARSE_EXPERTS: active_rows if compact else all_rows, ROTARY: rotary}

@@ -72,6 +72,31 @@ def stack_to_scan(model: ModelProto) -> None:
         ])  # fmt: skip
 
 
+def hoist_invariants(model: ModelProto) -> None:
+    """Move what every iteration would compute alike in front of the loop.
+
+    Given:   body: y = Op(a, b), with a and b from outer scope
+    Result:  graph: y = Op(a, b); body reads y
+    """
+    loop = find_loop(model)
+    if loop is None:
+        return
+    graph, body = model.graph, next(subgraphs(loop))
+    outer = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    outer |= {o for n in graph.node for o in n.output}
+    results = {o.name for o in body.output}
+    at = list(graph.node).index(loop)
+    for node in list(body.node):
+        if node.op_type in ("Loop", "If", "Scan") or results & set(node.output) or not set(node.input) - {""} <= outer:
+            continue
+        if not node.input:  # constants weigh nothing where they are
+            continue
+        body.node.remove(node)
+        graph.node.insert(at, node)
+        at += 1
+        outer |= set(node.output)
+
+
 def remove_dead_nodes(model: ModelProto) -> None:
     """Drop nodes and initializers nobody reads, in the graph and in every body.
 
@@ -130,7 +155,7 @@ def drop_trace_metadata(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-PASSES = (stack_to_scan, remove_dead_nodes, weights_in_outer_scope, drop_trace_metadata)
+PASSES = (stack_to_scan, hoist_invariants, remove_dead_nodes, weights_in_outer_scope, drop_trace_metadata)
 
 
 class WeightFile:
@@ -147,7 +172,7 @@ class WeightFile:
         """
         self.names = names
         self.half = half
-        self.offsets: dict[tuple[int, tuple[int, ...], bytes], tuple[str, int]] = {}
+        self.offsets: dict[tuple[int, bytes], int] = {}  # type and content, in whatever shape it is read
         self.parts: list[bytes] = []
         self.size = 0
 
@@ -168,7 +193,7 @@ class WeightFile:
                 name = f"{name}.{tensor.name}"
             renamed[tensor.name] = name
             stored = array.astype(np.float16) if half else array
-            offset = self._store(stored, name)
+            offset = self._store(stored)
             tensor.Clear()
             tensor.name = f"{name}.fp16" if half else name
             tensor.dims.extend(stored.shape)
@@ -181,14 +206,14 @@ class WeightFile:
         for node in reversed(casts):
             graph.node.insert(0, node)
 
-    def _store(self, array: np.ndarray, name: str) -> int:
-        key = (array.dtype.num, array.shape, array.tobytes())
+    def _store(self, array: np.ndarray) -> int:
+        key = (array.dtype.num, array.tobytes())
         if key not in self.offsets:
             padding = -self.size % (self.ALIGNMENT if array.nbytes >= self.ALIGNMENT else 64)
-            self.parts += [bytes(padding), key[2]]
-            self.offsets[key] = (name, self.size + padding)
+            self.parts += [bytes(padding), key[1]]
+            self.offsets[key] = self.size + padding
             self.size += padding + array.nbytes
-        return self.offsets[key][1]
+        return self.offsets[key]
 
     def write(self, path) -> None:
         with open(path, "wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import platform
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from ..config import SEGMENT, RMSEConfig
-from ..errors import ExportError, ParityError, UserError
+from ..errors import ExportError, UserError
 from ..model import RMSE
 from ..package import MANIFEST, Package, seal, writing
 from ..runtimes import runtime_for
@@ -57,7 +58,7 @@ def rounded(model: RMSE, quant: str) -> RMSE:
         return model
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for name, p in twin.named_parameters():
+        for name, p in [*twin.named_parameters(), *twin.named_buffers()]:
             half = p.half()
             if not torch.isfinite(half).all():
                 raise ExportError(f"{name}: has values beyond float16's range; export with --quant fp32")
@@ -107,6 +108,7 @@ def export_package(
             reference = TorchRuntime(rounded(model, request.quant), info.name)
             candidate = runtime_for(Package.open(folder))
             assert isinstance(candidate, LoopRuntime)
+            candidate.info = dataclasses.replace(candidate.info, max_seq_len=None)  # the gate's text may be longer
             tokens = parity_tokens(model.config, folder, text)
             exact = request.quant == "fp32"
             manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress)
@@ -143,9 +145,7 @@ def _methods(program) -> dict[str, Any]:
     def tensors(specs):
         return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in specs]
 
-    return {
-        f"{m.name}_{m.chunk}": {"inputs": tensors(m.takes), "outputs": tensors(m.gives)} for m in program.methods
-    }
+    return {f"{m.name}_{m.chunk}": {"inputs": tensors(m.takes), "outputs": tensors(m.gives)} for m in program.methods}
 
 
 def _versions() -> dict[str, str]:
@@ -172,8 +172,12 @@ def describe(model: RMSE, request: ExportRequest) -> dict[str, Any]:
         "max_loops": model.config.max_loops,
         "methods": {
             f"{name}_{chunk}": {
-                "inputs": {t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[0]},
-                "outputs": {t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[1]},
+                "inputs": {
+                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[0]
+                },
+                "outputs": {
+                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[1]
+                },
             }
             for chunk, spec in specs.items()
             for name in method_names(spec)

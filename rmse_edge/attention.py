@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import RMSEConfig
-from .rope import inverse_frequencies, rotate
+from .rope import inverse_frequencies
 
 # Added to masked scores. Finite in float16, so that a row whose every key is masked stays free of NaN.
 MASKED = -1e4
@@ -29,6 +29,32 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel i with channel i + hd/2 by the given angles (the half-rotate layout).
+
+    Args:
+        x: (B, H, C, hd) queries or keys.
+        cos, sin: (B or 1, 1, C, hd/2).
+    """
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@torch.library.custom_op("rmse_edge::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` as one operator, which targets lower to their own: in a graph it is eight small nodes otherwise."""
+    return rotate(x, cos, sin)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (rotary if torch.compiler.is_exporting() else rotate)(x, cos, sin)
+
+
 def table_row(table: Tensor, k: int | Tensor) -> Tensor:
     """Row k of a per-loop table (K, ...): k is a Python int when the loop is unrolled, an int64 scalar in a graph."""
     return table[k] if isinstance(k, int) else table.index_select(0, k.reshape(1)).squeeze(0)
@@ -36,6 +62,9 @@ def table_row(table: Tensor, k: int | Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Projects, turns, attends and gates. Keys and values are returned so that the caller owns the cache."""
+
+    step_cos: Tensor  # (K, step_dims / 2), with temporal_rope
+    step_sin: Tensor
 
     def __init__(self, config: RMSEConfig) -> None:
         super().__init__()
@@ -82,7 +111,7 @@ class Attention(nn.Module):
         batch, count, _ = x.shape
         kv = self.kv_proj(x).view(batch, count, 2, self.config.n_kv_heads, self.config.head_dim)
         keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C, hd)
-        keys = rotate(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
+        keys = turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
         return self.to_cache(keys), self.to_cache(values)
 
     def to_cache(self, x: Tensor) -> Tensor:
@@ -105,7 +134,7 @@ class Attention(nn.Module):
         batch, count, _ = x.shape
         groups, hd = self.config.n_kv_heads, self.config.head_dim
         query = self.q_norm(self.q_proj(x).view(batch, count, -1, hd)).transpose(1, 2)  # (B, H, C, hd)
-        query = rotate(query, *self.angles(k, cos, sin, 1.0))
+        query = turn(query, *self.angles(k, cos, sin, 1.0))
         if torch.compiler.is_exporting():
             # Heads of a group share their keys: fold them into the rows of one plain matmul instead of repeating K and V.
             rows = query.reshape(batch, groups, -1, hd)  # (B, G, H/G * C, hd)

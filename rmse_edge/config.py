@@ -18,6 +18,11 @@ STEP_ENCODINGS = ("learned", "temporal_rope")
 ATTENTION_GATES = ("headwise", "elementwise")
 EXIT_RULES = ("gate", "delta", "entropy")
 KV_DTYPES = ("float32", "float16")
+# What transformers may add to a config.json; none of it concerns the model.
+FOREIGN_KEYS = frozenset(
+    "model_type architectures transformers_version dtype torch_dtype auto_map use_cache return_dict output_hidden_states "
+    "output_attentions is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type".split()
+)
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,7 @@ class RMSEConfig:
         if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise ConfigError(f"{where}: model_type is {values['model_type']!r}, expected {MODEL_TYPE!r}")
         known = {f.name for f in dataclasses.fields(cls)}
-        foreign = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
-        unknown = sorted(set(values) - known - foreign)
+        unknown = sorted(set(values) - known - FOREIGN_KEYS)
         if unknown:
             raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
         try:

@@ -87,14 +87,15 @@ def sparse_experts(
 
 
 @sparse_experts.register_fake
-def _(
-    x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int
-) -> Tensor:
+def _(x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int) -> Tensor:
     return torch.empty_like(x)
 
 
 class SparseExperts(nn.Module):
     """Router, routed experts and shared experts."""
+
+    balance_bias: Tensor  # (E,) added for selection only
+    load: Tensor  # (E,) rows received since the last balance()
 
     def __init__(self, config: RMSEConfig) -> None:
         super().__init__()

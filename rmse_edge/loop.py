@@ -150,7 +150,9 @@ def run_loop(
     names = [t.name for t in spec.carried]
     emits = [t.name for t in spec.emits]
     first = first | {"depth": torch.zeros_like(first["active"], dtype=torch.int64)}
-    stacks = [first["h"].new_zeros((spec.max_loops, *t.shape[:0], *_emit_shape(first["h"], spec, t))) for t in spec.emits]
+    stacks = [
+        first["h"].new_zeros((spec.max_loops, *t.shape[:0], *_emit_shape(first["h"], spec, t))) for t in spec.emits
+    ]
     start = (torch.zeros((), dtype=torch.int64, device=first["h"].device), *(first[n] for n in names), *stacks)
 
     def cond(k: Tensor, *values: Tensor) -> Tensor:

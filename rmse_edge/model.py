@@ -18,7 +18,6 @@ therefore give the same numbers wherever positions stop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +99,7 @@ class RMSE(nn.Module):
         config = self.config
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
+                module.weight.normal_(std=max(module.in_features, 1) ** -0.5)  # no shared expert: zero wide
         self.embed.weight.normal_(std=1.0)
         self.inject.weight.mul_(1 / config.max_loops)
         self.head_proj.weight.normal_(std=0.02)
@@ -261,7 +260,7 @@ class RMSE(nn.Module):
         Returns:
             (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
         """
-        batch, count = tokens.shape
+        count = tokens.shape[1]
         angles = rotary_angles(np.arange(count), self.config.rotary_dims, self.config.rope_theta)
         cos, sin = (torch.from_numpy(a).to(tokens.device)[None] for a in angles)
         row = torch.arange(count, device=tokens.device)
@@ -277,7 +276,7 @@ class RMSE(nn.Module):
         for k in range(self.config.max_loops if loops is None else loops):
             u = self.enter(h, injection, k)
             if stopped_kv == "frozen":
-                after, *frozen = self._frozen_iteration(u, k, cos, sin, mask, active, frozen)
+                after, frozen = self._frozen_iteration(u, k, cos, sin, mask, active, frozen)
             else:
                 after = self.block(u, k, cos, sin, mask)[0]
             normed = self.norm(torch.where(active.unsqueeze(-1), after, h))
@@ -290,12 +289,21 @@ class RMSE(nn.Module):
                 active = active & ~stop(k, before, h, gate)
         return states, torch.stack(gates), depth
 
-    def _frozen_iteration(self, u: Tensor, k: int, cos: Tensor, sin: Tensor, mask: Tensor, active: Tensor, kept: Any):
+    def _frozen_iteration(
+        self,
+        u: Tensor,
+        k: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        active: Tensor,
+        kept: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The ablated rule: as the block, but stopped positions are read through the K and V they had last."""
         block = self.block
         x = block.attention_norm(u)
-        new = block.attention.keys_values(x, k, cos, sin)
+        keys, values = block.attention.keys_values(x, k, cos, sin)
         if kept is not None:
-            new = tuple(torch.where(active[:, None, :, None], n, o) for n, o in zip(new, kept))
-        u = u + block.attention_post_norm(block.attention(x, k, cos, sin, *new, mask))
-        return u + block.experts_post_norm(block.experts(block.experts_norm(u), k)), *new
+            keys, values = (torch.where(active[:, None, :, None], n, o) for n, o in zip((keys, values), kept))
+        u = u + block.attention_post_norm(block.attention(x, k, cos, sin, keys, values, mask))
+        return u + block.experts_post_norm(block.experts(block.experts_norm(u), k)), (keys, values)

@@ -7,6 +7,7 @@ with it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -56,7 +57,8 @@ class Package:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise PackageError(f"{folder}: no such package folder; make one with rmse-export")
+            what = "a file, expected a package folder" if folder.exists() else "no such package folder"
+            raise PackageError(f"{folder}: {what}; make one with rmse-export")
         manifest = _read_manifest(folder)
         listed = manifest["files"]
         present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
@@ -89,7 +91,9 @@ class Package:
             PackageError: the manifest lists no such file.
         """
         if name not in self.manifest["files"]:
-            raise PackageError(f"{self.folder}: the package holds no {name}; it has {', '.join(self.manifest['files'])}")
+            raise PackageError(
+                f"{self.folder}: the package holds no {name}; it has {', '.join(self.manifest['files'])}"
+            )
         return self.folder / name
 
 
@@ -108,7 +112,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format version {manifest.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; "
             "export the package again"
         )
-    if manifest.get("sha256") != digest_manifest(manifest):
+    if not isinstance(manifest.get("files"), dict) or manifest.get("sha256") != digest_manifest(manifest):
         raise PackageError(f"{path}: was edited after the export (its own SHA-256 does not fit); export again")
     return manifest
 
@@ -117,6 +121,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder beside `destination` that becomes it when the block ends well, and vanishes when it does not.
 
+    A package that is replaced stays whole until the new one stands in its place.
+
     Raises:
         ExportError: `destination` is in the way and is not a package, its parent does not exist, or the disk is full.
     """
@@ -124,22 +130,32 @@ def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
     parent = destination.absolute().parent
     if not parent.is_dir():
         raise ExportError(f"{parent}: no such folder to write {destination.name} into")
+    empty = destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and not empty and not (destination / MANIFEST).is_file():
+        raise ExportError(f"{destination}: exists and is not a package; choose another -o")
     if destination.exists() and not overwrite:
         raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
-    if destination.exists() and not (destination / MANIFEST).is_file() and any(destination.iterdir()):
-        raise ExportError(f"{destination}: exists and is not a package; choose another -o")
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
     except OSError as error:
         raise ExportError(f"{parent}: cannot be written ({error.strerror})") from None
+    replaced = scratch.with_name(f"{scratch.name}.replaced")
     try:
         yield scratch
-        if destination.exists():
-            shutil.rmtree(destination)
         os.chmod(scratch, 0o755)
+        if destination.exists():
+            os.replace(destination, replaced)
         os.replace(scratch, destination)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        reason = (error.strerror or "disk full").lower()
+        raise ExportError(f"{destination}: {reason} while writing it; nothing is left of it, free some space") from None
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if replaced.exists() and not destination.exists():
+            os.replace(replaced, destination)
+        for leftover in (scratch, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

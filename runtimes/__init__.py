@@ -29,7 +29,9 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
     raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known is onnx")
 
 
-def open_runtime(path: str | Path, runtime: str | None = None, device: str = "cpu", threads: int | None = None) -> Runtime:
+def open_runtime(
+    path: str | Path, runtime: str | None = None, device: str = "cpu", threads: int | None = None
+) -> Runtime:
     """The runtime for a package folder or a checkpoint folder.
 
     Args:

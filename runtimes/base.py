@@ -138,7 +138,7 @@ class Runtime(Protocol):
     def reset(self) -> None:
         """Forget everything."""
 
-    def feed(self, tokens: Sequence[int], dials: Dials, logits: str = "all") -> Fed:
+    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
         """Continue the text with `tokens`; `logits` is "all" or "last".
 
         Raises:
@@ -191,7 +191,7 @@ class LoopRuntime:
     def state_bytes(self) -> int:
         return sum(a.nbytes for a in self.state.values())
 
-    def feed(self, tokens: Sequence[int], dials: Dials, logits: str = "all") -> Fed:
+    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
         ids = self._checked(tokens)
         dials.check(self.info.max_loops)
         rows, depths, iterations, chunks = [], [], [], []
@@ -207,7 +207,7 @@ class LoopRuntime:
             done += n
         return Fed(np.concatenate(rows), np.concatenate(depths), iterations, chunks)
 
-    def _checked(self, tokens: Sequence[int]) -> np.ndarray:
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(tokens, np.int64)
         if ids.ndim != 1 or not len(ids):
             raise UserError("no tokens to run; give a prompt of at least one token")

@@ -91,7 +91,9 @@ class OnnxMethods:
         if key not in self._sessions:
             file = self.graphs.get(f"{method}_{chunk}")
             if file is None:
-                raise PackageError(f"{self.folder}: holds no {method} for {chunk} rows; it has {', '.join(self.graphs)}")
+                raise PackageError(
+                    f"{self.folder}: holds no {method} for {chunk} rows; it has {', '.join(self.graphs)}"
+                )
             self._sessions[key] = BoundSession(self.folder / file, self.threads)
         return self._sessions[key]
 

@@ -15,11 +15,17 @@ TARGETS = ("onnx",)
 def parser() -> Parser:
     p = Parser(prog="rmse-export", description="Export a looped model into a package for a device runtime.")
     p.add_argument("-m", "--model", metavar="DIR", help=f"checkpoint folder (default: {DEFAULT_MODEL})")
-    p.add_argument("--config", metavar="FILE", help="a config.json instead of a checkpoint: random weights, for benches")
-    p.add_argument("-o", "--output", type=output_path, metavar="DIR", help="package folder (default: ./MODEL-TARGET.rmse)")
+    p.add_argument(
+        "--config", metavar="FILE", help="a config.json instead of a checkpoint: random weights, for benches"
+    )
+    p.add_argument(
+        "-o", "--output", type=output_path, metavar="DIR", help="package folder (default: ./MODEL-TARGET.rmse)"
+    )
     p.add_argument("--target", default="onnx", help=f"what to export for: {', '.join(TARGETS)}")
     p.add_argument("--quant", default="fp32", help="how weights are stored: fp32, fp16")
-    p.add_argument("--max-seq-len", type=positive_int, metavar="N", help="refuse texts longer than N tokens (default: no limit)")
+    p.add_argument(
+        "--max-seq-len", type=positive_int, metavar="N", help="refuse texts longer than N tokens (default: no limit)"
+    )
     p.add_argument("--no-compact", action="store_true", help="in 64-row calls, compute the experts of stopped rows too")
     p.add_argument("--force", action="store_true", help="replace an existing package")
     p.add_argument("--seed", type=int, default=0, help="of the random weights of --config")

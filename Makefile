@@ -1,0 +1,79 @@
+# make demo   export the shipped model, let it write, time it
+# make test   lint, types and tests
+#
+# Both set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
+# On Linux the default torch brings CUDA. For the smaller CPU build give the address of an index of CPU wheels, once:
+#   make demo TORCH_INDEX=<address>
+
+PYTHON ?=
+TORCH_INDEX ?=
+EXTRAS ?= onnx,train,hf,dev
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+BIN := .venv/bin
+STAMP := .venv/installed
+MODEL := models/rmse-shakespeare
+PACKAGE := build/rmse-shakespeare-onnx.rmse
+
+.PHONY: help setup demo test lint style types clean
+
+help:
+	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
+	@echo "make test    lint + all tests"
+	@echo "make lint    ruff, ruff format --check, mypy"
+	@echo "make clean   remove what was built; .venv stays"
+
+setup: $(STAMP)
+
+IN_RANGE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@; python=; \
+	for candidate in $(CANDIDATES); do \
+	    if $$candidate -c '$(IN_RANGE)' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.11 to 3.13 with venv found (tried: $(CANDIDATES)); use make PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	fi; \
+	if ! { $(BIN)/python -c '$(IN_RANGE)' && $(BIN)/python -m pip --version; } >/dev/null 2>&1; then \
+	    echo "Creating .venv with $$python ($$($$python --version)); the first install takes some minutes"; \
+	    $$python -m venv --clear .venv; \
+	fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt \
+	    $(if $(wildcard .venv/lib/python3*/site-packages/torch),--quiet) \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)
+	@echo "== 1/3  rmse-export: the checkpoint becomes an ONNX package and must say what the PyTorch model says"
+	@rm -rf $(PACKAGE); mkdir -p build
+	$(BIN)/rmse-export --target onnx -m $(MODEL) -o $(PACKAGE)
+	@echo; echo "== 2/3  rmse-run: the package writes"
+	$(BIN)/rmse-run $(PACKAGE) --prompt "ROMEO:" --max-new-tokens 240 --seed 1
+	@echo; echo "== 3/3  rmse-bench: what stopping early saves"
+	$(BIN)/rmse-bench $(PACKAGE)
+
+test: lint
+	$(BIN)/pytest
+
+lint: style types
+
+style: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# mypy sees the package as it is installed, in build/types; its messages are turned back to the source folders.
+types: $(STAMP)
+	@rm -rf build/lib build/bdist.* build/types
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --target build/types .
+	@rm -rf build/lib build/bdist.*
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p rmse_edge \
+	    | sed -E 's,^rmse_edge/(export|runtimes|quantize)/,\1/,'
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find rmse_edge export runtimes quantize tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Integers and scales from trained weights, one source of truth per package."""

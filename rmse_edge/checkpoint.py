@@ -1,0 +1,240 @@
+"""Checkpoints: a folder in the Hugging Face layout, written all or nothing and read with every tensor checked.
+
+    config.json             RMSEConfig
+    model.safetensors       the state dict by its own names, tied head left out; bfloat16 by default
+    generation_config.json  special tokens; without it transformers would sample by config.json's `top_k`, the experts
+    tokenizer.json          where one is given
+    tokenizer_config.json   what AutoTokenizer needs to read it
+
+`rmse_edge.hf` reads and writes the same files under the same names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import RMSEConfig
+from .errors import CheckpointError, ConfigError
+from .model import RMSE
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+PICKLED_FILES = ("pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
+TIED = {"head_proj.weight": "embed.weight"}  # with tie_embeddings: not on disk -> whose values it takes
+
+
+def stored_keys(config: RMSEConfig, keys: Iterator[str] | list[str]) -> list[str]:
+    """Those names of a state dict that a checkpoint holds, in order."""
+    return [key for key in keys if not (config.tie_embeddings and key in TIED)]
+
+
+def check_finite(where: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise a `CheckpointError` that names the tensor if it holds NaN or Inf."""
+    if not bool(torch.isfinite(tensor).all()):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+        raise CheckpointError(
+            f"{where}: tensor {name} holds {kind}; the training diverged or the file is damaged, use another checkpoint"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ write
+
+
+def save_checkpoint(
+    model: RMSE, folder: str | Path, dtype: torch.dtype = torch.bfloat16, tokenizer: str | Path | None = None
+) -> None:
+    """Write the model as a checkpoint folder. Other files of the folder stay as they are.
+
+    Everything is written beside the target first and renamed into place at the end, so that a full disk or Ctrl-C
+    leaves the folder as it was.
+
+    Args:
+        dtype: floating type of the weights on disk.
+        tokenizer: a tokenizer.json to put into the folder; None keeps the one that is there, if any.
+    Raises:
+        CheckpointError: a tensor holds NaN or Inf (in `dtype`), the tokenizer does not fit the model, or the folder
+            cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        with _all_or_nothing(folder) as scratch:
+            tensors = {}
+            state = model.state_dict()
+            for name in stored_keys(model.config, list(state)):
+                tensors[name] = state[name].detach().to("cpu", dtype).contiguous()
+                check_finite(folder / WEIGHTS_FILE, name, tensors[name])
+            save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+            _write_text(scratch / CONFIG_FILE, model.config.to_json())
+            special = {f"{role}_id": getattr(model.config, f"{role}_id") for role in SPECIAL_TOKENS}
+            _write_text(scratch / GENERATION_FILE, json.dumps(special, indent=2) + "\n")
+            source = folder / TOKENIZER_FILE if tokenizer is None else Path(tokenizer)
+            if tokenizer is not None or source.is_file():
+                text = _read_tokenizer(source)
+                _write_text(scratch / TOKENIZER_CONFIG_FILE, _tokenizer_config(text, source, model.config))
+                if tokenizer is not None:
+                    _write_text(scratch / TOKENIZER_FILE, text)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise CheckpointError(f"{folder}: the checkpoint cannot be written ({reason}); nothing was changed") from None
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A scratch folder inside `folder` (hence on the same disk) whose files move up when the block ends well."""
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = None
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, folder / path.name)
+        created = False
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if created:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_tokenizer(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as a tokenizer.json ({_one_line(error)})") from None
+
+
+def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> str:
+    """The text of tokenizer_config.json: a fast tokenizer, padded on the left as generation needs it."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception on malformed files
+        raise CheckpointError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model has vocab_size {config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
+    values: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    for role in SPECIAL_TOKENS:
+        token_id = getattr(config, f"{role}_id")
+        if token_id is not None:
+            values[role] = tokenizer.id_to_token(token_id)
+    return json.dumps(values, indent=2) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- read
+
+
+def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> RMSE:
+    """The model of a checkpoint folder: float32, evaluation mode, on `device`.
+
+    Tensors are read and widened one at a time, so the peak is the model and one tensor.
+
+    Raises:
+        CheckpointError: one line that names the file (and the tensor) that is missing, damaged, of another shape, not
+            floating point, or not finite.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        pickled = next((name for name in PICKLED_FILES if (folder / name).is_file()), None)
+        hint = f"{pickled} is not read, convert it to safetensors" if pickled else "copy it beside config.json"
+        raise CheckpointError(f"{weights}: no such file; {hint}")
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: the caller's seed stays untouched
+        model = RMSE(config)
+    try:
+        with safe_open(weights, framework="pt", device="cpu") as file:
+            _fill(model, file, weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights}: truncated or damaged ({_one_line(error)}); copy the file again") from None
+    return model.to(device).eval()
+
+
+def _read_config(folder: Path) -> RMSEConfig:
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such checkpoint folder; train one with rmse-train or give another path")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not (folder / CONFIG_FILE).is_file():
+        kind = "an exported package, not a checkpoint" if (folder / "manifest.json").is_file() else "not a checkpoint"
+        raise CheckpointError(f"{folder}: {kind}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        return RMSEConfig.from_file(folder / CONFIG_FILE)
+    except ConfigError as error:
+        raise CheckpointError(_config_line(folder / CONFIG_FILE, error)) from None
+
+
+def _config_line(path: Path, error: ConfigError) -> str:
+    """The error as one line that names the file, which a value out of range does not."""
+    line = _one_line(error)
+    return line if str(path) in line else f"{path}: {line}"
+
+
+def _fill(model: RMSE, file: Any, path: Path) -> None:
+    """Copy every tensor of an open safetensors file into the model, after checking names, shapes and values."""
+    state = model.state_dict()
+    expected = stored_keys(model.config, list(state))
+    present = set(file.keys())
+    missing = [key for key in expected if key not in present]
+    unexpected = sorted(present - set(expected))
+    if missing:
+        raise CheckpointError(
+            f"{path}: tensor {missing[0]} is missing{_others(missing)}; the file is not of this config.json's model"
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: tensor {unexpected[0]} is not part of the model{_others(unexpected)}; "
+            "the file is not of this config.json's model"
+        )
+    for name in expected:
+        target = state[name]
+        shape = tuple(file.get_slice(name).get_shape())
+        if shape != tuple(target.shape):
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {shape}, config.json asks for {tuple(target.shape)}; "
+                "the two files do not belong together"
+            )
+        tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: tensor {name} has type {tensor.dtype}, expected floating point; save the unquantised weights"
+            )
+        check_finite(path, name, tensor)
+        target.copy_(tensor)
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,182 @@
+"""What every verb shares: one-line errors with an exit code, a parser whose errors are one line, argument types.
+
+    @verb("rmse-thing")
+    def main(argv: Sequence[str] | None = None) -> int | None:
+        parser = Parser(prog="rmse-thing", description="...")
+        parser.add_argument("--count", type=positive_int, default=1)
+        args = parser.parse_args(argv)
+        ...
+
+The decorated `main` returns the exit code and can be a console script as it is. Verbs import PyTorch and the like inside
+`main`, so that `--help` and a mistyped flag answer at once and Ctrl-C during an import is as quiet as later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import functools
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import UserError
+
+USER_ERROR = 2  # exit codes
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+Main = Callable[[Sequence[str] | None], int | None]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def verb(name: str) -> Callable[[Main], Callable[..., int]]:
+    """Decorator of a verb's `main(argv)`: it returns an exit code, and failures of the user's making are one line."""
+
+    def decorate(main: Main) -> Callable[..., int]:
+        @functools.wraps(main)
+        def wrapped(argv: Sequence[str] | None = None) -> int:
+            return run_verb(name, main, argv)
+
+        return wrapped
+
+    return decorate
+
+
+def run_verb(name: str, main: Main, argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` and turn what the user can mend into one line on stderr.
+
+    Returns:
+        main's own code (None counts as 0); 2 after a `UserError`, a full disk or a path that cannot be used; 130 after
+        Ctrl-C; 141 where the reader of the output went away. Every other exception passes: it is a defect.
+    """
+    try:
+        code = main(argv) or 0
+        sys.stdout.flush()  # a closed pipe must show here, not at the interpreter's exit
+        return code
+    except UserError as error:
+        return fail(name, str(error))
+    except KeyboardInterrupt as interrupt:  # its message, if any, says how to go on
+        print(f"\n{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered would raise again at exit: let it go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            where = error.filename or "the output"
+            return fail(name, f"disk full while writing {where}; free some space or choose another -o")
+        if error.filename is None:
+            raise
+        return fail(name, f"{error.filename}: {(error.strerror or str(error)).lower()}")
+
+
+def fail(name: str, message: str) -> int:
+    """Print `NAME: error: MESSAGE` as one line on stderr and return the exit code of user errors."""
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"{name}: error: {line}", file=sys.stderr)
+    return USER_ERROR
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends "(default: X)" where there is a default worth telling."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flags only and one-line errors, raised as `UserError`; `--help` shows the defaults."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        chosen: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Help} | kwargs
+        super().__init__(**chosen)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL)
+        if unknown:
+            flag = unknown[1].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff=0.7)
+            message = f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+        else:
+            message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# -------------------------------------------------------------------------------------------------- argument types
+
+
+def _number(kind: type, text: str, ok: Callable[[float], bool], expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not ok(value):  # NaN fails every comparison
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    return _number(int, text, lambda v: v >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text: str) -> int:
+    return _number(int, text, lambda v: v >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    return _number(float, text, lambda v: 0 < v < math.inf, "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    return _number(float, text, lambda v: 0 <= v < math.inf, "a number of at least 0")
+
+
+def fraction(text: str) -> float:
+    return _number(float, text, lambda v: 0 <= v <= 1, "a number between 0 and 1")
+
+
+def list_of(item: Callable[[str], object]) -> Callable[[str], list]:
+    """Comma-separated values of one type: `type=list_of(positive_int)` reads "64,512"."""
+
+    def parse(text: str) -> list:
+        return [item(part.strip()) for part in text.split(",")]
+
+    parse.__name__ = f"list of {getattr(item, '__name__', 'values')}"
+    return parse
+
+
+def existing_path(text: str) -> Path:
+    """A file or folder that must be there."""
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
+    return path
+
+
+def existing_file(text: str) -> Path:
+    path = existing_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a folder, expected a file")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    path = existing_path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a file, expected a folder")
+    return path
+
+
+def output_path(text: str) -> Path:
+    """A path to be written: its parent folder must be there, so that a long run does not fail at its end."""
+    path = Path(text).expanduser()
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: the folder {path.parent} does not exist; create it first")
+    return path

@@ -1,0 +1,191 @@
+"""rmse-eval: loss, perplexity and loops of a model on a text; with --sweep, what stopping early costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import TextError, UserError
+from .common import (
+    Parser,
+    existing_file,
+    existing_path,
+    non_negative_float,
+    non_negative_int,
+    output_path,
+    positive_int,
+    verb,
+)
+from .display import bars, table
+from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
+
+if TYPE_CHECKING:
+    from ..runtimes import Dials, Runtime
+
+
+@verb("rmse-eval")
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = parse(argv)
+    runtime = open_model(args)
+    dials = chosen_dials(args, runtime.info)
+    ids = read_ids(args)
+    document = {
+        "model": runtime.info.name,
+        "runtime": runtime.info.target,
+        "text": str(args.text),
+        "split": args.split,
+        "block": args.block,
+        "dials": vars(dials),
+        "state_bytes": runtime.state_bytes(),
+    }
+    if args.sweep:
+        document |= run_sweep(runtime, ids, dials, args)
+    else:
+        document |= run_once(runtime, ids, dials, args)
+    if args.output == "json":
+        print(json.dumps(document))
+    else:
+        print(sweep_report(document) if args.sweep else report(document))
+    return None
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="rmse-eval",
+        description="Measure loss, perplexity and loops per token on a text; with --sweep, over thresholds and depths.",
+    )
+    parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
+    parser.add_argument(
+        "--text", type=existing_file, metavar="FILE", help="UTF-8 text; the folder's sample.txt without it"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "validation", "all"), default="all", help="first 90 %%, last 10 %%, all"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive_int, metavar="N", help="score only the first N tokens of the split"
+    )
+    parser.add_argument(
+        "--block", type=non_negative_int, default=0, metavar="N",
+        help="forget everything every N tokens, as in training; 0: one stream through the model's window",
+    )  # fmt: skip
+    add_dial_flags(parser)
+    add_runtime_flags(parser)
+    group = parser.add_argument_group("sweep")
+    group.add_argument("--sweep", action="store_true", help="measure brake thresholds beside fixed depths, propose one")
+    group.add_argument(
+        "--points", type=positive_int, default=10, metavar="N", help="thresholds on the frontier, at least 2"
+    )
+    group.add_argument(
+        "--budget", type=non_negative_float, default=1.0, metavar="PERCENT",
+        help="loss over full depth that the proposed threshold may cost",
+    )  # fmt: skip
+    group.add_argument("--plot", type=output_path, metavar="FILE.png", help="draw the frontier (needs matplotlib)")
+    parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="for people, or one JSON document")
+    args = parser.parse_args(argv)
+    if args.plot:
+        if not args.sweep:
+            raise UserError("--plot draws what --sweep measures; add --sweep")
+        from ..runtimes.sweep import check_plot
+
+        check_plot(args.plot)
+    args.text = args.text or args.model / "sample.txt"
+    return args
+
+
+def read_ids(args: argparse.Namespace) -> np.ndarray:
+    """The tokens to score and the one before them, (n + 1,) int64."""
+    from ..text import Tokenizer, read_text, split
+
+    if not args.text.is_file():
+        raise TextError(f"{args.model}: holds no sample.txt; give --text FILE")
+    tokens = Tokenizer(args.model / "tokenizer.json").encode(read_text(args.text))
+    ids = split(np.asarray(tokens, np.int64), args.split)
+    return ids if args.max_tokens is None else ids[: args.max_tokens + 1]
+
+
+def run_once(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Namespace) -> dict[str, Any]:
+    from ..runtimes.evaluate import evaluate
+
+    with progress(targets(ids, args.block)) as bar:
+        return evaluate(runtime, ids, dials, args.block, bar.update).summary()
+
+
+def run_sweep(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Namespace) -> dict[str, Any]:
+    from ..runtimes.evaluate import Evaluation, evaluate
+    from ..runtimes.sweep import draw, passes, sweep
+
+    depth = runtime.info.max_loops
+    with progress(targets(ids, args.block) * passes(depth, args.points)) as bar:
+
+        def measure(setting: Dials) -> Evaluation:
+            threshold = f", threshold {setting.exit_threshold:.3g}" if setting.exit_threshold < 1 else ""
+            bar.set_description(f"loops <= {setting.max_loops}{threshold}")
+            return evaluate(runtime, ids, setting, args.block, bar.update)
+
+        result = sweep(measure, depth, dials, args.budget, args.points)
+    if args.plot:
+        draw(result, args.plot, f"{runtime.info.name}: {args.text.name}, {targets(ids, args.block)} tokens")
+    return {"tokens": targets(ids, args.block)} | result.summary()
+
+
+def targets(ids: np.ndarray, block: int) -> int:
+    """Tokens that will be scored."""
+    return (len(ids) - 1) // block * block if block else len(ids) - 1
+
+
+def progress(total: int) -> tqdm:
+    """A bar on stderr, for people only: none where stderr is no terminal."""
+    return tqdm(total=total, unit=" tokens", disable=None, leave=False, file=sys.stderr)
+
+
+def report(d: dict[str, Any]) -> str:
+    def with_error(name: str, digits: int) -> str:
+        error = d[f"{name}_se"]
+        return f"{d[name]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+    return "\n".join(
+        [
+            table(
+                ("model", "runtime", "tokens", "loss", "perplexity", "mean loops", "sd", "saved", "tokens/s"),
+                [(
+                    d["model"], d["runtime"], f"{d['tokens']:,}", with_error("loss", 4), with_error("perplexity", 3),
+                    f"{d['mean_loops']:.2f}", f"{d['depth_sd']:.2f}", f"{d['iterations_saved']:.1%}",
+                    f"{d['tokens_per_s']:.0f}",
+                )],
+            ),
+            f"per call the deepest position decides: {d['mean_iterations']:.2f} iterations; "
+            f"kept between calls: {d['state_bytes']:,} bytes",
+            *bars(d["histogram"]),
+        ]
+    )  # fmt: skip
+
+
+def sweep_report(d: dict[str, Any]) -> str:
+    head = ("setting", "mean loops", "sd", "loss", "over full", "saved", "fixed depth of that mean")
+    rows = [
+        (
+            f"depth {p['max_loops']}" if p["mode"] == "fixed" else f"threshold {p['exit_threshold']:.4g}",
+            f"{p['mean_loops']:.2f}", f"{p['depth_sd']:.2f}", f"{p['loss']:.4f}", f"{p['over_full_percent']:+.2f} %",
+            f"{p['iterations_saved']:.1%}", "" if p["mode"] == "fixed" else f"{p['fixed_loss_at_mean']:.4f}",
+        )
+        for p in (*d["fixed"], *d["adaptive"])
+    ]  # fmt: skip
+    chosen, budget = d["proposal"], f"{d['budget_percent']:g} % over full depth"
+    if chosen is None:
+        last = f"no threshold stays within {budget}"
+    else:
+        last = (
+            f"within {budget}: --exit-threshold {chosen['exit_threshold']:.6g} "
+            f"({chosen['mean_loops']:.2f} loops, {chosen['iterations_saved']:.1%} of the iterations saved)"
+        )
+    return "\n".join([table(head, rows), f"{d['model']} on {d['runtime']}, {d['tokens']:,} tokens", last])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""rmse-run: a package or a checkpoint writes text, token by token, each with the loops it needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TextError, UserError
+from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
+from .display import DepthWriter
+from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
+
+if TYPE_CHECKING:
+    from ..runtimes.generate import Generation, Span
+
+
+@verb("rmse-run")
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = parse(argv)
+
+    from ..runtimes.generate import Generation
+    from ..runtimes.sampling import Sampler, Sampling
+    from ..text import Tokenizer
+
+    sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
+    text = read_stdin() if args.prompt is None else args.prompt
+    runtime = open_model(args)
+    dials = chosen_dials(args, runtime.info)
+    tokenizer = Tokenizer(args.model / "tokenizer.json")
+    prompt = tokenizer.encode(text) or begin_of_text(runtime.info.config)
+    eos = None if args.ignore_eos else runtime.info.config.get("eos_token_id")
+    generation = Generation(runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, args.stop or ())
+    show(generation, args)
+    finish(generation, text, args)
+    return INTERRUPTED if generation.finish_reason == "interrupted" else None
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="rmse-run", description="Continue a prompt. Text goes to stdout, statistics to stderr.")
+    parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without it, all of stdin")
+    parser.add_argument("-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="at most")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token, always")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of mass P")
+    group.add_argument("--seed", type=int, default=0, help="the same seed draws the same tokens on every runtime")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    add_dial_flags(parser)
+    add_runtime_flags(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one document at the end")
+    group.add_argument("--show-depth", action="store_true", help="mark every token with the loops it took")
+    group.add_argument("--show-prompt", action="store_true", help="print the prompt before its continuation")
+    group.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto",
+        help="of --show-depth; without colour, runs of one depth stand in brackets: [ROM/5][EO/3]",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def read_stdin() -> str:
+    """All of stdin, exactly as given."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("no prompt; give --prompt TEXT or pipe text into stdin")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"stdin: not UTF-8 at byte {error.start}; convert it first (iconv -t UTF-8)") from None
+
+
+def begin_of_text(config: dict[str, Any]) -> list[int]:
+    """What an empty prompt starts from."""
+    bos = config.get("bos_token_id")
+    if bos is None:
+        raise UserError("the prompt is empty and the model has no begin-of-text token; give at least one character")
+    return [bos]
+
+
+def show(generation: Generation, args: argparse.Namespace) -> None:
+    """Run the model and print the text as it comes, or nothing yet for JSON. Ctrl-C ends the text, not the command."""
+    write = (lambda _: 0) if args.output == "json" else sys.stdout.write
+    color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
+    marked = DepthWriter(write, generation.runtime.info.max_loops, color) if args.show_depth else None
+
+    def put(spans: Iterator[Span]) -> None:
+        for span in spans:
+            if marked:
+                marked.add(span)
+            else:
+                write(span.text)
+            sys.stdout.flush()
+
+    with suppress(KeyboardInterrupt):
+        put(generation.spans(with_prompt=args.show_prompt))
+    put(generation.rest())
+    if marked:
+        marked.close()
+
+
+def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> None:
+    """The end of the output: one JSON document, or the statistics on stderr."""
+    statistics = generation.statistics()
+    if args.output == "json":
+        document = {"text": generation.text, "tokens": generation.tokens, "depth": generation.depth, "prompt": prompt}
+        info = generation.runtime.info
+        document |= statistics | {
+            "model": info.name,
+            "runtime": info.target,
+            "state_bytes": generation.runtime.state_bytes(),
+            "dials": vars(generation.dials),
+            "sampling": vars(generation.sampler.sampling),
+        }
+        print(json.dumps(document))
+        return
+    if args.show_depth or not generation.text.endswith("\n"):
+        print()
+    sys.stdout.flush()
+    lines = statistics_lines(statistics)
+    if args.show_depth:
+        counts = (f"{k}:{count}" for k, count in enumerate(statistics["histogram"], 1) if count)
+        lines.append(f"tokens by loops: {' '.join(counts)}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def statistics_lines(s: dict[str, Any]) -> list[str]:
+    """The statistics in two readable lines, or one when no token was made."""
+    if s["mean_loops"] is None:
+        return [f"prompt {s['prompt_tokens']} tokens; stopped before the first new token"]
+    ended = {
+        "length": "", "eos": "; ended by the model", "stop": "; ended at a stop text", "interrupted": "; interrupted",
+        "max_seq_len": "; ended at the package's --max-seq-len",
+    }[s["finish_reason"]]  # fmt: skip
+    speed = f" at {s['tokens_per_s']:.1f} tokens/s" if s["tokens_per_s"] else ""
+    return [
+        f"prompt {s['prompt_tokens']} tokens at {s['prompt_tokens_per_s']:.1f} tokens/s, "
+        f"{s['prompt_mean_loops']:.2f} loops on average; first token after {1000 * s['time_to_first_token_s']:.0f} ms",
+        f"generated {s['generated_tokens']} tokens{speed}, {s['mean_loops']:.2f} of {s['max_loops']} loops on average, "
+        f"{s['iterations_saved']:.0%} of the iterations saved{ended}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""rmse-train: a text file and a recipe in, a checkpoint folder out; `rmse-train report` measures a trained one.
+
+Several processes: `torchrun --nproc-per-node N --no-python rmse-train --text ... -o ... --parallel fsdp`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .common import Parser, existing_file, existing_folder, fraction, list_of, positive_int, verb
+
+
+@verb("rmse-train")
+def main(argv: Sequence[str] | None = None) -> int | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["report"]:
+        return report(argv[1:])
+    parser = Parser(
+        prog="rmse-train",
+        description="Train a model on a text file. `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
+    )
+    parser.add_argument("--text", type=existing_file, required=True, help="UTF-8 text; its first 90 %% trains")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--recipe", type=existing_file, help="recipe.json; without it, the built-in one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: model.d_model=64"
+    )
+    parser.add_argument("--tokenizer", type=existing_file, help="tokenizer.json; without it, the text's characters")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    parser.add_argument("--stop-at", type=positive_int, metavar="STEP", help="leave after this step, to resume later")
+    parser.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between saved states")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads of this process; PyTorch's choice without it")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from ..train.recipe import Recipe
+    from ..train.session import RECIPE_FILE, train
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    source = args.recipe or (args.output / RECIPE_FILE if args.resume else None)
+    recipe = Recipe.from_file(source) if source else Recipe(model={"dropout": 0.1})
+    evaluation = train(
+        args.text, args.output, recipe.override(args.set), args.tokenizer, args.resume, args.device, args.parallel,
+        args.stop_at, args.save_every,
+    )  # fmt: skip
+    if evaluation is not None:
+        print(evaluation_table(evaluation))
+    return None
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> str:
+    """Validation loss at every depth, best last line."""
+    losses = evaluation["loss_by_depth"]
+    lines = ["| depth | float32 | bfloat16 |", "|---|---|---|"]
+    lines += [f"| {i} | {a:.4f} | {b:.4f} |" for i, (a, b) in enumerate(zip(losses["float32"], losses["bfloat16"]), 1)]
+    if evaluation["architecture"] == "gpt":
+        lines[2:] = [line.replace("| 1 |", "| all layers |", 1) for line in lines[2:]]
+    best = evaluation["best"]
+    tail = f"{evaluation['parameters']:,} parameters, {evaluation['validation_tokens']:,} validation tokens"
+    return "\n".join([*lines, tail + (f", best weights of stage 1 at step {best['step']}" if best else "")])
+
+
+def report(argv: list[str]) -> int | None:
+    parser = Parser(
+        prog="rmse-train report",
+        description="Losses by depth and by brake threshold, expert overlap between loops, and costs of a checkpoint.",
+    )
+    parser.add_argument(
+        "checkpoint", type=existing_folder, help="folder with config.json, model.safetensors, tokenizer.json"
+    )
+    parser.add_argument("--text", type=existing_file, required=True)
+    parser.add_argument("--split", choices=("train", "validation", "all"), default="validation")
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="only the first N tokens of the split")
+    parser.add_argument("--thresholds", type=list_of(fraction), default=[0.5, 0.7, 0.8, 0.9, 0.95], metavar="X,X,...")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads; PyTorch's choice without it")
+    parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="tables, or one JSON document")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from ..train.report import as_markdown, measure
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = measure(args.checkpoint, args.text, args.split, args.thresholds, args.max_tokens)
+    print(json.dumps(result, indent=2) if args.output == "json" else as_markdown(result))
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

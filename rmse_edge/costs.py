@@ -1,0 +1,56 @@
+"""What a position costs: multiply-adds of one loop, and of what happens once around the loops.
+
+Only matrix products count (norms, gates and softmax are thousandths of it). One multiply-add is two FLOPs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import RMSEConfig
+
+
+def average_context(length: int, window: int | None = None) -> float:
+    """Positions a query sees, itself included, averaged over a sequence of `length` that starts from an empty past."""
+    window = length if window is None else min(window, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def macs_per_token(config: RMSEConfig, context: float) -> dict[str, Any]:
+    """Multiply-adds of one token.
+
+    Args:
+        context: positions the attention reads on average, see `average_context`.
+    Returns:
+        "loop": parts of ONE iteration by name; "once": parts outside the loop; "loop_total", "once_total" their sums;
+        "total": the whole token at the trained depth, `once_total + max_loops * loop_total`. For another (mean) depth
+        replace max_loops; what is outside the loop does not depend on it.
+    """
+    d, wide = config.d_model, config.n_heads * config.head_dim
+    kv = 2 * config.n_kv_heads * config.head_dim
+    loop = {
+        "q_proj": d * wide,
+        "kv_proj": d * kv,
+        "gate_proj": d * (wide if config.attention_gate == "elementwise" else config.n_heads),
+        "o_proj": wide * d,
+        "attention": 2 * wide * context,  # q.k and weights.v
+        "router": d * config.n_experts,
+        "routed_experts": config.top_k * 3 * d * config.expert_width,
+        "shared_expert": config.n_shared_experts * 3 * d * config.shared_width,
+        "brake_gate": d,
+    }
+    if "entropy" in config.exit_rules:
+        loop["entropy_head"] = d * config.vocab_size
+    once = {
+        "inject": d * d,
+        "head": d * config.vocab_size,
+        "propagate_kv": config.max_loops * d * kv,  # commit projects the exit state for every loop in one product
+    }
+    per_loop, around = sum(loop.values()), sum(once.values())
+    return {
+        "loop": loop,
+        "once": once,
+        "loop_total": per_loop,
+        "once_total": around,
+        "total": around + config.max_loops * per_loop,
+    }

@@ -1,0 +1,54 @@
+"""The objectives of the three stages (Ouro/LoopLM, arXiv 2510.25741, sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..exit import exit_distribution
+from ..model import RMSE
+from .gpt import GPT
+
+
+def cross_entropies(model: RMSE, states: list[Tensor], targets: Tensor) -> Tensor:
+    """Next-token loss after every iteration: (loops, B, T), nats. One head call per loop, so logits are not kept."""
+    return torch.stack([token_loss(model.head_proj(h), targets) for h in states])
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, T, V), (B, T) -> (B, T) nats, in float32."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def losses_by_depth(model: RMSE | GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Next-token loss at every fixed depth 1..max_loops, (K, B, T) nats; a GPT has one depth."""
+    if isinstance(model, GPT):
+        return token_loss(model(tokens), targets)[None]
+    return cross_entropies(model, model.trajectory(tokens)[0], targets)
+
+
+def expected_loss(losses: Tensor, gate_logits: Tensor, entropy_weight: float) -> tuple[Tensor, Tensor]:
+    """sum_k p_k CE_k - beta H(p), averaged over positions; p is the exit distribution.
+
+    Args:
+        losses, gate_logits: (loops, B, T).
+    Returns:
+        (loss, mean depth under p), scalars.
+    """
+    p = exit_distribution(gate_logits)
+    entropy = -(p * p.clamp_min(1e-9).log()).sum(0)
+    depth = torch.arange(1, len(p) + 1, device=p.device).view(-1, 1, 1)
+    return ((p * losses).sum(0) - entropy_weight * entropy).mean(), (p * depth).sum(0).mean().detach()
+
+
+def gate_loss(losses: Tensor, gate_logits: Tensor, cost: float) -> Tensor:
+    """Teach the gate what another loop is worth: sum_k p_k CE_k + cost * sum_k p_k k, averaged over positions.
+
+    The improvement of every further loop is weighed against `cost` nats, and no gradient reaches the losses. (Ouro labels
+    each loop by the improvement just made, with a binary cross-entropy; at this size the exits that gives were no better
+    than a fixed depth of the same mean, and varied less: docs/training-notes.md has the numbers.)
+    """
+    p = exit_distribution(gate_logits)
+    depth = torch.arange(1, len(p) + 1, device=p.device).view(-1, 1, 1)
+    return (p * (losses.detach() + cost * depth)).sum(0).mean()

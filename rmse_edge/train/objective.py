@@ -1,0 +1,76 @@
+"""One module whose forward is one stage's loss, so that DDP and FSDP see a plain forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..exit import add_log_survival, gate_stops
+from ..model import RMSE
+from .gpt import GPT
+from .losses import cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
+from .recipe import Recipe
+
+
+def draw_thresholds(count: int) -> Tensor:
+    """One brake threshold per sequence, (count, 1), from U(0, 1.25).
+
+    That samples exits from the gate's distribution, keeps neighbours consistent as one setting of the dial would, and
+    leaves a fifth of the sequences at full depth.
+    """
+    return 1.25 * torch.rand(count, 1)
+
+
+class Objective(nn.Module):
+    """Maps a batch of token blocks to the loss of the current stage."""
+
+    def __init__(self, model: RMSE | GPT, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+
+    def forward(
+        self, blocks: Tensor, stage: str, loops: int = 0, entropy_weight: float = 0.0, thresholds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            blocks: (B, T + 1) int64.
+            stage: "loops", "gate" or "exits"; "validate" for the plain losses at full depth.
+            loops: iterations of this step; only stage "loops" varies it.
+            entropy_weight: beta of the expected loss, nats; stage "loops" only.
+            thresholds: (B, 1) brake thresholds, stage "exits" only.
+        Returns:
+            (loss to differentiate, next-token loss at the last state in nats, mean depth), scalars; for "validate" the
+            first is the mean next-token loss after every iteration, (max_loops,), of a GPT (1,).
+        """
+        tokens, targets = blocks[:, :-1], blocks[:, 1:]
+        model = self.model
+        if isinstance(model, GPT) or stage == "validate":
+            losses = losses_by_depth(model, tokens, targets)
+            loss = losses.mean((1, 2))
+            loss, last = (loss, loss[-1]) if stage == "validate" else (loss[-1], loss[-1])
+            layers = model.config.n_layers if isinstance(model, GPT) else model.config.max_loops
+            return loss, last.detach(), last.new_tensor(float(layers))
+        if stage == "exits":
+            assert thresholds is not None
+            return self.exits(model, tokens, targets, thresholds)
+        states, gates, _ = model.trajectory(tokens, loops)
+        losses = cross_entropies(model, states, targets)
+        loss, depth = expected_loss(losses, gates, entropy_weight)
+        if stage == "gate":
+            gates = torch.stack([model.gate(h.detach()).float().squeeze(-1) for h in states])
+            loss = gate_loss(losses, gates, self.recipe.gate_cost)
+        return loss, losses[-1].mean().detach(), depth
+
+    def exits(self, model: RMSE, tokens: Tensor, targets: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss at the state each position stopped in, one brake threshold per sequence."""
+        log_survival = torch.zeros(tokens.shape, device=tokens.device)
+
+        def stop(k: int, before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
+            nonlocal log_survival
+            log_survival = add_log_survival(log_survival, gate.detach(), torch.ones_like(gate, dtype=torch.bool))
+            return gate_stops(log_survival, thresholds) & (k + 1 >= model.config.min_loops)
+
+        states, _, depth = model.trajectory(tokens, stop=stop)
+        loss = token_loss(model.head_proj(states[-1]), targets).mean()
+        return loss, loss.detach(), depth.float().mean()

@@ -1,0 +1,184 @@
+"""One training session: a text and a recipe in, a checkpoint folder out.
+
+    recipe.json          the whole recipe, every default written out
+    tokenizer.json       made from the text's characters where none is given
+    log.csv, curve.png   every step, and the picture of it
+    training-state.pt    what --resume goes on from
+    config.json, model.safetensors   the averaged weights in bfloat16
+    evaluation.json      validation loss at every depth, of the float32 average and of the rounded weights
+
+The last three, and the picture, are written when the recipe is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointError, ConfigError, TextError, UserError
+from ..model import RMSE
+from ..text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer
+from .gpt import GPT, load_gpt, save_gpt
+from .journal import best_validation, draw, read_rows
+from .recipe import Recipe
+from .trainer import LOG_FILE, STATE_FILE, Trainer, build_model, evaluate
+
+RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"
+# Any of these is the work of a run, never to be written over unasked.
+TRACES = (STATE_FILE, "model.safetensors", EVALUATION_FILE)
+
+
+def train(
+    text_file: Path,
+    out: Path,
+    recipe: Recipe,
+    tokenizer: Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    mode: str = "ddp",
+    stop_at: int | None = None,
+    save_every: int = 200,
+) -> dict[str, Any] | None:
+    """Train `recipe` on a text file and write the checkpoint folder.
+
+    Args:
+        out: made if missing; must hold no other run.
+        tokenizer: a tokenizer.json; None makes one of the text's characters. A resumed run keeps its own.
+        resume: go on from the state in `out`.
+        stop_at: leave after this many steps in all, with the state saved and no checkpoint written.
+    Returns:
+        What evaluation.json holds; None if the recipe is not done yet, and in every process but the first.
+    Raises:
+        UserError: the text, recipe, tokenizer or folder cannot be used; one line says why.
+    """
+    if importlib.util.find_spec("matplotlib") is None:  # wanted at the end only: better said now
+        raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
+    text = read_text(text_file)
+    claim(out, recipe, resume)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Every process makes the same tokenizer for itself; the first one files it.
+        source = Path(scratch) / TOKENIZER_FILE
+        given = out / TOKENIZER_FILE if resume else tokenizer
+        if given is None:
+            train_character_tokenizer(text, source)
+        else:
+            Tokenizer(given)  # says what is wrong with it, if anything is
+            shutil.copyfile(given, source)
+        known = Tokenizer(source)
+        recipe = with_vocabulary(recipe, known.vocab_size)
+        ids = np.array(known.encode(text))
+        train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
+        out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(recipe, train_ids, validation_ids, out, device, mode)
+        try:
+            if resume:
+                trainer.resume()
+            elif trainer.parallel.first:
+                write_text(out / RECIPE_FILE, recipe.to_json())
+                write_text(out / TOKENIZER_FILE, source.read_text(encoding="utf-8"))
+            trainer.run(stop_at, save_every)
+            weights = trainer.final_weights()  # of all processes together
+        except KeyboardInterrupt:
+            saved = (out / STATE_FILE).exists()
+            raise KeyboardInterrupt("go on with --resume" if saved else "before the first saved state") from None
+        finally:
+            trainer.parallel.close()
+    if trainer.step < recipe.total_steps or not trainer.parallel.first:
+        return None
+    return publish(recipe, weights, validation_ids, out)
+
+
+def claim(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse a folder that holds another run; a lone recipe.json that says the same thing is welcome."""
+    if resume:
+        if not (out / STATE_FILE).exists():
+            raise CheckpointError(f"{out / STATE_FILE}: no such file; nothing to resume (start without --resume)")
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, expected a folder to write to")
+    found = [name for name in TRACES if (out / name).exists()]
+    if found:
+        raise UserError(f"{out}: holds another run ({found[0]}); go on with --resume, or choose another folder")
+    present = out / RECIPE_FILE
+    if present.exists() and vocabulary_aside(Recipe.from_file(present)) != vocabulary_aside(recipe):
+        raise UserError(f"{present}: is another recipe; pass it with --recipe, or choose another folder")
+
+
+def vocabulary_aside(recipe: Recipe) -> Recipe:
+    """The vocabulary is filled in from the text, so recipes are compared without it."""
+    return dataclasses.replace(recipe, model={k: v for k, v in recipe.model.items() if k != "vocab_size"})
+
+
+def with_vocabulary(recipe: Recipe, size: int) -> Recipe:
+    """The recipe with the tokenizer's vocabulary size filled in.
+
+    Raises:
+        ConfigError: the recipe states another one.
+    """
+    stated = recipe.model.get("vocab_size", size)
+    if stated != size:
+        raise ConfigError(
+            f"recipe: model.vocab_size is {stated}, but the tokenizer has {size} tokens; "
+            "leave vocab_size out of the recipe, or train on the text it was written for"
+        )
+    return dataclasses.replace(recipe, model=recipe.model | {"vocab_size": size})
+
+
+def check_length(ids: np.ndarray, name: str, recipe: Recipe, text_file: Path) -> np.ndarray:
+    """The split itself, if it holds at least one block."""
+    block = recipe.model_config().block_size
+    if len(ids) <= block:
+        raise TextError(
+            f"{text_file}: its {name} split has {len(ids)} tokens, too few for one block of {block} and its target; "
+            "use a longer text or a smaller block (--set model.block_size=N)"
+        )
+    return ids
+
+
+def publish(recipe: Recipe, weights: dict[str, torch.Tensor], validation: np.ndarray, out: Path) -> dict[str, Any]:
+    """Write the checkpoint, its curve and its evaluation over the whole validation split; returns the evaluation."""
+    model = build_model(recipe)
+    model.load_state_dict(weights)
+    rounded = save(model, out)
+    draw(out / LOG_FILE, out / "curve.png")
+    blocks = torch.from_numpy(consecutive_blocks(validation, model.config.block_size))
+    best = best_validation(read_rows(out / LOG_FILE))
+    evaluation = {
+        "architecture": recipe.architecture,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation_tokens": blocks[:, 1:].numel(),
+        "best": {"step": best[0], "loss": best[1]} if best else None,  # over eval_blocks blocks, at full depth
+        "loss_by_depth": {
+            "float32": evaluate(model, blocks, progress="validating float32"),
+            "bfloat16": evaluate(rounded, blocks, progress="validating bfloat16"),
+        },
+    }
+    write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+    return evaluation
+
+
+def save(model: RMSE | GPT, out: Path) -> RMSE | GPT:
+    """Write the weights in bfloat16 and return the model as it reads back."""
+    if isinstance(model, GPT):
+        save_gpt(model, out)
+        return load_gpt(out)
+    from ..checkpoint import load_checkpoint, save_checkpoint
+
+    save_checkpoint(model, out, dtype=torch.bfloat16)
+    return load_checkpoint(out)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)

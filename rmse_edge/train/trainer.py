@@ -1,0 +1,353 @@
+"""The training loop: three stages, averaged weights, exact resume, one process or many.
+
+Everything random in a step (its blocks, its number of loops, dropout, sampled exits) is seeded by (seed, step, process),
+so a run that stops at step n and goes on later is bit for bit the run that never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import CheckpointError, UserError
+from ..model import RMSE
+from ..text import consecutive_blocks, random_blocks
+from .gpt import GPT
+from .journal import Journal
+from .losses import losses_by_depth
+from .objective import Objective, draw_thresholds
+from .parallel import Parallel
+from .recipe import Recipe
+
+STATE_FILE = "training-state.pt"
+LOG_FILE = "log.csv"
+
+
+def build_model(recipe: Recipe) -> RMSE | GPT:
+    torch.manual_seed(recipe.seed)
+    config = recipe.model_config()
+    return RMSE(config) if recipe.architecture == "rmse" else GPT(config)  # type: ignore[arg-type]
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware; emulated they are some 30 times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # avx512_bf16, amx_bf16 and their like on other processors
+    return device.type == "cpu" and any(
+        has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")
+    )
+
+
+class Trainer:
+    """Runs a recipe over token arrays and leaves its state in `out`.
+
+    Args:
+        train, validation: token ids, 1-d integers.
+        out: an existing folder; log.csv and training-state.pt are written there, by the first process alone.
+        device: "cpu", "cuda" or "cuda:N"; under torchrun each process takes its own GPU.
+        mode: "ddp" or "fsdp", how processes share the work; one process needs neither.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: np.ndarray,
+        validation: np.ndarray,
+        out: Path,
+        device: str = "cpu",
+        mode: str = "ddp",
+    ) -> None:
+        self.recipe, self.train_ids, self.out = recipe, train, out
+        self.data = hashlib.sha256(np.concatenate([train, validation]).astype("<i8").tobytes()).hexdigest()
+        self.parallel = Parallel(device, mode)
+        self.device = self.parallel.device
+        self.model = build_model(recipe).to(self.device)
+        self.objective = self.parallel.wrap(Objective(self.model, recipe))
+        self.block = self.model.config.block_size
+        blocks = consecutive_blocks(validation, self.block)
+        picks = np.linspace(0, len(blocks) - 1, min(recipe.eval_blocks, len(blocks))).astype(int)
+        self.validation = torch.from_numpy(blocks[picks])
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and bf16_is_native(self.device))
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        if recipe.batch_size // recipe.accumulate % self.parallel.world:
+            raise UserError(
+                f"batch_size / accumulate ({recipe.batch_size}/{recipe.accumulate}) is not divisible by the "
+                f"{self.parallel.world} processes"
+            )
+        self.step = 0
+        self.best = math.inf
+        self.best_weights: dict[str, Tensor] | None = None
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.optimizer = self.new_optimizer()
+
+    # ---------------------------------------------------------------------------------------------- optimiser
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of the current stage: all, the gate, or all but the gate."""
+        stage = self.recipe.stage(min(self.step, self.recipe.total_steps - 1))
+        keep = {
+            "loops": lambda n: True,
+            "gate": lambda n: n.startswith("gate."),
+            "exits": lambda n: not n.startswith("gate."),
+        }
+        chosen = {}
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(keep[stage](name))
+            if p.requires_grad:
+                chosen[name] = p
+        return chosen
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        recipe, trained = self.recipe, self.trained()
+        matrices = [p for n, p in trained.items() if p.dim() > 1 and "step_" not in n and "embed" not in n]
+        ids = {id(p) for p in matrices}
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": [p for p in trained.values() if id(p) not in ids], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(recipe.beta_1, recipe.beta_2))
+
+    def lr(self) -> float:
+        """Warm-up then cosine in stage 1; the short stages decay linearly to zero."""
+        recipe, stage = self.recipe, self.recipe.stage(self.step)
+        if stage == "loops":
+            if self.step < recipe.warmup:
+                return recipe.lr * (self.step + 1) / recipe.warmup
+            done = (self.step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+            floor = recipe.final_lr_share
+            return recipe.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+        first = recipe.steps + (recipe.gate_steps if stage == "exits" else 0)
+        length = recipe.gate_steps if stage == "gate" else recipe.exit_steps
+        return (recipe.gate_lr if stage == "gate" else recipe.exit_lr) * (1 - (self.step - first) / length)
+
+    # ---------------------------------------------------------------------------------------------- one step
+
+    def micro_batches(self) -> list[Tensor]:
+        """This process's share of the step's blocks; the whole batch depends on (seed, step) alone."""
+        recipe = self.recipe
+        blocks = random_blocks(self.train_ids, recipe.batch_size, self.block, (recipe.seed, self.step))
+        return self.share(torch.from_numpy(blocks))
+
+    def share(self, batch: Tensor) -> list[Tensor]:
+        """This process's rows of a whole batch (batch_size, n), one tensor per accumulation round."""
+        rounds = batch.to(self.device).view(self.recipe.accumulate, self.parallel.world, -1, batch.shape[-1])
+        return list(rounds[:, self.parallel.rank])
+
+    def train_step(self) -> dict[str, Any]:
+        recipe, stage = self.recipe, self.recipe.stage(self.step)
+        draw = np.random.default_rng((recipe.seed, self.step, 1))
+        loops = int(draw.choice(recipe.depths)) if stage == "loops" else 0
+        loops = loops or getattr(self.model.config, "max_loops", 0)
+        # Sampled exits are drawn for the whole batch alike in every process, dropout by each process for itself.
+        torch.manual_seed(hash((recipe.seed, self.step, 0)) % 2**31)
+        thresholds = self.share(draw_thresholds(recipe.batch_size)) if stage == "exits" else [None] * recipe.accumulate
+        if not self.parallel.first:
+            torch.manual_seed(hash((recipe.seed, self.step, self.parallel.rank)) % 2**31)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr()
+        self.objective.train(stage != "gate")
+        done = min(1.0, self.step / max(1, recipe.steps))
+        beta = recipe.entropy_weight + done * (recipe.final_entropy_weight - recipe.entropy_weight)
+        totals = torch.zeros(3)
+        batches = self.micro_batches()
+        for i, (blocks, brakes) in enumerate(zip(batches, thresholds)):
+            with self.parallel.sync_only_if(self.objective, i == len(batches) - 1), self.autocast():
+                loss, last, depth = self.objective(blocks, stage, loops, beta, brakes)
+                (loss / len(batches)).backward()
+            totals += torch.tensor([loss.item(), last.item(), depth.item()]) / len(batches)
+        totals = self.parallel.mean(totals)
+        norm = float(self.parallel.full(nn.utils.clip_grad_norm_(list(self.trained_now()), recipe.clip)))
+        if not math.isfinite(norm) or not torch.isfinite(totals).all():
+            raise UserError(
+                f"training diverged at step {self.step}: loss {totals[0]:.3g}, gradient norm {norm:.3g}; "
+                "lower lr or clip, then resume from the last checkpoint"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        idle = self.balance(stage)
+        self.update_average()
+        return dict(
+            stage=stage, loops=loops, loss=totals[0].item(), last_loss=totals[1].item(), depth=totals[2].item(),
+            lr=self.lr(), grad_norm=norm, idle_experts=idle,
+        )  # fmt: skip
+
+    def trained_now(self):
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def balance(self, stage: str) -> float | None:
+        """Balance the experts by the loads of all processes; the share that stayed idle, None where none was counted."""
+        if not isinstance(self.model, RMSE) or stage == "gate":  # the gate is trained with the model in eval mode
+            return None
+        experts = self.model.block.experts
+        self.parallel.sum_(experts.load)
+        return experts.balance(self.recipe.balance_rate if stage == "loops" else 0.0)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Exponential moving average, corrected for its start: early on it is the mean of what there was."""
+        since = self.step - (0 if self.step < self.recipe.steps else self.recipe.steps)
+        decay = min(self.recipe.ema, (1 + since) / (10 + since))
+        for name, value in self.model.state_dict().items():
+            average = self.average[name]
+            if value.is_floating_point():
+                average.lerp_(value.to(average.dtype), 1 - decay)
+            else:
+                average.copy_(value)
+
+    # ---------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> list[float]:
+        """Validation loss of the averaged weights at every depth, in nats (one value for a GPT)."""
+        kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        self.objective.eval()
+        try:
+            # Through the wrapped objective: under FSDP only its forward has whole parameters.
+            total, count = torch.zeros(1), 0
+            for part in self.validation.split(16):
+                with self.autocast():
+                    losses = self.objective(part.to(self.device), "validate")[0]
+                total = total + losses.double().cpu() * len(part)
+                count += len(part)
+            return self.parallel.mean(total / count).tolist()  # one number everywhere: it decides what is kept
+        finally:
+            self.model.load_state_dict(kept)
+
+    # ---------------------------------------------------------------------------------------------- the run
+
+    def run(self, stop_at: int | None = None, save_every: int = 200) -> None:
+        """Train to the end of the recipe, or to step `stop_at`, saving the state every `save_every` steps."""
+        recipe = self.recipe
+        end = min(recipe.total_steps, stop_at or recipe.total_steps)
+        journal = Journal(self.out / LOG_FILE, self.step) if self.parallel.first else None
+        bar = tqdm(total=recipe.total_steps, initial=self.step, unit="step", disable=not self.parallel.first or None)
+        tokens = recipe.batch_size * self.block
+        try:
+            while self.step < end:
+                began = time.perf_counter()
+                row = self.train_step()
+                speed = tokens / (time.perf_counter() - began)
+                last_of_stage = self.step + 1 == recipe.total_steps or recipe.stage(self.step + 1) != row["stage"]
+                value = None
+                if (self.step + 1) % recipe.eval_every == 0 or last_of_stage:
+                    value = self.evaluate()[-1]
+                    if row["stage"] == "loops" and value < self.best:
+                        self.best = value
+                        self.best_weights = {k: v.clone() for k, v in self.average.items()}
+                if journal:
+                    journal.add(step=self.step, **row, tokens_per_s=speed, val_loss="" if value is None else value)
+                bar.update()
+                shown = {"loss": f"{row['last_loss']:.3f}", "depth": f"{row['depth']:.2f}", "tok/s": f"{speed:.0f}"}
+                bar.set_postfix(stage=row["stage"], **shown, best=f"{self.best:.4f}")
+                self.step += 1
+                if last_of_stage:
+                    self.next_stage()
+                if self.step % save_every == 0 or self.step == end:
+                    self.save()
+        finally:
+            bar.close()
+            if journal:
+                journal.close()
+
+    def next_stage(self) -> None:
+        """Go on from the averaged weights: the best of stage 1, the last of the later ones."""
+        if self.best_weights is not None and self.step == self.recipe.steps:
+            self.average = {k: v.clone() for k, v in self.best_weights.items()}
+        self.model.load_state_dict(self.average)
+        self.optimizer = self.new_optimizer()
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The averaged weights as plain tensors on the CPU, as saved in the checkpoint."""
+        return {k: self.parallel.full(v).detach().cpu() for k, v in self.average.items()}
+
+    def save(self) -> None:
+        """Write the state to resume from, atomically: a run killed while writing keeps its last one."""
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "recipe": self.recipe.to_json(),
+            "data": self.data,
+            "model": self.parallel.gather(self.model.state_dict()),
+            "average": self.parallel.gather(self.average),
+            "best_weights": self.parallel.gather(self.best_weights),
+            "optimizer": self.parallel.optimizer_state(self.model, self.optimizer),
+        }
+        if self.parallel.first:
+            write_state(state, self.out / STATE_FILE)
+        self.parallel.barrier()
+
+    def resume(self) -> None:
+        """Continue from `out`.
+
+        Raises:
+            CheckpointError: there is no readable state, or it belongs to another recipe or text.
+        """
+        path = self.out / STATE_FILE
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file; nothing to resume (start without --resume)")
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path}: damaged training state ({type(error).__name__}); start again") from None
+        if Recipe.from_dict(json.loads(state["recipe"]), where=str(path)) != self.recipe:
+            raise CheckpointError(f"{path}: was written by another recipe; resume with the recipe.json beside it")
+        if state.get("data", self.data) != self.data:
+            raise CheckpointError(f"{path}: was trained on another text or tokenizer; resume with the same --text")
+        self.step, self.best = state["step"], state["best"]
+        self.optimizer = self.new_optimizer()
+        self.parallel.load_model(self.model, state["model"])
+        self.average = self.parallel.like(self.model, state["average"]) or {}
+        self.best_weights = self.parallel.like(self.model, state["best_weights"])
+        self.parallel.load_optimizer(self.model, self.optimizer, state["optimizer"])
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Write the state beside its place, then move it there.
+
+    Raises:
+        CheckpointError: it cannot be written; the state that was there still is.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        with scratch.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError about positions
+        scratch.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be written ({cause.strerror}); the last saved state is intact") from None
+
+
+@torch.no_grad()
+def evaluate(model: RMSE | GPT, blocks: Tensor, batch: int = 16, progress: str | None = None) -> list[float]:
+    """Mean next-token loss of (n, T + 1) blocks at every fixed depth, in nats; a GPT has one value.
+
+    Args:
+        progress: label of a progress bar (on a terminal), None for no bar.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    total, count = torch.zeros(1), 0
+    for part in tqdm(blocks.split(batch), desc=progress, unit="batch", disable=progress is None or None, leave=False):
+        losses = losses_by_depth(model, part[:, :-1].to(device), part[:, 1:].to(device))
+        total = total + losses.double().sum((1, 2)).cpu()
+        count += losses[0].numel()
+    model.train(training)
+    return (total / count).tolist()

@@ -1,0 +1,78 @@
+"""What every test can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from helpers import Memo
+
+    from rmse_edge.model import RMSE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(2)  # the models of the tests are tiny: more threads only wait for each other
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """Tiny Shakespeare, one text file."""
+    path = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    if not path.is_file():
+        pytest.skip("needs ../shared/data/tinyshakespeare.txt")
+    return path
+
+
+# ------------------------------------------------------------------------------------- one export for all tests
+
+
+@pytest.fixture(scope="session")
+def memo() -> Memo:
+    """Traced programs and lowered graphs of this session; see `helpers.Memo`."""
+    from helpers import Memo
+
+    return Memo()
+
+
+@pytest.fixture
+def quick_export(memo: Memo, monkeypatch: pytest.MonkeyPatch) -> Memo:
+    """Exports of a model that was exported before skip tracing and lowering."""
+    memo.install(monkeypatch)
+    return memo
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of a tiny model whose positions stop at every depth. Read only: copy it to change it."""
+    from helpers import mixed_model, write_checkpoint
+
+    return write_checkpoint(mixed_model(), tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint: Path) -> RMSE:
+    """The model of `checkpoint`."""
+    from rmse_edge.checkpoint import load_checkpoint
+
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def package(checkpoint: Path, memo: Memo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`checkpoint` exported by `rmse-export`, fp32, the parity gate included. Read only: copy it to change it."""
+    from rmse_edge.cli.export import main
+
+    folder = tmp_path_factory.mktemp("package") / "tiny.rmse"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        memo.install(monkeypatch)
+        assert main(["-m", str(checkpoint), "-o", str(folder)]) == 0
+    return folder

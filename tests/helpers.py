@@ -1,0 +1,114 @@
+"""Tiny models for the export tests, and an export that does each slow step only once per test session."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from rmse_edge.checkpoint import save_checkpoint
+from rmse_edge.config import RMSEConfig
+from rmse_edge.export import onnx as onnx_target
+from rmse_edge.export import pipeline
+from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
+from rmse_edge.model import RMSE
+from rmse_edge.text import train_character_tokenizer
+
+ALPHABET = "\n" + "".join(chr(33 + i) for i in range(64))  # 65 characters, as tiny Shakespeare has
+SAMPLE_TOKENS = 2000
+
+TINY = {
+    "vocab_size": 65, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "window": 64, "max_loops": 4,
+    "n_experts": 32, "top_k": 4, "expert_width": 32, "shared_width": 32, "block_size": 64, "exit_threshold": 0.6,
+}  # fmt: skip
+
+
+def tiny_config(**changes: Any) -> RMSEConfig:
+    return RMSEConfig(**(TINY | changes))
+
+
+def mixed_model(seed: int = 0, **changes: Any) -> RMSE:
+    """Random weights on which a wrong export shows.
+
+    The gate makes positions stop at every depth, the norms of queries and keys differ, the balancing bias makes the
+    experts that are selected others than those with the largest weights, and the logits are of a trained model's size.
+    """
+    torch.manual_seed(seed)
+    model = RMSE(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):
+                p.mul_(1 + 0.3 * torch.randn_like(p))
+        model.gate.weight.normal_(std=2.0 * model.config.d_model**-0.5)
+        model.gate.bias.fill_(-0.7)
+        model.head_proj.weight.mul_(20)
+        model.block.experts.balance_bias.normal_(std=0.5)
+    return model
+
+
+def random_tokens(count: int, seed: int = 0, vocab: int = 65) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, count)
+
+
+def write_checkpoint(model: RMSE, folder: Path) -> Path:
+    """A checkpoint folder with a character tokenizer and a text sample, as the shipped model has them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    train_character_tokenizer(ALPHABET, folder.parent / "tokenizer.json")
+    save_checkpoint(model, folder, tokenizer=folder.parent / "tokenizer.json")
+    text = "".join(ALPHABET[i] for i in random_tokens(SAMPLE_TOKENS, seed=1))
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+class Memo:
+    """Remembers traced programs and lowered graphs, so that a model that was exported before is exported in no time.
+
+    What is remembered is the result of the real functions; everything after them (weight file, checker, parity gate,
+    manifest, renaming into place) runs each time.
+    """
+
+    def __init__(self) -> None:
+        self.programs: list[LoopProgram] = []
+        self.graphs: dict[tuple[int, bool], onnx.ModelProto] = {}
+        self._to_onnx = onnx_target.to_onnx
+
+    def trace(
+        self, model: Any, chunks: tuple[int, ...], progress: Callable[[str], None] = lambda _: None
+    ) -> LoopProgram:
+        for known in self.programs:
+            if tuple(known.specs) == chunks and same_model(known.model, model):
+                return dataclasses.replace(known, model=model)
+        self.programs.append(trace(model, chunks, progress))
+        return self.programs[-1]
+
+    def to_onnx(self, method: ExportedMethod, compact: bool) -> onnx.ModelProto:
+        key = (id(method), compact)  # `self.programs` keeps the methods alive
+        if key not in self.graphs:
+            self.graphs[key] = self._to_onnx(method, compact)
+        return copy.deepcopy(self.graphs[key])
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pipeline, "trace", self.trace)
+        monkeypatch.setattr(onnx_target, "to_onnx", self.to_onnx)
+
+
+def same_model(a: Any, b: Any) -> bool:
+    """Equal type, configuration and weights."""
+    if type(a) is not type(b) or getattr(a, "config", None) != getattr(b, "config", None):
+        return False
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def assert_one_line(message: str, *parts: str) -> None:
+    """One line of text that says all of `parts`."""
+    assert message.strip() and len(message.strip().splitlines()) == 1, message
+    for part in parts:
+        assert part in message, message

@@ -1,0 +1,265 @@
+"""Package folders: nothing damaged, edited or foreign reaches a runtime, and nothing half-written takes a package's place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_one_line
+
+from rmse_edge import package as package_module
+from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.errors import ExportError, PackageError, UserError
+from rmse_edge.package import MANIFEST, Package, digest_manifest, seal, writing
+from rmse_edge.runtimes import open_runtime
+
+
+@pytest.fixture
+def copied(package: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(package, tmp_path / "tiny.rmse")
+    return tmp_path / "tiny.rmse"
+
+
+def test_a_whole_package_opens_and_speaks(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The damage below is what makes the difference: untouched, the same copy runs."""
+    opened = Package.open(copied)
+    assert opened.target == "onnx" and opened.nbytes == sum(p.stat().st_size for p in copied.iterdir())
+    assert opened.path("weights.bin").is_file()
+    with pytest.raises(PackageError, match="the package holds no other"):
+        opened.path("other.bin")
+    assert rmse_run([str(copied), "-p", "HELLO", "-n", "3", "-o", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ damage
+
+
+def edit(change: Callable[[dict[str, Any]], Any], sign: bool = False) -> Callable[[Path], None]:
+    """Change the manifest; `sign` gives it the hash that fits again, as another version of this project would."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        if sign:
+            manifest["sha256"] = digest_manifest(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return damage
+
+
+def cut(name: str, count: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - count)
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    """One bit of one byte in the middle."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def a_file_instead(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+def a_folder_instead(folder: Path) -> None:
+    (folder / "head_1.onnx").unlink()
+    (folder / "head_1.onnx").mkdir()
+
+
+def a_random_file(folder: Path) -> None:
+    """Random bytes of the right size: some runtimes would abort the process on them."""
+    path = folder / "loop_64.onnx"
+    path.write_bytes(os.urandom(path.stat().st_size))
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "a file": (a_file_instead, ["a file, expected a package folder"]),
+    "an empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), ["manifest.json: missing"]),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), ["manifest.json: missing"]),
+    "no graph": (lambda f: (f / "loop_1.onnx").unlink(), ["loop_1.onnx: missing from the package"]),
+    "no weights": (lambda f: (f / "weights.bin").unlink(), ["weights.bin: missing from the package"]),
+    "a folder for a file": (a_folder_instead, ["head_1.onnx: missing from the package"]),
+    "truncated weights": (cut("weights.bin", 4096), ["weights.bin", "truncated"]),
+    "truncated by a byte": (cut("step_64.onnx", 1), ["step_64.onnx", "truncated"]),
+    "an empty graph": (lambda f: (f / "prelude_1.onnx").write_bytes(b""), ["prelude_1.onnx: 0 bytes"]),
+    "one flipped bit": (flip("weights.bin"), ["weights.bin", "SHA-256", "damaged"]),
+    "random bytes": (a_random_file, ["loop_64.onnx", "SHA-256", "damaged"]),
+    "an unlisted file": (lambda f: (f / "notes.txt").write_text("x"), ["notes.txt: not listed"]),
+    "an unlisted file below": (
+        lambda f: ((f / "more").mkdir(), (f / "more" / "lib.so").write_text("x")),
+        ["lib.so: not listed"],
+    ),
+    "an edited dial": (edit(lambda m: m["model"]["dials"].update(exit_threshold=0.1)), ["manifest.json: was edited"]),
+    "an edited hash": (
+        edit(lambda m: m["files"]["weights.bin"].update(sha256="0" * 64)),
+        ["manifest.json: was edited"],
+    ),
+    "no own hash": (edit(lambda m: m.pop("sha256")), ["manifest.json: was edited"]),
+    "a manifest without files": (edit(lambda m: m.pop("files"), sign=True), ["manifest.json: was edited"]),
+    "a truncated manifest": (cut(MANIFEST, 30), ["manifest.json: not readable as JSON"]),
+    "a manifest of another kind": (lambda f: (f / MANIFEST).write_text("[1, 2]"), ["not the manifest of"]),
+    "a manifest that is no text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), ["not readable as JSON"]),
+    "another format": (edit(lambda m: m.update(format="zip"), sign=True), ["not the manifest of"]),
+    "a later version": (edit(lambda m: m.update(format_version=2), sign=True), ["format version 2", "reads 1"]),
+    "a file outside": (
+        edit(lambda m: m["files"].update({"../tiny.txt": {"bytes": 1, "sha256": "0" * 64}}), sign=True),
+        ["tiny.txt: missing from the package"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_damaged_package_is_one_line(case: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `Package.open`, by `open_runtime`, and by `rmse-run` with exit code 2 and nothing on stdout."""
+    damage, said = BAD[case]
+    damage(copied)
+    for read in (Package.open, open_runtime):
+        with pytest.raises(PackageError) as caught:
+            read(copied)
+        assert_one_line(str(caught.value), str(copied), *said)
+    assert rmse_run([str(copied), "-p", "HELLO", "-n", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert_one_line(err, str(copied), *said)
+
+
+def test_every_file_of_a_package_is_protected(copied: Path) -> None:
+    """One flipped bit in any file, graph, weights or text, is noticed and the file named."""
+    names = sorted(p.name for p in copied.iterdir() if p.name != MANIFEST)
+    assert len(names) == 13  # ten graphs, the weights, the tokenizer, the text sample
+    for name in names:
+        before = (copied / name).read_bytes()
+        flip(name)(copied)
+        with pytest.raises(PackageError, match=f"{name}: its SHA-256"):
+            Package.open(copied)
+        (copied / name).write_bytes(before)
+    Package.open(copied)
+
+
+def test_a_package_for_another_engine_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is whole, so it opens, but no runtime is handed what it cannot run."""
+    edit(lambda m: m.update(target="coreml"), sign=True)(copied)
+    assert Package.open(copied).target == "coreml"
+    with pytest.raises(PackageError) as caught:
+        open_runtime(copied)
+    assert_one_line(str(caught.value), str(copied), "made for coreml", "onnx")
+    assert rmse_run([str(copied), "-p", "HELLO"]) == 2
+    assert_one_line(capsys.readouterr().err, "made for coreml")
+
+
+def test_a_runtime_that_does_not_fit_is_refused(package: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The package under --runtime torch or a GPU, a checkpoint under --runtime onnx, no folder, an unknown runtime."""
+    for path, options, said in (
+        (package, {"runtime": "torch"}, "needs a checkpoint folder"),
+        (package, {"device": "cuda"}, "runs on the CPU"),
+        (package, {"runtime": "tflite"}, "expected one of torch, onnx"),
+        (checkpoint, {"runtime": "onnx"}, "is not a package"),
+        (tmp_path / "nowhere.rmse", {}, "no such package"),
+        (tmp_path / "nowhere", {}, "no such package or checkpoint folder"),
+    ):
+        with pytest.raises(UserError) as caught:
+            open_runtime(path, **options)
+        assert_one_line(str(caught.value), said)
+
+
+def test_a_graph_that_the_engine_cannot_load_is_one_line(copied: Path) -> None:
+    """A package whose hashes fit around a graph that is none: the engine's own error, on one line, with the file."""
+    (copied / "loop_64.onnx").write_bytes(b"\x08\x0d" + b"junk" * 50)
+    manifest = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).unlink()
+    seal(copied, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    with pytest.raises(PackageError) as caught:
+        runtime = open_runtime(copied)
+        runtime.feed([1] * 20, runtime.info.dials)
+    assert_one_line(str(caught.value), "loop_64.onnx: onnxruntime cannot load it")
+
+
+# ------------------------------------------------------------------------------------------------------- write
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def put(folder: Path, text: str) -> None:
+    (folder / "a.bin").write_text(text)
+    seal(folder, {"target": "onnx"})
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt(), ExportError("x"), OSError(errno.EIO, "x")])
+def test_a_failure_leaves_what_was_there(failure: BaseException, tmp_path: Path) -> None:
+    """No package where there was none, the old one where there was one, and no scratch folder beside it."""
+    with writing(tmp_path / "old.rmse") as folder:
+        put(folder, "old")
+    before = contents(tmp_path)
+    for name in ("new.rmse", "old.rmse"):
+        with pytest.raises(type(failure)), writing(tmp_path / name, overwrite=True) as folder:
+            put(folder, "half")
+            raise failure
+        assert contents(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["old.rmse"]
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EACCES, "x"), KeyboardInterrupt()])
+def test_the_old_package_stands_until_the_new_one_does(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when the last step, renaming the new folder into place, fails or is interrupted."""
+    with writing(tmp_path / "old.rmse") as folder:
+        put(folder, "old")
+    before = contents(tmp_path)
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "old.rmse" and (Path(source) / "a.bin").read_text() == "new":
+            raise failure
+        replace(source, target)
+
+    monkeypatch.setattr(package_module.os, "replace", failing)
+    with pytest.raises(type(failure)), writing(tmp_path / "old.rmse", overwrite=True) as folder:
+        put(folder, "new")
+    assert contents(tmp_path) == before
+
+
+def test_replacing_a_package_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    with writing(tmp_path / "p.rmse") as folder:
+        put(folder, "old")
+        (folder / "b.bin").write_text("old only")
+        seal(folder, {"target": "onnx"})
+    with writing(tmp_path / "p.rmse", overwrite=True) as folder:
+        put(folder, "new")
+    assert sorted(contents(tmp_path)) == ["p.rmse/a.bin", "p.rmse/manifest.json"]
+    assert (tmp_path / "p.rmse" / "a.bin").read_text() == "new"
+    assert (tmp_path / "p.rmse").stat().st_mode & 0o777 == 0o755
+    Package.open(tmp_path / "p.rmse")
+
+
+def test_nothing_but_a_package_is_ever_replaced(tmp_path: Path) -> None:
+    """A file, or a folder of something else, stays, whatever was asked for; an empty folder may become a package."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("file", "photos"):
+        for overwrite in (False, True):
+            with pytest.raises(ExportError) as caught, writing(tmp_path / name, overwrite):
+                raise AssertionError("not reached")
+            assert_one_line(str(caught.value), name, "is not a package")
+    with pytest.raises(ExportError, match="no such folder"), writing(tmp_path / "no" / "p.rmse"):
+        raise AssertionError("not reached")
+    with writing(tmp_path / "empty", overwrite=True) as folder:
+        put(folder, "new")
+    Package.open(tmp_path / "empty")
+    assert (tmp_path / "file").read_text() == (tmp_path / "photos" / "a.jpg").read_text() == "mine"

@@ -1,0 +1,411 @@
+"""The parity gate: a good package passes, and whatever an exporter may get wrong fails the export and leaves nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import Memo, mixed_model, random_tokens
+from onnx import ModelProto, helper, numpy_helper
+
+from rmse_edge.errors import ExportError, ParityError
+from rmse_edge.export import ExportRequest, export_package, parity, targets
+from rmse_edge.export import onnx as onnx_target
+from rmse_edge.export.onnx_passes import subgraphs
+from rmse_edge.export.parity import LOGITS_TOLERANCE, MARGIN, Margins, compare
+from rmse_edge.export.program import ExportedMethod
+from rmse_edge.model import RMSE
+from rmse_edge.package import Package
+from rmse_edge.runtimes.base import Dials, Fed
+from rmse_edge.runtimes.torch import TorchRuntime
+
+# --------------------------------------------------------------------------------------------- a good package
+
+
+def test_a_good_package_passes_at_full_depth_and_two_adaptive_settings(package: Path) -> None:
+    """fp32: 256 positions per setting, logits within 1e-4, every depth equal, and the exits of each setting vary."""
+    report = Package.open(package).manifest["parity"]
+    assert report["rule"] == "exact"
+    assert list(report["settings"]) == ["full depth", "gate", "delta"]
+    for name, result in report["settings"].items():
+        assert result["positions"] >= 200
+        assert result["max_logit_difference"] <= 1e-4
+        assert result["same_depth"] == 1.0
+        assert result["undecided"] == []
+        assert (result["depth_sd"] > 0.3) == (name != "full depth")
+    settings = {name: result["dials"] for name, result in report["settings"].items()}
+    assert settings["full depth"]["exit_threshold"] == 1.0 and settings["full depth"]["exit_epsilon"] == 0.0
+    assert settings["gate"]["exit_threshold"] == pytest.approx(0.6)  # the checkpoint's own
+    assert settings["delta"]["exit_epsilon"] > 0
+    methods = {f"{m}_{c}" for m in ("prelude", "loop", "step", "head", "commit") for c in (1, 64)}
+    assert set(report["methods"]) == methods and max(report["methods"].values()) <= 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------ plants
+
+
+def wrong_weight(name: str) -> Callable[[Path], None]:
+    """One number of a tensor in weights.bin is off by 1 % of the tensor's largest."""
+
+    def plant(folder: Path) -> None:
+        for file in sorted(folder.glob("*.onnx")):
+            for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+                if tensor.name == name:
+                    entry = {e.key: e.value for e in tensor.external_data}
+                    values = np.memmap(
+                        folder / entry["location"], np.float32, "r+", int(entry["offset"]), tuple(tensor.dims)
+                    )
+                    values.flat[7] += np.abs(values).max() * 0.01
+                    values.flush()
+                    return
+        raise AssertionError(f"no tensor {name}")
+
+    return plant
+
+
+def graphs(model: ModelProto) -> list[onnx.GraphProto]:
+    found = [model.graph]
+    for graph in found:
+        for node in graph.node:
+            found.extend(subgraphs(node))
+    return found
+
+
+def constant_instead_of(name: str, value: Any) -> Callable[[ModelProto, ExportedMethod], None]:
+    """An input is not read: a constant takes its place."""
+
+    def plant(model: ModelProto, method: ExportedMethod) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), "baked_in"))
+        for graph in graphs(model):
+            for node in graph.node:
+                for i, given in enumerate(node.input):
+                    if given == name:
+                        node.input[i] = "baked_in"
+
+    return plant
+
+
+def output_becomes(
+    name: str, op: str, operand: Callable[[ExportedMethod], Any]
+) -> Callable[[ModelProto, ExportedMethod], None]:
+    """An output leaves the graph as op(output, operand)."""
+
+    def plant(model: ModelProto, method: ExportedMethod) -> None:
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                for i, given in enumerate(names):
+                    if given == name:
+                        names[i] = f"true_{name}"
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(operand(method)), "operand"))
+        model.graph.node.append(helper.make_node(op, [f"true_{name}", "operand"], [name]))
+
+    return plant
+
+
+def all_but_loop(k: int) -> Callable[[ExportedMethod], np.ndarray]:
+    def operand(method: ExportedMethod) -> np.ndarray:
+        loops = next(t.shape[0] for t in method.gives if t.name in ("new_keys", "keys"))
+        return (np.arange(loops) != k).astype(np.float32).reshape(-1, 1, 1, 1, 1)
+
+    return operand
+
+
+def no_balance_bias(model: ModelProto, method: ExportedMethod) -> None:
+    """Experts are selected by the logits alone."""
+    dropped = 0
+    for graph in graphs(model):
+        for node in graph.node:
+            if node.op_type == "Add" and any(name.endswith("balance_bias") for name in node.input):
+                kept = [name for name in node.input if not name.endswith("balance_bias")]
+                node.CopyFrom(helper.make_node("Identity", kept, list(node.output)))
+                dropped += 1
+    assert dropped == 1
+
+
+def no_propagation(model: ModelProto, method: ExportedMethod) -> None:
+    """commit hands on what the loop emitted, also for loops that never ran."""
+    for node in model.graph.node:
+        if node.op_type == "Where" and "new_keys" in node.input:
+            node.CopyFrom(helper.make_node("Identity", ["new_keys"], list(node.output)))
+            return
+    raise AssertionError("commit does not choose between emitted and propagated keys")
+
+
+# What is planted: (in which graphs, how, what the message must say).
+GRAPH_PLANTS: dict[str, tuple[set[str], Callable[[ModelProto, ExportedMethod], None], str]] = {
+    "balance_bias dropped": ({"loop_1", "loop_64", "step_1", "step_64"}, no_balance_bias, "full depth"),
+    "depth off by one": (
+        {"loop_1", "loop_64"},
+        output_becomes("depth", "Add", lambda _: np.int64(1)),
+        "parity failed at full depth: position 0: ",
+    ),
+    # One loop's keys are lost on the way to the cache: the call itself is right, whoever reads the cache is not.
+    "keys of one loop zeroed": ({"loop_64"}, output_becomes("new_keys", "Mul", all_but_loop(2)), "position 64: "),
+    "values of one loop zeroed": ({"loop_64"}, output_becomes("new_values", "Mul", all_but_loop(0)), "position 64: "),
+    "a position baked in": ({"loop_1", "loop_64"}, constant_instead_of("position", [0]), "position 64: "),
+    "decode writes no keys": (
+        {"loop_1"},
+        output_becomes("new_keys", "Mul", all_but_loop(3)),
+        "parity failed at full depth",
+    ),
+    "decode at a baked in position": (
+        {"loop_1"},
+        constant_instead_of("position", [191]),
+        "parity failed at full depth",
+    ),
+    "padding is not told": ({"loop_64"}, constant_instead_of("n_valid", [61]), "parity failed at "),
+    "the threshold is not read": (
+        {"loop_1", "loop_64"},
+        constant_instead_of("exit_threshold", np.float32(1)),
+        "parity failed at gate",
+    ),
+    "the epsilon is not read": (
+        {"loop_1", "loop_64"},
+        constant_instead_of("exit_epsilon", np.float32(0)),
+        "parity failed at delta",
+    ),
+    "NaN": ({"head_64"}, output_becomes("logits", "Add", lambda _: np.float32("nan")), "full depth: position 0"),
+    "only step is wrong": (
+        {"step_1"},
+        output_becomes("next_h", "Mul", lambda _: np.float32(1.01)),
+        "step_1: h differs",
+    ),
+    "step emits wrong values": (
+        {"step_64"},
+        output_becomes("new_values", "Mul", lambda _: np.float32(0.99)),
+        "step_64: new_values differs",
+    ),
+    "commit does not propagate (decode)": ({"commit_1"}, no_propagation, "parity failed at gate"),
+    "commit does not propagate (prefill)": ({"commit_64"}, no_propagation, "parity failed at delta"),
+}
+
+
+def attempt(model: RMSE, destination: Path, checkpoint: Path, **request: Any) -> ParityError:
+    """The export that must fail; nothing may be left of it."""
+    before = sorted(destination.parent.iterdir())
+    with pytest.raises(ParityError) as caught:
+        export_package(model, destination, ExportRequest(**request), checkpoint)
+    assert sorted(destination.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("case", GRAPH_PLANTS)
+def test_a_wrong_graph_fails_the_export(
+    case: str,
+    tiny: RMSE,
+    checkpoint: Path,
+    package: Path,
+    quick_export: Memo,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Each defect is planted between lowering and writing; the gate then runs the written package as always."""
+    where, plant, said = GRAPH_PLANTS[case]
+    planted = set()
+
+    def to_onnx(method: ExportedMethod, compact: bool) -> ModelProto:
+        model = quick_export.to_onnx(method, compact)
+        label = f"{method.name}_{method.chunk}"
+        if label in where:
+            plant(model, method)
+            planted.add(label)
+        return model
+
+    monkeypatch.setattr(onnx_target, "to_onnx", to_onnx)
+    error = attempt(tiny, tmp_path / "out.rmse", checkpoint)
+    assert planted == where
+    assert said in str(error)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "block.attention.kv_proj.weight.T", "block.experts.down_proj"])
+def test_a_changed_weight_fails_the_export(
+    name: str,
+    tiny: RMSE,
+    checkpoint: Path,
+    package: Path,
+    quick_export: Memo,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """One number of weights.bin changes after lowering: hashes are taken later, so only the comparison can see it."""
+    lower = targets.get_target("onnx")
+
+    def damaged(program: Any, folder: Path, options: Any) -> dict[str, Any]:
+        result = lower(program, folder, options)
+        wrong_weight(name)(folder)
+        return result
+
+    monkeypatch.setitem(targets._TARGETS, "onnx", damaged)
+    error = attempt(tiny, tmp_path / "out.rmse", checkpoint)
+    assert "the reference is decided" in str(error)
+
+
+# ------------------------------------------------------------------------------------------- undecided positions
+
+
+class AtThreshold(TorchRuntime):
+    """A candidate that decides as PyTorch does, but at a threshold of its own."""
+
+    def __init__(self, model: RMSE, threshold: float) -> None:
+        super().__init__(model, "candidate")
+        self.threshold = threshold
+
+    def feed(self, tokens: Any, dials: Dials, logits: str = "all") -> Fed:
+        return super().feed(tokens, dataclasses.replace(dials, exit_threshold=self.threshold), logits)
+
+
+def knife_edge(reference: TorchRuntime, tokens: np.ndarray, near: float) -> tuple[int, float]:
+    """A position of the first call and the threshold, close to `near`, that is exactly its brake score at some loop."""
+    dials = dataclasses.replace(reference.info.full_depth, exit_threshold=near)
+    with Margins(reference, dials) as seen:
+        reference.reset()
+        reference.feed(tokens[:64], dials)
+    rows, best = np.arange(64), (np.inf, 0, 0.0)
+    active = rows
+    for brake in seen.brake:  # of the rows still active, in order
+        closest = int(np.argmin(np.abs(brake - near)))
+        best = min(best, (abs(brake[closest] - near), int(active[closest]), float(brake[closest])))
+        active = active[brake < near]
+    return best[1], float(np.float32(best[2]))
+
+
+def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> None:
+    """Threshold exactly at one position's brake score, and a candidate that decides the other way there and only there.
+
+    The reference is undecided at that position: the comparison goes on behind it from an empty state, everything else
+    agrees, and the position is listed.
+    """
+    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    position, threshold = knife_edge(reference, tokens, 0.6)
+    assert 0 < position < 64
+    dials = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
+    reference.reset()
+    depth = reference.feed(tokens[:64], dials).depth
+    others = [AtThreshold(tiny, threshold + side * 1e-5) for side in (-1, 1)]
+    flips = [r.feed(tokens[:64], dials).depth[position] != depth[position] for r in others]
+    assert sum(flips) == 1
+    result = compare(reference, others[flips.index(True)], tokens, dials, exact=True)
+    assert result["undecided"] == [position]
+    assert result["same_depth"] == 1.0 and result["max_logit_difference"] <= LOGITS_TOLERANCE
+    assert compare(reference, others[flips.index(False)], tokens, dials, exact=True)["undecided"] == []
+
+
+def test_a_decided_position_is_no_excuse(tiny: RMSE) -> None:
+    """The same candidate further off decides differently where the reference is decided, and fails."""
+    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    _, threshold = knife_edge(reference, tokens, 0.6)
+    dials = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
+    with pytest.raises(ParityError, match=r"depth \d instead of \d, and the reference is decided"):
+        compare(reference, AtThreshold(tiny, threshold + 0.02), tokens, dials, exact=True)
+
+
+def test_a_router_on_the_knifes_edge_counts_as_undecided(tiny: RMSE) -> None:
+    """A position whose last selected expert is tied with the next one: whichever is taken, the rest must agree."""
+    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    full = reference.info.full_depth
+    with Margins(reference, full) as seen:
+        parity.teacher_forced(reference, tokens, full)
+    assert seen.positions.min() > MARGIN  # as it is, this model is decided everywhere
+    position = 30
+    routed: list[np.ndarray] = []
+    tiny.block.experts.observer = lambda k, routing: routed.append((routing.logits + bias).numpy())
+    bias = tiny.block.experts.balance_bias
+    reference.reset()
+    reference.feed(tokens[:64], full)
+    tiny.block.experts.observer = None
+    order = np.argsort(-routed[0][position])
+    top_k = tiny.config.top_k
+    last, next_one = int(order[top_k - 1]), int(order[top_k])
+    gap = float(routed[0][position, last] - routed[0][position, next_one])
+    edge, other = mixed_model(), mixed_model()
+    for model, nudge in ((edge, -1e-5), (other, 1e-5)):  # the next expert is just below, or just above
+        model.load_state_dict(tiny.state_dict())
+        model.block.experts.balance_bias[next_one] += gap + nudge
+    reference, candidate = TorchRuntime(edge, "reference"), TorchRuntime(other, "candidate")
+    result = compare(reference, candidate, tokens, full, exact=True)
+    assert result["undecided"] == [position] and result["max_logit_difference"] <= LOGITS_TOLERANCE
+
+
+def test_more_than_one_percent_undecided_fails(tiny: RMSE) -> None:
+    """A gate that knows nothing gives every position the same brake score: at that threshold nothing is ever decided."""
+    blind = mixed_model()
+    blind.load_state_dict(tiny.state_dict())
+    with torch.no_grad():
+        blind.gate.weight.zero_()
+    score = 1 - (1 - torch.sigmoid(blind.gate.bias).item()) ** 2  # after two loops
+    reference = TorchRuntime(blind, "reference")
+    dials = dataclasses.replace(reference.info.full_depth, exit_threshold=score + 1e-5)
+    with pytest.raises(ParityError, match=r"more than 1% of 256 positions are undecided: 0, 1, 2$"):
+        compare(reference, AtThreshold(blind, score - 1e-5), random_tokens(256), dials, exact=True)
+
+
+# ------------------------------------------------------------------------------------------------ the rounded rule
+
+
+def test_the_rounded_rule_forgives_rounding_and_nothing_else(tiny: RMSE) -> None:
+    """A millionth of noise on the weights passes; other exits, other tokens or flatter logits do not."""
+    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    dials = dataclasses.replace(reference.info.full_depth, exit_threshold=0.6)
+
+    def changed(change: Callable[[RMSE], Any]) -> TorchRuntime:
+        model = mixed_model()
+        model.load_state_dict(tiny.state_dict())
+        with torch.no_grad():
+            change(model)
+        return TorchRuntime(model, "candidate")
+
+    assert compare(reference, changed(lambda m: m.embed.weight.mul_(1 + 1e-6)), tokens, dials, exact=False)["kl"] < 1e-6
+    for candidate, said in (
+        (AtThreshold(tiny, 0.7), "same depth"),
+        (changed(lambda m: m.head_proj.weight.copy_(m.head_proj.weight.roll(1, 0))), "same top token 0"),
+        (changed(lambda m: m.head_proj.weight.mul_(0.7)), "KL "),
+        (changed(lambda m: m.norm.weight.fill_(float("nan"))), "nan"),
+    ):
+        with pytest.raises(ParityError, match=said):
+            compare(reference, candidate, tokens, dials, exact=False)
+
+
+def test_the_gate_reads_the_sample_text(package: Path, checkpoint: Path) -> None:
+    """The tokens compared are those of the text inside the package, not random ones."""
+    manifest = Package.open(package).manifest
+    tokens = parity_tokens(package, manifest)
+    text = (checkpoint / "sample.txt").read_text()
+    vocab = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
+    assert tokens.tolist() == [vocab[c] for c in text[:256]]
+
+
+def parity_tokens(package: Path, manifest: dict[str, Any]) -> np.ndarray:
+    from rmse_edge.config import RMSEConfig
+    from rmse_edge.export.pipeline import parity_tokens as chosen
+
+    return chosen(RMSEConfig.from_dict(manifest["model"]["config"]), package, manifest["text"])
+
+
+def test_a_failed_replacement_keeps_the_old_package(
+    tiny: RMSE, checkpoint: Path, package: Path, quick_export: Memo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """--force replaces a package only by one that has passed."""
+    destination = tmp_path / "tiny.rmse"
+    export_package(tiny, destination, ExportRequest(check=False), checkpoint)
+    before = {p.name: p.read_bytes() for p in destination.iterdir()}
+    to_onnx = quick_export.to_onnx
+
+    def wrong(method: ExportedMethod, compact: bool) -> ModelProto:
+        model = to_onnx(method, compact)
+        if method.name == "loop":
+            output_becomes("depth", "Add", lambda _: np.int64(1))(model, method)
+        return model
+
+    monkeypatch.setattr(onnx_target, "to_onnx", wrong)
+    attempt(tiny, destination, checkpoint, overwrite=True)
+    assert {p.name: p.read_bytes() for p in destination.iterdir()} == before
+    with pytest.raises(ExportError, match="already exists"):
+        export_package(tiny, destination, ExportRequest(), checkpoint)
