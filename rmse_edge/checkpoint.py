@@ -103,7 +103,10 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         yield scratch
+        umask = os.umask(0)
+        os.umask(umask)
         for path in sorted(scratch.iterdir()):
+            path.chmod(0o666 & ~umask)  # safetensors writes files only their owner can read
             os.replace(path, folder / path.name)
         created = False
     finally:

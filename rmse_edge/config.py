@@ -95,6 +95,12 @@ class RMSEConfig:
         for rule in self.exit_rules:
             if rule not in EXIT_RULES:
                 raise ConfigError(f"exit_rules: got {rule!r}, expected some of {', '.join(EXIT_RULES)}")
+        for rule, name, on in (
+            ("gate", "exit_threshold", self.exit_threshold < 1),
+            ("delta", "exit_epsilon", self.exit_epsilon > 0),
+            ("entropy", "exit_entropy", self.exit_entropy > 0),
+        ):
+            self._require(not on or rule in self.exit_rules, name, f"it off, since exit_rules has no {rule!r}")
         if self.step_encoding == "temporal_rope":
             ok = self.step_dims % 2 == 0 and 0 < self.step_dims < self.head_dim
             self._require(ok, "step_dims", f"an even number below head_dim ({self.head_dim})")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Memo, assert_one_line, mixed_model, random_tokens, tiny_config, write_checkpoint
+from helpers import Memo, assert_one_line, decided_text, mixed_model, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import UserError
 from rmse_edge.exit import delta_stops, entropy_stops, gate_stops
 from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.export.onnx_passes import WeightFile
 from rmse_edge.export.pipeline import rounded
 from rmse_edge.model import RMSE
 from rmse_edge.package import Package
@@ -91,7 +92,7 @@ def test_chunks_and_single_tokens_equal_one_full_forward(setting: str, package: 
     """
     runtime = open_runtime(package)
     assert isinstance(runtime, LoopRuntime)
-    dials, ids = runtime.info.dials_with(**DIALS[setting]), random_tokens(330, seed=2)
+    dials, ids = runtime.info.dials_with(**DIALS[setting]), decided_text(330)
     expected = full_forward(tiny, ids, dials)
     assert_same(fed(runtime, ids, dials, [200, *[1] * 60, 45, *[1] * 25]), expected)
     assert_same(fed(runtime, ids, dials, [1] * 330), expected)
@@ -103,7 +104,7 @@ def test_chunks_and_single_tokens_equal_one_full_forward(setting: str, package: 
 def test_a_call_costs_as_many_iterations_as_its_deepest_position(package: Path) -> None:
     """What the loop reports as iterations, per call, is the largest depth of the call's positions."""
     runtime = open_runtime(package)
-    ids = random_tokens(140, seed=3)
+    ids = decided_text(140)
     seen = set()
     for threshold in (0.3, 0.6, 0.9):
         runtime.reset()
@@ -120,7 +121,7 @@ def test_a_call_costs_as_many_iterations_as_its_deepest_position(package: Path) 
 
 def test_positions_far_out_agree_too(package: Path, tiny: RMSE) -> None:
     """At position 10 million, on a ring that a long text has filled, package and PyTorch agree in chunks and singly."""
-    ids = random_tokens(264, seed=4)
+    ids = decided_text(264)
     found = []
     for runtime in (open_runtime(package), TorchRuntime(tiny, "reference")):
         assert isinstance(runtime, LoopRuntime)
@@ -149,7 +150,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_model_exports_and_agrees(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_model_exports_and_agrees(kind: str, quick_export: Memo, tmp_path: Path) -> None:
     """Real exports with the gate, at full depth and adaptive; then against one full forward, with early exits."""
     model = mixed_model(**KINDS[kind])
     package = export_package(model, tmp_path / "p.rmse", ExportRequest())
@@ -163,7 +164,7 @@ def test_every_kind_of_model_exports_and_agrees(kind: str, tmp_path: Path) -> No
     assert ("entropy" in settings) == entropy
     runtime = open_runtime(package.folder)
     assert isinstance(runtime, LoopRuntime)
-    ids = random_tokens(100, seed=2)
+    ids = decided_text(100)
     for result in settings.values():
         dials = Dials(**result["dials"])
         expected = full_forward(model, ids, dials)
@@ -171,7 +172,7 @@ def test_every_kind_of_model_exports_and_agrees(kind: str, tmp_path: Path) -> No
         assert len(set(expected[1].tolist())) > 1 or result is settings["full depth"]
 
 
-def test_a_float16_cache_is_half_the_state(tmp_path: Path) -> None:
+def test_a_float16_cache_is_half_the_state(quick_export: Memo, tmp_path: Path) -> None:
     """K and V rounded to float16 before use: the gate passes, the ring is float16, chunks and singles agree."""
     model = mixed_model(kv_dtype="float16")
     package = export_package(model, tmp_path / "p.rmse", ExportRequest())
@@ -179,7 +180,7 @@ def test_a_float16_cache_is_half_the_state(tmp_path: Path) -> None:
     assert isinstance(runtime, LoopRuntime)
     assert {a.dtype for a in runtime.state.values()} == {np.dtype(np.float16)}
     assert 2 * runtime.state_bytes() == TorchRuntime(mixed_model(), "float32").state_bytes()
-    ids, dials = random_tokens(200, seed=2), runtime.info.dials_with(exit_threshold=0.6)
+    ids, dials = decided_text(200), runtime.info.dials_with(exit_threshold=0.6)
     expected = full_forward(model, ids, dials)
     assert_same(fed(runtime, ids, dials, [170, *[1] * 30]), expected)
 
@@ -191,7 +192,7 @@ def test_fp16_storage_computes_what_the_rounded_model_computes(
     half = export_package(tiny, tmp_path / "half.rmse", ExportRequest(quant="fp16"), checkpoint)
     runtime = open_runtime(half.folder)
     assert isinstance(runtime, LoopRuntime)
-    ids, dials = random_tokens(200, seed=2), runtime.info.dials_with(exit_threshold=0.6)
+    ids, dials = decided_text(200), runtime.info.dials_with(exit_threshold=0.6)
     expected = full_forward(rounded(tiny, "fp16"), ids, dials)
     assert_same(fed(runtime, ids, dials, [170, *[1] * 30]), expected)
     assert np.abs(full_forward(tiny, ids, dials)[0] - expected[0]).max() > 1e-4  # and not what the unrounded one does
@@ -203,7 +204,7 @@ def test_without_compaction_the_numbers_are_the_same(
     """--no-compact computes stopped rows too; the gate passes, and the two packages agree."""
     plain = export_package(tiny, tmp_path / "plain.rmse", ExportRequest(compact=False))
     assert plain.manifest["lowering"]["compact"] is False
-    ids = random_tokens(200, seed=2)
+    ids = decided_text(200)
     found = []
     for folder in (package, plain.folder):
         runtime = open_runtime(folder)
@@ -324,10 +325,9 @@ def test_a_checkpoint_with_nan_is_refused_by_name(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-def test_a_model_with_nan_in_memory_is_refused_by_name(tiny: RMSE, tmp_path: Path) -> None:
+def test_a_model_with_nan_in_memory_is_refused_by_name(tmp_path: Path) -> None:
     """The library checks too, for models that never were a checkpoint."""
     broken = mixed_model()
-    broken.load_state_dict(tiny.state_dict())
     with torch.no_grad():
         broken.inject.weight[3, 5] = float("nan")
     with pytest.raises(UserError) as caught:
@@ -336,10 +336,20 @@ def test_a_model_with_nan_in_memory_is_refused_by_name(tiny: RMSE, tmp_path: Pat
     assert listing(tmp_path) == []
 
 
-def test_a_weight_beyond_float16_is_refused_by_name(tiny: RMSE, quick_export: Memo, tmp_path: Path) -> None:
+def test_the_reference_is_rounded_as_the_package_is() -> None:
+    """Parameters and buffers from 1 KB on, such as the balancing bias of 512 experts; smaller ones stay float32."""
+    model = mixed_model(n_experts=512, expert_width=32)
+    twin = rounded(model, "fp16")
+    for (name, before), (_, after) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
+        expected = before.half().float() if before.nbytes >= WeightFile.INLINE_BELOW else before
+        assert torch.equal(after, expected), name
+    bias = "block.experts.balance_bias"
+    assert not torch.equal(model.state_dict()[bias], twin.state_dict()[bias])
+
+
+def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     """--quant fp16 never writes an infinity."""
     large = mixed_model()
-    large.load_state_dict(tiny.state_dict())
     with torch.no_grad():
         large.head_proj.weight[3, 5] = 1e5
     with pytest.raises(UserError) as caught:

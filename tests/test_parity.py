@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import Memo, mixed_model, random_tokens
+from helpers import Memo, decided_text, mixed_model
 from onnx import ModelProto, helper, numpy_helper
 
 from rmse_edge.errors import ExportError, ParityError
@@ -251,6 +251,9 @@ def test_a_changed_weight_fails_the_export(
 # ------------------------------------------------------------------------------------------- undecided positions
 
 
+TEXT = decided_text(256)
+
+
 class AtThreshold(TorchRuntime):
     """A candidate that decides as PyTorch does, but at a threshold of its own."""
 
@@ -283,7 +286,7 @@ def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> No
     The reference is undecided at that position: the comparison goes on behind it from an empty state, everything else
     agrees, and the position is listed.
     """
-    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    reference, tokens = TorchRuntime(tiny, "reference"), TEXT
     position, threshold = knife_edge(reference, tokens, 0.6)
     assert 0 < position < 64
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
@@ -300,7 +303,7 @@ def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> No
 
 def test_a_decided_position_is_no_excuse(tiny: RMSE) -> None:
     """The same candidate further off decides differently where the reference is decided, and fails."""
-    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    reference, tokens = TorchRuntime(tiny, "reference"), TEXT
     _, threshold = knife_edge(reference, tokens, 0.6)
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
     with pytest.raises(ParityError, match=r"depth \d instead of \d, and the reference is decided"):
@@ -309,7 +312,7 @@ def test_a_decided_position_is_no_excuse(tiny: RMSE) -> None:
 
 def test_a_router_on_the_knifes_edge_counts_as_undecided(tiny: RMSE) -> None:
     """A position whose last selected expert is tied with the next one: whichever is taken, the rest must agree."""
-    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    reference, tokens = TorchRuntime(tiny, "reference"), TEXT
     full = reference.info.full_depth
     with Margins(reference, full) as seen:
         parity.teacher_forced(reference, tokens, full)
@@ -327,7 +330,6 @@ def test_a_router_on_the_knifes_edge_counts_as_undecided(tiny: RMSE) -> None:
     gap = float(routed[0][position, last] - routed[0][position, next_one])
     edge, other = mixed_model(), mixed_model()
     for model, nudge in ((edge, -1e-5), (other, 1e-5)):  # the next expert is just below, or just above
-        model.load_state_dict(tiny.state_dict())
         model.block.experts.balance_bias[next_one] += gap + nudge
     reference, candidate = TorchRuntime(edge, "reference"), TorchRuntime(other, "candidate")
     result = compare(reference, candidate, tokens, full, exact=True)
@@ -337,40 +339,54 @@ def test_a_router_on_the_knifes_edge_counts_as_undecided(tiny: RMSE) -> None:
 def test_more_than_one_percent_undecided_fails(tiny: RMSE) -> None:
     """A gate that knows nothing gives every position the same brake score: at that threshold nothing is ever decided."""
     blind = mixed_model()
-    blind.load_state_dict(tiny.state_dict())
     with torch.no_grad():
         blind.gate.weight.zero_()
     score = 1 - (1 - torch.sigmoid(blind.gate.bias).item()) ** 2  # after two loops
     reference = TorchRuntime(blind, "reference")
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=score + 1e-5)
     with pytest.raises(ParityError, match=r"more than 1% of 256 positions are undecided: 0, 1, 2$"):
-        compare(reference, AtThreshold(blind, score - 1e-5), random_tokens(256), dials, exact=True)
+        compare(reference, AtThreshold(blind, score - 1e-5), TEXT, dials, exact=True)
 
 
 # ------------------------------------------------------------------------------------------------ the rounded rule
 
 
+class Misreporting(TorchRuntime):
+    """A candidate whose depths are off at every `every`-th position."""
+
+    def __init__(self, model: RMSE, every: int, by: int) -> None:
+        super().__init__(model, "candidate")
+        self.every, self.by = every, by
+
+    def feed(self, tokens: Any, dials: Dials, logits: str = "all") -> Fed:
+        fed = super().feed(tokens, dials, logits)
+        positions = np.arange(self.position - len(tokens), self.position)
+        return dataclasses.replace(fed, depth=fed.depth + self.by * (positions % self.every == 0))
+
+
 def test_the_rounded_rule_forgives_rounding_and_nothing_else(tiny: RMSE) -> None:
-    """A millionth of noise on the weights passes; other exits, other tokens or flatter logits do not."""
-    reference, tokens = TorchRuntime(tiny, "reference"), random_tokens(256, seed=5)
+    """A millionth of noise on the weights passes; other tokens, other depths, flatter logits or NaN do not."""
+    reference = TorchRuntime(tiny, "reference")
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=0.6)
 
     def changed(change: Callable[[RMSE], Any]) -> TorchRuntime:
         model = mixed_model()
-        model.load_state_dict(tiny.state_dict())
         with torch.no_grad():
             change(model)
         return TorchRuntime(model, "candidate")
 
-    assert compare(reference, changed(lambda m: m.embed.weight.mul_(1 + 1e-6)), tokens, dials, exact=False)["kl"] < 1e-6
-    for candidate, said in (
-        (AtThreshold(tiny, 0.7), "same depth"),
-        (changed(lambda m: m.head_proj.weight.copy_(m.head_proj.weight.roll(1, 0))), "same top token 0"),
-        (changed(lambda m: m.head_proj.weight.mul_(0.7)), "KL "),
-        (changed(lambda m: m.norm.weight.fill_(float("nan"))), "nan"),
+    for good in (changed(lambda m: m.embed.weight.mul_(1 + 1e-6)), Misreporting(tiny, every=64, by=1)):
+        assert compare(reference, good, TEXT, dials, exact=False)["kl"] < 1e-6
+    for bad, said in (
+        (changed(lambda m: m.head_proj.weight.copy_(m.head_proj.weight.roll(1, 0))), "same top token .* < 98%"),
+        (AtThreshold(tiny, 0.7), "same top token .* < 98%"),
+        (Misreporting(tiny, every=20, by=1), "same depth 94.9% < 97%"),
+        (Misreporting(tiny, every=40, by=3), "mean depth .* against"),
+        (changed(lambda m: m.head_proj.weight.mul_(0.7)), "KL .* > 5e-03"),
+        (changed(lambda m: m.head_proj.weight.fill_(float("nan"))), "same top token"),
     ):
         with pytest.raises(ParityError, match=said):
-            compare(reference, candidate, tokens, dials, exact=False)
+            compare(reference, bad, TEXT, dials, exact=False)
 
 
 def test_the_gate_reads_the_sample_text(package: Path, checkpoint: Path) -> None:
