@@ -86,7 +86,7 @@ class RMSE(nn.Module):
         self.gate = nn.Linear(config.d_model, 1)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        # Called as observer(k, active=, routing=, log_survival=, change=) in every eager iteration; see `Observer`.
+        # Called as observer(k, active=, before=, after=, log_survival=) by every eager `step`; never exported.
         self.observer: Callable[..., None] | None = None
         self.reset_parameters()
 

@@ -222,18 +222,22 @@ class LoopRuntime:
             )
         return ids
 
-    def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
-        """One call: prelude, loop, head, commit, ring."""
-        n = len(ids)
-        tokens = np.zeros((1, chunk), np.int64)
-        tokens[0, :n] = ids
+    def context(self, chunk: int, n: int) -> Arrays:
+        """What a call of `chunk` rows, `n` of them valid, is told about where it stands."""
         cos, sin = rotary_angles(self._position + np.arange(chunk), self.info.rotary_dims, self.info.rope_theta)
-        context = {
+        return {
             "cos": cos[None],
             "sin": sin[None],
             "position": np.array([self._position], np.int64),
             "n_valid": np.array([n], np.int64),
         }
+
+    def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
+        """One call: prelude, loop, head, commit, ring."""
+        n = len(ids)
+        tokens = np.zeros((1, chunk), np.int64)
+        tokens[0, :n] = ids
+        context = self.context(chunk, n)
         prelude = self.methods.run("prelude", chunk, {"tokens": tokens})
         looped = self.methods.run("loop", chunk, prelude | context | self.state | dials.arrays())
         result = dict(looped)

@@ -19,7 +19,6 @@ import numpy as np
 from ..config import SEGMENT, RMSEConfig
 from ..costs import macs_per_token
 from ..errors import UserError
-from ..rope import rotary_angles
 from .base import Dials, LoopRuntime
 
 CONTEXT = SEGMENT  # tokens fed before decoding is timed
@@ -164,11 +163,10 @@ class Bench:
 
     def _loop(self, chunk: int, row: Row) -> float:
         """Milliseconds of one `loop` call, averaged over as many as fill `LOOP_SECONDS`."""
-        info, methods = self.runtime.info, self.runtime.methods
-        cos, sin = rotary_angles(np.arange(chunk), info.rotary_dims, info.rope_theta)
+        methods = self.runtime.methods
+        self.runtime.reset()
         feeds = methods.run("prelude", chunk, {"tokens": self.ids[None, :chunk]}) | self.runtime.state
-        feeds |= {"cos": cos[None], "sin": sin[None], "position": np.zeros(1, np.int64)}
-        feeds |= {"n_valid": np.full(1, chunk, np.int64)} | row.dials.arrays()
+        feeds |= self.runtime.context(chunk, chunk) | row.dials.arrays()
         calls, seconds, start = 0, 0.0, perf_counter()
         while seconds < LOOP_SECONDS:
             methods.run("loop", chunk, feeds)

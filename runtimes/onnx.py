@@ -108,4 +108,8 @@ class OnnxRuntime(LoopRuntime):
         manifest = package.manifest
         self.package = package
         info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
-        super().__init__(info, OnnxMethods(package.folder, manifest["lowering"]["graphs"], threads))
+        methods = OnnxMethods(package.folder, manifest["lowering"]["graphs"], threads)
+        super().__init__(info, methods)
+        for chunk in info.chunks:  # now, so that the first token does not wait for it
+            for method in ("prelude", "loop", "head", "commit"):
+                methods.session(method, chunk)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(2)  # the models of the tests are tiny: more threads only wait for each other
+torch.set_num_threads(1)  # the models of the tests are tiny: more threads only wait for each other
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -115,13 +115,11 @@ def test_balancing_wakes_idle_experts() -> None:
         experts = fresh(small_config()).train()
         with torch.no_grad():
             experts.step_logits.zero_()
-            experts.step_logits[:, :K] = 8.0
-        optimizer = torch.optim.SGD(experts.parameters(), lr=0.0)  # the bias alone moves
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(220):
-            experts(torch.randn(1, 64, D, generator=generator), 0).sum().backward()
-            optimizer.step()
-            idle[rate] = experts.balance(rate)
+            experts.step_logits[:, :K] = 4.0
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(150):  # the weights stay: the bias alone moves
+                experts(torch.randn(1, 64, D, generator=generator), 0)
+                idle[rate] = experts.balance(rate)
     assert idle[0.0] > 0.3 and idle[0.05] == 0.0
 
 

@@ -32,23 +32,28 @@ def expected_loss(losses: Tensor, gate_logits: Tensor, entropy_weight: float) ->
     """sum_k p_k CE_k - beta H(p), averaged over positions; p is the exit distribution.
 
     Args:
-        losses, gate_logits: (loops, B, T).
+        losses, gate_logits: (loops, ...), such as (loops, B, T).
     Returns:
         (loss, mean depth under p), scalars.
     """
     p = exit_distribution(gate_logits)
     entropy = -(p * p.clamp_min(1e-9).log()).sum(0)
-    depth = torch.arange(1, len(p) + 1, device=p.device).view(-1, 1, 1)
+    depth = depths_like(p)
     return ((p * losses).sum(0) - entropy_weight * entropy).mean(), (p * depth).sum(0).mean().detach()
+
+
+def depths_like(p: Tensor) -> Tensor:
+    """1..K along the first axis of p (K, ...), to be multiplied with it."""
+    return torch.arange(1, len(p) + 1, device=p.device).view(-1, *[1] * (p.dim() - 1))
 
 
 def gate_loss(losses: Tensor, gate_logits: Tensor, cost: float) -> Tensor:
     """Teach the gate what another loop is worth: sum_k p_k CE_k + cost * sum_k p_k k, averaged over positions.
 
     The improvement of every further loop is weighed against `cost` nats, and no gradient reaches the losses. (Ouro labels
-    each loop by the improvement just made, with a binary cross-entropy; at this size the exits that gives were no better
-    than a fixed depth of the same mean, and varied less: docs/training-notes.md has the numbers.)
+    each loop by the improvement just made, with a binary cross-entropy; at the shipped size its exits gained less over a
+    fixed depth and varied less: docs/training-notes.md has the numbers and the command.)
     """
     p = exit_distribution(gate_logits)
-    depth = torch.arange(1, len(p) + 1, device=p.device).view(-1, 1, 1)
+    depth = depths_like(p)
     return (p * (losses.detach() + cost * depth)).sum(0).mean()
