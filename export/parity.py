@@ -71,14 +71,15 @@ class Margins:
         brake = -np.expm1(log_survival[0].cpu().numpy().astype(np.float64))
         relative = ((after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30))[0].cpu().numpy()
         margin = self.routing.copy()
-        if self.dials.exit_threshold < 1:
+        decides = self.dials.min_loops <= k + 1 < self.dials.max_loops  # elsewhere no exit rule is asked
+        if decides and self.dials.exit_threshold < 1:
             margin = np.minimum(margin, np.abs(brake - self.dials.exit_threshold))
-        if self.dials.exit_epsilon > 0:
+        if decides and self.dials.exit_epsilon > 0:
             margin = np.minimum(margin, np.abs(relative - self.dials.exit_epsilon))
         if "entropy" in self.model.config.exit_rules:
             log_p = _log_softmax(self.model.head_proj(self.model.norm(after))[0].cpu().numpy())
             entropy = -(np.exp(log_p) * log_p).sum(-1)
-            if self.dials.exit_entropy > 0:
+            if decides and self.dials.exit_entropy > 0:
                 margin = np.minimum(margin, np.abs(entropy - self.dials.exit_entropy))
             self.entropy.append(entropy[live])
         rows = np.arange(len(self.calls[-1]))

@@ -273,7 +273,7 @@ def knife_edge(reference: TorchRuntime, tokens: np.ndarray, near: float) -> tupl
         reference.feed(tokens[:64], dials)
     rows, best = np.arange(64), (np.inf, 0, 0.0)
     active = rows
-    for brake in seen.brake:  # of the rows still active, in order
+    for brake in seen.brake[:-1]:  # of the rows still active, in order; the last loop ends all of them anyway
         closest = int(np.argmin(np.abs(brake - near)))
         best = min(best, (abs(brake[closest] - near), int(active[closest]), float(brake[closest])))
         active = active[brake < near]
@@ -299,6 +299,18 @@ def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> No
     assert result["undecided"] == [position]
     assert result["same_depth"] == 1.0 and result["max_logit_difference"] <= LOGITS_TOLERANCE
     assert compare(reference, others[flips.index(False)], tokens, dials, exact=True)["undecided"] == []
+
+
+def test_where_no_rule_is_asked_nothing_is_undecided(tiny: RMSE) -> None:
+    """Before min_loops and at the last loop, a brake score at the threshold decides nothing, so it excuses nothing."""
+    reference = TorchRuntime(tiny, "reference")
+    position, threshold = knife_edge(reference, TEXT, 0.6)
+    free = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
+    for dials in (free, dataclasses.replace(free, min_loops=tiny.config.max_loops)):
+        with Margins(reference, dials) as margins:
+            parity.teacher_forced(reference, TEXT, dials)
+        assert (margins.positions[position] < 1e-6) == (dials is free)
+    assert margins.positions.min() > MARGIN
 
 
 def test_a_decided_position_is_no_excuse(tiny: RMSE) -> None:
