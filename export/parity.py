@@ -6,7 +6,7 @@ and at two adaptive settings. Two rules:
 - exact (fp32): logits within 1e-4 and equal depth at every position, except from a position on where the reference
   itself is undecided: the margin between its 10th and 11th expert, or of the exit rule, is below 1e-4. There the
   comparison restarts from an empty state; such positions are listed and may be 1 % at most.
-- rounded (fp16 and quantised): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
+- rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
   (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
 
 The tokens are fed as in a conversation: a prompt, single tokens, another prompt. A model with the entropy rule gets a

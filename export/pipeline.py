@@ -110,7 +110,8 @@ def export_package(
             assert isinstance(candidate, LoopRuntime)
             candidate.info = dataclasses.replace(candidate.info, max_seq_len=None)  # the gate's text may be longer
             tokens = parity_tokens(model.config, folder, text)
-            exact = request.quant == "fp32"
+            # A float16 cache rounds K and V before use: two engines a millionth apart round a few of them differently.
+            exact = request.quant == "fp32" and model.config.kv_dtype == "float32"
             manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress)
         (folder / MANIFEST).unlink(missing_ok=True)
         seal(folder, manifest)

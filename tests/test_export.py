@@ -68,9 +68,9 @@ def fed(runtime: LoopRuntime, ids: np.ndarray, dials: Dials, parts: list[int]) -
     return np.concatenate([f.logits for f in found]), np.concatenate([f.depth for f in found])
 
 
-def assert_same(ours: Numbers, theirs: Numbers) -> None:
+def assert_same(ours: Numbers, theirs: Numbers, tolerance: float = 1e-4) -> None:
     assert ours[1].tolist() == theirs[1].tolist()
-    assert np.abs(ours[0] - theirs[0]).max() <= 1e-4
+    assert np.abs(ours[0] - theirs[0]).max() <= tolerance
 
 
 DIALS = {
@@ -149,6 +149,7 @@ KINDS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_exports_and_agrees(kind: str, quick_export: Memo, tmp_path: Path) -> None:
     """Real exports with the gate, at full depth and adaptive; then against one full forward, with early exits."""
@@ -173,16 +174,24 @@ def test_every_kind_of_model_exports_and_agrees(kind: str, quick_export: Memo, t
 
 
 def test_a_float16_cache_is_half_the_state(quick_export: Memo, tmp_path: Path) -> None:
-    """K and V rounded to float16 before use: the gate passes, the ring is float16, chunks and singles agree."""
+    """K and V rounded to float16 before use: the gate passes by the rounded rule, and the ring is float16.
+
+    Rounding turns a difference of 1e-7 between two engines into one of 5e-4 in a key now and then, so the numbers agree
+    to 1e-3 instead of 1e-4: chunks, single tokens and one full forward, with the same depths.
+    """
     model = mixed_model(kv_dtype="float16")
     package = export_package(model, tmp_path / "p.rmse", ExportRequest())
+    report = package.manifest["parity"]
+    assert report["rule"] == "rounded"
+    assert max(result["max_logit_difference"] for result in report["settings"].values()) <= 1e-3
     runtime = open_runtime(package.folder)
     assert isinstance(runtime, LoopRuntime)
     assert {a.dtype for a in runtime.state.values()} == {np.dtype(np.float16)}
     assert 2 * runtime.state_bytes() == TorchRuntime(mixed_model(), "float32").state_bytes()
     ids, dials = decided_text(200), runtime.info.dials_with(exit_threshold=0.6)
     expected = full_forward(model, ids, dials)
-    assert_same(fed(runtime, ids, dials, [170, *[1] * 30]), expected)
+    for parts in ([170, *[1] * 30], [1] * 200):
+        assert_same(fed(runtime, ids, dials, parts), expected, tolerance=1e-3)
 
 
 def test_fp16_storage_computes_what_the_rounded_model_computes(
@@ -474,6 +483,6 @@ def test_ctrl_c_ends_an_export_cleanly(tmp_path: Path) -> None:
         stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 130
     assert stdout == "" and "Traceback" not in stderr
-    assert stderr.split("\r")[-1].strip() == "rmse-export: interrupted"
+    assert stderr.splitlines()[-1].strip() == "rmse-export: interrupted"
     assert listing(out) == ["p.rmse", "p.rmse/manifest.json"]
     assert (out / "p.rmse" / "manifest.json").read_text() == "{}"

@@ -520,7 +520,7 @@ from transformers.models.auto import modeling_auto
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 loaders = modeling_auto.__loader__, modeling_auto.__spec__.loader
 print(type(model).__name__, {{type(loader).__name__ for loader in loaders}}, len(inspect.getsource(modeling_auto)) > 1000)
-print([f for f in sys.meta_path if "rmse_edge" in str(f)])
+print([f for f in sys.meta_path if "autoclass" in str(f)])
 """
     assert python(code).splitlines() == ["RMSEForCausalLM {'SourceFileLoader'} True", "[]"]
 

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     output = args.output or Path(f"{name}-{args.target}.rmse")
     from tqdm import tqdm
 
-    with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as bar:
+    with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None) as bar:
 
         def progress(stage: str) -> None:
             bar.set_description_str(stage)
