@@ -461,16 +461,12 @@ def test_ctrl_c_ends_an_export_cleanly(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "p.rmse").mkdir(parents=True)
     (out / "p.rmse" / "manifest.json").write_text("{}")
-    command = [
-        sys.executable,
-        "-m",
-        "rmse_edge.cli.export",
-        "-m",
-        str(checkpoint),
-        "-o",
-        str(out / "p.rmse"),
-        "--force",
-    ]
+    # A process started in the background inherits an ignored SIGINT; a person's shell does not.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from rmse_edge.cli.export import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-P", "-c", code, "-m", str(checkpoint), "-o", str(out / "p.rmse"), "--force"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as process:
