@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -441,17 +442,30 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert listing(tmp_path / "disk") == ["p.rmse", "p.rmse/manifest.json"]
 
 
-def test_a_full_disk_at_the_very_end(
-    checkpoint: Path, package: Path, quick_export: Memo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("write", [1, 2])
+def test_a_disk_that_is_full_at_the_very_end(
+    write: int,
+    checkpoint: Path,
+    package: Path,
+    quick_export: Memo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Only the last file, the sealed manifest with its parity report, does not fit any more."""
-    sizes = {p.name: p.stat().st_size for p in package.iterdir()}
-    room = sum(-(-size // 4096) * 4096 for size in sizes.values()) - sizes["manifest.json"] // 4096 * 4096
-    with full_disk(tmp_path / "disk", room) as reason:
-        if reason != "no space left":
-            pytest.skip("needs a disk of its own (root, to mount one); the weights of the test before do not")
-        assert reason in failure(capsys, "-m", checkpoint, "-o", tmp_path / "disk" / "p.rmse")
-        assert listing(tmp_path / "disk") == []
+    """Only the manifest does not fit any more: the first one, for the gate, or the last one, with the gate's report."""
+    writes = []
+
+    def write_text(path: Path, text: str, encoding: str | None = None) -> int:
+        writes.append(path.name)
+        if len(writes) == write:
+            path.write_bytes(text.encode()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return path.write_bytes(text.encode())
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert "no space left" in failure(capsys, "-m", checkpoint, "-o", tmp_path / "p.rmse")
+    assert writes == ["manifest.json"] * write
+    assert listing(tmp_path) == []
 
 
 def test_ctrl_c_ends_an_export_cleanly(tmp_path: Path) -> None:

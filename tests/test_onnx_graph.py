@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.reference
 import onnxruntime
 import pytest
 import torch
@@ -26,6 +27,7 @@ from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.onnx_passes import (
     WeightFile,
     find_loop,
+    hoist_invariants,
     names_read,
     remove_dead_nodes,
     subgraphs,
@@ -342,6 +344,47 @@ def test_a_weight_in_a_body_fails_the_export() -> None:
     )
     with pytest.raises(ExportError, match=r"the loop body holds w \[100\]"):
         weights_in_outer_scope(model)
+
+
+def looped(nodes: list[onnx.NodeProto], result: str) -> ModelProto:
+    """A model whose `Loop` carries x (4,) through `nodes`, with `w` and `v` in outer scope."""
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), *nodes],
+        "body",
+        [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), info("x", TensorProto.FLOAT, [4])],
+        [info("go_on", TensorProto.BOOL, []), info(result, TensorProto.FLOAT, [4])],
+    )
+    values = {"w": np.full(4, 2, np.float32), "v": np.full(4, 3, np.float32), "start": np.ones(4, np.float32)}
+    loop = helper.make_node("Loop", ["times", "true", "start"], ["y"], body=body)
+    return model_of([loop], values | {"times": np.array(5), "true": np.array(True)}, {"y": [4]})
+
+
+def test_what_every_iteration_would_compute_alike_is_computed_once() -> None:
+    """w + v and its square root leave the body; what reads the carry stays, and so does what the body gives."""
+    nodes = [
+        helper.make_node("Add", ["w", "v"], ["sum"]),
+        helper.make_node("Sqrt", ["sum"], ["root"]),
+        helper.make_node("Mul", ["x", "root"], ["scaled"]),
+        helper.make_node("Sub", ["scaled", "w"], ["x_next"]),
+    ]
+    before, after = looped(nodes, "x_next"), looped(nodes, "x_next")
+    hoist_invariants(after)
+    loop = find_loop(after)
+    assert loop is not None
+    assert [n.op_type for n in after.graph.node] == ["Add", "Sqrt", "Loop"]
+    assert [n.op_type for n in next(subgraphs(loop)).node] == ["Identity", "Mul", "Sub"]
+    onnx.checker.check_model(after)
+    a, b = (onnx.reference.ReferenceEvaluator(m).run(None, {})[0] for m in (before, after))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_result_that_no_carry_enters_stays_in_the_body() -> None:
+    """A body must give its outputs itself, even those every iteration computes alike."""
+    model = looped([helper.make_node("Add", ["w", "v"], ["x_next"])], "x_next")
+    hoist_invariants(model)
+    onnx.checker.check_model(model)
+    assert [n.op_type for n in model.graph.node] == ["Loop"]
 
 
 def test_equal_tensors_share_one_place_in_the_file(tmp_path: Path) -> None:
