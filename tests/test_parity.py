@@ -109,6 +109,19 @@ def output_becomes(
     return plant
 
 
+def wrong_only_when(name: str, given: str, value: int) -> Callable[[ModelProto, ExportedMethod], None]:
+    """An output is 1 % too large, but only in calls where the input `given` has this value."""
+
+    def plant(model: ModelProto, method: ExportedMethod) -> None:
+        output_becomes(name, "Mul", lambda _: np.float32(1.01))(model, method)
+        model.graph.node[-1].output[0] = "too_large"
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), "that_value"))
+        model.graph.node.append(helper.make_node("Equal", [given, "that_value"], ["that_call"]))
+        model.graph.node.append(helper.make_node("Where", ["that_call", "too_large", f"true_{name}"], [name]))
+
+    return plant
+
+
 def all_but_loop(k: int) -> Callable[[ExportedMethod], np.ndarray]:
     def operand(method: ExportedMethod) -> np.ndarray:
         loops = next(t.shape[0] for t in method.gives if t.name in ("new_keys", "keys"))
@@ -181,6 +194,16 @@ GRAPH_PLANTS: dict[str, tuple[set[str], Callable[[ModelProto, ExportedMethod], N
         {"step_64"},
         output_becomes("new_values", "Mul", lambda _: np.float32(0.99)),
         "step_64: new_values differs",
+    ),
+    "step is wrong in the deepest loop": (
+        {"step_1"},
+        wrong_only_when("new_values", "k", 3),
+        "step_1: new_values differs",
+    ),
+    "commit is wrong at half the depth": (
+        {"commit_64"},
+        wrong_only_when("keys", "iterations", 2),
+        "commit_64: keys differs",
     ),
     "commit does not propagate (decode)": ({"commit_1"}, no_propagation, "parity failed at gate"),
     "commit does not propagate (prefill)": ({"commit_64"}, no_propagation, "parity failed at delta"),
