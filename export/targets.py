@@ -43,8 +43,12 @@ def target(name: str) -> Callable[[Lowering], Lowering]:
 
 
 def target_names() -> list[str]:
-    from . import onnx  # noqa: F401  (registers itself)
-
+    try:
+        from . import onnx  # noqa: F401  (registers itself)
+    except ImportError as error:
+        if error.name not in ("onnx", "onnxscript"):
+            raise
+        raise UserError(f"{error.name} is not installed; install it with: pip install 'rmse-edge[onnx]'") from None
     return sorted(_TARGETS)
 
 
