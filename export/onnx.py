@@ -91,12 +91,14 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 @contextlib.contextmanager
 def _quiet():
     """The exporter reports on every optional package it does not find; errors still come as exceptions."""
-    logger = logging.getLogger("torch.onnx")
-    level, out = logger.level, io.StringIO()
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels, out = [logger.level for logger in loggers], io.StringIO()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(out):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

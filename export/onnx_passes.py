@@ -136,6 +136,20 @@ def weights_in_outer_scope(model: ModelProto) -> None:
                     raise ExportError(f"weights_in_outer_scope: the loop body holds {tensor.name} {list(tensor.dims)}")
 
 
+def outputs_are_computed(model: ModelProto) -> None:
+    """Give every output a node: weights are renamed when they move into their file, outputs keep their names.
+
+    Given:   initializer y, which is a graph output
+    Result:  y = Identity(y_value)
+    """
+    graph = model.graph
+    outputs = {o.name for o in graph.output}
+    for tensor in graph.initializer:
+        if tensor.name in outputs:
+            graph.node.append(helper.make_node("Identity", [f"{tensor.name}_value"], [tensor.name]))
+            tensor.name = f"{tensor.name}_value"
+
+
 def drop_trace_metadata(model: ModelProto) -> None:
     """Remove the exporter's notes (source lines, stack traces): they hold paths of the machine that exported."""
 
@@ -155,7 +169,14 @@ def drop_trace_metadata(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-PASSES = (stack_to_scan, hoist_invariants, remove_dead_nodes, weights_in_outer_scope, drop_trace_metadata)
+PASSES = (
+    stack_to_scan,
+    hoist_invariants,
+    remove_dead_nodes,
+    outputs_are_computed,
+    weights_in_outer_scope,
+    drop_trace_metadata,
+)
 
 
 class WeightFile:

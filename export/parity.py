@@ -12,21 +12,27 @@ and at two adaptive settings. Two rules:
 The tokens are fed as in a conversation: a prompt, single tokens, another prompt. A model with the entropy rule gets a
 third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must
 match `loop`.
+
+A model with a neural memory is held to the same rule by its surprise at every segment's end, and its memory is compared
+after 32 segments, each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..config import SEGMENT
 from ..errors import ParityError
 from ..experts import Routing
 from ..loop import LoopSpec
-from ..runtimes.base import Arrays, Dials, LoopRuntime, Methods
+from ..runtimes.base import Arrays, Dials, Methods, Surprise
+from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchMethods, TorchRuntime
 from .program import LoopProgram, dial_specs, next_of, signature
 
@@ -35,6 +41,8 @@ MARGIN = 1e-4  # below it the reference is undecided
 UNDECIDED_SHARE = 0.01
 SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
 POSITIONS = 256  # tokens compared per setting
+MEMORY_SEGMENTS = 32  # written one after the other, before the memories are compared
+MEMORY_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 SINGLES = 32  # of them fed one by one, from two thirds on: through the graphs that decode, over a segment's end
 
 
@@ -132,17 +140,43 @@ def clear_threshold(values: np.ndarray) -> float:
     return float((central[widest] + central[widest + 1]) / 2)
 
 
-def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and depth of every token, fed from an empty state as a conversation is: a prompt, single tokens, a prompt.
+@dataclass(frozen=True)
+class Course:
+    """What one pass over n tokens gave."""
 
-    So large, padded and single-row calls all take part, and each kind reads what the others left in the ring.
+    logits: np.ndarray  # (n, V)
+    depth: np.ndarray  # (n,)
+    surprise: np.ndarray  # (n,) at the last position of every segment, 0 elsewhere
+
+
+def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Course:
+    """Every token, fed from an empty state as a conversation is: a prompt, single tokens, a prompt.
+
+    So large, padded and single-row calls all take part, and each kind reads what the others left in the ring. Made-up
+    hits are there from the first single token to the next boundary.
     """
     first = len(tokens) * 2 // 3
     last = first + SINGLES
     parts = [tokens[:first], *tokens[first:last, None], tokens[last:]]
     runtime.reset()
-    fed = [runtime.feed(part, dials) for part in parts if len(part)]
-    return np.concatenate([f.logits for f in fed]), np.concatenate([f.depth for f in fed])
+    fed, surprise = [], np.zeros(len(tokens))
+    for i, part in enumerate(parts):
+        if i == 1:
+            runtime.inject(made_up_hits(runtime))
+        if len(part):
+            fed.append(runtime.feed(part, dials))
+            for found in fed[-1].surprises:
+                surprise[found.position - 1] = found.value
+    return Course(np.concatenate([f.logits for f in fed]), np.concatenate([f.depth for f in fed]), surprise)
+
+
+def made_up_hits(runtime: LoopRuntime) -> np.ndarray | None:
+    """As many hits as the model takes but one, (n, slots, d) of mean square 1; None for a model without retrieval."""
+    space = runtime.info.retrieval
+    if space is None:
+        return None
+    shape = (max(1, space["hits"] - 1), space["slots"], runtime.info.config["d_model"])
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def compare(
@@ -155,12 +189,15 @@ def compare(
     """
     start, undecided = 0, []
     ours, theirs, depths = [], [], []
+    surprises: list[np.ndarray] = []
     while start < len(tokens):
         with Margins(reference, dials) as margins:
-            logits_a, depth_a = teacher_forced(reference, tokens[start:], dials)
-        logits_b, depth_b = teacher_forced(candidate, tokens[start:], dials)
-        difference = np.abs(logits_a - logits_b).max(1)
-        wrong = ~(difference <= LOGITS_TOLERANCE) | (depth_a != depth_b)  # NaN is wrong
+            a = teacher_forced(reference, tokens[start:], dials)
+        b = teacher_forced(candidate, tokens[start:], dials)
+        difference = np.abs(a.logits - b.logits).max(1)
+        surprise = np.abs(a.surprise - b.surprise) / np.maximum(1e-3, a.surprise)  # relative
+        wrong = ~(difference <= LOGITS_TOLERANCE) | (a.depth != b.depth)  # NaN is wrong
+        wrong |= ~(surprise <= MEMORY_TOLERANCE[True])
         n = len(wrong)
         if exact and wrong.any():
             first = int(np.argmax(wrong))
@@ -168,21 +205,25 @@ def compare(
             if not len(unsure):
                 raise ParityError(
                     f"position {start + first}: logits differ by {difference[first]:.1e} (allowed "
-                    f"{LOGITS_TOLERANCE:.0e}), depth {depth_b[first]} instead of {depth_a[first]}, and the reference is "
-                    f"decided (margin {margins.positions[: first + 1].min():.1e})"
+                    f"{LOGITS_TOLERANCE:.0e}), depth {b.depth[first]} instead of {a.depth[first]}, surprise by "
+                    f"{surprise[first]:.1e} relative, and the reference is decided (margin {margins.positions[: first + 1].min():.1e})"
                 )
             undecided.append(start + int(unsure[-1]))
             n = int(unsure[-1])
             if len(undecided) > UNDECIDED_SHARE * len(tokens):
                 listed = ", ".join(map(str, undecided))
                 raise ParityError(f"more than {UNDECIDED_SHARE:.0%} of {len(tokens)} positions are undecided: {listed}")
-        ours.append(logits_a[:n])
-        theirs.append(logits_b[:n])
-        depths.append(np.stack([depth_a[:n], depth_b[:n]]))
+        ours.append(a.logits[:n])
+        theirs.append(b.logits[:n])
+        depths.append(np.stack([a.depth[:n], b.depth[:n]]))
+        surprises.append(surprise[:n])
         start += n + 1 if exact and wrong.any() else n
-    return _summary(
+    summary = _summary(
         np.concatenate(ours), np.concatenate(theirs), np.concatenate(depths, 1), undecided, len(tokens), exact
     )
+    if reference.memory:
+        summary["max_surprise_difference"] = float(np.concatenate(surprises).max())  # relative
+    return summary
 
 
 def _summary(
@@ -228,13 +269,19 @@ def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
     feeds: Arrays = {}
     for t in (*spec.inputs, *spec.context, *spec.state):
         dtype = str(t.dtype).removeprefix("torch.")
-        if t.name in spec.notes.get("examples", {}):
+        if dtype == "bool":
+            feeds[t.name] = draw.random(t.shape) < 0.5
+        elif t.name in spec.notes.get("examples", {}):
             feeds[t.name] = np.asarray(spec.notes["examples"][t.name], dtype).reshape(t.shape)
         elif dtype == "int64":
             feeds[t.name] = draw.integers(0, spec.notes.get("ids", 2), t.shape)
         else:
             feeds[t.name] = draw.standard_normal(t.shape).astype(dtype)
     feeds |= {k: v.copy() for k, v in methods.run("prelude", spec.chunk, feeds).items()}
+    for t in spec.memory:
+        feeds[t.name] = (0.1 * np.abs(draw.standard_normal(t.shape))).astype(np.float32)
+    for takes, _ in spec.extra.values():
+        feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in takes if t.name not in feeds}
     return feeds
 
 
@@ -276,7 +323,7 @@ def compare_methods(
         dials = {t.name: np.array(dial_values[t.name], str(t.dtype).removeprefix("torch.")) for t in dial_specs(spec)}
         feeds = example_feeds(spec, reference)
         results: dict[str, Arrays] = {}
-        for name in ("prelude", "loop", "head", *(["commit"] if spec.commit else [])):
+        for name in ("prelude", "loop", "head", *(["commit"] if spec.commit else []), *spec.extra):
             given = feeds | results.get("loop", {}) | dials
             expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
             got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
@@ -297,6 +344,48 @@ def compare_methods(
         for t in spec.emits:
             note(f"step_{chunk}", t.name, results["loop"][t.name][: len(emits)], np.stack([e[t.name] for e in emits]))
     return worst
+
+
+def compare_memory(reference: TorchRuntime, candidate: LoopRuntime, exact: bool) -> dict[str, float]:
+    """Both write the same 32 segments of exit states, each into a memory of its own that starts blank.
+
+    Returns:
+        The largest difference of every memory tensor and of the surprise, relative to the tensor's largest value.
+    Raises:
+        ParityError: naming the tensor.
+    """
+    tokens = np.random.default_rng(1).integers(0, reference.info.vocab_size, MEMORY_SEGMENTS * SEGMENT)
+    segments: list[np.ndarray] = []
+
+    def keep(_: Surprise) -> None:
+        assert reference.segment is not None
+        segments.append(reference.segment.copy())
+
+    reference.reset()
+    reference.on_surprise = keep
+    try:
+        reference.feed(tokens, reference.info.full_depth, "last")
+    finally:
+        reference.on_surprise = None
+    written = []
+    for methods in (reference.methods, candidate.methods):
+        memory = {name: array.copy() for name, array in methods.run("blank", SEGMENT, {}).items()}
+        surprises = []
+        for segment in segments:
+            given = {"segment": segment, "n_valid": np.array([SEGMENT], np.int64)} | memory
+            out = methods.run("memorize", SEGMENT, given)
+            surprises.append(out["surprise"].copy())
+            memory = {name: out[f"next_{name}"].copy() for name in memory}
+        written.append(memory | {"surprise": np.stack(surprises)})
+    result = {}
+    for name, a in written[0].items():
+        result[name] = float(np.abs(a - written[1][name]).max() / max(1e-3, np.abs(a).max()))
+        if not result[name] <= MEMORY_TOLERANCE[exact]:
+            raise ParityError(
+                f"memory: {name} differs by {result[name]:.1e} relative after {len(segments)} segments "
+                f"(allowed {MEMORY_TOLERANCE[exact]:.0e})"
+            )
+    return result
 
 
 def _stacked_names(spec: LoopSpec):
@@ -340,6 +429,9 @@ def gate(
         ).items():
             worst[label] = max(worst.get(label, 0.0), difference)
     report["methods"] = worst
+    if reference.memory:
+        progress("parity of the memory")
+        report["memory"] = compare_memory(reference, candidate, exact)
     reference.reset()
     candidate.reset()
     return report

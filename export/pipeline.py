@@ -20,7 +20,7 @@ from ..errors import ExportError, UserError
 from ..model import RMSE
 from ..package import MANIFEST, Package, seal, writing
 from ..runtimes import runtime_for
-from ..runtimes.base import LoopRuntime
+from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchRuntime, model_info
 from ..text import Tokenizer, read_text
 from .parity import POSITIONS, gate

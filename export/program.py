@@ -5,10 +5,12 @@ This is the stage between a model and every target. Its methods and their tensor
 | method  | in                                                        | out                                        |
 |---------|-----------------------------------------------------------|--------------------------------------------|
 | prelude | inputs                                                    | prelude                                    |
-| loop    | prelude, context, state, dials                            | h, depth, iterations, stacked emits        |
-| step    | k, carry, prelude, context, row k of the state, dials     | next_ carry, emits, any_active             |
+| loop    | prelude, context, state, memory, dials                    | h, depth, iterations, stacked emits        |
+| step    | k, carry, prelude, context, row k of state, memory, dials | next_ carry, emits, any_active             |
 | head    | h                                                         | head                                       |
 | commit  | prelude, context, h, depth, iterations, stacked emits     | commit                                     |
+
+A model may add methods of its own (`LoopSpec.extra`), which hosts call outside the loop.
 
 `loop` holds the loop itself (`torch.while_loop`); `step` is one iteration, for hosts that own the loop. The names are
 those of the model's `LoopSpec`.
@@ -52,11 +54,13 @@ def signature(spec: LoopSpec, method: str) -> tuple[tuple[TensorSpec, ...], tupl
     depth = TensorSpec("depth", spec.active.shape, torch.int64)
     rows = tuple(TensorSpec(t.name, t.shape[1:], t.dtype) for t in spec.state)
     given = (*spec.prelude, *spec.context)
+    if method in spec.extra:
+        return spec.extra[method]
     return {
         "prelude": (spec.inputs, spec.prelude),
-        "loop": ((*given, *spec.state, *dial_specs(spec)), (spec.h, depth, ITERATIONS, *stacked(spec))),
+        "loop": ((*given, *spec.state, *spec.memory, *dial_specs(spec)), (spec.h, depth, ITERATIONS, *stacked(spec))),
         "step": (
-            (LOOP_INDEX, *spec.carried, *given, *rows, *dial_specs(spec)),
+            (LOOP_INDEX, *spec.carried, *given, *rows, *spec.memory, *dial_specs(spec)),
             (*(next_of(t) for t in spec.carried), *spec.emits, ANY_ACTIVE),
         ),
         "head": ((spec.h,), spec.head),
@@ -76,7 +80,10 @@ class Method(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         tensors = {t.name: v for t, v in zip(self.takes, values, strict=True)}
-        results = getattr(self, f"_{self.method}")(tensors)
+        if self.method in self.spec.extra:
+            results = getattr(self.model, self.method)(tensors)
+        else:
+            results = getattr(self, f"_{self.method}")(tensors)
         return tuple(results[t.name] for t in self.gives)
 
     def _prelude(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +94,7 @@ class Method(nn.Module):
 
     def _step(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         carry = {t.name: tensors[t.name] for t in self.spec.carried}
-        given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context)}
+        given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context, *self.spec.memory)}
         past = {t.name: tensors[t.name] for t in self.spec.state}
         invariants = self.model.begin(given)[1]
         new, emitted = self.model.step(tensors["k"], carry, past, given | invariants, self._dials(tensors))
@@ -131,7 +138,7 @@ class LoopProgram:
 
 
 def method_names(spec: LoopSpec) -> tuple[str, ...]:
-    return tuple(m for m in METHODS if m != "commit" or spec.commit)
+    return (*(m for m in METHODS if m != "commit" or spec.commit), *spec.extra)
 
 
 def trace(model: LoopModel, chunks: tuple[int, ...], progress: Callable[[str], None] = lambda _: None) -> LoopProgram:

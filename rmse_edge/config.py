@@ -18,6 +18,7 @@ STEP_ENCODINGS = ("learned", "temporal_rope")
 ATTENTION_GATES = ("headwise", "elementwise")
 EXIT_RULES = ("gate", "delta", "entropy")
 KV_DTYPES = ("float32", "float16")
+MEMORIES = ("none", "titans", "atlas")
 # What transformers may add to a config.json; none of it concerns the model.
 FOREIGN_KEYS = frozenset(
     "model_type architectures transformers_version dtype torch_dtype auto_map use_cache return_dict output_hidden_states "
@@ -54,6 +55,16 @@ class RMSEConfig:
     expert_width: int = 32  # a multiple of 32, so that it quantises in groups
     n_shared_experts: int = 1
     shared_width: int = 96  # of each shared expert
+    # neural memory: a two-layer MLP per sequence, written once per 64-token segment, read in every loop
+    memory: str = "none"  # or "titans", "atlas"
+    memory_dim: int = 64  # channels of values, and of titans' keys
+    memory_hidden: int = 256  # channels between the two layers
+    memory_key_dim: int = 16  # atlas: channels of keys, before all their products are added
+    memory_window: int = 128  # atlas: positions learned together, a multiple of 64
+    # retrieval: passages of a knowledge base, fetched when the memory is surprised, read by x0
+    retrieval_slots: int = 0  # vectors per passage; 0: no retrieval
+    retrieval_hits: int = 4  # passages injected at once, at most
+    retrieval_dim: int = 64  # channels of the keys that are searched
     # numerics and training
     norm_eps: float = 1e-6
     kv_dtype: str = "float32"  # K and V are rounded to it before any use
@@ -68,7 +79,8 @@ class RMSEConfig:
         object.__setattr__(self, "exit_rules", tuple(self.exit_rules))
         positive = (
             "vocab_size d_model n_heads n_kv_heads head_dim window max_loops min_loops n_experts top_k expert_width "
-            "n_shared_experts shared_width block_size"
+            "n_shared_experts shared_width memory_dim memory_hidden memory_key_dim memory_window retrieval_hits retrieval_dim "
+            "block_size"
         ).split()
         for name in positive:
             value = getattr(self, name)
@@ -78,6 +90,7 @@ class RMSEConfig:
             ("step_encoding", STEP_ENCODINGS),
             ("attention_gate", ATTENTION_GATES),
             ("kv_dtype", KV_DTYPES),
+            ("memory", MEMORIES),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
@@ -87,6 +100,13 @@ class RMSEConfig:
         self._require(self.head_dim % 2 == 0, "head_dim", "an even number")
         self._require(self.window >= SEGMENT, "window", f"at least {SEGMENT}")
         self._require(self.expert_width % 32 == 0, "expert_width", "a multiple of 32")
+        self._require(self.memory_window % SEGMENT == 0, "memory_window", f"a multiple of {SEGMENT}")
+        slots = self.retrieval_slots
+        whole = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 0
+        self._require(whole, "retrieval_slots", "0 (no retrieval) or a positive integer")
+        self._require(
+            slots == 0 or self.memory != "none", "retrieval_slots", "0, since there is no memory to be surprised"
+        )
         self._require(self.top_k <= self.n_experts, "top_k", f"at most n_experts ({self.n_experts})")
         self._require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
         self._require(self.exit_threshold > 0, "exit_threshold", "a positive number (1 or more disables the gate)")

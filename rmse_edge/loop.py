@@ -8,6 +8,8 @@ A looped model is five methods around one block that is applied until no positio
     head     what is read off the final state             h -> logits
     commit   what the call leaves behind                  h, emitted -> state for the next call
 
+A model may have further methods around these, such as RMS-E's `memorize`: see `LoopSpec.extra`.
+
 `LoopModel` is what an architecture implements; `run_loop` is the only loop there is: eager PyTorch drives it with a
 Python `while`, `torch.export` with `torch.while_loop`. Nothing here assumes a language model: a puzzle solver that
 refines a board has no context, no state and no commit.
@@ -67,9 +69,12 @@ class LoopSpec:
     head: tuple[TensorSpec, ...]  # what head returns
     context: tuple[TensorSpec, ...] = ()  # given by the host per call: angles, position, number of valid rows
     state: tuple[TensorSpec, ...] = ()  # kept between calls; (K, ...): iteration k reads row k
+    memory: tuple[TensorSpec, ...] = ()  # kept between calls, read whole by every iteration
     carry: tuple[TensorSpec, ...] = ()  # carried beside h, active and depth
     emits: tuple[TensorSpec, ...] = ()  # returned by every iteration; stacked to (K, ...) over the loop
     commit: tuple[TensorSpec, ...] = ()  # what commit returns; empty: the model has no commit
+    # Further methods, `Tensors -> Tensors`, that hosts call outside the loop: name -> (inputs, outputs).
+    extra: Mapping[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = field(default_factory=dict)
     dials: tuple[str, ...] = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon")
     # For hosts and tests: what is not a tensor (window, rope_theta, ...); "ids": exclusive upper bound of integer inputs,
     # "examples": name -> values, where made-up inputs must not be random.
@@ -105,7 +110,7 @@ class LoopModel(Protocol):
             k: 0-d int64, counted from 0.
             carry: h, active, depth and the model's own. A position that is not active keeps its state.
             past: row k of every state tensor.
-            fixed: prelude, context and invariants.
+            fixed: prelude, context, memory and invariants.
             dials: scalars named in `spec.dials`.
         Returns:
             (new carry without `depth`, which the driver counts; what this iteration emits).
@@ -139,7 +144,7 @@ def run_loop(
     """Apply the block until nothing is active or `max_loops` is reached.
 
     Args:
-        tensors: prelude's results, context and state, by name.
+        tensors: prelude's results, context, state and memory, by name.
         dials: the scalars of `spec.dials`.
     Returns:
         h, depth, iterations (0-d int64: the deepest position's depth, the real cost of the call) and every emit
@@ -150,10 +155,13 @@ def run_loop(
     names = [t.name for t in spec.carried]
     emits = [t.name for t in spec.emits]
     first = first | {"depth": torch.zeros_like(first["active"], dtype=torch.int64)}
+    h = first["h"]
     stacks = [
-        first["h"].new_zeros((spec.max_loops, *t.shape[:0], *_emit_shape(first["h"], spec, t))) for t in spec.emits
+        # Floating point emits have the type of h: the model may have been cast since its spec was written.
+        h.new_zeros((spec.max_loops, *_emit_shape(h, spec, t)), dtype=h.dtype if t.dtype.is_floating_point else t.dtype)
+        for t in spec.emits
     ]
-    start = (torch.zeros((), dtype=torch.int64, device=first["h"].device), *(first[n] for n in names), *stacks)
+    start = (torch.zeros((), dtype=torch.int64, device=h.device), *(first[n] for n in names), *stacks)
 
     def cond(k: Tensor, *values: Tensor) -> Tensor:
         return (k < dials["max_loops"]) & values[names.index("active")].any()

@@ -1,9 +1,9 @@
 """RMS-E: token embedding, one block applied up to K times, a brake, and a head.
 
-    x0 = embed(tokens);  h = x0
+    x0 = embed(tokens) (+ what was retrieved);  h = x0
     for k = 1..K:
         u  = h + inject(x0) + step[k]
-        u  = u + norm(attention(norm(u)))
+        u  = u + norm(attention(norm(u))) + memory(norm(u))
         h' = u + norm(experts(norm(u)))                  # a shared expert and 10 of 512 routed ones
         h  = where(active, h', h)                        # a stopped position keeps its state
         stop a position when an exit rule holds          # rmse_edge/exit.py
@@ -13,6 +13,9 @@
 deeper loop k, K_k, V_k = kv(norm(h_exit + inject(x0) + step[k])): inside a call that is simply what the block computes
 from the kept state; for loops the call never ran, `commit` does it in one batched product. Chunked prefill and decode
 therefore give the same numbers wherever positions stop.
+
+**Memory rule.** What leaves the window lives on in the neural memory (rmse_edge/memory.py): read by every iteration,
+written when a segment of 64 positions is complete, from the states its positions stopped with.
 """
 
 from __future__ import annotations
@@ -23,13 +26,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .atlas import Atlas
 from .attention import MASKED, Attention, RMSNorm, table_row
-from .config import RMSEConfig
+from .config import SEGMENT, RMSEConfig
 from .errors import ConfigError
 from .exit import add_log_survival, delta_stops, entropy_stops, gate_stops
 from .experts import SparseExperts
 from .loop import LoopSpec, Tensors, TensorSpec
+from .memory import Memory
+from .retrieval import Retrieval
 from .rope import rotary_angles
+from .titans import Titans
+
+MEMORIES: dict[str, type[Memory]] = {"titans": Titans, "atlas": Atlas}
+
+
+Recall = Callable[[Tensor], Tensor]  # normed states (B, C, d) -> what the memory knows about them (B, C, d)
+Stop = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # see `RMSE.trajectory`
 
 
 class Block(nn.Module):
@@ -54,12 +67,14 @@ class Block(nn.Module):
         mask: Tensor,
         past: tuple[Tensor, Tensor] | None = None,
         active: Tensor | None = None,
+        recall: Recall | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One iteration's computation on u (B, C, d).
 
         Args:
             past: keys and values (B, G, W, hd) of loop k from earlier calls.
             mask: (B or 1, 1, C, S), over past then chunk.
+            recall: reads the memory for normed states (B, C, d) -> (B, C, d).
         Returns:
             (h' (B, C, d), this chunk's keys and values of loop k, each (B, G, C, hd)).
         """
@@ -67,6 +82,8 @@ class Block(nn.Module):
         keys, values = self.attention.keys_values(x, k, cos, sin)
         seen = (keys, values) if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, (keys, values)))
         u = u + self.dropout(self.attention_post_norm(self.attention(x, k, cos, sin, *seen, mask)))
+        if recall is not None:
+            u = u + self.dropout(recall(x))
         h = u + self.dropout(self.experts_post_norm(self.experts(self.experts_norm(u), k, active)))
         return h, keys, values
 
@@ -82,6 +99,8 @@ class RMSE(nn.Module):
         if config.step_encoding == "learned":
             self.step_encoding = nn.Parameter(torch.zeros(config.max_loops, config.d_model))
         self.block = Block(config)
+        self.memory = MEMORIES[config.memory](config) if config.memory != "none" else None
+        self.retrieval = Retrieval(config) if config.retrieval_slots else None
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.gate = nn.Linear(config.d_model, 1)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -112,6 +131,10 @@ class RMSE(nn.Module):
         experts.step_logits.normal_(std=1.0)
         experts.gate_up_proj.normal_(std=config.d_model**-0.5)
         experts.down_proj.normal_(std=config.expert_width**-0.5)
+        if self.memory is not None:
+            self.memory.reset_parameters()
+        if self.retrieval is not None:
+            self.retrieval.reset_parameters()
         if config.tie_embeddings:
             self.embed.weight.normal_(std=0.02)
             self.head_proj.weight = self.embed.weight
@@ -128,10 +151,11 @@ class RMSE(nn.Module):
         ring = (c.max_loops, 1, c.n_kv_heads, c.window, c.head_dim)
         kv = getattr(torch, c.kv_dtype)
         scalar = ((1,), torch.int64)
+        memory = self.memory.specs() if self.memory is not None else ()
         return LoopSpec(
             chunk=chunk,
             max_loops=c.max_loops,
-            inputs=(TensorSpec("tokens", (1, chunk), torch.int64),),
+            inputs=(TensorSpec("tokens", (1, chunk), torch.int64), *self._retrieved()),
             prelude=(TensorSpec("x0", vector), TensorSpec("injection", vector)),
             context=(
                 TensorSpec("cos", (1, chunk, half)),
@@ -140,6 +164,7 @@ class RMSE(nn.Module):
                 TensorSpec("n_valid", *scalar),  # rows that are not padding
             ),
             state=(TensorSpec("past_keys", ring, kv), TensorSpec("past_values", ring, kv)),
+            memory=memory,
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(TensorSpec("log_survival", (1, chunk)),),
@@ -149,6 +174,7 @@ class RMSE(nn.Module):
                 TensorSpec("keys", (c.max_loops, *new_kv), kv),
                 TensorSpec("values", (c.max_loops, *new_kv), kv),
             ),
+            extra=self._extra(memory) if chunk == SEGMENT else {},
             dials=("max_loops", "min_loops", "exit_threshold", "exit_epsilon")
             + (("exit_entropy",) if "entropy" in c.exit_rules else ()),
             notes={
@@ -161,8 +187,31 @@ class RMSE(nn.Module):
             },
         )
 
+    def _retrieved(self) -> tuple[TensorSpec, ...]:
+        """The hits that the host gives to prelude."""
+        rows = self.config.retrieval_hits * self.config.retrieval_slots
+        vectors = TensorSpec("retrieved", (1, rows, self.config.d_model))
+        return (vectors, TensorSpec("retrieved_valid", (1, rows), torch.bool)) if rows else ()
+
+    def _extra(self, memory: tuple[TensorSpec, ...]) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
+        """Methods around segments: `blank`, `memorize` and `embed`."""
+        c = self.config
+        segment = (TensorSpec("segment", (1, SEGMENT, c.d_model)), TensorSpec("n_valid", (1,), torch.int64))
+        methods: dict[str, tuple[tuple[TensorSpec, ...], ...]] = {}
+        if memory:
+            methods["blank"] = ((), memory)
+            learned = (*(TensorSpec(f"next_{t.name}", t.shape) for t in memory), TensorSpec("surprise", (1,)))
+            methods["memorize"] = ((*segment, *memory), learned)
+        if c.retrieval_slots:
+            found = TensorSpec("key", (1, c.retrieval_dim)), TensorSpec("query", (1, c.retrieval_dim))
+            methods["embed_segment"] = (segment, (*found, TensorSpec("value", (1, c.retrieval_slots, c.d_model))))
+        return methods
+
     def prelude(self, tensors: Tensors) -> Tensors:
-        x0 = self.dropout(self.embed(tensors["tokens"]))
+        x0 = self.embed(tensors["tokens"])
+        if self.retrieval is not None and "retrieved" in tensors:
+            x0 = x0 + self.retrieval.inject(x0, tensors["retrieved"], tensors["retrieved_valid"])
+        x0 = self.dropout(x0)
         return {"x0": x0, "injection": self.inject(x0)}
 
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
@@ -193,7 +242,9 @@ class RMSE(nn.Module):
         before, active = carry["h"], carry["active"]
         ring = (past["past_keys"].to(before.dtype), past["past_values"].to(before.dtype))
         u = self.enter(before, fixed["injection"], k)
-        after, keys, values = self.block(u, k, fixed["cos"], fixed["sin"], fixed["mask"], ring, active)
+        after, keys, values = self.block(
+            u, k, fixed["cos"], fixed["sin"], fixed["mask"], ring, active, self.recall(fixed)
+        )
         normed = self.norm(after)
         log_survival = add_log_survival(carry["log_survival"], self.gate(normed).squeeze(-1), active)
         stop = gate_stops(log_survival, dials["exit_threshold"]) | delta_stops(before, after, dials["exit_epsilon"])
@@ -221,7 +272,32 @@ class RMSE(nn.Module):
             "values": torch.where(ran, tensors["new_values"], values).to(dtype),
         }
 
+    def blank(self, tensors: Tensors) -> Tensors:
+        """The memory of a sequence that has not begun."""
+        assert self.memory is not None
+        return {name: tensor.clone() for name, tensor in self.memory.initial(1).items()}
+
+    def embed_segment(self, tensors: Tensors) -> Tensors:
+        """`segment` (B, 64, d) and `n_valid` (B,) -> key and query (B, retrieval_dim), value (B, slots, d)."""
+        assert self.retrieval is not None
+        key, query, value = self.retrieval.embed(self.norm(tensors["segment"]), tensors["n_valid"])
+        return {"key": key, "query": query, "value": value}
+
+    def memorize(self, tensors: Tensors) -> Tensors:
+        """Teach the memory a segment: `segment` (B, 64, d), the states its positions stopped with.
+
+        With `n_valid` (B,) below 64 only `surprise` (B,) means anything: the memory's loss on what there is so far.
+        """
+        assert self.memory is not None
+        new, surprise = self.memory.write(self.norm(tensors["segment"]), tensors["n_valid"], tensors)
+        return {f"next_{name}": tensor for name, tensor in new.items()} | {"surprise": surprise}
+
     # ------------------------------------------------------------------------------------------------ pieces
+
+    def recall(self, state: Tensors) -> Recall | None:
+        """Reads the memory whose tensors are among `state`; None for a model without one."""
+        memory = self.memory
+        return None if memory is None else lambda x: memory.read(x, state)
 
     def enter(self, h: Tensor, injection: Tensor, k: int | Tensor) -> Tensor:
         """u = h + inject(x0) + step[k], (B, C, d)."""
@@ -244,49 +320,83 @@ class RMSE(nn.Module):
         self,
         tokens: Tensor,
         loops: int | None = None,
-        stop: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+        stop: Stop | None = None,
         stopped_kv: str = "propagate",
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """All states of a whole sequence from an empty past, every iteration computed.
 
+        A model with a memory goes through it segment by segment, each read by what the ones before it wrote; gradients
+        flow through the writes.
+
         Args:
             tokens: (B, T) int64, T positions from 0 on.
             loops: iterations, at most the trained depth (default).
-            stop: called as stop(k, before, after, gate_logit (B, T)) after iteration k (0-based) and returns which
-                positions to stop, (B, T) bool; stopped positions keep their state, so that deeper loops see the keys
-                and values that the deployed KV rule gives them.
+            stop: called as stop(k, before, after, log_survival (B, C)) after iteration k (0-based) of C of the positions
+                and returns which of them to stop, (B, C) bool; stopped positions keep their state, so that deeper loops
+                see the keys and values that the deployed KV rule gives them.
             stopped_kv: "propagate", the rule of this project, or "frozen": a stopped position repeats the keys and
                 values of its last iteration. Kept so that the comparison can be run again.
         Returns:
             (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
         """
-        count = tokens.shape[1]
-        angles = rotary_angles(np.arange(count), self.config.rotary_dims, self.config.rope_theta)
+        batch, count = tokens.shape
+        loops = self.config.max_loops if loops is None else loops
+        length = count if self.memory is None else SEGMENT
+        memory = {} if self.memory is None else self.memory.initial(batch)
+        past: list[tuple[Tensor, Tensor] | None] = [None] * loops
+        parts = []
+        for start in range(0, count, length):
+            piece = self._segment(tokens[:, start : start + length], start, past, memory, stop, stopped_kv)
+            parts.append(piece)
+            if self.memory is not None and start + length < count:
+                full = torch.full((batch,), length, device=tokens.device)
+                memory = self.memory.write(piece[0][-1], full, memory)[0]
+        states, gates, depths = zip(*parts)
+        return [torch.cat(of_loop, 1) for of_loop in zip(*states)], torch.cat(gates, 2), torch.cat(depths, 1)
+
+    def _segment(
+        self,
+        tokens: Tensor,
+        start: int,
+        past: list[tuple[Tensor, Tensor] | None],
+        memory: Tensors,
+        stop: Stop | None,
+        stopped_kv: str,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Positions `start` to `start + C` of `trajectory`; `past`, each loop's keys and values before them, moves on."""
+        window, count = self.config.window, tokens.shape[1]
+        row = torch.arange(start, start + count, device=tokens.device)
+        angles = rotary_angles(row.cpu().numpy(), self.config.rotary_dims, self.config.rope_theta)
         cos, sin = (torch.from_numpy(a).to(tokens.device)[None] for a in angles)
-        row = torch.arange(count, device=tokens.device)
-        distance = row[:, None] - row
-        seen = (distance >= 0) & (distance < self.config.window)
-        mask = torch.where(seen, 0.0, MASKED)[None, None]
+        distance = row[:, None] - torch.arange(start - min(start, window), start + count, device=tokens.device)
+        mask = torch.where((distance >= 0) & (distance < window), 0.0, MASKED)[None, None]
         prelude = self.prelude({"tokens": tokens})
         h, injection = prelude["x0"], prelude["injection"]
         active = torch.ones_like(tokens, dtype=torch.bool)
         depth = torch.zeros_like(tokens)
+        log_survival = torch.zeros(tokens.shape, device=tokens.device)
         states, gates = [], []
         frozen: tuple[Tensor, Tensor] | None = None
-        for k in range(self.config.max_loops if loops is None else loops):
+        recall = self.recall(memory)
+        for k in range(len(past)):
             u = self.enter(h, injection, k)
             if stopped_kv == "frozen":
-                after, frozen = self._frozen_iteration(u, k, cos, sin, mask, active, frozen)
+                after, frozen = self._frozen_iteration(u, k, cos, sin, mask, past[k], active, frozen, recall)
+                keys, values = frozen
             else:
-                after = self.block(u, k, cos, sin, mask)[0]
+                after, keys, values = self.block(u, k, cos, sin, mask, past[k], recall=recall)
+            if past[k] is not None:
+                keys, values = (torch.cat([p, n], 2) for p, n in zip(past[k], (keys, values)))  # type: ignore[arg-type]
+            past[k] = (keys[:, :, -window:], values[:, :, -window:])
             normed = self.norm(torch.where(active.unsqueeze(-1), after, h))
             gate = self.gate(normed).float().squeeze(-1)
+            log_survival = add_log_survival(log_survival, gate, active)
             states.append(normed)
             gates.append(gate)
             depth = depth + active
             before, h = h, torch.where(active.unsqueeze(-1), after, h)
             if stop is not None:
-                active = active & ~stop(k, before, h, gate)
+                active = active & ~stop(k, before, h, log_survival)
         return states, torch.stack(gates), depth
 
     def _frozen_iteration(
@@ -296,8 +406,10 @@ class RMSE(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor,
+        past: tuple[Tensor, Tensor] | None,
         active: Tensor,
         kept: tuple[Tensor, Tensor] | None,
+        recall: Recall | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The ablated rule: as the block, but stopped positions are read through the K and V they had last."""
         block = self.block
@@ -305,5 +417,8 @@ class RMSE(nn.Module):
         keys, values = block.attention.keys_values(x, k, cos, sin)
         if kept is not None:
             keys, values = (torch.where(active[:, None, :, None], n, o) for n, o in zip((keys, values), kept))
-        u = u + block.attention_post_norm(block.attention(x, k, cos, sin, keys, values, mask))
+        seen = (keys, values) if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, (keys, values)))
+        u = u + block.attention_post_norm(block.attention(x, k, cos, sin, *seen, mask))
+        if recall is not None:
+            u = u + recall(x)
         return u + block.experts_post_norm(block.experts(block.experts_norm(u), k)), (keys, values)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..errors import PackageError, UserError
 from ..package import MANIFEST, Package
-from .base import Dials, Fed, LoopRuntime, Methods, ModelInfo, Runtime
+from .base import Dials, Fed, Methods, ModelInfo, Runtime, Surprise
+from .host import LoopRuntime
 
-__all__ = ["Dials", "Fed", "LoopRuntime", "Methods", "ModelInfo", "Runtime", "open_runtime", "runtime_for"]
+__all__ = ["Dials", "Fed", "LoopRuntime", "Methods", "ModelInfo", "Runtime", "Surprise", "open_runtime", "runtime_for"]
 
 RUNTIMES = ("torch", "onnx")
 

@@ -3,8 +3,8 @@
 Two layers:
 
 - `Methods` runs one exported method on arrays. A target implements this and nothing else.
-- `Runtime` is a language model with a memory of what it was fed. `LoopRuntime` builds it on any `Methods`: it splits
-  input into calls, makes the angles, keeps the KV ring and reports depths.
+- `Runtime` is a language model that remembers what it was fed. `LoopRuntime` (runtimes/host.py) builds it on any
+  `Methods`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import SEGMENT
 from ..errors import UserError
-from ..rope import rotary_angles
 
 Arrays = dict[str, np.ndarray]
-
-# Prefill calls have 64 rows, decode calls one. Up to this many rows, single calls beat a padded 64-row call.
-SINGLE_CALLS = 6
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,9 @@ class ModelInfo:
     chunks: tuple[int, ...]  # rows of the calls that exist, ascending; the first is 1
     state: dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype), ring axis -2
     rings: dict[str, str]  # state name -> the commit result that fills it
+    memory: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # likewise; empty: the model has none
+    retrieval: dict[str, int] | None = None  # key_dims, slots and hits; None: the model has no retrieval head
+    fingerprint: str = ""  # of the weights, the same for a checkpoint and every package made of it
     max_seq_len: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -107,13 +105,29 @@ class ModelInfo:
         values = dict(values) | {"nbytes": nbytes}
         values["dials"] = Dials(**values["dials"])
         values["chunks"] = tuple(values["chunks"])
-        values["state"] = {k: (tuple(shape), dtype) for k, (shape, dtype) in values["state"].items()}
+        for name in ("state", "memory"):
+            values[name] = {k: (tuple(shape), dtype) for k, (shape, dtype) in values[name].items()}
         return cls(**values)
 
     @property
     def full_depth(self) -> Dials:
         """Every position runs every loop."""
         return Dials(self.max_loops)
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """How badly the memory predicted a segment, before it learned it."""
+
+    position: int  # tokens fed up to the segment's end
+    value: float  # mean loss of the memory: 1 where it knows nothing
+    mean: float  # of the segments before
+    std: float
+    segments: float  # how many those were (a trained start counts as some)
+
+    def above(self, gamma: float) -> bool:
+        """Whether it stands out: more than `gamma` deviations above the mean."""
+        return self.segments > 0 and self.value > self.mean + gamma * self.std
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,7 @@ class Fed:
     depth: np.ndarray  # (n,) int64: iterations each position executed
     iterations: list[int]  # per call, the deepest position's depth: what the call really cost
     chunks: list[int]  # per call, its rows
+    surprises: list[Surprise] = field(default_factory=list)  # of the segments that were completed
 
 
 class Runtime(Protocol):
@@ -146,108 +161,4 @@ class Runtime(Protocol):
         """
 
     def state_bytes(self) -> int:
-        """Bytes kept between calls."""
-
-
-def plan_calls(position: int, count: int, chunks: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Split `count` tokens from `position` on into calls (rows of the call, tokens in it).
-
-    No call crosses a multiple of 64 positions, so that a segment always ends with a call.
-
-    >>> plan_calls(60, 70, (1, 64))
-    [(1, 1), (1, 1), (1, 1), (1, 1), (64, 64), (1, 1), (1, 1)]
-    """
-    calls = []
-    largest = chunks[-1]
-    while count > 0:
-        n = min(count, largest, SEGMENT - position % SEGMENT)
-        if n <= SINGLE_CALLS:
-            calls += [(chunks[0], 1)] * n
-        else:
-            calls.append((min(c for c in chunks if c >= n), n))
-        position, count = position + n, count - n
-    return calls
-
-
-class LoopRuntime:
-    """`Runtime` on top of any target's `Methods`."""
-
-    def __init__(self, info: ModelInfo, methods: Methods) -> None:
-        self.info = info
-        self.methods = methods
-        self.state = {name: np.zeros(shape, dtype) for name, (shape, dtype) in info.state.items()}
-        self._position = 0
-
-    @property
-    def position(self) -> int:
-        return self._position
-
-    def reset(self) -> None:
-        # Slots are masked by position, so what they hold does not matter; zeroed all the same, to be reproducible.
-        for array in self.state.values():
-            array.fill(0)
-        self._position = 0
-
-    def state_bytes(self) -> int:
-        return sum(a.nbytes for a in self.state.values())
-
-    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
-        ids = self._checked(tokens)
-        dials.check(self.info.max_loops)
-        rows, depths, iterations, chunks = [], [], [], []
-        done = 0
-        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks):
-            last = done + n == len(ids)
-            out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
-            depths.append(out["depth"][0, :n].copy())
-            iterations.append(int(out["iterations"]))
-            chunks.append(chunk)
-            if "logits" in out:
-                rows.append(out["logits"][0, (0 if logits == "all" else n - 1) : n].copy())
-            done += n
-        return Fed(np.concatenate(rows), np.concatenate(depths), iterations, chunks)
-
-    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids = np.asarray(tokens, np.int64)
-        if ids.ndim != 1 or not len(ids):
-            raise UserError("no tokens to run; give a prompt of at least one token")
-        if ids.min() < 0 or ids.max() >= self.info.vocab_size:
-            raise UserError(f"token {ids[(ids < 0) | (ids >= self.info.vocab_size)][0]} is outside the vocabulary "
-                            f"(0..{self.info.vocab_size - 1})")  # fmt: skip
-        limit = self.info.max_seq_len
-        if limit is not None and self._position + len(ids) > limit:
-            raise UserError(
-                f"{self._position + len(ids)} tokens are more than the {limit} this package was exported for "
-                "(--max-seq-len); shorten the prompt or export again"
-            )
-        return ids
-
-    def context(self, chunk: int, n: int) -> Arrays:
-        """What a call of `chunk` rows, `n` of them valid, is told about where it stands."""
-        cos, sin = rotary_angles(self._position + np.arange(chunk), self.info.rotary_dims, self.info.rope_theta)
-        return {
-            "cos": cos[None],
-            "sin": sin[None],
-            "position": np.array([self._position], np.int64),
-            "n_valid": np.array([n], np.int64),
-        }
-
-    def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
-        """One call: prelude, loop, head, commit, ring."""
-        n = len(ids)
-        tokens = np.zeros((1, chunk), np.int64)
-        tokens[0, :n] = ids
-        context = self.context(chunk, n)
-        prelude = self.methods.run("prelude", chunk, {"tokens": tokens})
-        looped = self.methods.run("loop", chunk, prelude | context | self.state | dials.arrays())
-        result = dict(looped)
-        if head:
-            result |= self.methods.run("head", chunk, {"h": looped["h"]})
-        kept = self.methods.run("commit", chunk, prelude | context | looped)
-        window = self.info.window
-        first = max(0, n - window)
-        slots = (self._position + np.arange(first, n)) % window
-        for ring, source in self.info.rings.items():
-            self.state[ring][..., slots, :] = kept[source][..., first:n, :]
-        self._position += n
-        return result
+        """Bytes kept between calls, the same however long the text is."""

@@ -19,7 +19,8 @@ import numpy as np
 from ..config import SEGMENT, RMSEConfig
 from ..costs import macs_per_token
 from ..errors import UserError
-from .base import Dials, LoopRuntime
+from .base import Dials
+from .host import LoopRuntime
 
 CONTEXT = SEGMENT  # tokens fed before decoding is timed
 LOOP_SECONDS = 0.02  # time of one repetition of a loop row at least: single calls are too short for the clock

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import PackageError, UserError
 from ..package import Package
-from .base import Arrays, LoopRuntime, ModelInfo
+from .base import Arrays, ModelInfo
+from .host import LoopRuntime
 
 # Arrays up to this many bytes are copied into a buffer that stays bound; binding costs more than the copy.
 COPY_BELOW = 16384

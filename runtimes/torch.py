@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from ..config import SEGMENT
 from ..errors import UserError
 from ..loop import LoopModel, run_loop
 from ..model import RMSE
-from .base import Arrays, Dials, LoopRuntime, ModelInfo
+from .base import Arrays, Dials, ModelInfo
+from .host import LoopRuntime
 
 
 class TorchMethods:
@@ -32,8 +35,8 @@ class TorchMethods:
             out = run_loop(model, spec, tensors, {d: tensors[d] for d in spec.dials})
         elif method == "head":
             out = model.head(tensors["h"])
-        elif method == "commit":
-            out = model.commit(tensors)
+        elif method == "commit" or method in spec.extra:
+            out = getattr(model, method)(tensors)
         else:
             raise ValueError(f"unknown method {method!r}")
         return {k: v.cpu().numpy() for k, v in out.items()}
@@ -42,6 +45,7 @@ class TorchMethods:
 def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch") -> ModelInfo:
     """The host's view of an RMS-E model; `nbytes` is the size of what holds it on disk."""
     config, spec = model.config, model.spec(1)
+    slots = config.retrieval_slots
     return ModelInfo(
         name=name,
         target=target,
@@ -58,8 +62,24 @@ def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch") -> Mo
         chunks=(1, SEGMENT),
         state={t.name: (t.shape, str(t.dtype).removeprefix("torch.")) for t in spec.state},
         rings=dict(spec.notes["rings"]),
+        memory={t.name: (t.shape, "float32") for t in spec.memory},
+        retrieval=dict(key_dims=config.retrieval_dim, slots=slots, hits=config.retrieval_hits) if slots else None,
+        fingerprint=fingerprint(model),
         config=config.to_dict(),
     )
+
+
+def fingerprint(model: RMSE) -> str:
+    """SHA-256 of the architecture and all weights: what a session or a knowledge base was made with.
+
+    The dials do not count: they may be set anew for every call.
+    """
+    architecture = {k: v for k, v in model.config.to_dict().items() if not k.startswith("exit_") and k != "min_loops"}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class TorchRuntime(LoopRuntime):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.config import RMSEConfig
-from rmse_edge.exit import add_log_survival, delta_stops, entropy_stops, gate_stops
+from rmse_edge.exit import delta_stops, entropy_stops, gate_stops
 from rmse_edge.loop import DIALS, run_loop
 from rmse_edge.model import RMSE
 from rmse_edge.rope import rotary_angles
@@ -52,6 +52,8 @@ class RingHost:
     def __init__(self, model: RMSE, batch: int = 1) -> None:
         self.model, self.position = model, 0
         self.state = {s.name: s.zeros().repeat(1, batch, 1, 1, 1) for s in model.spec(1).state}  # (K, B, G, W, hd)
+        self.memory = {} if model.memory is None else model.memory.initial(batch)
+        self.segment: list[Tensor] = []  # exit states since the last write
 
     @torch.no_grad()
     def call(self, tokens: Tensor, dial: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ class RingHost:
         angles = rotary_angles(np.arange(self.position, self.position + chunk), config.rotary_dims, config.rope_theta)
         dtype = self.model.embed.weight.dtype
         cos, sin = (torch.from_numpy(a).to(dtype).expand(batch, -1, -1) for a in angles)
-        tensors = self.model.prelude({"tokens": padded}) | self.state | {"cos": cos, "sin": sin}
+        tensors = self.model.prelude({"tokens": padded}) | self.state | self.memory | {"cos": cos, "sin": sin}
         tensors |= {"position": torch.tensor([self.position] * batch), "n_valid": torch.tensor([count] * batch)}
         result = run_loop(self.model, self.model.spec(chunk), tensors, dial)
         new = self.model.commit(tensors | result)
@@ -76,7 +78,16 @@ class RingHost:
         for name, past in (("keys", "past_keys"), ("values", "past_values")):
             self.state[past][:, :, :, slots] = new[name][:, :, :, count - kept : count]
         self.position += count
+        self.segment.append(result["h"][:, :count])
+        if self.memory and self.position % 64 == 0:
+            given = {"segment": torch.cat(self.segment, 1), "n_valid": torch.tensor([64] * batch)}
+            self.memory = {n: t for n, t in self._memorized(given).items() if n != "surprise"}
+            self.segment = []
         return self.model.head(result["h"])["logits"][:, :count], result["depth"][:, :count]
+
+    def _memorized(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        new = self.model.memorize(given | self.memory)
+        return {name.removeprefix("next_"): tensor for name, tensor in new.items()}
 
     def feed(self, tokens: Tensor, dial: dict[str, Tensor], sizes: list[int], pad_to: int = 0) -> tuple[Tensor, Tensor]:
         """All of tokens (B, T) in calls of `sizes` (repeated as needed), none across a multiple of 64."""
@@ -92,11 +103,8 @@ class RingHost:
 @torch.no_grad()
 def whole_sequence(model: RMSE, tokens: Tensor, dial: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The same as `RingHost.feed`, from one `trajectory` over tokens (B, T) from an empty past."""
-    log_survival = torch.zeros(tokens.shape)
 
-    def stop(k: int, before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-        nonlocal log_survival
-        log_survival = add_log_survival(log_survival, gate, torch.ones_like(tokens, dtype=torch.bool))
+    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
         stops = gate_stops(log_survival, dial["exit_threshold"]) | delta_stops(before, after, dial["exit_epsilon"])
         if "exit_entropy" in dial:
             stops = stops | entropy_stops(model.head(after)["logits"], dial["exit_entropy"])

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import Memo, assert_one_line, decided_text, mixed_model, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,7 +32,7 @@ from rmse_edge.export.pipeline import rounded
 from rmse_edge.model import RMSE
 from rmse_edge.package import Package
 from rmse_edge.runtimes import Dials, open_runtime
-from rmse_edge.runtimes.base import LoopRuntime
+from rmse_edge.runtimes.host import LoopRuntime
 from rmse_edge.runtimes.torch import TorchRuntime
 
 Numbers = tuple[np.ndarray, np.ndarray]  # logits, depth
@@ -45,13 +44,11 @@ METHODS = [f"{name}_{chunk}" for chunk in (1, 64) for name in ("prelude", "loop"
 @torch.no_grad()
 def full_forward(model: RMSE, ids: np.ndarray, dials: Dials) -> Numbers:
     """The whole text at once by the training path: no cache, no ring, no chunks, every loop computed for every position."""
-    log_survival = torch.zeros(1, len(ids))
     threshold, epsilon, entropy = (
         torch.tensor(x, dtype=torch.float32) for x in (dials.exit_threshold, dials.exit_epsilon, dials.exit_entropy)
     )
 
-    def stop(k: int, before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-        log_survival.sub_(F.softplus(gate))
+    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
         stops = gate_stops(log_survival, threshold) | delta_stops(before, after, epsilon)
         if "entropy" in model.config.exit_rules:
             stops = stops | entropy_stops(model.head_proj(model.norm(after)), entropy)

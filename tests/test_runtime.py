@@ -18,7 +18,7 @@ from small_models import whole_sequence
 from rmse_edge.cli import bench, evaluate, run
 from rmse_edge.errors import UserError
 from rmse_edge.runtimes import Dials, LoopRuntime, ModelInfo, open_runtime
-from rmse_edge.runtimes.base import SINGLE_CALLS, plan_calls
+from rmse_edge.runtimes.host import SINGLE_CALLS, plan_calls
 from rmse_edge.runtimes.torch import TorchRuntime
 
 COUNT = 140  # crosses 64 twice and wraps a window of 64 twice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..exit import add_log_survival, gate_stops
+from ..exit import gate_stops
 from ..model import RMSE
 from .gpt import GPT
 from .losses import cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
@@ -64,11 +64,8 @@ class Objective(nn.Module):
 
     def exits(self, model: RMSE, tokens: Tensor, targets: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss at the state each position stopped in, one brake threshold per sequence."""
-        log_survival = torch.zeros(tokens.shape, device=tokens.device)
 
-        def stop(k: int, before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-            nonlocal log_survival
-            log_survival = add_log_survival(log_survival, gate.detach(), torch.ones_like(gate, dtype=torch.bool))
+        def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
             return gate_stops(log_survival, thresholds) & (k + 1 >= model.config.min_loops)
 
         states, _, depth = model.trajectory(tokens, stop=stop)

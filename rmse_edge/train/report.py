@@ -11,20 +11,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import load_checkpoint
 from ..costs import average_context, macs_per_token
-from ..exit import add_log_survival, gate_stops
+from ..exit import gate_stops
 from ..experts import Routing
-from ..model import RMSE
+from ..model import RMSE, Stop
 from ..text import Tokenizer, consecutive_blocks, read_text, split
 from .gpt import GPTConfig
 from .losses import losses_by_depth, token_loss
@@ -106,27 +106,24 @@ def exit_states(model: RMSE, tokens: Tensor, threshold: float, rule: str) -> tup
     """
     if rule not in RULES:
         raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
-    stop = brake(model, tokens, threshold)
+    stop = brake(model, threshold)
     if rule != "selected":
         states, _, depth = model.trajectory(tokens, stop=stop, stopped_kv=rule)
         return states[-1], depth
     states, gates, _ = model.trajectory(tokens)
-    stops = torch.stack([stop(k, states[k], states[k], gate) for k, gate in enumerate(gates)])  # (K, B, T)
+    survival = -F.softplus(gates).cumsum(0)  # logarithms
+    stops = torch.stack([stop(k, states[k], states[k], survival[k]) for k in range(len(states))])  # (K, B, T)
     stops[-1] = True
     depth = stops.int().argmax(0)  # the first loop that stops, 0-based
     chosen = torch.stack(states).gather(0, depth[None, ..., None].expand(1, *states[0].shape))[0]
     return chosen, depth + 1
 
 
-def brake(model: RMSE, tokens: Tensor, threshold: float) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+def brake(model: RMSE, threshold: float) -> Stop:
     """The gate rule as a `stop` callback of `RMSE.trajectory`."""
-    log_survival = torch.zeros(tokens.shape, device=tokens.device)
-    limit = torch.tensor(threshold, device=tokens.device)
-    everyone = torch.ones_like(tokens, dtype=torch.bool)
+    limit = torch.tensor(threshold, device=model.gate.weight.device)
 
-    def stop(k: int, before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-        nonlocal log_survival
-        log_survival = add_log_survival(log_survival, gate, everyone)
+    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
         return gate_stops(log_survival, limit) & (k + 1 >= model.config.min_loops)
 
     return stop

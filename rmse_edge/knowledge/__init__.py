@@ -1,0 +1,29 @@
+"""Knowledge bases: passages of text, found by the key of what a model is reading, with values to put into the model."""
+
+from __future__ import annotations
+
+from .base import (
+    Entry,
+    Hit,
+    KnowledgeError,
+    KnowledgeInfo,
+    Passage,
+    Retriever,
+    Store,
+    check_fits,
+    is_server,
+    open_retriever,
+)
+
+__all__ = [
+    "Entry",
+    "Hit",
+    "KnowledgeError",
+    "KnowledgeInfo",
+    "Passage",
+    "Retriever",
+    "Store",
+    "check_fits",
+    "is_server",
+    "open_retriever",
+]

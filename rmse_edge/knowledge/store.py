@@ -1,0 +1,243 @@
+"""The embedded knowledge base: a folder `NAME.kb/` with the passages in SQLite and their keys in a usearch index.
+
+    passages.sqlite            texts, sources, keys, values; and the manifest: the generation and hash of the index file
+    index-GENERATION.usearch   the keys, searchable; made from those in SQLite
+    writer.lock                empty; whoever writes holds SQLite's lock on it
+
+A change writes the next generation's index file first and then commits rows and manifest in one transaction, so a
+process killed at any moment leaves the old knowledge base or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key
+from .rows import AGAIN, Rows, one_line, writer_lock
+from .vectors import nearest, new_index, read_index, remove_others, sync_folder, write_index
+
+PASSAGES = "passages.sqlite"
+LARGEST_BATCH = 16_384  # passages of one transaction, at most: they wait in memory
+
+
+class KnowledgeBase:
+    """An open knowledge base. Make one with `KnowledgeBase.create` or `KnowledgeBase.open`.
+
+    Any number of processes may search while one writes; a search sees what the last commit left.
+    """
+
+    def __init__(self, folder: Path, rows: Rows) -> None:
+        self.folder = folder
+        self._rows = rows
+        self._manifest: dict[str, Any] = {}
+        self._index: Any = None  # mapped, of `_manifest`
+        self._editable: tuple[str, Any] | None = None  # a manifest's SHA-256 and its index, loaded to be changed
+        self._mutex = threading.RLock()
+
+    @classmethod
+    def create(cls, folder: str | Path, info: KnowledgeInfo) -> KnowledgeBase:
+        """Make an empty knowledge base and open it.
+
+        Raises:
+            KnowledgeError: the folder exists already, or cannot be made.
+        """
+        folder = Path(folder)
+        parent = folder.absolute().parent
+        if not parent.is_dir():
+            raise KnowledgeError(f"{parent}: no such folder to write {folder.name} into")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise KnowledgeError(f"{folder}: already exists; remove it, or choose another -o")
+        try:
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
+        except OSError as error:
+            raise KnowledgeError(f"{parent}: cannot be written ({error.strerror})") from None
+        try:
+            shape = {"key_dims": info.key_dims, "slots": info.slots, "d_model": info.d_model, "model": info.model}
+            entry = write_index(new_index(info.key_dims), scratch, 0)
+            rows = Rows(scratch / PASSAGES, create=True)
+            with rows.transaction(write=True):
+                rows.put_manifest({**shape, "passages": 0, "generation": 0, "index": entry})
+            rows.close()
+            os.chmod(scratch, 0o755)
+            os.replace(scratch, folder)
+            sync_folder(parent)
+        except OSError as error:
+            raise KnowledgeError(f"{folder}: cannot be made ({error.strerror})") from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, check: bool = True) -> KnowledgeBase:
+        """Open a knowledge base and verify its manifest and index file; passages are verified when they are read.
+
+        Args:
+            check: without it the index may be missing or damaged, for `rebuild`.
+        Raises:
+            KnowledgeError: no knowledge base, of another version, or damaged; names the file and the fix.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            what = "a file, expected a knowledge base folder" if folder.exists() else "no such knowledge base"
+            raise KnowledgeError(f"{folder}: {what}; make one with rmse-index MODEL TEXT... -o {folder}")
+        if not (folder / PASSAGES).is_file():
+            raise KnowledgeError(f"{folder / PASSAGES}: missing; {folder} is no knowledge base, or in part: {AGAIN}")
+        base = cls(folder, Rows(folder / PASSAGES))
+        try:
+            with base._rows.transaction():
+                base._manifest = base._rows.manifest()
+                if check:
+                    base._index = read_index(folder, base._manifest, view=True)
+        except BaseException:
+            base.close()
+            raise
+        return base
+
+    def close(self) -> None:
+        self._index = self._editable = None
+        self._rows.close()
+
+    def __enter__(self) -> KnowledgeBase:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def info(self) -> KnowledgeInfo:
+        """As of the last search or change here."""
+        m = self._manifest
+        return KnowledgeInfo(m["key_dims"], m["slots"], m["d_model"], m["model"], m["passages"])
+
+    def nbytes(self) -> int:
+        return sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def search(self, key: np.ndarray, n: int) -> list[Hit]:
+        """The `n` passages nearest to `key` (key_dims,), best first; see `Retriever`."""
+        with self._mutex, self._rows.transaction():
+            self._refresh()
+            key = checked_key(self.info, key, "search")
+            found = list(self._rows.read(self._shape, nearest(self._index, key, checked_count(n))))
+        scores = [float(np.clip(row.key @ key, -1, 1)) for row in found]
+        hits = [
+            Hit(row.id, row.passage.text, row.passage.place, score, row.value.astype(np.float32))
+            for row, score in zip(found, scores)
+        ]
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+
+    def known(self, ids: Sequence[int]) -> set[int]:
+        with self._mutex:
+            return self._rows.known(ids)
+
+    def sources(self) -> dict[str, int]:
+        with self._mutex:
+            return self._rows.sources()
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self._manifest["key_dims"], self._manifest["slots"], self._manifest["d_model"]
+
+    def _refresh(self) -> None:
+        """See what other writers committed. Called in a transaction: nobody removes the index file meanwhile."""
+        manifest = self._rows.manifest()
+        if self._index is None or manifest["sha256"] != self._manifest["sha256"]:
+            self._index = read_index(self.folder, manifest, view=True)
+            self._manifest = manifest
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def add(self, entries: Iterable[Entry], progress: Callable[[int], object] = lambda _: None) -> int:
+        """Put in the passages that are not there yet, batch by batch; see `Store`.
+
+        Raises:
+            KnowledgeError: a key or value does not fit; the batches before it stay. Or another writer is at work.
+        """
+        waiting, added = iter(entries), 0
+        with self._writing():
+            # Each commit writes the whole index, so the larger it is, the rarer.
+            while batch := list(islice(waiting, min(max(BATCH, self.info.passages // 16), LARGEST_BATCH))):
+                added += self._commit(batch)[0]
+                progress(len(batch))
+        return added
+
+    def replace(self, source: str, entries: Iterable[Entry]) -> tuple[int, int]:
+        """Put `entries` in the place of all passages of `source`, in one transaction; see `Store`."""
+        with self._writing():
+            return self._commit(list(entries), self._rows.ids_of(source))
+
+    def delete(self, source: str | None = None, ids: Sequence[int] = ()) -> int:
+        """Take out all passages of `source` and those with `ids`, in one transaction; returns how many."""
+        with self._writing():
+            of_source = [] if source is None else self._rows.ids_of(source)
+            return self._commit([], sorted({*of_source, *ids}))[1]
+
+    def rebuild(self, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Make the index anew from the keys in SQLite, checking every passage, and give back unused space.
+
+        Raises:
+            KnowledgeError: a passage is damaged; then only the texts help.
+        """
+        with self._writing():
+            with self._rows.transaction(write=True):
+                index, rows = new_index(self.info.key_dims), self._rows.read(self._shape)
+                while batch := list(islice(rows, BATCH)):
+                    index.add(np.array([r.id for r in batch], np.uint64), np.stack([r.key for r in batch]), threads=1)
+                    progress(len(batch))
+                self._next_generation(self._manifest | {"passages": len(index)}, index)
+            self._rows.shrink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the writer's lock, on a knowledge base whose SQLite file is whole, and tidy up afterwards."""
+        with self._mutex, writer_lock(self.folder):
+            self._rows.check()
+            self._manifest = self._rows.manifest()
+            try:
+                yield
+            finally:
+                self._editable = None
+                self._manifest, self._index = self._rows.manifest(), None
+                remove_others(self.folder, self._manifest["generation"])
+
+    def _commit(self, entries: Sequence[Entry], gone: Sequence[int] = ()) -> tuple[int, int]:
+        """One transaction: take out the ids `gone`, then put in `entries`; returns (put in, taken out)."""
+        checked = [checked_entry(self.info, entry) for entry in entries]
+        with self._rows.transaction(write=True):
+            manifest = self._rows.manifest()
+            known, self._editable = self._editable, None  # an index half changed by a failure is not used again
+            fits = known is not None and known[0] == manifest["sha256"]
+            index = known[1] if known and fits else read_index(self.folder, manifest, view=False)
+            removed = self._rows.delete(gone)
+            if removed:
+                index.remove(np.array(gone, np.uint64))
+            ids, keys = self._rows.insert(checked)
+            if ids:
+                index.add(np.array(ids, np.uint64), np.stack(keys), threads=1)
+            if ids or removed:
+                self._next_generation(manifest | {"passages": len(index)}, index)
+        self._manifest = self._rows.manifest()
+        self._editable = self._manifest["sha256"], index
+        remove_others(self.folder, self._manifest["generation"])
+        return len(ids), removed
+
+    def _next_generation(self, manifest: dict[str, Any], index: Any) -> None:
+        """Write `index` and record it, within a transaction."""
+        generation = manifest["generation"] + 1
+        entry = write_index(index, self.folder, generation)
+        with one_line(self._rows.path):
+            self._rows.put_manifest(manifest | {"generation": generation, "index": entry})

@@ -1,0 +1,224 @@
+"""The host side of a looped language model, the same for every target: calls, angles, KV ring, memory, hits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..config import SEGMENT
+from ..errors import UserError
+from ..rope import rotary_angles
+from .base import Arrays, Dials, Fed, Methods, ModelInfo, Surprise
+
+# Prefill calls have 64 rows, decode calls one. Up to this many rows, single calls beat a padded 64-row call.
+SINGLE_CALLS = 6
+
+
+def plan_calls(position: int, count: int, chunks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Split `count` tokens from `position` on into calls (rows of the call, tokens in it).
+
+    No call crosses a multiple of 64 positions, so that a segment always ends with a call.
+
+    >>> plan_calls(60, 70, (1, 64))
+    [(1, 1), (1, 1), (1, 1), (1, 1), (64, 64), (1, 1), (1, 1)]
+    """
+    calls = []
+    largest = chunks[-1]
+    while count > 0:
+        n = min(count, largest, SEGMENT - position % SEGMENT)
+        if n <= SINGLE_CALLS:
+            calls += [(chunks[0], 1)] * n
+        else:
+            calls.append((min(c for c in chunks if c >= n), n))
+        position, count = position + n, count - n
+    return calls
+
+
+class LoopRuntime:
+    """`Runtime` on top of any target's `Methods`."""
+
+    def __init__(self, info: ModelInfo, methods: Methods) -> None:
+        self.info = info
+        self.methods = methods
+        self.state = {name: np.zeros(shape, dtype) for name, (shape, dtype) in info.state.items()}
+        self.memory = {name: np.zeros(shape, dtype) for name, (shape, dtype) in info.memory.items()}
+        # Exit states since the last boundary: what the memory is going to be taught.
+        self.segment = np.zeros((1, SEGMENT, info.config["d_model"]), np.float32) if info.memory else None
+        self.retrieved = _no_hits(info)
+        self.remember = True  # False: the memory stays blank
+        self.on_surprise: Callable[[Surprise], object] | None = (
+            None  # called after every segment, before it is forgotten
+        )
+        self._position = 0
+        self._blank: Arrays = (
+            {k: np.array(v) for k, v in methods.run("blank", SEGMENT, {}).items()} if info.memory else {}
+        )
+        self.reset()
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def reset(self) -> None:
+        # Slots are masked by position, so what they hold does not matter; zeroed all the same, to be reproducible.
+        for array in self.state.values():
+            array.fill(0)
+        for name, array in self.memory.items():
+            np.copyto(array, self._blank[name])
+        if self.segment is not None:
+            self.segment.fill(0)
+        self.inject(None)
+        self._position = 0
+
+    def state_bytes(self) -> int:
+        kept = [*self.state.values(), *self.memory.values(), *self.retrieved.values()]
+        return sum(a.nbytes for a in kept) + (0 if self.segment is None else self.segment.nbytes)
+
+    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
+        ids = self._checked(tokens)
+        dials.check(self.info.max_loops)
+        rows, depths, iterations, chunks, surprises = [], [], [], [], []
+        done = 0
+        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks):
+            last = done + n == len(ids)
+            out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
+            depths.append(out["depth"][0, :n].copy())
+            iterations.append(int(out["iterations"]))
+            chunks.append(chunk)
+            if "logits" in out:
+                rows.append(out["logits"][0, (0 if logits == "all" else n - 1) : n].copy())
+            done += n
+            if self._position % SEGMENT == 0:
+                self.inject(None)  # hits are there until the next boundary
+                if self.memory and self.remember:
+                    surprises.append(self._memorize())
+        return Fed(np.concatenate(rows), np.concatenate(depths), iterations, chunks, surprises)
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = self._valid_ids(tokens)
+        limit = self.info.max_seq_len
+        if limit is not None and self._position + len(ids) > limit:
+            raise UserError(
+                f"{self._position + len(ids)} tokens are more than the {limit} this package was exported for "
+                "(--max-seq-len); shorten the prompt or export again"
+            )
+        return ids
+
+    def _valid_ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(tokens, np.int64)
+        if ids.ndim != 1 or not len(ids):
+            raise UserError("no tokens to run; give a prompt of at least one token")
+        if ids.min() < 0 or ids.max() >= self.info.vocab_size:
+            raise UserError(f"token {ids[(ids < 0) | (ids >= self.info.vocab_size)][0]} is outside the vocabulary "
+                            f"(0..{self.info.vocab_size - 1})")  # fmt: skip
+        return ids
+
+    def context(self, chunk: int, n: int, position: int | None = None) -> Arrays:
+        """What a call of `chunk` rows, `n` of them valid, is told about where it stands (here, by default)."""
+        position = self._position if position is None else position
+        cos, sin = rotary_angles(position + np.arange(chunk), self.info.rotary_dims, self.info.rope_theta)
+        return {
+            "cos": cos[None],
+            "sin": sin[None],
+            "position": np.array([position], np.int64),
+            "n_valid": np.array([n], np.int64),
+        }
+
+    def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
+        """One call: prelude, loop, head, commit, ring."""
+        n = len(ids)
+        tokens = np.zeros((1, chunk), np.int64)
+        tokens[0, :n] = ids
+        context = self.context(chunk, n)
+        prelude = self.methods.run("prelude", chunk, {"tokens": tokens} | self.retrieved)
+        looped = self.methods.run("loop", chunk, prelude | context | self.state | self.memory | dials.arrays())
+        result = dict(looped)
+        if head:
+            result |= self.methods.run("head", chunk, {"h": looped["h"]})
+        kept = self.methods.run("commit", chunk, prelude | context | looped)
+        window = self.info.window
+        first = max(0, n - window)
+        slots = (self._position + np.arange(first, n)) % window
+        for ring, source in self.info.rings.items():
+            self.state[ring][..., slots, :] = kept[source][..., first:n, :]
+        if self.segment is not None:
+            row = self._position % SEGMENT
+            self.segment[:, row : row + n] = looped["h"][:, :n]
+        self._position += n
+        return result
+
+    # ------------------------------------------------------------------------------------------ memory, retrieval
+
+    def _memorize(self) -> Surprise:
+        """Teach the memory the segment that was just completed."""
+        learned, surprise = self._surprise(SEGMENT)
+        for name, array in self.memory.items():
+            np.copyto(array, learned[f"next_{name}"])
+        if self.on_surprise is not None:
+            self.on_surprise(surprise)
+        return surprise
+
+    def _surprise(self, count: int) -> tuple[Arrays, Surprise]:
+        given = {"segment": self.segment, "n_valid": np.array([count], np.int64)}
+        learned = self.methods.run("memorize", SEGMENT, given | self.memory)  # type: ignore[operator]
+        mean, variance, segments = (float(x) for x in self.memory["surprise_stats"][0])
+        value = float(learned["surprise"][0])
+        return learned, Surprise(self._position, value, mean, max(variance, 0.0) ** 0.5, segments)
+
+    def peek(self) -> Surprise | None:
+        """The surprise of the unfinished segment, with nothing learned; None where it is empty."""
+        count = self._position % SEGMENT
+        return self._surprise(count)[1] if self.memory and count else None
+
+    def query(self) -> np.ndarray:
+        """What the latest segment searches for: the unfinished one, or at a boundary the one before. (key_dims,)."""
+        count = self._position % SEGMENT or SEGMENT
+        given = {"segment": self.segment, "n_valid": np.array([count], np.int64)}
+        return self.methods.run("embed_segment", SEGMENT, given)["query"][0].copy()  # type: ignore[arg-type]
+
+    def inject(self, values: np.ndarray | None) -> None:
+        """Let the following tokens, up to the next boundary, read these hits: (n, slots, d), best first; None: nothing.
+
+        Raises:
+            ValueError: more hits than the model has room for, or vectors of another shape.
+        """
+        if not self.retrieved:
+            if values is not None:
+                raise ValueError("the model has no retrieval head")
+            return
+        for array in self.retrieved.values():
+            array.fill(0)
+        if values is not None:
+            rows = values.reshape(-1, values.shape[-1])
+            self.retrieved["retrieved"][0, : len(rows)] = rows
+            self.retrieved["retrieved_valid"][0, : len(rows)] = True
+
+    def embed(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A passage of 1 to 64 tokens as a knowledge base holds it: key (key_dims,), value (slots, d).
+
+        It is read from an empty past at the checkpoint's own dials; what was fed stays as it is.
+        """
+        ids = self._valid_ids(tokens)
+        if self.info.retrieval is None:
+            raise UserError(f"{self.info.name} has no retrieval head (retrieval_slots in its config.json)")
+        if len(ids) > SEGMENT:
+            raise UserError(f"a passage of {len(ids)} tokens; expected at most {SEGMENT}")
+        padded = np.zeros((1, SEGMENT), np.int64)
+        padded[0, : len(ids)] = ids
+        context = self.context(SEGMENT, len(ids), position=0)
+        nothing = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.info.state.items()}
+        prelude = self.methods.run("prelude", SEGMENT, {"tokens": padded} | _no_hits(self.info))
+        feeds = prelude | context | nothing | self._blank | self.info.dials.arrays()
+        h = self.methods.run("loop", SEGMENT, feeds)["h"]
+        found = self.methods.run("embed_segment", SEGMENT, {"segment": h, "n_valid": context["n_valid"]})
+        return found["key"][0].copy(), found["value"][0].copy()
+
+
+def _no_hits(info: ModelInfo) -> Arrays:
+    """The inputs of prelude that say that nothing was retrieved; empty for a model without retrieval."""
+    if info.retrieval is None:
+        return {}
+    rows = info.retrieval["slots"] * info.retrieval["hits"]
+    vectors = np.zeros((1, rows, info.config["d_model"]), np.float32)
+    return {"retrieved": vectors, "retrieved_valid": np.zeros((1, rows), np.bool_)}
