@@ -182,6 +182,32 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> R
     return model.to(device).eval()
 
 
+# What a model may have beyond the one its training starts from.
+ADDITIONS = ("memory.", "retrieval.")
+
+
+def start_from(model: RMSE, folder: str | Path) -> list[str]:
+    """Give `model` the weights of a checkpoint of the same architecture, which may lack a memory or retrieval.
+
+    Returns:
+        The names of the tensors it lacks; they stay as they are.
+    Raises:
+        CheckpointError: it cannot be loaded, or has other tensors or shapes.
+    """
+    known = load_checkpoint(folder).state_dict()
+    own = model.state_dict()
+    for name, tensor in known.items():
+        if name not in own or own[name].shape != tensor.shape:
+            shape = tuple(own[name].shape) if name in own else "no such tensor"
+            raise CheckpointError(f"{folder}: tensor {name} is {tuple(tensor.shape)}, the recipe's model has {shape}")
+    missing = [name for name in own if name not in known]
+    for name in missing:
+        if not name.startswith(ADDITIONS):
+            raise CheckpointError(f"{folder}: tensor {name} of the recipe's model is missing")
+    model.load_state_dict(known, strict=False)
+    return missing
+
+
 def _read_config(folder: Path) -> RMSEConfig:
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such checkpoint folder; train one with rmse-train or give another path")

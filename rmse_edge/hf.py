@@ -23,6 +23,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from .atlas import Atlas
 from .attention import Attention
 from .autoclass import register_model
 from .checkpoint import check_finite, stored_keys
@@ -99,6 +100,11 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
                 fresh = Attention(module.config)
             for name in ("step_cos", "step_sin"):
                 module.get_buffer(name).copy_(fresh.get_buffer(name))
+        if isinstance(module, Atlas):
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                pairs = Atlas(module.config)
+            for name in ("first", "second", "scale"):
+                module.get_buffer(name).copy_(pairs.get_buffer(name))
 
     @staticmethod
     def _require_float32(dtype: torch.dtype) -> None:
@@ -207,7 +213,7 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError("labels: expected the shape of input_ids, and no logits_to_keep")
         valid = valid_columns(input_ids, attention_mask, cache.columns)
         tokens = checked_tokens(input_ids, valid, self.rmse.config.vocab_size)
-        cache.allocate(self.rmse.config, len(tokens), tokens.device)
+        cache.allocate(self.rmse, len(tokens), tokens.device)
         # Mixed precision changes which experts run and when a position stops, and buys nothing at this width.
         with torch.autocast(tokens.device.type, enabled=False):
             h, depth = self._think(tokens, valid.cpu().numpy(), cache, dials)
@@ -246,11 +252,11 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
             host = {"cos": cos, "sin": sin, "position": cache.position, "n_valid": count}
             tensors = {name: torch.from_numpy(array).to(device) for name, array in host.items()}
             tensors["tokens"] = tokens.gather(1, torch.from_numpy(columns).to(device))
-            tensors |= cache.rings()
+            tensors |= cache.rings() | cache.memory
             tensors |= self.rmse.prelude(tensors)
             tensors |= run_loop(self.rmse, self.rmse.spec(len(row)), tensors, dials)
             committed = self.rmse.commit(tensors)
-            cache.commit(committed["keys"], committed["values"], count)
+            cache.commit(self.rmse, committed["keys"], committed["values"], tensors["h"], count)
             b, c = (torch.from_numpy(i).to(device) for i in np.nonzero(row < count[:, None]))
             here = (b, torch.from_numpy(columns).to(device)[b, c])
             h = h.index_put(here, tensors["h"][b, c])

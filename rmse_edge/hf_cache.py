@@ -1,4 +1,4 @@
-"""`RMSECache`: what `generate` carries from call to call, a KV ring per loop and a position per row."""
+"""`RMSECache`: what `generate` carries from call to call: a KV ring per loop, the memory and a position per row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .config import RMSEConfig
+from .config import SEGMENT
 from .errors import UserError
 from .loop import Tensors
+from .model import RMSE
 
 
 class RMSECache(Cache):
@@ -23,6 +24,8 @@ class RMSECache(Cache):
 
     Attributes:
         keys, values: (K, B, G, W, hd) in the configuration's `kv_dtype`; None while empty.
+        memory: the neural memory by name, (B, ...) each; empty for a model without one.
+        segment: (B, 64, d) exit states since each row's last multiple of 64 positions; None without a memory.
         position: (B,) int64 NumPy: tokens committed so far, which is the next token's absolute position.
         columns: columns of input_ids seen, padding included: what `generate` calls the length of the cache.
     """
@@ -31,6 +34,8 @@ class RMSECache(Cache):
         super().__init__(layers=[])
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.memory: Tensors = {}
+        self.segment: Tensor | None = None
         self.position = np.zeros(0, np.int64)
         self.columns = 0
         self._depth: list[Tensor] = []
@@ -52,17 +57,21 @@ class RMSECache(Cache):
         """
         return torch.cat(self._depth, 1) if self._depth else torch.zeros(len(self.position), 0, dtype=torch.int64)
 
-    def allocate(self, config: RMSEConfig, batch: int, device: torch.device) -> None:
-        """Make the rings of an empty cache; a cache in use must have this batch size.
+    def allocate(self, model: RMSE, batch: int, device: torch.device) -> None:
+        """Make the rings and the blank memory of an empty cache; a cache in use must have this batch size.
 
         Raises:
             UserError: the cache holds another number of rows.
         """
+        config = model.config
         if self.keys is None:
             shape = (config.max_loops, batch, config.n_kv_heads, config.window, config.head_dim)
             dtype = getattr(torch, config.kv_dtype)
             self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             self.position = np.zeros(batch, np.int64)
+            if model.memory is not None:
+                self.memory = model.memory.initial(batch)
+                self.segment = torch.zeros(batch, SEGMENT, config.d_model, device=device)
         elif self.keys.shape[1] != batch:
             raise UserError(
                 f"past_key_values: an RMSECache of {self.keys.shape[1]} rows, got input_ids of {batch}; "
@@ -74,11 +83,14 @@ class RMSECache(Cache):
         assert self.keys is not None and self.values is not None, "allocate comes first"
         return {"past_keys": self.keys, "past_values": self.values}
 
-    def commit(self, keys: Tensor, values: Tensor, count: np.ndarray) -> None:
+    def commit(self, model: RMSE, keys: Tensor, values: Tensor, h: Tensor, count: np.ndarray) -> None:
         """Put the first `count` (B,) positions of a call into the rings and move the rows forward.
+
+        Rows that come to a multiple of 64 positions teach their memory the segment behind them.
 
         Args:
             keys, values: (K, B, G, C, hd) with C <= window, so no slot is written twice.
+            h: (B, C, d) exit states.
         """
         ring_keys, ring_values = self.rings().values()
         rows, columns = np.nonzero(np.arange(keys.shape[3]) < count[:, None])
@@ -86,7 +98,19 @@ class RMSECache(Cache):
         r, c, s = (torch.from_numpy(i).to(keys.device) for i in (rows, columns, slots))
         ring_keys[:, r, :, s] = keys[:, r, :, c]  # (n, K, G, hd)
         ring_values[:, r, :, s] = values[:, r, :, c]
+        if self.segment is not None:
+            places = torch.from_numpy((self.position[rows] + columns) % SEGMENT).to(h.device)
+            self.segment = self.segment.index_put((r, places), h[r, c])
         self.position = self.position + count
+        whole = (count > 0) & (self.position % SEGMENT == 0)
+        if self.segment is not None and whole.any():
+            there = torch.full((len(count),), SEGMENT, device=h.device)
+            new = model.memorize({"segment": self.segment, "n_valid": there} | self.memory)
+            row = torch.from_numpy(whole).to(h.device)
+            self.memory = {
+                name: torch.where(row.view(-1, *[1] * (old.dim() - 1)), new[f"next_{name}"], old)
+                for name, old in self.memory.items()
+            }
 
     def advance(self, depth: Tensor) -> None:
         """Note the columns of a finished forward call by their depths, (B, T)."""
@@ -120,7 +144,8 @@ class RMSECache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the next call may have another batch size."""
-        self.keys = self.values = None
+        self.keys = self.values = self.segment = None
+        self.memory = {}
         self.position = np.zeros(0, np.int64)
         self.columns = 0
         self._depth = []

@@ -84,11 +84,13 @@ class Memory(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Every projection but those that start closed is drawn by the model; see `RMSE.reset_parameters`."""
-        self.up.normal_(std=1.0)  # keys are unit vectors: the hidden channels start with variance 1
+        self.up.normal_(std=0.3)  # nearly linear at first, so that different keys hardly meet
         self.down.zero_()
         self.query_proj.weight.copy_(self.key_proj.weight)  # so that from the start like finds like
         self.key_conv.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None].expand_as(self.key_conv))
-        self.out_proj.weight.mul_(self.config.max_loops**-0.5)  # read in every loop, as the block's branches
+        # What is read comes out as what was written, at the size of the block's other branches.
+        scale = min(self.config.max_loops**-0.5, 0.3) * (self.config.d_model / self.config.memory_dim) ** 0.5
+        self.out_proj.weight.copy_(self.value_proj.weight.T * scale)
         self.gate_proj.weight.zero_()
         self.gate_proj.bias.zero_()
         self.rates_proj.weight.mul_(0.1)

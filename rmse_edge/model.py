@@ -50,12 +50,14 @@ class Block(nn.Module):
 
     def __init__(self, config: RMSEConfig) -> None:
         super().__init__()
+        # 2K branches add up to about the size of x0; a token must not drown in few large ones either.
+        branch = min(config.max_loops**-0.5, 0.3)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.attention_post_norm = RMSNorm(config.d_model, config.norm_eps, init=config.max_loops**-0.5)
+        self.attention_post_norm = RMSNorm(config.d_model, config.norm_eps, init=branch)
         self.experts_norm = RMSNorm(config.d_model, config.norm_eps)
         self.experts = SparseExperts(config)
-        self.experts_post_norm = RMSNorm(config.d_model, config.norm_eps, init=config.max_loops**-0.5)
+        self.experts_post_norm = RMSNorm(config.d_model, config.norm_eps, init=branch)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -121,7 +123,8 @@ class RMSE(nn.Module):
                 module.weight.normal_(std=max(module.in_features, 1) ** -0.5)  # no shared expert: zero wide
         self.embed.weight.normal_(std=1.0)
         self.inject.weight.mul_(1 / config.max_loops)
-        self.head_proj.weight.normal_(std=0.02)
+        # The head starts as the embedding, scaled: what a loop or a memory copies can be said at once.
+        self.head_proj.weight.copy_(self.embed.weight * (3 / config.d_model))
         self.gate.weight.zero_()
         # A gate that starts at 1/K gives every loop a similar share of the exit distribution.
         self.gate.bias.fill_(-float(np.log(max(config.max_loops - 1, 1))))

@@ -36,8 +36,8 @@ class Titans(Memory):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        # theta 0.02, eta 0.5, alpha 3e-4: small steps, little momentum, a memory that lasts thousands of positions.
-        self.rates_proj.bias.copy_(torch.tensor([-4.0, 0.0, -8.0]))
+        # theta 0.27, eta 0.5, alpha 3e-4: little momentum, a memory that lasts thousands of positions.
+        self.rates_proj.bias.copy_(torch.tensor([-1.0, 0.0, -8.0]))
 
     def learn(
         self, key: Tensor, value: Tensor, hidden: Tensor, error: Tensor, rates: Tensor, state: Tensors

@@ -71,9 +71,26 @@ class LoopRuntime:
         self.inject(None)
         self._position = 0
 
+    def tensors(self) -> Arrays:
+        """All that is kept between calls, but for the position; views, not copies."""
+        return self.state | self.memory | self.retrieved | ({} if self.segment is None else {"segment": self.segment})
+
+    def restore(self, position: int, tensors: Arrays) -> None:
+        """Go on from what `tensors` gave at `position`.
+
+        Raises:
+            ValueError: names, shapes or types are not this model's; nothing was changed.
+        """
+        own = self.tensors()
+        shapes = [{k: (v.shape, v.dtype) for k, v in t.items()} for t in (own, tensors)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"state: got {shapes[1]}, expected {shapes[0]}")
+        for name, array in own.items():
+            np.copyto(array, tensors[name])
+        self._position = position
+
     def state_bytes(self) -> int:
-        kept = [*self.state.values(), *self.memory.values(), *self.retrieved.values()]
-        return sum(a.nbytes for a in kept) + (0 if self.segment is None else self.segment.nbytes)
+        return sum(array.nbytes for array in self.tensors().values())
 
     def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
         ids = self._checked(tokens)

@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: model.d_model=64"
     )
     parser.add_argument("--tokenizer", type=existing_file, help="tokenizer.json; without it, the text's characters")
+    parser.add_argument(
+        "--init", type=existing_folder, metavar="DIR",
+        help="start from this checkpoint's weights; the recipe's model may add a memory or retrieval",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     parser.add_argument("--stop-at", type=positive_int, metavar="STEP", help="leave after this step, to resume later")
     parser.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between saved states")
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     recipe = Recipe.from_file(source) if source else Recipe(model={"dropout": 0.1})
     evaluation = train(
         args.text, args.output, recipe.override(args.set), args.tokenizer, args.resume, args.device, args.parallel,
-        args.stop_at, args.save_every,
+        args.stop_at, args.save_every, args.init,
     )  # fmt: skip
     if evaluation is not None:
         print(evaluation_table(evaluation))

@@ -168,6 +168,11 @@ def checked_key(info: KnowledgeInfo, key: np.ndarray, what: str) -> np.ndarray:
     return (wide / length).astype(np.float32)
 
 
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two keys of length 1; rounding does not carry it beyond -1 to 1."""
+    return min(1.0, max(-1.0, float(a @ b)))
+
+
 def checked_entry(info: KnowledgeInfo, entry: Entry) -> tuple[Passage, np.ndarray, np.ndarray]:
     """The passage, its key as `checked_key` gives it, its value as (slots, d_model) float16.
 

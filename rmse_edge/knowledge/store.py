@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key
+from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key, cosine
 from .rows import AGAIN, Rows, one_line, writer_lock
 from .vectors import nearest, new_index, read_index, remove_others, sync_folder, write_index
 
@@ -133,10 +133,8 @@ class KnowledgeBase:
             self._refresh()
             key = checked_key(self.info, key, "search")
             found = list(self._rows.read(self._shape, nearest(self._index, key, checked_count(n))))
-        scores = [float(np.clip(row.key @ key, -1, 1)) for row in found]
         hits = [
-            Hit(row.id, row.passage.text, row.passage.place, score, row.value.astype(np.float32))
-            for row, score in zip(found, scores)
+            Hit(r.id, r.passage.text, r.passage.place, cosine(r.key, key), r.value.astype(np.float32)) for r in found
         ]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 

@@ -33,6 +33,7 @@ from .recipe import Recipe
 from .trainer import LOG_FILE, STATE_FILE, Trainer, build_model, evaluate
 
 RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"
+PRIOR = 16  # segments that what training knows of the surprise counts for
 # Any of these is the work of a run, never to be written over unasked.
 TRACES = (STATE_FILE, "model.safetensors", EVALUATION_FILE)
 
@@ -47,6 +48,7 @@ def train(
     mode: str = "ddp",
     stop_at: int | None = None,
     save_every: int = 200,
+    start: Path | None = None,
 ) -> dict[str, Any] | None:
     """Train `recipe` on a text file and write the checkpoint folder.
 
@@ -55,6 +57,7 @@ def train(
         tokenizer: a tokenizer.json; None makes one of the text's characters. A resumed run keeps its own.
         resume: go on from the state in `out`.
         stop_at: leave after this many steps in all, with the state saved and no checkpoint written.
+        start: a checkpoint folder to begin with the weights of, instead of random ones; its tokenizer is kept.
     Returns:
         What evaluation.json holds; None if the recipe is not done yet, and in every process but the first.
     Raises:
@@ -64,6 +67,8 @@ def train(
         raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
     text = read_text(text_file)
     claim(out, recipe, resume)
+    if start is not None and tokenizer is None and (start / TOKENIZER_FILE).is_file():
+        tokenizer = start / TOKENIZER_FILE
     with tempfile.TemporaryDirectory() as scratch:
         # Every process makes the same tokenizer for itself; the first one files it.
         source = Path(scratch) / TOKENIZER_FILE
@@ -78,7 +83,7 @@ def train(
         ids = np.array(known.encode(text))
         train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
         out.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(recipe, train_ids, validation_ids, out, device, mode)
+        trainer = Trainer(recipe, train_ids, validation_ids, out, device, mode, None if resume else start)
         try:
             if resume:
                 trainer.resume()
@@ -148,6 +153,8 @@ def publish(recipe: Recipe, weights: dict[str, torch.Tensor], validation: np.nda
     """Write the checkpoint, its curve and its evaluation over the whole validation split; returns the evaluation."""
     model = build_model(recipe)
     model.load_state_dict(weights)
+    if isinstance(model, RMSE) and model.memory is not None:
+        calibrate_surprise(model, torch.from_numpy(consecutive_blocks(validation, model.config.block_size))[:, :-1])
     rounded = save(model, out)
     draw(out / LOG_FILE, out / "curve.png")
     blocks = torch.from_numpy(consecutive_blocks(validation, model.config.block_size))
@@ -164,6 +171,30 @@ def publish(recipe: Recipe, weights: dict[str, torch.Tensor], validation: np.nda
     }
     write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
     return evaluation
+
+
+@torch.no_grad()
+def calibrate_surprise(model: RMSE, tokens: torch.Tensor, batch: int = 16) -> None:
+    """Let every new sequence expect the surprise of this text, (n, T): its mean and variance count as `PRIOR` segments."""
+    model.eval()
+    memory = model.memory
+    assert memory is not None
+    found: list[torch.Tensor] = []
+    write = memory.write
+
+    def heard(*given: Any) -> Any:
+        new, surprise = write(*given)
+        found.append(surprise)
+        return new, surprise
+
+    memory.write = heard  # type: ignore[method-assign]
+    try:
+        for part in tokens.split(batch):
+            model.trajectory(part)
+    finally:
+        del memory.write
+    surprises = torch.cat(found)
+    memory.surprise_prior.copy_(torch.tensor([surprises.mean(), surprises.var(), float(PRIOR)]))
 
 
 def save(model: RMSE | GPT, out: Path) -> RMSE | GPT:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint import start_from
 from ..errors import CheckpointError, UserError
 from ..model import RMSE
 from ..text import consecutive_blocks, random_blocks
@@ -58,6 +59,7 @@ class Trainer:
         out: an existing folder; log.csv and training-state.pt are written there, by the first process alone.
         device: "cpu", "cuda" or "cuda:N"; under torchrun each process takes its own GPU.
         mode: "ddp" or "fsdp", how processes share the work; one process needs neither.
+        start: a checkpoint folder whose weights to begin with; a memory or retrieval that it lacks begins at random.
     """
 
     def __init__(
@@ -68,12 +70,16 @@ class Trainer:
         out: Path,
         device: str = "cpu",
         mode: str = "ddp",
+        start: Path | None = None,
     ) -> None:
         self.recipe, self.train_ids, self.out = recipe, train, out
         self.data = hashlib.sha256(np.concatenate([train, validation]).astype("<i8").tobytes()).hexdigest()
         self.parallel = Parallel(device, mode)
         self.device = self.parallel.device
-        self.model = build_model(recipe).to(self.device)
+        self.model = build_model(recipe)
+        if start is not None:
+            start_from(self.model, start)
+        self.model.to(self.device)
         self.objective = self.parallel.wrap(Objective(self.model, recipe))
         self.block = self.model.config.block_size
         blocks = consecutive_blocks(validation, self.block)

@@ -1,0 +1,93 @@
+"""A session on disk: everything a text has left behind, so that it can go on later, in another process or on a phone.
+
+One safetensors file: the KV ring, the neural memory, the segment it has not yet learned, the hits in force, and, in its
+header, format version, position, the model's fingerprint and a SHA-256 over all tensors. A session made on a checkpoint
+goes on in a package of it, and the other way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..errors import UserError
+from .base import Arrays
+from .host import LoopRuntime
+
+FORMAT = "rmse-edge session"
+VERSION = "1"
+
+
+class SessionError(UserError):
+    """A session file is missing, damaged, of another version, or of another model."""
+
+
+def save_session(runtime: LoopRuntime, path: str | Path) -> None:
+    """Write the runtime's state to `path`, whole or not at all.
+
+    Raises:
+        SessionError: the file cannot be written; what stood there before still does.
+    """
+    path = Path(path)
+    tensors = {name: np.ascontiguousarray(array) for name, array in runtime.tensors().items()}
+    header = {"format": FORMAT, "version": VERSION, "model": runtime.info.fingerprint, "name": runtime.info.name,
+              "position": str(runtime.position)}  # fmt: skip
+    header["sha256"] = digest(tensors, header)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, scratch, metadata=header)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise SessionError(f"{path}: the session cannot be written ({reason})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def restore_session(runtime: LoopRuntime, path: str | Path) -> None:
+    """Put a saved session into `runtime`, in place of what it was fed.
+
+    Raises:
+        SessionError: the file is not a session of this version and this model, or it is damaged; nothing was changed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "no such session file"
+        raise SessionError(f"{path}: {what}; make one with rmse-run --save-session")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise SessionError(f"{path}: not a session file; make one with rmse-run --save-session")
+            if header.get("version") != VERSION:
+                raise SessionError(
+                    f"{path}: session version {header.get('version')}, this rmse-edge reads {VERSION}; start a new one"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise SessionError(f"{path}: damaged ({reason}); start a new session") from None
+    if header.get("sha256") != digest(tensors, header) or not header.get("position", "").isdigit():
+        raise SessionError(f"{path}: its SHA-256 does not fit; the file is damaged, start a new session")
+    if header["model"] != runtime.info.fingerprint:
+        raise SessionError(
+            f"{path}: a session of another model ({header.get('name')}), not of {runtime.info.name}; start a new one"
+        )
+    runtime.restore(int(header["position"]), tensors)
+
+
+def digest(tensors: Arrays, header: Mapping[str, str]) -> str:
+    """SHA-256 over the header without its own hash and all tensors, by name, type, shape and bytes."""
+    found = hashlib.sha256(repr(sorted((k, v) for k, v in header.items() if k != "sha256")).encode())
+    for name, array in sorted(tensors.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
