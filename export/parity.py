@@ -162,7 +162,8 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Co
     fed, surprise = [], np.zeros(len(tokens))
     for i, part in enumerate(parts):
         if i == 1:
-            runtime.inject(made_up_hits(runtime))
+            hits = made_up_hits(runtime)
+            runtime.inject(hits, None if hits is None else np.linspace(0.9, 0.3, len(hits)))
         if len(part):
             fed.append(runtime.feed(part, dials))
             for found in fed[-1].surprises:

@@ -154,9 +154,11 @@ class Memory(nn.Module):
             key = self.features(unit(mixed))  # (B, 64, features)
             value = rms(self.value_proj(n))
             hidden = key @ state["memory_up"]
-            error = F.gelu(hidden) @ state["memory_down"] - value  # (B, 64, m)
+            answer = F.gelu(hidden) @ state["memory_down"]
+            error = answer - value  # (B, 64, m)
             there = (torch.arange(n.shape[1], device=n.device) < count[:, None]).float()
-            surprise = (error.square().mean(-1) * there).sum(1) / there.sum(1)
+            # Training may ask for less surprise: that must make the memory better, not the values duller.
+            surprise = ((answer - value.detach()).square().mean(-1) * there).sum(1) / there.sum(1)
             new = self.learn(key, value, hidden, error, self.rates_proj(n), state)
             new["key_tail"] = rows[:, -(TAPS - 1) :]
             return new | {"surprise_stats": self.running(state["surprise_stats"], surprise)}, surprise

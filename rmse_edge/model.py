@@ -21,6 +21,7 @@ written when a segment of 64 positions is complete, from the states its position
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,6 +89,21 @@ class Block(nn.Module):
             u = u + self.dropout(recall(x))
         h = u + self.dropout(self.experts_post_norm(self.experts(self.experts_norm(u), k, active)))
         return h, keys, values
+
+
+class Hits(NamedTuple):
+    """What was retrieved for the segments of a training sequence."""
+
+    values: Tensor  # (B, segments, R, d)
+    scores: Tensor  # (B, segments, R)
+    valid: Tensor  # (B, segments, R) bool
+    since: Tensor  # (B, segments) int64: the first position of the segment that sees them
+
+    def of_segment(self, i: int, count: int) -> Tensors:
+        """The inputs of prelude for segment i, of `count` positions: each sees the hits from its own row on."""
+        row = torch.arange(count, device=self.since.device)
+        seen = (row >= self.since[:, i, None])[..., None] & self.valid[:, i, None, :]  # (B, C, R)
+        return {"retrieved": self.values[:, i], "retrieved_scores": self.scores[:, i], "retrieved_valid": seen}
 
 
 class RMSE(nn.Module):
@@ -193,8 +209,13 @@ class RMSE(nn.Module):
     def _retrieved(self) -> tuple[TensorSpec, ...]:
         """The hits that the host gives to prelude."""
         rows = self.config.retrieval_hits * self.config.retrieval_slots
-        vectors = TensorSpec("retrieved", (1, rows, self.config.d_model))
-        return (vectors, TensorSpec("retrieved_valid", (1, rows), torch.bool)) if rows else ()
+        if rows == 0:
+            return ()
+        return (
+            TensorSpec("retrieved", (1, rows, self.config.d_model)),
+            TensorSpec("retrieved_scores", (1, rows)),
+            TensorSpec("retrieved_valid", (1, rows), torch.bool),
+        )
 
     def _extra(self, memory: tuple[TensorSpec, ...]) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
         """Methods around segments: `blank`, `memorize` and `embed`."""
@@ -213,7 +234,8 @@ class RMSE(nn.Module):
     def prelude(self, tensors: Tensors) -> Tensors:
         x0 = self.embed(tensors["tokens"])
         if self.retrieval is not None and "retrieved" in tensors:
-            x0 = x0 + self.retrieval.inject(x0, tensors["retrieved"], tensors["retrieved_valid"])
+            hits = (tensors[name] for name in ("retrieved", "retrieved_scores", "retrieved_valid"))
+            x0 = x0 + self.retrieval.inject(x0, *hits)
         x0 = self.dropout(x0)
         return {"x0": x0, "injection": self.inject(x0)}
 
@@ -325,6 +347,9 @@ class RMSE(nn.Module):
         loops: int | None = None,
         stop: Stop | None = None,
         stopped_kv: str = "propagate",
+        remember: bool = True,
+        hits: Hits | None = None,
+        surprises: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """All states of a whole sequence from an empty past, every iteration computed.
 
@@ -339,6 +364,9 @@ class RMSE(nn.Module):
                 see the keys and values that the deployed KV rule gives them.
             stopped_kv: "propagate", the rule of this project, or "frozen": a stopped position repeats the keys and
                 values of its last iteration. Kept so that the comparison can be run again.
+            remember: False leaves the memory blank.
+            hits: what was retrieved for each segment; None: nothing.
+            surprises: a list to which the memory's surprise (B,) at every whole segment is added.
         Returns:
             (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
         """
@@ -348,12 +376,17 @@ class RMSE(nn.Module):
         memory = {} if self.memory is None else self.memory.initial(batch)
         past: list[tuple[Tensor, Tensor] | None] = [None] * loops
         parts = []
-        for start in range(0, count, length):
-            piece = self._segment(tokens[:, start : start + length], start, past, memory, stop, stopped_kv)
+        for i, start in enumerate(range(0, count, length)):
+            part = tokens[:, start : start + length]
+            found = {} if hits is None else hits.of_segment(i, part.shape[1])
+            piece = self._segment(part, start, past, memory, found, stop, stopped_kv)
             parts.append(piece)
-            if self.memory is not None and start + length < count:
+            whole = start + length < count or (surprises is not None and start + length == count)
+            if self.memory is not None and remember and whole:
                 full = torch.full((batch,), length, device=tokens.device)
-                memory = self.memory.write(piece[0][-1], full, memory)[0]
+                memory, surprise = self.memory.write(piece[0][-1], full, memory)
+                if surprises is not None:
+                    surprises.append(surprise)
         states, gates, depths = zip(*parts)
         return [torch.cat(of_loop, 1) for of_loop in zip(*states)], torch.cat(gates, 2), torch.cat(depths, 1)
 
@@ -363,6 +396,7 @@ class RMSE(nn.Module):
         start: int,
         past: list[tuple[Tensor, Tensor] | None],
         memory: Tensors,
+        retrieved: Tensors,
         stop: Stop | None,
         stopped_kv: str,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -373,7 +407,7 @@ class RMSE(nn.Module):
         cos, sin = (torch.from_numpy(a).to(tokens.device)[None] for a in angles)
         distance = row[:, None] - torch.arange(start - min(start, window), start + count, device=tokens.device)
         mask = torch.where((distance >= 0) & (distance < window), 0.0, MASKED)[None, None]
-        prelude = self.prelude({"tokens": tokens})
+        prelude = self.prelude({"tokens": tokens} | retrieved)
         h, injection = prelude["x0"], prelude["injection"]
         active = torch.ones_like(tokens, dtype=torch.bool)
         depth = torch.zeros_like(tokens)

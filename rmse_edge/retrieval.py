@@ -9,9 +9,10 @@ projected. What searches is embedded alike, through a projection of its own (a q
     value_s = rms(Wv pooled_s)                             s = 1..slots
 
 The values of the hits are read by every following token's embedding, once per call, beside a null that holds nothing
-and always scores 0; with no hits x0 is what it would be without retrieval:
+and always scores 0; with no hits x0 is what it would be without retrieval. A token's embedding alone does not know what
+the text was looking for, so how well a hit matched, its cosine s, counts too:
 
-    x0 = e + Wo softmax([0, q(e) . k(value)]) [0, v(value)]
+    x0 = e + Wo softmax([0, q(e) . k(value) + b s]) [0, v(value)]
 """
 
 from __future__ import annotations
@@ -40,11 +41,18 @@ class Retrieval(nn.Module):
         self.q_proj = nn.Linear(d, wide, bias=False)
         self.kv_proj = nn.Linear(d, 2 * wide, bias=False)
         self.o_proj = nn.Linear(wide, d, bias=False)
+        self.match = nn.Parameter(torch.tensor([8.0]))  # b
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Projections are drawn by the model; see `RMSE.reset_parameters`."""
+        """Projections are drawn by the model; see `RMSE.reset_parameters`. Like finds like, and comes out as it went in."""
         self.pool_queries.normal_(std=1.0)
+        self.search_proj.weight.copy_(self.key_proj.weight)
+        self.value_proj.weight.copy_(torch.eye(self.config.d_model))
+        keys, values = self.kv_proj.weight.chunk(2)
+        self.q_proj.weight.copy_(keys)
+        self.o_proj.weight.copy_(values.T * (self.config.d_model / len(values)))
+        self.match.fill_(8.0)
         self.pool_proj.weight.mul_(self.config.d_model**-0.5)
 
     def embed(self, n: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,11 +73,12 @@ class Retrieval(nn.Module):
             whole, parts = pooled[:, 0], pooled[:, 1:]
             return unit(self.key_proj(whole)), unit(self.search_proj(whole)), rms(self.value_proj(parts))
 
-    def inject(self, x: Tensor, retrieved: Tensor, valid: Tensor) -> Tensor:
+    def inject(self, x: Tensor, retrieved: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         """What x (B, C, d) takes from the hits, (B, C, d); zero where there are none.
 
         Args:
             retrieved: (B, R, d) values of the hits.
+            scores: (B, R) cosine of each hit's key and the query that found it.
             valid: (B, R) or (B, C, R) bool, which of them are there.
         """
         heads, hd = self.config.n_heads, self.config.head_dim
@@ -79,9 +88,10 @@ class Retrieval(nn.Module):
         keys, values = kv.unbind(0)  # (B, H, R, hd)
         seen = valid if valid.dim() == 3 else valid.unsqueeze(1)  # (B, C or 1, R)
         zero = torch.zeros((), device=x.device)
-        scores = query @ keys.transpose(2, 3) * hd**-0.5 + torch.where(seen, zero, zero + MASKED).unsqueeze(1)
-        null = torch.zeros_like(scores[..., :1])
-        weights = torch.softmax(torch.cat([null, scores], -1), -1)[..., 1:]
+        logits = query @ keys.transpose(2, 3) * hd**-0.5 + (self.match * scores)[:, None, None, :]
+        logits = logits + torch.where(seen, zero, zero + MASKED).unsqueeze(1)
+        null = torch.zeros_like(logits[..., :1])
+        weights = torch.softmax(torch.cat([null, logits], -1), -1)[..., 1:]
         # A masked hit has weight exp(-1e4) = 0, but what stands there might be anything.
         values = values * (valid.any(1) if valid.dim() == 3 else valid)[:, None, :, None]
         return self.o_proj((weights @ values).transpose(1, 2).reshape(batch, count, -1))

@@ -84,7 +84,7 @@ class ModelInfo:
     state: dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype), ring axis -2
     rings: dict[str, str]  # state name -> the commit result that fills it
     memory: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # likewise; empty: the model has none
-    retrieval: dict[str, int] | None = None  # key_dims, slots and hits; None: the model has no retrieval head
+    retrieval: dict[str, float] | None = None  # key_dims, slots, hits and gamma; None: the model has no retrieval head
     fingerprint: str = ""  # of the weights, the same for a checkpoint and every package made of it
     max_seq_len: int | None = None
     config: dict[str, Any] = field(default_factory=dict)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..errors import UserError
 from .base import Dials, Runtime
 from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .librarian import Librarian
 
 CONTEXT = 8  # tokens of the prompt that decoding the first generated ones takes into account
 
@@ -113,6 +116,7 @@ class Generation:
     max_new_tokens: int
     eos: int | None = None  # the token that ends the text; None to go on regardless
     stop: Sequence[str] = ()
+    librarian: Librarian | None = None  # is asked before the prompt's last token
 
     made: list[tuple[int, int]] = field(init=False, default_factory=list)  # (token, depth), see `tokens` and `depth`
     prompt_depth: list[int] = field(init=False, default_factory=list)
@@ -138,6 +142,12 @@ class Generation:
         """(token, depth) one by one until `max_new_tokens`, the end token, or the end of the package's sequence."""
         limit = self.runtime.info.max_seq_len
         fed: Sequence[int] = self.prompt
+        spent = 0.0
+        if self.librarian is not None and len(fed) > 1:
+            start = perf_counter()
+            self.prompt_depth = self.runtime.feed(fed[:-1], self.dials, logits="last").depth.tolist()
+            self.librarian.ask()  # so that the first new token knows what was found
+            fed, spent = fed[-1:], perf_counter() - start
         while len(self.made) < self.max_new_tokens:
             if self.made and limit is not None and self.runtime.position >= limit:
                 self.finish_reason = "max_seq_len"
@@ -149,8 +159,8 @@ class Generation:
             if self.made:
                 self.decode_s += seconds
             else:
-                self.first_token_s = seconds
-                self.prompt_depth = [int(d) for d in result.depth]
+                self.first_token_s = spent + seconds
+                self.prompt_depth += [int(d) for d in result.depth]
             self.made.append((token, int(result.depth[-1])))
             yield self.made[-1]
             if token == self.eos:
@@ -211,4 +221,9 @@ class Generation:
             "iterations_saved": None if mean is None else 1 - mean / full,
             "histogram": np.bincount(self.depth, minlength=full + 1)[1:].tolist() if self.made else [0] * full,
             "finish_reason": self.finish_reason,
-        }
+        } | ({} if self.librarian is None else self._retrieval(self.librarian))
+
+    @staticmethod
+    def _retrieval(librarian: Librarian) -> dict[str, Any]:
+        looked = [found.to_json() for found in librarian.consultations]
+        return {"surprises_heard": librarian.heard, "consultations": looked, "retrieval_failed": librarian.failed}

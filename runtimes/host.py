@@ -194,9 +194,12 @@ class LoopRuntime:
         given = {"segment": self.segment, "n_valid": np.array([count], np.int64)}
         return self.methods.run("embed_segment", SEGMENT, given)["query"][0].copy()  # type: ignore[arg-type]
 
-    def inject(self, values: np.ndarray | None) -> None:
-        """Let the following tokens, up to the next boundary, read these hits: (n, slots, d), best first; None: nothing.
+    def inject(self, values: np.ndarray | None, scores: np.ndarray | None = None) -> None:
+        """Let the following tokens, up to the next boundary, read these hits.
 
+        Args:
+            values: (n, slots, d), best first; None: nothing.
+            scores: (n,) cosines by which they were found; 1 without.
         Raises:
             ValueError: more hits than the model has room for, or vectors of another shape.
         """
@@ -209,6 +212,8 @@ class LoopRuntime:
         if values is not None:
             rows = values.reshape(-1, values.shape[-1])
             self.retrieved["retrieved"][0, : len(rows)] = rows
+            cosines = np.ones(len(values)) if scores is None else scores
+            self.retrieved["retrieved_scores"][0, : len(rows)] = np.repeat(cosines, values.shape[1])
             self.retrieved["retrieved_valid"][0, : len(rows)] = True
 
     def embed(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,6 +241,10 @@ def _no_hits(info: ModelInfo) -> Arrays:
     """The inputs of prelude that say that nothing was retrieved; empty for a model without retrieval."""
     if info.retrieval is None:
         return {}
-    rows = info.retrieval["slots"] * info.retrieval["hits"]
+    rows = int(info.retrieval["slots"] * info.retrieval["hits"])
     vectors = np.zeros((1, rows, info.config["d_model"]), np.float32)
-    return {"retrieved": vectors, "retrieved_valid": np.zeros((1, rows), np.bool_)}
+    return {
+        "retrieved": vectors,
+        "retrieved_scores": np.zeros((1, rows), np.float32),
+        "retrieved_valid": np.zeros((1, rows), np.bool_),
+    }

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +29,20 @@ class SessionError(UserError):
     """A session file is missing, damaged, of another version, or of another model."""
 
 
-def save_session(runtime: LoopRuntime, path: str | Path) -> None:
+def save_session(runtime: LoopRuntime, path: str | Path, pending: Sequence[int] = ()) -> None:
     """Write the runtime's state to `path`, whole or not at all.
 
+    Args:
+        pending: tokens that belong to the text but were not fed yet, such as the last one generated.
     Raises:
         SessionError: the file cannot be written; what stood there before still does.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        raise SessionError(f"{path}: is a folder, expected a file to write the session to")
     tensors = {name: np.ascontiguousarray(array) for name, array in runtime.tensors().items()}
     header = {"format": FORMAT, "version": VERSION, "model": runtime.info.fingerprint, "name": runtime.info.name,
-              "position": str(runtime.position)}  # fmt: skip
+              "position": str(runtime.position), "pending": " ".join(map(str, pending))}  # fmt: skip
     header["sha256"] = digest(tensors, header)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,18 +54,21 @@ def save_session(runtime: LoopRuntime, path: str | Path) -> None:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise SessionError(f"{path}: the session cannot be written ({reason})") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no such folder there is nothing to remove either
+            scratch.unlink(missing_ok=True)
 
 
-def restore_session(runtime: LoopRuntime, path: str | Path) -> None:
+def restore_session(runtime: LoopRuntime, path: str | Path) -> list[int]:
     """Put a saved session into `runtime`, in place of what it was fed.
 
+    Returns:
+        The pending tokens: what is fed next begins with them.
     Raises:
         SessionError: the file is not a session of this version and this model, or it is damaged; nothing was changed.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "no such session file"
+    if not os.path.isfile(path):  # unlike Path.is_file, False also for a name that is too long
+        what = "is not a file" if os.path.exists(path) else "no such session file"
         raise SessionError(f"{path}: {what}; make one with rmse-run --save-session")
     try:
         with safe_open(path, framework="numpy") as file:
@@ -75,13 +83,17 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> None:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise SessionError(f"{path}: damaged ({reason}); start a new session") from None
-    if header.get("sha256") != digest(tensors, header) or not header.get("position", "").isdigit():
+    position = header.get("position", "")
+    if header.get("sha256") != digest(tensors, header) or not (position.isascii() and position.isdigit()):
         raise SessionError(f"{path}: its SHA-256 does not fit; the file is damaged, start a new session")
-    if header["model"] != runtime.info.fingerprint:
+    if header.get("model") != runtime.info.fingerprint:
         raise SessionError(
             f"{path}: a session of another model ({header.get('name')}), not of {runtime.info.name}; start a new one"
         )
-    runtime.restore(int(header["position"]), tensors)
+    try:
+        runtime.restore(int(position), tensors)
+    except ValueError:
+        raise SessionError(f"{path}: its tensors are not those of {runtime.info.name}; start a new session") from None
 
 
 def digest(tensors: Arrays, header: Mapping[str, str]) -> str:

@@ -63,10 +63,20 @@ def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch") -> Mo
         state={t.name: (t.shape, str(t.dtype).removeprefix("torch.")) for t in spec.state},
         rings=dict(spec.notes["rings"]),
         memory={t.name: (t.shape, "float32") for t in spec.memory},
-        retrieval=dict(key_dims=config.retrieval_dim, slots=slots, hits=config.retrieval_hits) if slots else None,
+        retrieval={
+            "key_dims": config.retrieval_dim,
+            "slots": slots,
+            "hits": config.retrieval_hits,
+            "gamma": config.retrieval_gamma,
+        }
+        if slots
+        else None,
         fingerprint=fingerprint(model),
         config=config.to_dict(),
     )
+
+
+DIALS_OF_CONFIG = ("exit_", "min_loops", "retrieval_gamma")
 
 
 def fingerprint(model: RMSE) -> str:
@@ -74,7 +84,7 @@ def fingerprint(model: RMSE) -> str:
 
     The dials do not count: they may be set anew for every call.
     """
-    architecture = {k: v for k, v in model.config.to_dict().items() if not k.startswith("exit_") and k != "min_loops"}
+    architecture = {k: v for k, v in model.config.to_dict().items() if not k.startswith(DIALS_OF_CONFIG)}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

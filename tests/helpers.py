@@ -21,6 +21,7 @@ from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.model import RMSE
 from rmse_edge.text import train_character_tokenizer
 
+RATES = {"titans": [-1.0, 2.0, -6.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # logits, as the memories' `learn` reads them
 ALPHABET = "\n" + "".join(chr(33 + i) for i in range(64))  # 65 characters, as tiny Shakespeare has
 SAMPLE_TOKENS = 2000
 
@@ -44,12 +45,31 @@ def mixed_model(seed: int = 0, **changes: Any) -> RMSE:
     model = RMSE(tiny_config(**changes)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
+            if name.endswith("post_norm.weight"):
+                p.fill_(0.5)
             if name.endswith("norm.weight"):
                 p.mul_(1 + 0.3 * torch.randn_like(p))
         model.gate.weight.normal_(std=2.0 * model.config.d_model**-0.5)
         model.gate.bias.fill_(-0.7)
-        model.head_proj.weight.mul_(20)
+        model.head_proj.weight.normal_(std=0.4)
         model.block.experts.balance_bias.normal_(std=0.5)
+    return model
+
+
+def remembering_model(memory: str = "titans", seed: int = 0, **changes: Any) -> RMSE:
+    """`mixed_model` with a memory whose every part shows in the logits, and a retrieval head.
+
+    The blank memory recalls something, it is heard clearly, and what a write does depends on the position.
+    """
+    sizes = {"memory_dim": 32, "memory_hidden": 64, "memory_key_dim": 8}
+    head = {"retrieval_slots": 2, "retrieval_hits": 2, "retrieval_dim": 16}
+    model = mixed_model(seed, memory=memory, **(sizes | head | changes))
+    assert model.memory is not None
+    with torch.no_grad():
+        model.memory.down.normal_(std=0.3)
+        model.memory.out_proj.weight.normal_(std=0.3)
+        # It learns fast and keeps most of it: one that forgot at once would hide what a write got wrong.
+        model.memory.rates_proj.bias.copy_(torch.tensor(RATES[memory]))
     return model
 
 
@@ -63,7 +83,13 @@ def decided_text(count: int) -> np.ndarray:
     So a comparison at the settings of `test_export.DIALS` does not hinge on how a machine rounds.
     """
     assert count <= 330
-    return random_tokens(330, seed=10)[:count]
+    return random_tokens(330, seed=12)[:count]
+
+
+def remembered_text(count: int) -> np.ndarray:
+    """Up to 260 tokens that are to `remembering_model()` what `decided_text` is to `mixed_model()`."""
+    assert count <= 260
+    return random_tokens(260, seed=17)[:count]
 
 
 def write_checkpoint(model: RMSE, folder: Path) -> Path:

@@ -13,7 +13,9 @@ from rmse_edge.exit import delta_stops, entropy_stops, gate_stops
 from rmse_edge.loop import DIALS, run_loop
 from rmse_edge.model import RMSE
 from rmse_edge.rope import rotary_angles
+from rmse_edge.text import split
 from rmse_edge.train.recipe import Recipe
+from rmse_edge.train.sources import TextSource
 
 
 def small_config(**changes: Any) -> RMSEConfig:
@@ -134,3 +136,8 @@ def small_text(length: int = 4000, seed: int = 0) -> np.ndarray:
     for i in range(1, length):
         ids[i] = rng.integers(40) if rng.random() < 0.2 else (7 * ids[i - 1] + 3) % 40
     return ids
+
+
+def text_source(ids: np.ndarray, block: int = 64) -> TextSource:
+    """The usual split of a token array as a training source."""
+    return TextSource(split(ids, "train"), split(ids, "validation"), block)

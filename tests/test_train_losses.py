@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import lively_model, small_config, small_recipe, small_text
+from small_models import lively_model, small_config, small_recipe, small_text, text_source
 
 from rmse_edge.exit import exit_distribution
-from rmse_edge.text import split
 from rmse_edge.train.gpt import GPT, GPTConfig
 from rmse_edge.train.journal import read_rows
 from rmse_edge.train.losses import cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
 from rmse_edge.train.objective import Objective, draw_thresholds
 from rmse_edge.train.recipe import Recipe
+from rmse_edge.train.sources import next_tokens
 from rmse_edge.train.trainer import Trainer, build_model, evaluate
 
 
@@ -77,10 +77,14 @@ def test_the_exit_stage_scores_the_state_each_position_stopped_in() -> None:
     model = lively_model(small_config())
     blocks = torch.randint(37, (2, 65))
     with torch.no_grad():
-        full, last, depth = Objective(model, small_recipe())(blocks, "exits", thresholds=torch.full((2, 1), 1.2))
+        full, last, depth = Objective(model, small_recipe())(
+            next_tokens(blocks), "exits", thresholds=torch.full((2, 1), 1.2)
+        )
         every = losses_by_depth(model, blocks[:, :-1], blocks[:, 1:])
         assert depth == 5 and torch.allclose(full, every[-1].mean(), atol=1e-5) and torch.equal(full, last)
-        first, _, depth = Objective(model, small_recipe())(blocks, "exits", thresholds=torch.full((2, 1), 1e-6))
+        first, _, depth = Objective(model, small_recipe())(
+            next_tokens(blocks), "exits", thresholds=torch.full((2, 1), 1e-6)
+        )
         assert depth == 1 and torch.allclose(first, every[0].mean(), atol=1e-5)
 
 
@@ -98,7 +102,7 @@ def test_cross_entropies_are_those_of_every_loop() -> None:
 
 def run(out: Path, **changes: Any) -> Trainer:
     ids = small_text(20_000)
-    trainer = Trainer(small_recipe(**changes), split(ids, "train"), split(ids, "validation"), out)
+    trainer = Trainer(small_recipe(**changes), text_source(ids), out)
     trainer.run()
     return trainer
 
@@ -106,7 +110,7 @@ def run(out: Path, **changes: Any) -> Trainer:
 def test_each_stage_trains_its_own_parameters(tmp_path: Path) -> None:
     """The gate stage moves the gate alone, the exit stage everything else."""
     ids = small_text()
-    trainer = Trainer(small_recipe(eval_every=100), split(ids, "train"), split(ids, "validation"), tmp_path)
+    trainer = Trainer(small_recipe(eval_every=100), text_source(ids), tmp_path)
     trainer.run(stop_at=6)
     for stop, moved in ((9, lambda n: n.startswith("gate.")), (12, lambda n: not n.startswith("gate."))):
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -136,7 +140,7 @@ def test_a_gpt_trains_by_the_same_recipe(tmp_path: Path) -> None:
     model = {"vocab_size": 40, "d_model": 32, "n_heads": 2, "n_layers": 2, "block_size": 64, "dropout": 0.1}
     recipe = Recipe(model, "gpt", batch_size=4, steps=40, lr=5e-3, warmup=2, eval_every=20, eval_blocks=4)
     ids = small_text(20_000)
-    trainer = Trainer(recipe, split(ids, "train"), split(ids, "validation"), tmp_path)
+    trainer = Trainer(recipe, text_source(ids), tmp_path)
     first = trainer.evaluate()
     trainer.run()
     assert trainer.step == 40 == recipe.total_steps and len(first) == 1

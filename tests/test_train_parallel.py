@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import small_recipe, small_text
+from small_models import small_recipe, small_text, text_source
 
 from rmse_edge.errors import UserError
-from rmse_edge.text import split
 from rmse_edge.train.journal import read_rows
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import STATE_FILE, Trainer
@@ -64,7 +63,7 @@ trainer.parallel.close()
 def trainer_in(out: Path, recipe: Recipe, mode: str = "ddp") -> Trainer:
     out.mkdir(parents=True, exist_ok=True)
     ids = small_text()
-    return Trainer(recipe, split(ids, "train"), split(ids, "validation"), out, mode=mode)
+    return Trainer(recipe, text_source(ids), out, mode=mode)
 
 
 @pytest.fixture(scope="module")
@@ -160,4 +159,4 @@ def test_unknown_modes_and_missing_devices(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         ids = small_text()
         with pytest.raises(UserError, match="--device cuda: PyTorch sees no CUDA device here; use --device cpu"):
-            Trainer(RECIPES["ddp"], ids, ids, tmp_path, device="cuda")
+            Trainer(RECIPES["ddp"], text_source(ids), tmp_path, device="cuda")

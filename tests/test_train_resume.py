@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_recipe, small_text
+from small_models import small_recipe, small_text, text_source
 
 from rmse_edge.errors import CheckpointError, UserError
-from rmse_edge.text import split
 from rmse_edge.train.journal import best_validation, read_rows
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import STATE_FILE, Trainer
@@ -24,7 +23,7 @@ from rmse_edge.train.trainer import STATE_FILE, Trainer
 def trainer_in(out: Path, recipe: Recipe | None = None, seed: int = 0) -> Trainer:
     out.mkdir(exist_ok=True)
     ids = small_text(seed=seed)
-    return Trainer(recipe or small_recipe(), split(ids, "train"), split(ids, "validation"), out)
+    return Trainer(recipe or small_recipe(), text_source(ids), out)
 
 
 def log_of(out: Path) -> list[dict[str, str]]:

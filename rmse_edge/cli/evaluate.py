@@ -23,7 +23,7 @@ from .common import (
     verb,
 )
 from .display import bars, table
-from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
+from .flags import add_dial_flags, add_runtime_flags, chosen_dials, leave_memory_blank, open_model
 
 if TYPE_CHECKING:
     from ..runtimes import Dials, Runtime
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
     runtime = open_model(args)
     dials = chosen_dials(args, runtime.info)
+    if args.no_memory:
+        leave_memory_blank(runtime)
     ids = read_ids(args)
     document = {
         "model": runtime.info.name,
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "split": args.split,
         "block": args.block,
         "dials": vars(dials),
+        "memory": bool(runtime.info.memory) and not args.no_memory,
         "state_bytes": runtime.state_bytes(),
     }
     if args.sweep:
@@ -74,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--block", type=non_negative_int, default=0, metavar="N",
         help="forget everything every N tokens, as in training; 0: one stream through the model's window",
     )  # fmt: skip
+    parser.add_argument("--no-memory", action="store_true", help="leave the neural memory blank")
     add_dial_flags(parser)
     add_runtime_flags(parser)
     group = parser.add_argument_group("sweep")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -10,6 +11,7 @@ from .common import non_negative_float, positive_float, positive_int
 
 if TYPE_CHECKING:
     from ..runtimes import Dials, ModelInfo, Runtime
+    from ..runtimes.librarian import Librarian
 
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,3 +58,64 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
         exit_epsilon=args.exit_epsilon,
         exit_entropy=args.exit_entropy,
     )
+
+
+def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory and retrieval")
+    group.add_argument("--no-memory", action="store_true", help="leave the neural memory blank")
+    group.add_argument("--kb", metavar="KB", help="knowledge base of rmse-index, to be asked when the text surprises")
+    group.add_argument(
+        "--gamma", type=float, metavar="G", help="deviations above the mean surprise that count; low: often"
+    )
+    group.add_argument(
+        "--kb-hits", type=positive_int, metavar="N", help="passages to read at once; all there is room for"
+    )
+    group.add_argument("--kb-timeout", type=positive_float, default=10.0, metavar="S", help="seconds a server may take")
+    group.add_argument(
+        "--kb-optional", action="store_true", help="if the knowledge base fails, say so and go on without"
+    )
+
+
+def leave_memory_blank(runtime: Runtime) -> None:
+    """--no-memory.
+
+    Raises:
+        UserError: the model has none.
+    """
+    from ..runtimes import LoopRuntime
+
+    assert isinstance(runtime, LoopRuntime)
+    if not runtime.memory:
+        raise UserError(f"--no-memory: {runtime.info.name} has no memory")
+    runtime.remember = False
+
+
+def prepare_memory(runtime: Runtime, args: argparse.Namespace, warn: Callable[[str], object]) -> Librarian | None:
+    """Apply the flags of `add_memory_flags`; the librarian, where there is a knowledge base.
+
+    Raises:
+        UserError: flags that need a memory, a retrieval head or a knowledge base that is not there.
+    """
+    from ..runtimes import LoopRuntime
+
+    assert isinstance(runtime, LoopRuntime)
+    if args.no_memory:
+        leave_memory_blank(runtime)
+    if args.kb is None:
+        for flag in ("gamma", "kb_hits", "kb_optional"):
+            if getattr(args, flag) not in (None, False):
+                raise UserError(f"--{flag.replace('_', '-')}: needs a knowledge base (--kb)")
+        return None
+    if args.no_memory:
+        raise UserError("--kb: the memory's surprise decides when to ask; leave out --no-memory")
+    from ..knowledge import KnowledgeError, open_retriever
+    from ..runtimes.librarian import Librarian
+
+    try:
+        retriever = open_retriever(args.kb, timeout_s=args.kb_timeout)
+        return Librarian.attach(runtime, retriever, args.kb, args.gamma, args.kb_hits, args.kb_optional, warn)
+    except KnowledgeError as error:
+        if not args.kb_optional:
+            raise
+        warn(f"going on without retrieval: {error}")
+        return None

@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TextError, UserError
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
 from .display import DepthWriter
-from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
+from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
 if TYPE_CHECKING:
     from ..runtimes.generate import Generation, Span
@@ -22,19 +23,33 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
 
+    from ..runtimes import LoopRuntime
     from ..runtimes.generate import Generation
     from ..runtimes.sampling import Sampler, Sampling
+    from ..runtimes.session import restore_session, save_session
     from ..text import Tokenizer
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
     text = read_stdin() if args.prompt is None else args.prompt
+    if args.save_session and not args.save_session.absolute().parent.is_dir():
+        raise UserError(f"--save-session: no folder {args.save_session.absolute().parent}; make it first")
     runtime = open_model(args)
+    assert isinstance(runtime, LoopRuntime)
     dials = chosen_dials(args, runtime.info)
     tokenizer = Tokenizer(args.model / "tokenizer.json")
-    prompt = tokenizer.encode(text) or begin_of_text(runtime.info.config)
+    librarian = prepare_memory(runtime, args, warn)
+    prompt = tokenizer.encode(text)
+    if args.session:
+        prompt = restore_session(runtime, args.session) + prompt
+    if not prompt:
+        prompt = begin_of_text(runtime.info.config)
     eos = None if args.ignore_eos else runtime.info.config.get("eos_token_id")
-    generation = Generation(runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, args.stop or ())
+    generation = Generation(
+        runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, args.stop or (), librarian
+    )
     show(generation, args)
+    if args.save_session:
+        save_session(runtime, args.save_session, generation.tokens[-1:])
     finish(generation, text, args)
     return INTERRUPTED if generation.finish_reason == "interrupted" else None
 
@@ -52,6 +67,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
     add_dial_flags(parser)
+    add_memory_flags(parser)
+    group = parser.add_argument_group("session")
+    group.add_argument("--session", type=Path, metavar="FILE", help="go on from a saved session")
+    group.add_argument("--save-session", type=Path, metavar="FILE", help="save where the text has got to")
     add_runtime_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one document at the end")
@@ -62,6 +81,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of --show-depth; without colour, runs of one depth stand in brackets: [ROM/5][EO/3]",
     )  # fmt: skip
     return parser.parse_args(argv)
+
+
+def warn(message: str) -> None:
+    print(f"rmse-run: {message}", file=sys.stderr)
 
 
 def read_stdin() -> str:
@@ -125,7 +148,20 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
     if args.show_depth:
         counts = (f"{k}:{count}" for k, count in enumerate(statistics["histogram"], 1) if count)
         lines.append(f"tokens by loops: {' '.join(counts)}")
+    lines += retrieval_lines(statistics)
     print("\n".join(lines), file=sys.stderr)
+
+
+def retrieval_lines(s: dict[str, Any]) -> list[str]:
+    """What was looked up and why, one line for each time; nothing without a knowledge base."""
+    if "consultations" not in s:
+        return []
+    lines = [f"asked the knowledge base {len(s['consultations'])} times at {s['surprises_heard']} chances"]
+    for found in s["consultations"]:
+        hits = "; ".join(f"{hit['source']} ({hit['score']:.2f})" for hit in found["hits"]) or "nothing found"
+        expected = f"{found['mean']:.3f} ± {found['std']:.3f} expected"
+        lines.append(f"  at token {found['position']}: surprise {found['value']:.3f}, {expected}: {hits}")
+    return lines
 
 
 def statistics_lines(s: dict[str, Any]) -> list[str]:

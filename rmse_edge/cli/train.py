@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .common import Parser, existing_file, existing_folder, fraction, list_of, positive_int, verb
 
 
@@ -23,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         prog="rmse-train",
         description="Train a model on a text file. `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
     )
-    parser.add_argument("--text", type=existing_file, required=True, help="UTF-8 text; its first 90 %% trains")
+    parser.add_argument(
+        "--text", type=existing_file, help="UTF-8 text; its first 90 %% trains. Not for a recipe's task"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--recipe", type=existing_file, help="recipe.json; without it, the built-in one")
     parser.add_argument(
@@ -45,16 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     import torch
 
     from ..train.recipe import Recipe
-    from ..train.session import RECIPE_FILE, train
+    from ..train.session import RECIPE_FILE, train, train_task
 
     if args.threads:
         torch.set_num_threads(args.threads)
     source = args.recipe or (args.output / RECIPE_FILE if args.resume else None)
-    recipe = Recipe.from_file(source) if source else Recipe(model={"dropout": 0.1})
-    evaluation = train(
-        args.text, args.output, recipe.override(args.set), args.tokenizer, args.resume, args.device, args.parallel,
-        args.stop_at, args.save_every, args.init,
-    )  # fmt: skip
+    recipe = (Recipe.from_file(source) if source else Recipe(model={"dropout": 0.1})).override(args.set)
+    if (args.text is None) != (recipe.task is not None):
+        raise UserError("--text: the recipe has a task and takes no text" if args.text else "missing --text FILE")
+    rest = (args.resume, args.device, args.parallel, args.stop_at, args.save_every, args.init)
+    if recipe.task is not None:
+        result = train_task(args.output, recipe, *rest)
+        if result is not None:
+            print(json.dumps(result, indent=2))
+        return None
+    evaluation = train(args.text, args.output, recipe, args.tokenizer, *rest)
     if evaluation is not None:
         print(evaluation_table(evaluation))
     return None

@@ -7,25 +7,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..exit import exit_distribution
-from ..model import RMSE
+from ..model import RMSE, Hits
 from .gpt import GPT
 
 
 def cross_entropies(model: RMSE, states: list[Tensor], targets: Tensor) -> Tensor:
-    """Next-token loss after every iteration: (loops, B, T), nats. One head call per loop, so logits are not kept."""
+    """Loss of the targets after every iteration: (loops, ...), nats. One head call per loop, so logits are not kept.
+
+    Args:
+        states: normed, (..., d) each; targets: (...).
+    """
     return torch.stack([token_loss(model.head_proj(h), targets) for h in states])
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, T, V), (B, T) -> (B, T) nats, in float32."""
+    """(..., V), (...) -> (...) nats, in float32."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def losses_by_depth(model: RMSE | GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Next-token loss at every fixed depth 1..max_loops, (K, B, T) nats; a GPT has one depth."""
+def losses_by_depth(
+    model: RMSE | GPT, tokens: Tensor, targets: Tensor, asked: Tensor | None = None, hits: Hits | None = None
+) -> Tensor:
+    """Loss of the targets at every fixed depth 1..max_loops, (K, B, T) nats; a GPT has one depth.
+
+    Args:
+        asked: (B, T) bool, positions that have a target; with it the result is (K, n) for those. None: all.
+        hits: what was retrieved; None: nothing.
+    """
     if isinstance(model, GPT):
         return token_loss(model(tokens), targets)[None]
-    return cross_entropies(model, model.trajectory(tokens)[0], targets)
+    states, gates, _ = model.trajectory(tokens, hits=hits)
+    states, _, targets = chosen(states, gates, targets, asked)
+    return cross_entropies(model, states, targets)
+
+
+def chosen(
+    states: list[Tensor], gates: Tensor, targets: Tensor, asked: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """States (B, T, d), gate logits (loops, B, T) and targets (B, T) of the positions that are asked, all if None."""
+    if asked is None:
+        return states, gates, targets
+    return [h[asked] for h in states], gates[:, asked], targets[asked]
 
 
 def expected_loss(losses: Tensor, gate_logits: Tensor, entropy_weight: float) -> tuple[Tensor, Tensor]:

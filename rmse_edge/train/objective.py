@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..exit import gate_stops
-from ..model import RMSE
+from ..model import RMSE, Hits
+from .facts import fetched, search_loss
 from .gpt import GPT
-from .losses import cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
+from .losses import chosen, cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
 from .recipe import Recipe
+from .sources import IGNORED, Batch
 
 
 def draw_thresholds(count: int) -> Tensor:
@@ -30,11 +32,11 @@ class Objective(nn.Module):
         self.recipe = recipe
 
     def forward(
-        self, blocks: Tensor, stage: str, loops: int = 0, entropy_weight: float = 0.0, thresholds: Tensor | None = None
+        self, batch: Batch, stage: str, loops: int = 0, entropy_weight: float = 0.0, thresholds: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            blocks: (B, T + 1) int64.
+            batch: see `rmse_edge.train.sources`.
             stage: "loops", "gate" or "exits"; "validate" for the plain losses at full depth.
             loops: iterations of this step; only stage "loops" varies it.
             entropy_weight: beta of the expected loss, nats; stage "loops" only.
@@ -43,31 +45,46 @@ class Objective(nn.Module):
             (loss to differentiate, next-token loss at the last state in nats, mean depth), scalars; for "validate" the
             first is the mean next-token loss after every iteration, (max_loops,), of a GPT (1,).
         """
-        tokens, targets = blocks[:, :-1], blocks[:, 1:]
+        tokens, targets = batch["tokens"], batch["targets"]
+        asked = None if bool((targets != IGNORED).all()) else targets != IGNORED  # (B, T)
         model = self.model
+        hits, keys = None, None
+        if isinstance(model, RMSE) and "passages" in batch:
+            hits, keys = fetched(model, batch, loops or model.config.max_loops)
         if isinstance(model, GPT) or stage == "validate":
-            losses = losses_by_depth(model, tokens, targets)
-            loss = losses.mean((1, 2))
+            losses = losses_by_depth(model, tokens, targets, asked, hits)
+            loss = losses.flatten(1).mean(1)
             loss, last = (loss, loss[-1]) if stage == "validate" else (loss[-1], loss[-1])
             layers = model.config.n_layers if isinstance(model, GPT) else model.config.max_loops
             return loss, last.detach(), last.new_tensor(float(layers))
         if stage == "exits":
             assert thresholds is not None
-            return self.exits(model, tokens, targets, thresholds)
-        states, gates, _ = model.trajectory(tokens, loops)
+            return self.exits(model, batch, asked, hits, thresholds)
+        surprises: list[Tensor] | None = [] if self.recipe.surprise_weight and model.memory is not None else None
+        states, gates, _ = model.trajectory(tokens, loops, hits=hits, surprises=surprises)
+        last_state = states[-1]
+        states, gates, targets = chosen(states, gates, targets, asked)
         losses = cross_entropies(model, states, targets)
         loss, depth = expected_loss(losses, gates, entropy_weight)
         if stage == "gate":
             gates = torch.stack([model.gate(h.detach()).float().squeeze(-1) for h in states])
             loss = gate_loss(losses, gates, self.recipe.gate_cost)
+            return loss, losses[-1].mean().detach(), depth
+        if keys is not None:
+            loss = loss + search_loss(model, last_state, batch, keys)
+        if surprises:
+            loss = loss + self.recipe.surprise_weight * torch.cat(surprises).mean()
         return loss, losses[-1].mean().detach(), depth
 
-    def exits(self, model: RMSE, tokens: Tensor, targets: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def exits(
+        self, model: RMSE, batch: Batch, asked: Tensor | None, hits: Hits | None, thresholds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss at the state each position stopped in, one brake threshold per sequence."""
 
         def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
             return gate_stops(log_survival, thresholds) & (k + 1 >= model.config.min_loops)
 
-        states, _, depth = model.trajectory(tokens, stop=stop)
+        states, gates, depth = model.trajectory(batch["tokens"], stop=stop, hits=hits)
+        states, _, targets = chosen(states[-1:], gates, batch["targets"], asked)
         loss = token_loss(model.head_proj(states[-1]), targets).mean()
         return loss, loss.detach(), depth.float().mean()

@@ -21,6 +21,7 @@ class Recipe:
 
     model: dict[str, Any] = field(default_factory=dict)  # fields of RMSEConfig or GPTConfig
     architecture: str = "rmse"  # or "gpt", the plain baseline
+    task: dict[str, Any] | None = None  # made-up examples instead of a text: {"name": "recall", ...}
     seed: int = 1337
     batch_size: int = 8  # sequences per step, all processes and accumulation rounds together
     accumulate: int = 1  # forward/backward rounds a step is split into
@@ -29,6 +30,7 @@ class Recipe:
     depths: tuple[int, ...] = (4, 8, 12)  # a step's number of loops is drawn from these
     entropy_weight: float = 0.5  # beta, nats; falls linearly over stage 1, since deep loops pay off late
     final_entropy_weight: float = 0.1
+    surprise_weight: float = 0.0  # of the memory's surprise in the loss: what is ordinary should not surprise
     # stage 2: the gate alone
     gate_steps: int = 150
     gate_lr: float = 1e-2
@@ -65,10 +67,12 @@ class Recipe:
                 raise ConfigError(f"{field_.name}: got {value!r}, expected a number")
         if not isinstance(self.model, dict):
             raise ConfigError(f"model: got {self.model!r}, expected an object of model fields")
+        if self.task is not None and (not isinstance(self.task, dict) or self.architecture != "rmse"):
+            raise ConfigError(f"task: got {self.task!r}, expected an object with a name, for architecture rmse")
         for name in ("batch_size", "accumulate", "steps", "eval_every", "eval_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("gate_steps", "gate_cost", "exit_steps", "warmup", "seed"):
+        for name in ("gate_steps", "gate_cost", "exit_steps", "warmup", "seed", "surprise_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0")
         for name in ("lr", "gate_lr", "exit_lr", "clip"):
@@ -124,8 +128,9 @@ class Recipe:
                 value = json.loads(text)
             except ValueError:
                 value = text
-            if key.startswith("model."):
-                values["model"] = values["model"] | {key.removeprefix("model."): value}
+            group, dot, inner = key.partition(".")
+            if dot and group in ("model", "task"):
+                values[group] = (values[group] or {}) | {inner: value}
             else:
                 values[key] = value
         return Recipe.from_dict(values, where="--set")

@@ -30,6 +30,7 @@ from ..text import Tokenizer, consecutive_blocks, read_text, split, train_charac
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
+from .sources import TextSource, make_task
 from .trainer import LOG_FILE, STATE_FILE, Trainer, build_model, evaluate
 
 RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"
@@ -83,7 +84,8 @@ def train(
         ids = np.array(known.encode(text))
         train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
         out.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(recipe, train_ids, validation_ids, out, device, mode, None if resume else start)
+        source = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
+        trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
         try:
             if resume:
                 trainer.resume()
@@ -100,6 +102,54 @@ def train(
     if trainer.step < recipe.total_steps or not trainer.parallel.first:
         return None
     return publish(recipe, weights, validation_ids, out)
+
+
+def train_task(
+    out: Path,
+    recipe: Recipe,
+    resume: bool = False,
+    device: str = "cpu",
+    mode: str = "ddp",
+    stop_at: int | None = None,
+    save_every: int = 200,
+    start: Path | None = None,
+) -> dict[str, Any] | None:
+    """As `train`, on the made-up examples of the recipe's task: no text, no tokenizer.
+
+    Returns:
+        What evaluation.json holds: what the task measures on the trained model. None as in `train`.
+    """
+    assert recipe.task is not None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
+    claim(out, recipe, resume)
+    source = make_task(recipe.task, recipe.model_config().vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
+    try:
+        if resume:
+            trainer.resume()
+        elif trainer.parallel.first:
+            write_text(out / RECIPE_FILE, recipe.to_json())
+        trainer.run(stop_at, save_every)
+        weights = trainer.final_weights()
+    except KeyboardInterrupt:
+        saved = (out / STATE_FILE).exists()
+        raise KeyboardInterrupt("go on with --resume" if saved else "before the first saved state") from None
+    finally:
+        trainer.parallel.close()
+    if trainer.step < recipe.total_steps or not trainer.parallel.first:
+        return None
+    model = build_model(recipe)
+    model.load_state_dict(weights)
+    assert isinstance(model, RMSE)
+    calibrate_surprise(model, source.calibration())
+    rounded = save(model, out)
+    draw(out / LOG_FILE, out / "curve.png")
+    evaluation = {"task": recipe.task, **source.evaluate(rounded)}
+    source.draw_plot(evaluation, out / f"{recipe.task['name']}.png", model.config.window)
+    write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+    return evaluation
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
@@ -180,19 +230,8 @@ def calibrate_surprise(model: RMSE, tokens: torch.Tensor, batch: int = 16) -> No
     memory = model.memory
     assert memory is not None
     found: list[torch.Tensor] = []
-    write = memory.write
-
-    def heard(*given: Any) -> Any:
-        new, surprise = write(*given)
-        found.append(surprise)
-        return new, surprise
-
-    memory.write = heard  # type: ignore[method-assign]
-    try:
-        for part in tokens.split(batch):
-            model.trajectory(part)
-    finally:
-        del memory.write
+    for part in tokens.split(batch):
+        model.trajectory(part, surprises=found)
     surprises = torch.cat(found)
     memory.surprise_prior.copy_(torch.tensor([surprises.mean(), surprises.var(), float(PRIOR)]))
 

@@ -6,7 +6,6 @@ so a run that stops at step n and goes on later is bit for bit the run that neve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,13 +22,13 @@ from tqdm import tqdm
 from ..checkpoint import start_from
 from ..errors import CheckpointError, UserError
 from ..model import RMSE
-from ..text import consecutive_blocks, random_blocks
 from .gpt import GPT
 from .journal import Journal
 from .losses import losses_by_depth
 from .objective import Objective, draw_thresholds
 from .parallel import Parallel
 from .recipe import Recipe
+from .sources import Batch, Source
 
 STATE_FILE = "training-state.pt"
 LOG_FILE = "log.csv"
@@ -52,10 +51,9 @@ def bf16_is_native(device: torch.device) -> bool:
 
 
 class Trainer:
-    """Runs a recipe over token arrays and leaves its state in `out`.
+    """Runs a recipe over the examples of a source and leaves its state in `out`.
 
     Args:
-        train, validation: token ids, 1-d integers.
         out: an existing folder; log.csv and training-state.pt are written there, by the first process alone.
         device: "cpu", "cuda" or "cuda:N"; under torchrun each process takes its own GPU.
         mode: "ddp" or "fsdp", how processes share the work; one process needs neither.
@@ -65,15 +63,14 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        train: np.ndarray,
-        validation: np.ndarray,
+        source: Source,
         out: Path,
         device: str = "cpu",
         mode: str = "ddp",
         start: Path | None = None,
     ) -> None:
-        self.recipe, self.train_ids, self.out = recipe, train, out
-        self.data = hashlib.sha256(np.concatenate([train, validation]).astype("<i8").tobytes()).hexdigest()
+        self.recipe, self.source, self.out = recipe, source, out
+        self.data = source.fingerprint
         self.parallel = Parallel(device, mode)
         self.device = self.parallel.device
         self.model = build_model(recipe)
@@ -82,9 +79,7 @@ class Trainer:
         self.model.to(self.device)
         self.objective = self.parallel.wrap(Objective(self.model, recipe))
         self.block = self.model.config.block_size
-        blocks = consecutive_blocks(validation, self.block)
-        picks = np.linspace(0, len(blocks) - 1, min(recipe.eval_blocks, len(blocks))).astype(int)
-        self.validation = torch.from_numpy(blocks[picks])
+        self.validation = source.validation(recipe.eval_blocks)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and bf16_is_native(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
         if recipe.batch_size // recipe.accumulate % self.parallel.world:
@@ -140,15 +135,16 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- one step
 
-    def micro_batches(self) -> list[Tensor]:
-        """This process's share of the step's blocks; the whole batch depends on (seed, step) alone."""
+    def micro_batches(self) -> list[Batch]:
+        """This process's share of the step's examples; the whole batch depends on (seed, step) alone."""
         recipe = self.recipe
-        blocks = random_blocks(self.train_ids, recipe.batch_size, self.block, (recipe.seed, self.step))
-        return self.share(torch.from_numpy(blocks))
+        batch = self.source.batch(recipe.batch_size, (recipe.seed, self.step))
+        shares = {name: self.share(tensor) for name, tensor in batch.items()}
+        return [{name: parts[i] for name, parts in shares.items()} for i in range(recipe.accumulate)]
 
     def share(self, batch: Tensor) -> list[Tensor]:
-        """This process's rows of a whole batch (batch_size, n), one tensor per accumulation round."""
-        rounds = batch.to(self.device).view(self.recipe.accumulate, self.parallel.world, -1, batch.shape[-1])
+        """This process's rows of a whole batch (batch_size, ...), one tensor per accumulation round."""
+        rounds = batch.to(self.device).view(self.recipe.accumulate, self.parallel.world, -1, *batch.shape[1:])
         return list(rounds[:, self.parallel.rank])
 
     def train_step(self) -> dict[str, Any]:
@@ -168,9 +164,9 @@ class Trainer:
         beta = recipe.entropy_weight + done * (recipe.final_entropy_weight - recipe.entropy_weight)
         totals = torch.zeros(3)
         batches = self.micro_batches()
-        for i, (blocks, brakes) in enumerate(zip(batches, thresholds)):
+        for i, (batch, brakes) in enumerate(zip(batches, thresholds)):
             with self.parallel.sync_only_if(self.objective, i == len(batches) - 1), self.autocast():
-                loss, last, depth = self.objective(blocks, stage, loops, beta, brakes)
+                loss, last, depth = self.objective(batch, stage, loops, beta, brakes)
                 (loss / len(batches)).backward()
             totals += torch.tensor([loss.item(), last.item(), depth.item()]) / len(batches)
         totals = self.parallel.mean(totals)
@@ -187,6 +183,7 @@ class Trainer:
         return dict(
             stage=stage, loops=loops, loss=totals[0].item(), last_loss=totals[1].item(), depth=totals[2].item(),
             lr=self.lr(), grad_norm=norm, idle_experts=idle,
+            tokens=recipe.batch_size * batches[0]["tokens"].shape[1],
         )  # fmt: skip
 
     def trained_now(self):
@@ -223,11 +220,13 @@ class Trainer:
         try:
             # Through the wrapped objective: under FSDP only its forward has whole parameters.
             total, count = torch.zeros(1), 0
-            for part in self.validation.split(16):
+            size = len(self.validation["tokens"])
+            for first in range(0, size, 16):
+                part = {name: t[first : first + 16].to(self.device) for name, t in self.validation.items()}
                 with self.autocast():
-                    losses = self.objective(part.to(self.device), "validate")[0]
-                total = total + losses.double().cpu() * len(part)
-                count += len(part)
+                    losses = self.objective(part, "validate")[0]
+                total = total + losses.double().cpu() * len(part["tokens"])
+                count += len(part["tokens"])
             return self.parallel.mean(total / count).tolist()  # one number everywhere: it decides what is kept
         finally:
             self.model.load_state_dict(kept)
@@ -240,12 +239,11 @@ class Trainer:
         end = min(recipe.total_steps, stop_at or recipe.total_steps)
         journal = Journal(self.out / LOG_FILE, self.step) if self.parallel.first else None
         bar = tqdm(total=recipe.total_steps, initial=self.step, unit="step", disable=not self.parallel.first or None)
-        tokens = recipe.batch_size * self.block
         try:
             while self.step < end:
                 began = time.perf_counter()
                 row = self.train_step()
-                speed = tokens / (time.perf_counter() - began)
+                speed = row.pop("tokens") / (time.perf_counter() - began)
                 last_of_stage = self.step + 1 == recipe.total_steps or recipe.stage(self.step + 1) != row["stage"]
                 value = None
                 if (self.step + 1) % recipe.eval_every == 0 or last_of_stage:

@@ -1,0 +1,104 @@
+"""Where training examples come from: a text, or a task that makes them up.
+
+A `Batch` is a dictionary of tensors whose first axis is the sequence:
+
+    tokens   (B, T) int64
+    targets  (B, T) int64, what each position is to predict; `IGNORED` where nothing is asked
+
+and, for models with retrieval (rmse_edge/train/facts.py), the passages to fetch. Everything a source gives depends on
+the seed alone, so a resumed run sees exactly the examples it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..model import RMSE
+from ..text import consecutive_blocks, random_blocks
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+Seed = tuple[int, ...]
+
+
+class Source(Protocol):
+    """Training examples without end, and a fixed set to validate on."""
+
+    fingerprint: str  # changes when the examples do
+
+    def batch(self, count: int, seed: Seed) -> Batch:
+        """`count` training examples, a function of `seed`."""
+
+    def validation(self, count: int) -> Batch:
+        """At most `count` examples that training never draws."""
+
+
+class Task(Source, Protocol):
+    """A source that makes its examples up, and knows what to measure."""
+
+    vocab_size: int
+
+    def calibration(self) -> Tensor:
+        """(n, T) tokens of the ordinary kind, by which the model learns how much surprise to expect."""
+
+    def evaluate(self, model: RMSE) -> dict[str, Any]:
+        """What the task measures on a trained model; JSON-able."""
+
+    def draw_plot(self, result: dict[str, Any], picture: Path, window: int) -> None:
+        """Draw what `evaluate` returned."""
+
+
+def next_tokens(blocks: Tensor) -> Batch:
+    """(B, T + 1) -> every position predicts the one after it."""
+    return {"tokens": blocks[:, :-1], "targets": blocks[:, 1:]}
+
+
+class TextSource:
+    """Random windows of a token array; consecutive ones of another to validate on."""
+
+    def __init__(self, train: np.ndarray, validation: np.ndarray, block: int) -> None:
+        self.train, self.block = train, block
+        self.blocks = consecutive_blocks(validation, block)
+        self.fingerprint = hashlib.sha256(np.concatenate([train, validation]).astype("<i8").tobytes()).hexdigest()
+
+    def batch(self, count: int, seed: Seed) -> Batch:
+        return next_tokens(torch.from_numpy(random_blocks(self.train, count, self.block, seed)))
+
+    def validation(self, count: int) -> Batch:
+        picks = np.linspace(0, len(self.blocks) - 1, min(count, len(self.blocks))).astype(int)
+        return next_tokens(torch.from_numpy(self.blocks[picks]))
+
+
+def make_task(options: dict[str, Any], vocab_size: int) -> Task:
+    """The task that a recipe's `task` names.
+
+    Raises:
+        ConfigError: no such task, an option it does not have, or a vocabulary too small for it.
+    """
+    from .facts import Facts
+    from .recall import Recall
+
+    tasks: dict[str, Any] = {"recall": Recall, "facts": Facts}
+    name = options.get("name")
+    if name not in tasks:
+        raise ConfigError(f"task: got {name!r}, expected one of {', '.join(tasks)}")
+    try:
+        task = tasks[name](**{k: v for k, v in options.items() if k != "name"})
+    except TypeError as error:
+        raise ConfigError(f"task {name}: {error}") from None
+    if task.vocab_size > vocab_size:
+        raise ConfigError(f"model.vocab_size: got {vocab_size}, the task {name} needs {task.vocab_size}")
+    return task
+
+
+def require(task: object, name: str, ok: bool, expected: str) -> None:
+    """Raise a `ConfigError` about the option `name` of a task unless `ok`."""
+    if not ok:
+        raise ConfigError(f"task option {name}: got {getattr(task, name)!r}, expected {expected}")
