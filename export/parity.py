@@ -176,7 +176,7 @@ def made_up_hits(runtime: LoopRuntime) -> np.ndarray | None:
     space = runtime.info.retrieval
     if space is None:
         return None
-    shape = (max(1, space["hits"] - 1), space["slots"], runtime.info.config["d_model"])
+    shape = (max(1, int(space["hits"]) - 1), int(space["slots"]), runtime.info.config["d_model"])
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
@@ -272,6 +272,7 @@ def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
         dtype = str(t.dtype).removeprefix("torch.")
         if dtype == "bool":
             feeds[t.name] = draw.random(t.shape) < 0.5
+            feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
         elif t.name in spec.notes.get("examples", {}):
             feeds[t.name] = np.asarray(spec.notes["examples"][t.name], dtype).reshape(t.shape)
         elif dtype == "int64":

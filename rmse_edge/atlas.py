@@ -46,8 +46,8 @@ class Atlas(Memory):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        # gamma 0.5, theta 0.12, eta 0.12, alpha 0.98
-        self.rates_proj.bias.copy_(torch.tensor([0.0, -2.0, -2.0, 4.0]))
+        # gamma 0.5, theta 0.12, eta 0.5, alpha 0.98
+        self.rates_proj.bias.copy_(torch.tensor([0.0, -2.0, 0.0, 4.0]))
 
     def window_specs(self) -> tuple[TensorSpec, ...]:
         """Features, values and gamma of the window's earlier segments, oldest first; gamma 0 where there was nothing."""

@@ -47,8 +47,8 @@ def gelu_slope(x: Tensor) -> Tensor:
 
 def clipped(gradient: tuple[Tensor, Tensor]) -> Tensor:
     """Factor (B, 1, 1) that keeps the norm of both matrices together at `CLIP` or below."""
-    square = sum(g.square().sum((1, 2), keepdim=True) for g in gradient)
-    return CLIP * torch.rsqrt(square.clamp_min(CLIP**2))  # type: ignore[union-attr]
+    up, down = (g.square().sum((1, 2), keepdim=True) for g in gradient)
+    return CLIP * torch.rsqrt((up + down).clamp_min(CLIP**2))
 
 
 class Memory(nn.Module):
@@ -150,7 +150,8 @@ class Memory(nn.Module):
         with torch.autocast(n.device.type, enabled=False):
             n = n.float()
             rows = torch.cat([state["key_tail"], self.key_proj(n)], 1)  # (B, 3 + 64, key_dims)
-            mixed = sum(self.key_conv[j] * rows[:, TAPS - 1 - j : rows.shape[1] - j] for j in range(TAPS))
+            shifted = [rows[:, TAPS - 1 - j : rows.shape[1] - j] for j in range(TAPS)]
+            mixed = (torch.stack(shifted, -1) * self.key_conv.T).sum(-1)
             key = self.features(unit(mixed))  # (B, 64, features)
             value = rms(self.value_proj(n))
             hidden = key @ state["memory_up"]

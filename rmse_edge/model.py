@@ -39,9 +39,10 @@ from .retrieval import Retrieval
 from .rope import rotary_angles
 from .titans import Titans
 
-MEMORIES: dict[str, type[Memory]] = {"titans": Titans, "atlas": Atlas}
+MEMORIES: dict[str, Callable[[RMSEConfig], Memory]] = {"titans": Titans, "atlas": Atlas}
 
 
+Signatures = dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]  # method -> (inputs, outputs)
 Recall = Callable[[Tensor], Tensor]  # normed states (B, C, d) -> what the memory knows about them (B, C, d)
 Stop = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # see `RMSE.trajectory`
 
@@ -217,11 +218,11 @@ class RMSE(nn.Module):
             TensorSpec("retrieved_valid", (1, rows), torch.bool),
         )
 
-    def _extra(self, memory: tuple[TensorSpec, ...]) -> dict[str, tuple[tuple[TensorSpec, ...], ...]]:
+    def _extra(self, memory: tuple[TensorSpec, ...]) -> Signatures:
         """Methods around segments: `blank`, `memorize` and `embed`."""
         c = self.config
         segment = (TensorSpec("segment", (1, SEGMENT, c.d_model)), TensorSpec("n_valid", (1,), torch.int64))
-        methods: dict[str, tuple[tuple[TensorSpec, ...], ...]] = {}
+        methods: Signatures = {}
         if memory:
             methods["blank"] = ((), memory)
             learned = (*(TensorSpec(f"next_{t.name}", t.shape) for t in memory), TensorSpec("surprise", (1,)))

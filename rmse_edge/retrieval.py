@@ -1,12 +1,13 @@
 """Atlas retrieval: passages become vectors with the model's own states, and hits enter x0 by cross-attention.
 
 A passage of at most 64 tokens is run through the model from an empty past. From the normed states its positions stop
-with, learned queries pool `retrieval_slots` vectors, the passage's **value**, and one more from which its **key** is
-projected. What searches is embedded alike, through a projection of its own (a question does not look like its answer):
+with, learned queries pool 2 x `retrieval_slots` vectors. The first half together become its **key**, each of the others
+a vector of its **value**: what a passage is found by is not what it says. What searches is embedded alike, through a
+projection of its own (a question does not look like its answer):
 
-    pooled_s = sum_t softmax_t(a_s . Wa n_t) n_t           s = 0..slots
-    key, query = unit(Wk pooled_0), unit(Wq pooled_0)      matched by cosine
-    value_s = rms(Wv pooled_s)                             s = 1..slots
+    pooled_s = sum_t softmax_t(a_s . Wa n_t) n_t                s = 1..2 slots
+    key, query = unit(Wk pooled_1..slots), unit(Wq pooled_1..slots)   matched by cosine
+    value_s = rms(Wv pooled_(slots + s))                        s = 1..slots
 
 The values of the hits are read by every following token's embedding, once per call, beside a null that holds nothing
 and always scores 0; with no hits x0 is what it would be without retrieval. A token's embedding alone does not know what
@@ -32,10 +33,10 @@ class Retrieval(nn.Module):
         super().__init__()
         self.config = config
         d, wide = config.d_model, config.n_heads * config.head_dim
-        self.pool_queries = nn.Parameter(torch.zeros(1 + config.retrieval_slots, d))
+        self.pool_queries = nn.Parameter(torch.zeros(2 * config.retrieval_slots, d))
         self.pool_proj = nn.Linear(d, d, bias=False)
-        self.key_proj = nn.Linear(d, config.retrieval_dim, bias=False)
-        self.search_proj = nn.Linear(d, config.retrieval_dim, bias=False)
+        self.key_proj = nn.Linear(config.retrieval_slots * d, config.retrieval_dim, bias=False)
+        self.search_proj = nn.Linear(config.retrieval_slots * d, config.retrieval_dim, bias=False)
         self.value_proj = nn.Linear(d, d, bias=False)
         self.norm = RMSNorm(d, config.norm_eps)
         self.q_proj = nn.Linear(d, wide, bias=False)
@@ -67,11 +68,12 @@ class Retrieval(nn.Module):
             n = n.float()
             there = torch.arange(n.shape[1], device=n.device) < count[:, None]  # (B, C)
             zero = torch.zeros((), device=n.device)
-            scores = self.pool_queries @ self.pool_proj(n).transpose(1, 2)  # (B, 1 + slots, C)
+            scores = self.pool_queries @ self.pool_proj(n).transpose(1, 2)  # (B, 2 slots, C)
             weights = torch.softmax(scores + torch.where(there, zero, zero + MASKED).unsqueeze(1), -1)
-            pooled = weights @ torch.where(there.unsqueeze(-1), n, zero)  # (B, 1 + slots, d)
-            whole, parts = pooled[:, 0], pooled[:, 1:]
-            return unit(self.key_proj(whole)), unit(self.search_proj(whole)), rms(self.value_proj(parts))
+            pooled = weights @ torch.where(there.unsqueeze(-1), n, zero)  # (B, 2 slots, d)
+            found_by, said = pooled.chunk(2, 1)
+            found_by = found_by.flatten(1)
+            return unit(self.key_proj(found_by)), unit(self.search_proj(found_by)), rms(self.value_proj(said))
 
     def inject(self, x: Tensor, retrieved: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         """What x (B, C, d) takes from the hits, (B, C, d); zero where there are none.

@@ -62,8 +62,11 @@ class Tokenizer:
             return self._fast.encode(text).ids
         except Exception:  # tokenizers raises bare Exception for a word without an [UNK]
             vocab = self._fast.get_vocab()
-            bad = next((c for c in text if c not in vocab), "?")
-            known = "".join(sorted(w for w in vocab if len(w) == 1 and w.isprintable()))
+            characters = [word for word in vocab if len(word) == 1 and word.isprintable()]
+            if 2 * len(characters) > len(vocab):
+                bad, known = next((c for c in text if c not in vocab), "?"), "".join(sorted(characters))
+            else:
+                bad, known = next((w for w in text.split() if w not in vocab), "?"), f"{len(vocab)} words"
             raise TextError(f"the tokenizer has no token for {bad!r}; it knows {known}") from None
 
     def decode(self, ids: list[int]) -> str:
@@ -79,6 +82,16 @@ def train_character_tokenizer(text: str, path: str | Path) -> None:
     fast = Fast(models.WordLevel(vocab))
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     fast.decoder = decoders.Fuse()
+    Path(path).write_text(json.dumps(json.loads(fast.to_str()), indent=1) + "\n", encoding="utf-8")
+
+
+def write_word_tokenizer(words: list[str], path: str | Path) -> None:
+    """Write a tokenizer.json of whole words between spaces: token i is `words[i]`."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, pre_tokenizers
+
+    fast = Fast(models.WordLevel({word: i for i, word in enumerate(words)}))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     Path(path).write_text(json.dumps(json.loads(fast.to_str()), indent=1) + "\n", encoding="utf-8")
 
 

@@ -177,8 +177,7 @@ class LoopRuntime:
         return surprise
 
     def _surprise(self, count: int) -> tuple[Arrays, Surprise]:
-        given = {"segment": self.segment, "n_valid": np.array([count], np.int64)}
-        learned = self.methods.run("memorize", SEGMENT, given | self.memory)  # type: ignore[operator]
+        learned = self.methods.run("memorize", SEGMENT, self._latest(count) | self.memory)
         mean, variance, segments = (float(x) for x in self.memory["surprise_stats"][0])
         value = float(learned["surprise"][0])
         return learned, Surprise(self._position, value, mean, max(variance, 0.0) ** 0.5, segments)
@@ -191,8 +190,12 @@ class LoopRuntime:
     def query(self) -> np.ndarray:
         """What the latest segment searches for: the unfinished one, or at a boundary the one before. (key_dims,)."""
         count = self._position % SEGMENT or SEGMENT
-        given = {"segment": self.segment, "n_valid": np.array([count], np.int64)}
-        return self.methods.run("embed_segment", SEGMENT, given)["query"][0].copy()  # type: ignore[arg-type]
+        return self.methods.run("embed_segment", SEGMENT, self._latest(count))["query"][0].copy()
+
+    def _latest(self, count: int) -> Arrays:
+        """The first `count` rows of the segment, as `memorize` and `embed_segment` take them."""
+        assert self.segment is not None
+        return {"segment": self.segment, "n_valid": np.array([count], np.int64)}
 
     def inject(self, values: np.ndarray | None, scores: np.ndarray | None = None) -> None:
         """Let the following tokens, up to the next boundary, read these hits.
@@ -220,7 +223,18 @@ class LoopRuntime:
         """A passage of 1 to 64 tokens as a knowledge base holds it: key (key_dims,), value (slots, d).
 
         It is read from an empty past at the checkpoint's own dials; what was fed stays as it is.
+
+        Raises:
+            UserError: the model has no retrieval head, or there are too many tokens or none.
         """
+        found = self._read_alone(tokens)
+        return found["key"][0].copy(), found["value"][0].copy()
+
+    def embed_query(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What a text of 1 to 64 tokens, read alone, searches for: (key_dims,). Errors as in `embed`."""
+        return self._read_alone(tokens)["query"][0].copy()
+
+    def _read_alone(self, tokens: Sequence[int] | np.ndarray) -> Arrays:
         ids = self._valid_ids(tokens)
         if self.info.retrieval is None:
             raise UserError(f"{self.info.name} has no retrieval head (retrieval_slots in its config.json)")
@@ -233,8 +247,7 @@ class LoopRuntime:
         prelude = self.methods.run("prelude", SEGMENT, {"tokens": padded} | _no_hits(self.info))
         feeds = prelude | context | nothing | self._blank | self.info.dials.arrays()
         h = self.methods.run("loop", SEGMENT, feeds)["h"]
-        found = self.methods.run("embed_segment", SEGMENT, {"segment": h, "n_valid": context["n_valid"]})
-        return found["key"][0].copy(), found["value"][0].copy()
+        return self.methods.run("embed_segment", SEGMENT, {"segment": h, "n_valid": context["n_valid"]})
 
 
 def _no_hits(info: ModelInfo) -> Arrays:

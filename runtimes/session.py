@@ -94,6 +94,7 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> list[int]:
         runtime.restore(int(position), tensors)
     except ValueError:
         raise SessionError(f"{path}: its tensors are not those of {runtime.info.name}; start a new session") from None
+    return [int(token) for token in header.get("pending", "").split()]
 
 
 def digest(tensors: Arrays, header: Mapping[str, str]) -> str:

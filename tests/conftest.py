@@ -76,3 +76,24 @@ def package(checkpoint: Path, memo: Memo, tmp_path_factory: pytest.TempPathFacto
         memo.install(monkeypatch)
         assert main(["-m", str(checkpoint), "-o", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def remembering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of a tiny model with a Titans memory and a retrieval head. Read only."""
+    from helpers import remembering_model, write_checkpoint
+
+    return write_checkpoint(remembering_model(), tmp_path_factory.mktemp("remembering") / "mem")
+
+
+@pytest.fixture(scope="session")
+def remembering_package(remembering: Path, memo: Memo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`remembering` exported, fp32, the parity gate included. Read only."""
+    from rmse_edge.checkpoint import load_checkpoint
+    from rmse_edge.export.pipeline import ExportRequest, export_package
+
+    folder = tmp_path_factory.mktemp("package") / "mem.rmse"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        memo.install(monkeypatch)
+        export_package(load_checkpoint(remembering), folder, ExportRequest(), remembering)
+    return folder

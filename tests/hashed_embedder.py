@@ -52,6 +52,9 @@ class HashedEmbedder:
         key = counts @ self._to_key
         return key / np.linalg.norm(key), (counts @ self._to_value).reshape(self.info.slots, self.info.d_model)
 
+    def embed_query(self, tokens: Sequence[int]) -> np.ndarray:
+        return self.embed(tokens)[0]
+
     def key(self, text: str) -> np.ndarray:
         return self.embed(self.encode(text))[0]
 

@@ -56,7 +56,6 @@ def everything(folder: Path) -> dict[int, tuple]:
         return {h.id: (h.text, h.source, h.value.tobytes(), round(h.score, 5)) for h in hits}
 
 
-
 CHANGES: dict[str, Callable[[KnowledgeBase], object]] = {
     "add": lambda kb: kb.add(NEW),
     "delete": lambda kb: kb.delete("random.txt"),
@@ -101,8 +100,8 @@ def kill_at_every_line(work: Path, name: str) -> dict[str, int]:
     shutil.copytree(whole, folder)
     lines = change(folder, name)
     after, counts = everything(folder), {"old": 0, "new": 0}
-    # Adding and deleting are what replacing does; so for them every third line will do.
-    for stop in range(0, len(lines), 3 if name in ("add", "delete") else 1):
+    # What the others do, replacing does too; so for them every third line will do.
+    for stop in range(0, len(lines), 1 if name == "replace" else 3):
         shutil.rmtree(folder)
         shutil.copytree(whole, folder)
         victim = os.fork()
@@ -143,7 +142,7 @@ def test_killed_at_every_line(work: Path, name: str) -> None:
         out, err = process.communicate()
     assert process.returncode == 0, err
     counts = json.loads(out)
-    assert counts["old"] > 20 and (counts["new"] > 1 or name == "rebuild"), counts
+    assert counts["old"] > 15 and (counts["new"] > 1 or name == "rebuild"), counts
 
 
 def test_killed_at_random_times(work: Path) -> None:
@@ -165,7 +164,7 @@ def test_making_one_is_all_or_nothing(work: Path) -> None:
         out, err = process.communicate()
     assert process.returncode == 0, err
     counts = json.loads(out)
-    assert counts["old"] > 20 and counts["new"] > 0, counts
+    assert counts["old"] > 15 and counts["new"] > 0, counts
 
 
 def kill_while_making(work: Path) -> dict[str, int]:

@@ -58,7 +58,21 @@ def test_where_a_long_line_is_cut(line: str, limit: int, pieces: list[str]) -> N
 @pytest.mark.parametrize("encode", [characters, words, bytes_of])
 def test_nothing_is_lost_and_everything_fits(encode: Callable) -> None:
     generator = random.Random(3)
-    alphabet = ["knowledge", "retrieval", "mountain.", "a", "is", "of!", "Paris", "été", "。", "\n", "x" * 90, "?", "\t"]
+    alphabet = [
+        "knowledge",
+        "retrieval",
+        "mountain.",
+        "a",
+        "is",
+        "of!",
+        "Paris",
+        "été",
+        "。",
+        "\n",
+        "x" * 90,
+        "?",
+        "\t",
+    ]
     for _ in range(60):
         text = "".join(generator.choice(alphabet) + generator.choice(["", " ", "  "]) for _ in range(80))
         passages = list(split_text(text, "t", encode, 16))
@@ -93,7 +107,9 @@ def test_shakespeare_in_passages(shakespeare: Path, tmp_path: Path) -> None:
     passages = list(split_text(text, "s.txt", tokenizer.encode))
     assert "".join("".join(p.text.split()) for p in passages) == "".join(text.split())
     assert max(len(tokenizer.encode(p.text)) for p in passages) <= 64
-    assert passages[0] == Passage("First Citizen:", "s.txt", 1) and passages[0].id == Passage("First Citizen:", "s.txt").id
+    assert (
+        passages[0] == Passage("First Citizen:", "s.txt", 1) and passages[0].id == Passage("First Citizen:", "s.txt").id
+    )
 
 
 def test_an_unknown_character_is_named_with_its_line(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import TextError, UserError
+from . import streaming
 from .common import Parser, existing_file, existing_path, list_of, non_negative_int, positive_int, verb
 from .display import bars, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
 @verb("rmse-bench")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
-    with opened(args) as runtime:
-        document = measure(runtime, args)
     forms: dict[str, Callable[[dict[str, Any]], str]] = {"md": as_markdown, "json": json.dumps, "csv": as_csv}
+    with opened(args) as runtime:
+        if args.stream is None:
+            document = measure(runtime, args)
+        else:
+            document, forms = measure_stream(runtime, args), streaming.FORMS
     print(forms[args.output](document))
     return None
 
@@ -65,6 +69,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--text", type=existing_file, metavar="FILE", help="what is read; the folder's sample.txt without it"
     )
+    parser.add_argument(
+        "--stream", type=positive_int, metavar="N", help="instead: feed N tokens in a row and report what stays flat"
+    )
     add_dial_flags(parser)
     add_runtime_flags(parser)
     parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="a table, or for programs")
@@ -73,6 +80,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(
             "give a package or checkpoint folder, or --config FILE for random weights (see rmse-bench --help)"
         )
+    for flag in ("prompt", "generate", "depths", "repetitions"):
+        if args.stream is not None and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--stream: has one row and no repetitions; leave out --{flag}")
     return args
 
 
@@ -154,6 +164,12 @@ def measure(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
         **bench.summary(),
         "notes": notes,
     }
+
+
+def measure_stream(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
+    notes = ["random weights: exits and surprise mean nothing"] if args.config else []
+    ids = read_ids(runtime, args.stream, args)
+    return streaming.measure(runtime, ids, chosen_dials(args, runtime.info), args.stream, args.threads, notes)
 
 
 def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.ndarray:

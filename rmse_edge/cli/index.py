@@ -6,7 +6,6 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 @verb("rmse-index")
 def main(argv: Sequence[str] | None = None) -> int | None:
-    return run(parse(argv))
+    run(parse(argv))
+    return None
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +36,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "-o", "--output", required=True, metavar="KB",
         help="folder (NAME.kb), or LanceDB: s3://BUCKET/PATH, gs://, az://, db://, lance:FOLDER",
     )  # fmt: skip
-    parser.add_argument("--replace", action="store_true", help="take out what is there of each TEXT, and put it in anew")
+    parser.add_argument(
+        "--replace", action="store_true", help="take out what is there of each TEXT, and put it in anew"
+    )
     group = parser.add_argument_group("instead of adding")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--query", metavar="TEXT", help="print the passages nearest to TEXT (at most 64 tokens)")

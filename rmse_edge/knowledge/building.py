@@ -27,6 +27,9 @@ class Embedder(Protocol):
     def embed(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Key (key_dims,) and value (slots, d_model) of 1 to 64 tokens."""
 
+    def embed_query(self, tokens: Sequence[int]) -> np.ndarray:
+        """What 1 to 64 tokens search for: (key_dims,), to be compared with keys."""
+
 
 class ModelEmbedder:
     """A model with a retrieval head, on any runtime.
@@ -40,10 +43,11 @@ class ModelEmbedder:
         if shape is None:
             raise UserError(f"{name} has no retrieval head (retrieval_slots in its config.json)")
         self.info = KnowledgeInfo(
-            shape["key_dims"], shape["slots"], runtime.info.config["d_model"], runtime.info.fingerprint
+            int(shape["key_dims"]), int(shape["slots"]), runtime.info.config["d_model"], runtime.info.fingerprint
         )
         self.encode = tokenizer.encode
         self.embed = runtime.embed
+        self.embed_query = runtime.embed_query
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,11 @@ def open_store(
     else:
         from .store import KnowledgeBase
 
-        store = KnowledgeBase.open(location) if info is None or Path(location).exists() else KnowledgeBase.create(location, info)
+        store = (
+            KnowledgeBase.open(location)
+            if info is None or Path(location).exists()
+            else KnowledgeBase.create(location, info)
+        )
     if info is not None:
         try:
             check_fits(store.info, info.key_dims, info.slots, info.d_model, info.model, location)
@@ -114,12 +122,22 @@ def index_files(
         progress: called with the number of passages done.
     Raises:
         KnowledgeError: what the store raises; batches committed before stay.
+        KeyboardInterrupt: Ctrl-C; what was embedded before stays, except of a file that was being replaced.
     """
+    interrupted = False
 
     def embedded(passages: Sequence[Passage]) -> Iterator[Entry]:
         for passage in passages:
             yield (passage, *embedder.embed(embedder.encode(passage.text)))
             progress(1)
+
+    def until_interrupted(entries: Iterator[Entry]) -> Iterator[Entry]:
+        """Ctrl-C ends the passages, so that those embedded before it are still put in."""
+        nonlocal interrupted
+        try:
+            yield from entries
+        except KeyboardInterrupt:
+            interrupted = True
 
     total, added, removed = sum(map(len, files.values())), 0, 0
     if replace:
@@ -134,7 +152,9 @@ def index_files(
         wanted = [p for p in wanted if p.id not in known]
         progress(total - len(wanted))
         if wanted:
-            added = store.add(embedded(wanted))
+            added = store.add(until_interrupted(embedded(wanted)))
+        if interrupted:
+            raise KeyboardInterrupt
     return Summary(added, total - added, removed)
 
 
@@ -155,4 +175,4 @@ def query(store: Store, embedder: Embedder, text: str, n: int) -> list[Hit]:
     tokens = embedder.encode(text.strip())
     if not 1 <= len(tokens) <= SEGMENT:
         raise KnowledgeError(f"--query: the text has {len(tokens)} tokens, expected 1 to {SEGMENT}")
-    return store.search(embedder.embed(tokens)[0], n)
+    return store.search(embedder.embed_query(tokens), n)

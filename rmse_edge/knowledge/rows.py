@@ -222,8 +222,9 @@ class Rows:
     def _checked(self, row: tuple[Any, ...] | None, shape: tuple[int, int, int], number: int) -> Row:
         kinds = (int, str, int, str, bytes, bytes, int)
         whole = row is not None and row[0] == number and all(isinstance(v, k) for v, k in zip(row, kinds))
-        if row is None or not whole or crc(*row[:6]) != row[6] or len(row[4]) != 4 * shape[0]:
-            what = "missing" if row is None else "damaged (its CRC-32 does not fit)"
+        sizes = [4 * shape[0], 2 * shape[1] * shape[2]]
+        if row is None or not whole or crc(*row[:6]) != row[6] or [len(v) for v in row[4:6]] != sizes:
+            what = "missing" if row is None else "damaged (its CRC-32 or its size does not fit)"
             raise KnowledgeError(f"{self.path}: passage {number} is {what}; {AGAIN}")
         _, source, line, text, key, value, _ = row
         halves = np.frombuffer(value, "<f2")

@@ -14,6 +14,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -46,7 +47,10 @@ T = TypeVar("T")
 MEANINGS = (
     ("nosuchbucket", "no such bucket; check the name, or create it"),
     ("bucket does not exist", "no such bucket; check the name, or create it"),
-    ("failed to get aws credentials", "no credentials; set them up as for the storage's own tools (aws configure, ...)"),
+    (
+        "failed to get aws credentials",
+        "no credentials; set them up as for the storage's own tools (aws configure, ...)",
+    ),
     ("credential", "the credentials are missing or not accepted; set them up as for the storage's own tools"),
     ("api_key", "LanceDB Cloud needs a key; set LANCEDB_API_KEY"),
     ("accessdenied", "access denied; check the credentials and their rights"),
@@ -87,10 +91,12 @@ class ServerKnowledge:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("lancedb", "pyarrow"):
                 raise
-            raise KnowledgeError("lancedb is not installed; install it with: pip install 'rmse-edge[lancedb]'") from None
+            raise KnowledgeError(
+                "lancedb is not installed; install it with: pip install 'rmse-edge[lancedb]'"
+            ) from None
         # The storage's own limits, tighter than LanceDB's; ours is kept by `within`, as its retries add up.
         tight = {
-            "timeout": f"{timeout_s:g}s", "connect_timeout": f"{timeout_s / 2:g}s", "client_max_retries": "1",
+            "timeout": f"{1000 * timeout_s:.0f}ms", "connect_timeout": f"{500 * timeout_s:.0f}ms", "client_max_retries": "1",
             "client_retry_timeout": str(max(1, round(timeout_s))),
         }  # fmt: skip
         local = location.startswith("lance:")
@@ -191,7 +197,7 @@ class ServerKnowledge:
         while batch := list(islice(waiting, BATCH)):
             rows = self._rows(batch)
             merge = self._table.merge_insert("id").when_not_matched_insert_all()
-            added += self._write(lambda merge=merge, rows=rows: merge.execute(rows)).num_inserted_rows
+            added += self._write(partial(merge.execute, rows)).num_inserted_rows
             progress(len(batch))
         self._optimize()
         return added
@@ -202,7 +208,7 @@ class ServerKnowledge:
         before = self._write(lambda: self._table.count_rows(f"source = {quoted(source)}"))
         merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         merge = merge.when_not_matched_by_source_delete(f"source = {quoted(source)}")
-        self._write(lambda: merge.execute(rows))
+        self._write(partial(merge.execute, rows))
         self._optimize()
         return rows.num_rows, before
 
@@ -298,7 +304,9 @@ def within(seconds: float, location: str, call: Callable[[], T]) -> T:
         return outcome[0]
     if failure:
         raise translated(location, failure[0]) from None
-    raise KnowledgeError(f"{location}: no answer within {seconds:g} s; check the address and the network, or wait longer")
+    raise KnowledgeError(
+        f"{location}: no answer within {seconds:g} s; check the address and the network, or wait longer"
+    )
 
 
 def translated(location: str, error: BaseException) -> BaseException:

@@ -42,7 +42,7 @@ class KnowledgeBase:
         self._rows = rows
         self._manifest: dict[str, Any] = {}
         self._index: Any = None  # mapped, of `_manifest`
-        self._editable: tuple[str, Any] | None = None  # a manifest's SHA-256 and its index, loaded to be changed
+        self._editable: Any = None  # the same, loaded to be changed, while the writer's lock is held
         self._mutex = threading.RLock()
 
     @classmethod
@@ -217,9 +217,9 @@ class KnowledgeBase:
         checked = [checked_entry(self.info, entry) for entry in entries]
         with self._rows.transaction(write=True):
             manifest = self._rows.manifest()
-            known, self._editable = self._editable, None  # an index half changed by a failure is not used again
-            fits = known is not None and known[0] == manifest["sha256"]
-            index = known[1] if known and fits else read_index(self.folder, manifest, view=False)
+            index, self._editable = self._editable, None  # half changed by a failure, it is not used again
+            if index is None:
+                index = read_index(self.folder, manifest, view=False)
             removed = self._rows.delete(gone)
             if removed:
                 index.remove(np.array(gone, np.uint64))
@@ -228,8 +228,7 @@ class KnowledgeBase:
                 index.add(np.array(ids, np.uint64), np.stack(keys), threads=1)
             if ids or removed:
                 self._next_generation(manifest | {"passages": len(index)}, index)
-        self._manifest = self._rows.manifest()
-        self._editable = self._manifest["sha256"], index
+        self._manifest, self._editable = self._rows.manifest(), index
         remove_others(self.folder, self._manifest["generation"])
         return len(ids), removed
 

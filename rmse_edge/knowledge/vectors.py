@@ -63,7 +63,10 @@ def read_index(folder: Path, manifest: dict[str, Any], view: bool) -> Any:
     except RuntimeError as error:  # whole, but written by a usearch of another format
         raise KnowledgeError(f"{path}: this usearch cannot read it ({error}); {REBUILD} {folder}") from None
     if len(index) != manifest["passages"] or index.ndim != manifest["key_dims"]:
-        raise KnowledgeError(f"{path}: holds {len(index)} keys, expected {manifest['passages']}; {REBUILD} {folder}")
+        raise KnowledgeError(
+            f"{path}: holds {len(index)} keys of {index.ndim} numbers, expected {manifest['passages']} of "
+            f"{manifest['key_dims']}; {REBUILD} {folder}"
+        )
     return index
 
 

@@ -67,6 +67,15 @@ class Facts:
     def vocab_size(self) -> int:
         return self.offsets["word"] + self.words
 
+    def vocabulary(self) -> list[str]:
+        """A word for every token, so that the model can be talked to: "? Bada Kobo likes >" is answered by a noun."""
+        names = (*made_up_words(self.names, "aeiou", "bdfgklmn"), *made_up_words(self.names, "oaiue", "prstvzhj"))
+        relations = "likes fears sells paints owns guards seeks builds".split()
+        relations += [f"relates{i}" for i in range(len(relations), self.relations)]
+        nouns = [f"{word}on" for word in made_up_words(self.values, "eaoiu", "klmnbrst")]
+        chat = [f"{word}s" for word in made_up_words(self.words, "iouae", "gtnmrbdp")]
+        return ["?", ">", ".", *(n.capitalize() for n in names), *relations[: self.relations], *nouns, *chat]
+
     @property
     def fingerprint(self) -> str:
         return json.dumps({"task": "facts"} | dataclasses.asdict(self))
@@ -131,7 +140,7 @@ class Facts:
         shape = (count, self.segments)
         text = self.chatter(draw, count, self.segments * SEGMENT + 1)
         tokens, targets = text[:, :-1].copy(), text[:, 1:].copy()
-        targets[draw.random(targets.shape) > 0.1] = IGNORED  # chatter would outweigh the answers
+        targets[draw.random(targets.shape) > 0.05] = IGNORED  # chatter would outweigh the answers
         passages = np.full((*shape, self.hits, PASSAGE), STOP, np.int64)
         valid, since = np.zeros(shape, bool), np.zeros(shape, np.int64)
         truth, rows = np.full(shape, -1), np.ones(shape, np.int64)
@@ -203,10 +212,9 @@ class Facts:
         keys, values = embed_passages(model, known, model.config.max_loops)
         rows = torch.full((len(prompts),), prompts.shape[1] - 1)
         query = model.retrieval.embed(states[-1], rows)[1]
-        found = (query @ keys.T).topk(self.hits, 1).indices
-        hits = Hits(
-            values[found].flatten(1, 2)[:, None], torch.ones(len(prompts), 1, 1, dtype=torch.bool), rows[:, None]
-        )
+        scores, found = (query @ keys.T).topk(self.hits, 1)
+        each = scores.repeat_interleave(values.shape[1], 1)[:, None]  # (n, 1, hits * slots)
+        hits = Hits(values[found].flatten(1, 2)[:, None], each, torch.ones_like(each, dtype=torch.bool), rows[:, None])
         states, _, _ = model.trajectory(prompts, hits=hits)
         return model.head_proj(states[-1][:, -1]).argmax(-1), found
 
@@ -229,6 +237,16 @@ class Facts:
         figure.tight_layout()
         figure.savefig(picture, dpi=110)
         plt.close(figure)
+
+
+def made_up_words(count: int, vowels: str, consonants: str) -> list[str]:
+    """`count` different words of two syllables or more."""
+    syllables = [c + v for c in consonants for v in vowels]
+    draw = np.random.default_rng(len(vowels) * 1000 + ord(consonants[0]))
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(draw.choice(syllables, 2 if len(words) < 1000 else 3))] = None
+    return list(words)
 
 
 def embed_passages(model: RMSE, passages: Tensor, loops: int) -> tuple[Tensor, Tensor]:

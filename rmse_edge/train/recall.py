@@ -79,6 +79,10 @@ class Recall:
                 row[places], asked[places] = keys[order], values[order]
         return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
 
+    def vocabulary(self) -> list[str]:
+        kinds = (("key", self.keys), ("value", self.values), ("noise", self.noise))
+        return [f"{kind}{i}" for kind, size in kinds for i in range(size)]
+
     def calibration(self) -> Tensor:
         return self.draw(np.random.default_rng(2**31 + 1), 16, self.segments)["tokens"]
 

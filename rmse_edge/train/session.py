@@ -26,7 +26,14 @@ import torch
 
 from ..errors import CheckpointError, ConfigError, TextError, UserError
 from ..model import RMSE
-from ..text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer
+from ..text import (
+    Tokenizer,
+    consecutive_blocks,
+    read_text,
+    split,
+    train_character_tokenizer,
+    write_word_tokenizer,
+)
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
@@ -84,8 +91,8 @@ def train(
         ids = np.array(known.encode(text))
         train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
         out.mkdir(parents=True, exist_ok=True)
-        source = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
-        trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
+        examples = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
+        trainer = Trainer(recipe, examples, out, device, mode, None if resume else start)
         try:
             if resume:
                 trainer.resume()
@@ -114,7 +121,7 @@ def train_task(
     save_every: int = 200,
     start: Path | None = None,
 ) -> dict[str, Any] | None:
-    """As `train`, on the made-up examples of the recipe's task: no text, no tokenizer.
+    """As `train`, on the made-up examples of the recipe's task: no text.
 
     Returns:
         What evaluation.json holds: what the task measures on the trained model. None as in `train`.
@@ -131,6 +138,8 @@ def train_task(
             trainer.resume()
         elif trainer.parallel.first:
             write_text(out / RECIPE_FILE, recipe.to_json())
+            if words := source.vocabulary():
+                write_word_tokenizer(words, out / TOKENIZER_FILE)
         trainer.run(stop_at, save_every)
         weights = trainer.final_weights()
     except KeyboardInterrupt:
@@ -145,6 +154,7 @@ def train_task(
     assert isinstance(model, RMSE)
     calibrate_surprise(model, source.calibration())
     rounded = save(model, out)
+    assert isinstance(rounded, RMSE)
     draw(out / LOG_FILE, out / "curve.png")
     evaluation = {"task": recipe.task, **source.evaluate(rounded)}
     source.draw_plot(evaluation, out / f"{recipe.task['name']}.png", model.config.window)

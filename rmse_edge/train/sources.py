@@ -45,6 +45,9 @@ class Task(Source, Protocol):
 
     vocab_size: int
 
+    def vocabulary(self) -> list[str]:
+        """A word for every token, for the checkpoint's tokenizer; empty: it gets none."""
+
     def calibration(self) -> Tensor:
         """(n, T) tokens of the ordinary kind, by which the model learns how much surprise to expect."""
 

@@ -75,6 +75,8 @@ class Trainer:
         self.device = self.parallel.device
         self.model = build_model(recipe)
         if start is not None:
+            if not isinstance(self.model, RMSE):
+                raise UserError("--init: a plain GPT is trained from random weights")
             start_from(self.model, start)
         self.model.to(self.device)
         self.objective = self.parallel.wrap(Objective(self.model, recipe))
