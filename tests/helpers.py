@@ -75,6 +75,7 @@ def remembering_model(memory: str = "titans", seed: int = 0, **changes: Any) -> 
         model.memory.out_proj.weight.normal_(std=0.3)
         # Every write shows for several segments, but rounding does not grow from one to the next, as it would at higher rates.
         model.memory.rates_proj.bias.copy_(torch.tensor(RATES[memory]))
+        model.memory.surprise_prior.copy_(torch.tensor([0.5, 0.01, 16.0]))  # so that the first segment is judged
     return model
 
 

@@ -330,7 +330,7 @@ def test_hits_kept_beyond_the_boundary_are_noticed(
     """A host that forgets to take the hits back: prompts after the boundary still read them."""
     candidate.reset()
     inject = candidate.inject
-    monkeypatch.setattr(candidate, "inject", lambda *hits: None if hits == (None,) else inject(*hits))
+    monkeypatch.setattr(candidate, "inject", lambda *hits: None if hits[0] is None else inject(*hits))
     with pytest.raises(ParityError, match=r"^position (19[2-9]|2\d\d): "):
         compare(reference, candidate, remembered_text(256), Dials(4), exact=True)
 
