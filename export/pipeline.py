@@ -169,7 +169,8 @@ def describe(model: RMSE, request: ExportRequest) -> dict[str, Any]:
         "quantization": request.quant,
         "parameters": parameters,
         "weight_bytes": parameters * width,
-        "state_bytes": sum(t.nbytes for t in specs[1].state),
+        "state_bytes": sum(t.nbytes for t in (*specs[1].state, *specs[1].memory, *specs[1].inputs[1:]))
+        + (SEGMENT * model.config.d_model * 4 if specs[1].memory else 0),
         "max_loops": model.config.max_loops,
         "methods": {
             f"{name}_{chunk}": {

@@ -65,7 +65,7 @@ class RMSEConfig:
     retrieval_slots: int = 0  # vectors per passage; 0: no retrieval
     retrieval_hits: int = 4  # passages injected at once, at most
     retrieval_dim: int = 64  # channels of the keys that are searched
-    retrieval_gamma: float = 1.0  # deviations of the surprise above its mean that call for passages
+    retrieval_gamma: float = 2.0  # deviations of the surprise above its mean that call for passages
     # numerics and training
     norm_eps: float = 1e-6
     kv_dtype: str = "float32"  # K and V are rounded to it before any use

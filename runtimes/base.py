@@ -105,8 +105,8 @@ class ModelInfo:
         values = dict(values) | {"nbytes": nbytes}
         values["dials"] = Dials(**values["dials"])
         values["chunks"] = tuple(values["chunks"])
-        for name in ("state", "memory"):
-            values[name] = {k: (tuple(shape), dtype) for k, (shape, dtype) in values[name].items()}
+        for name in ("state", "memory"):  # packages made before there was a memory do not say that they have none
+            values[name] = {k: (tuple(shape), dtype) for k, (shape, dtype) in values.get(name, {}).items()}
         return cls(**values)
 
     @property
@@ -126,8 +126,8 @@ class Surprise:
     segments: float  # how many those were (a trained start counts as some)
 
     def above(self, gamma: float) -> bool:
-        """Whether it stands out: more than `gamma` deviations above the mean."""
-        return self.segments > 0 and self.value > self.mean + gamma * self.std
+        """Whether it stands out: more than `gamma` deviations above the mean, once there is a deviation to speak of."""
+        return self.segments >= 2 and self.value > self.mean + gamma * self.std
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class LoopRuntime:
         # Exit states since the last boundary: what the memory is going to be taught.
         self.segment = np.zeros((1, SEGMENT, info.config["d_model"]), np.float32) if info.memory else None
         self.retrieved = _no_hits(info)
-        self.remember = True  # False: the memory stays blank
+        self.remember = True  # False: nothing more is learned
+        self.whole = True  # False after a call that was broken off: what is kept belongs to no moment of the text
         self.on_surprise: Callable[[Surprise], object] | None = (
             None  # called after every segment, before it is forgotten
         )
@@ -70,6 +71,7 @@ class LoopRuntime:
             self.segment.fill(0)
         self.inject(None)
         self._position = 0
+        self.whole = True
 
     def tensors(self) -> Arrays:
         """All that is kept between calls, but for the position; views, not copies."""
@@ -88,6 +90,7 @@ class LoopRuntime:
         for name, array in own.items():
             np.copyto(array, tensors[name])
         self._position = position
+        self.whole = True
 
     def state_bytes(self) -> int:
         return sum(array.nbytes for array in self.tensors().values())
@@ -97,6 +100,7 @@ class LoopRuntime:
         dials.check(self.info.max_loops)
         rows, depths, iterations, chunks, surprises = [], [], [], [], []
         done = 0
+        self.whole = False
         for chunk, n in plan_calls(self._position, len(ids), self.info.chunks):
             last = done + n == len(ids)
             out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
@@ -110,6 +114,7 @@ class LoopRuntime:
                 self.inject(None)  # hits are there until the next boundary
                 if self.memory and self.remember:
                     surprises.append(self._memorize())
+        self.whole = True
         return Fed(np.concatenate(rows), np.concatenate(depths), iterations, chunks, surprises)
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -206,14 +211,24 @@ class LoopRuntime:
         Raises:
             ValueError: more hits than the model has room for, or vectors of another shape.
         """
-        if not self.retrieved:
-            if values is not None:
-                raise ValueError("the model has no retrieval head")
-            return
+        if values is not None and not self.retrieved:
+            raise ValueError("the model has no retrieval head")
+        rows = np.zeros((0, 0)) if values is None else np.asarray(values).reshape(-1, values.shape[-1])
+        if values is not None:
+            space = self.info.retrieval or {}
+            room = self.retrieved["retrieved"].shape[1:]
+            if (
+                values.ndim != 3
+                or values.shape[1] != space["slots"]
+                or values.shape[2] != room[1]
+                or len(rows) > room[0]
+            ):
+                raise ValueError(
+                    f"hits: got {values.shape}, expected (n, {space['slots']}, {room[1]}), n at most {space['hits']}"
+                )
         for array in self.retrieved.values():
             array.fill(0)
         if values is not None:
-            rows = values.reshape(-1, values.shape[-1])
             self.retrieved["retrieved"][0, : len(rows)] = rows
             cosines = np.ones(len(values)) if scores is None else scores
             self.retrieved["retrieved_scores"][0, : len(rows)] = np.repeat(cosines, values.shape[1])

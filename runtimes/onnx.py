@@ -112,5 +112,6 @@ class OnnxRuntime(LoopRuntime):
         methods = OnnxMethods(package.folder, manifest["lowering"]["graphs"], threads)
         super().__init__(info, methods)
         for chunk in info.chunks:  # now, so that the first token does not wait for it
-            for method in ("prelude", "loop", "head", "commit"):
-                methods.session(method, chunk)
+            for method in ("prelude", "loop", "head", "commit", "memorize", "embed_segment"):
+                if f"{method}_{chunk}" in methods.graphs:
+                    methods.session(method, chunk)

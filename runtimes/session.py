@@ -38,6 +38,10 @@ def save_session(runtime: LoopRuntime, path: str | Path, pending: Sequence[int] 
         SessionError: the file cannot be written; what stood there before still does.
     """
     path = Path(path)
+    if not runtime.whole:
+        raise SessionError(
+            f"{path}: not saved, since the text was broken off while the model was reading; run it again"
+        )
     if os.path.isdir(path):
         raise SessionError(f"{path}: is a folder, expected a file to write the session to")
     tensors = {name: np.ascontiguousarray(array) for name, array in runtime.tensors().items()}
@@ -86,7 +90,7 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> list[int]:
     position = header.get("position", "")
     if header.get("sha256") != digest(tensors, header) or not (position.isascii() and position.isdigit()):
         raise SessionError(f"{path}: its SHA-256 does not fit; the file is damaged, start a new session")
-    if header.get("model") != runtime.info.fingerprint:
+    if not runtime.info.fingerprint or header.get("model") != runtime.info.fingerprint:
         raise SessionError(
             f"{path}: a session of another model ({header.get('name')}), not of {runtime.info.name}; start a new one"
         )

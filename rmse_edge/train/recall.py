@@ -37,12 +37,14 @@ class Recall:
     values: int = 64
     noise: int = 64
     segments: int = 8  # of a training sequence at most, the one with the pairs included; drawn from 2 on
+    short: float = 0.6  # share of batches with two segments: what is asked for soon is learned first
 
     def __post_init__(self) -> None:
         for name in ("pairs", "keys", "values", "noise"):
             require(self, name, getattr(self, name) >= 1, "a positive integer")
         require(self, "pairs", self.pairs <= min(self.keys, SEGMENT // 2), f"at most keys and {SEGMENT // 2}")
         require(self, "segments", self.segments >= 2, "at least 2")
+        require(self, "short", 0 <= self.short <= 1, "a share in 0..1")
 
     @property
     def vocab_size(self) -> int:
@@ -54,7 +56,8 @@ class Recall:
 
     def batch(self, count: int, seed: Seed) -> Batch:
         draw = np.random.default_rng(seed)
-        return self.draw(draw, count, int(draw.integers(2, self.segments + 1)))
+        segments = 2 if draw.random() < self.short else int(draw.integers(2, self.segments + 1))
+        return self.draw(draw, count, segments)
 
     def validation(self, count: int) -> Batch:
         """Queries in the last segment of the longest training sequences only."""

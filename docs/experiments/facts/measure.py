@@ -6,7 +6,7 @@
 
 Every question stands at the end of a prompt of chatter. Subjects were never drawn in training. "with" holds the facts
 asked for and as many others, "swapped" the same subjects with other values: then its answers count as right. Triggers:
-the share of segments of plain chatter, and of segments that end with a question, whose surprise calls for help.
+the share of segments of plain chatter, and of prompts that end with a question, whose surprise calls for help, by gamma.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rmse_edge.train.facts import ANSWER, QUESTION, Facts
 
 QUESTIONS = 200
 CONTEXTS = (20, 150)  # words of chatter before a question
+GAMMAS = (1.0, 1.5, 2.0, 3.0)
 
 
 def main(package: Path) -> None:
@@ -79,10 +80,20 @@ def main(package: Path) -> None:
             result[f"asked_{name}"] = looked
     result["without"] = float((answers(None)[0] == asked[:, 3]).mean())
     runtime.reset()
-    gamma = float((runtime.info.retrieval or {})["gamma"])
-    surprises = runtime.feed(task.chatter(draw, 1, 400 * 64)[0], runtime.info.dials, "last").surprises
-    result["gamma"] = gamma
-    result["triggered_by_chatter"] = float(np.mean([s.above(gamma) for s in surprises]))
+    chatter = runtime.feed(task.chatter(draw, 1, 400 * 64)[0], runtime.info.dials, "last").surprises
+    needing = []
+    for prompt in prompts:
+        runtime.reset()
+        runtime.feed(prompt[:-1], runtime.info.dials, "last")
+        needing.append(runtime.peek())
+    result["gamma"] = (runtime.info.retrieval or {})["gamma"]
+    result["triggers"] = {
+        gamma: {
+            "chatter": float(np.mean([s.above(gamma) for s in chatter])),
+            "questions": float(np.mean([s is not None and s.above(gamma) for s in needing])),
+        }
+        for gamma in GAMMAS
+    }
     print(json.dumps(result, indent=2))
 
 
