@@ -2,6 +2,9 @@
 
 Tokens are fed in calls of 64. The first ones warm up; the others are reported in tenths, the speed of each by the median
 of its calls, so that a hiccup of the machine does not decide.
+
+A run takes minutes, and a machine that is busier at its end looks like a model that has become slower. So at the end the
+state from after the warm-up is taken out again, and both states read the same tokens in turns.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import numpy as np
 
 from ..config import SEGMENT
 from ..errors import UserError
-from .base import Dials, Fed
+from .base import Arrays, Dials, Fed
 from .host import LoopRuntime
 from .machine import resident_bytes
 
 WARM_UP = 2000  # tokens: caches fill, the ring wraps, buffers find their place
 EARLY = 1000  # tokens after which the state's size is taken first
 TENTHS = 10
+PAIRS = 100  # calls of 64 tokens from either state
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,16 @@ class Stream:
         self.resident_first: int | None = None
         self.resident: int | None = None
         self.finite = True
+        self.pairs: list[tuple[float, float]] = []  # seconds of a call from the early and from the late state
 
     def run(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """Feed all of it from an empty past."""
         ends = {int(part[-1]) for part in self.parts}
         self.runtime.reset()
+        early = self._snapshot()
         for call in range(len(self.seconds)):
+            if call == self.parts[0][0]:
+                early = self._snapshot()
             start = perf_counter()
             fed = self._feed(call, SEGMENT)
             self.seconds[call] = perf_counter() - start
@@ -89,6 +97,31 @@ class Stream:
         self.finite &= self._state_is_finite()
         self.resident = resident_bytes()[0]
         self.state_bytes = self.runtime.state_bytes()
+        self._compare(early, self._snapshot())
+
+    def _snapshot(self) -> tuple[int, Arrays]:
+        return self.runtime.position, {name: array.copy() for name, array in self.runtime.tensors().items()}
+
+    @property
+    def paired_loops(self) -> int:
+        """Loops of the calls that compare the states: what the stream needed on average, the same for both."""
+        return min(self.runtime.info.max_loops, max(1, round(float(self.loops.mean()))))
+
+    def _compare(self, early: tuple[int, Arrays], late: tuple[int, Arrays]) -> None:
+        """The same tokens from both states in turns, at a fixed depth, so that both do the same work."""
+        dials, limit = Dials(self.paired_loops), self.runtime.info.max_seq_len
+        room = late[0] if limit is None else limit - SEGMENT
+        for pair in range(PAIRS + 1):
+            ids = self.ids.take(np.arange(pair * SEGMENT, (pair + 1) * SEGMENT), mode="wrap")
+            seconds = []
+            for state in (early, late):
+                self.runtime.restore(min(state[0], room) // SEGMENT * SEGMENT, state[1])
+                start = perf_counter()
+                self.runtime.feed(ids, dials, logits="last")
+                seconds.append(perf_counter() - start)
+            if pair:  # the first one warms up
+                self.pairs.append((seconds[0], seconds[1]))
+        self.runtime.restore(*late)
 
     def _feed(self, call: int, count: int) -> Fed:
         places = np.arange(call * SEGMENT, call * SEGMENT + count)
@@ -123,6 +156,9 @@ class Stream:
             "warm_up_tokens": tenths[0].first,
             "tenths": [vars(tenth) for tenth in tenths],
             "speed_ratio": tenths[-1].tok_per_s / tenths[0].tok_per_s,
+            "paired_speed_ratio": float(np.median([early / late for early, late in self.pairs])),
+            "paired_calls": len(self.pairs),
+            "paired_loops": self.paired_loops,
             "rss_bytes_first_tenth": self.resident_first,
             "rss_bytes": self.resident,
             "rss_growth_bytes": self.resident - self.resident_first if known else None,  # type: ignore[operator]

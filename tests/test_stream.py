@@ -137,7 +137,8 @@ def test_json_names(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
     document = json.loads(out)
     kinds = {
         "model": str, "runtime": str, "parameters": int, "package_bytes": int, "dials": dict, "stream_tokens": int,
-        "text_tokens": int, "warm_up_tokens": int, "tenths": list, "speed_ratio": float, "rss_bytes_first_tenth": int,
+        "text_tokens": int, "warm_up_tokens": int, "tenths": list, "speed_ratio": float,
+        "paired_speed_ratio": float, "paired_calls": int, "paired_loops": int, "rss_bytes_first_tenth": int,
         "rss_bytes": int, "rss_growth_bytes": int, "state_bytes_early": int, "state_bytes": int, "finite": bool, "notes": list,
     }  # fmt: skip
     assert document.pop("threads") is None

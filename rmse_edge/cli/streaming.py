@@ -60,6 +60,8 @@ def as_markdown(d: dict[str, Any]) -> str:
             table(head, [row(tenth) for tenth in d["tenths"]]),
             "",
             f"speed: the last tenth is {d['speed_ratio']:.3f} × as fast as the first (medians over calls of 64 tokens)",
+            f"  side by side, {d['paired_calls']} calls in turns at {d['paired_loops']} loops: the state at the end is "
+            f"{d['paired_speed_ratio']:.3f} × as fast as the one after the warm-up",
             f"memory: {memory}",
             f"state: {d['state_bytes_early']:,} bytes after 1,000 tokens, {d['state_bytes']:,} bytes at the end, "
             + ("all of it finite" if d["finite"] else "NOT FINITE"),
