@@ -57,8 +57,9 @@ demo: $(STAMP)
 	@echo; echo "== 3/3  rmse-bench: what stopping early saves"
 	$(BIN)/rmse-bench $(PACKAGE)
 
+# Two processes at a time; tests of one file stay together, since they share exports.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: style types
 

@@ -156,7 +156,7 @@ class Stream:
             "warm_up_tokens": tenths[0].first,
             "tenths": [vars(tenth) for tenth in tenths],
             "speed_ratio": tenths[-1].tok_per_s / tenths[0].tok_per_s,
-            "paired_speed_ratio": float(np.median([early / late for early, late in self.pairs])),
+            "paired_speed_ratio": float(np.median([a / b for a, b in self.pairs])) if self.pairs else None,
             "paired_calls": len(self.pairs),
             "paired_loops": self.paired_loops,
             "rss_bytes_first_tenth": self.resident_first,

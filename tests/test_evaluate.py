@@ -216,7 +216,8 @@ def test_json_names(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     code, out, err = call(capsys, checkpoint, "--max-tokens", 200, "-o", "json")
     assert (code, err) == (0, "")
     kinds = {
-        "model": str, "runtime": str, "text": str, "split": str, "block": int, "dials": dict, "state_bytes": int,
+        "model": str, "runtime": str, "text": str, "split": str, "block": int, "dials": dict, "memory": bool,
+        "state_bytes": int,
         "tokens": int, "loss": float, "loss_se": float, "perplexity": float, "perplexity_se": float,
         "mean_loops": float, "depth_sd": float, "iterations_saved": float, "mean_iterations": float, "histogram": list, "seconds": float,
         "tokens_per_s": float,

@@ -226,7 +226,9 @@ def test_a_model_with_one() -> None:
     hashed = HashedEmbedder()
     info = SimpleNamespace(retrieval={"key_dims": 48, "slots": 2}, config={"d_model": 16}, fingerprint="f")
     tokenizer = SimpleNamespace(encode=hashed.encode)
-    made = ModelEmbedder(SimpleNamespace(info=info, embed=hashed.embed), tokenizer, "tiny")
+    made = ModelEmbedder(
+        SimpleNamespace(info=info, embed=hashed.embed, embed_query=hashed.embed_query), tokenizer, "tiny"
+    )
     assert (made.info.key_dims, made.info.slots, made.info.d_model, made.info.model) == (48, 2, 16, "f")
     assert made.embed(made.encode("x"))[0].shape == (48,)
 

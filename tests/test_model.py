@@ -69,7 +69,7 @@ def test_a_rounded_cache_reads_the_same_in_every_chunking() -> None:
         assert torch.equal(host_depth, depth)
         # Noise of 1e-7 rarely crosses a rounding boundary of the cache; where it does, one number moves by one step.
         error = (logits - expected).abs().amax(-1)
-        assert error.median() <= 1e-5 and error.max() <= rounding.max()
+        assert error.median() <= 5e-5 and error.max() <= rounding.max()
 
 
 def test_a_stopped_position_supplies_propagated_keys_to_loops_that_never_ran() -> None:

@@ -17,7 +17,7 @@ from rmse_edge import runtimes
 from rmse_edge.cli.bench import main
 from rmse_edge.errors import UserError
 from rmse_edge.runtimes import Dials, stream
-from rmse_edge.runtimes.stream import Stream
+from rmse_edge.runtimes.stream import PAIRS, Stream
 from rmse_edge.runtimes.torch import TorchRuntime
 
 DIALS = Dials(4, 1, 0.6)
@@ -54,8 +54,14 @@ def test_the_text_is_fed_again_and_again(remembers: TorchRuntime, monkeypatch: p
     fed.clear()
     Stream(remembers, ids, DIALS, COUNT, WARM_UP).run(told.append)
     text = np.tile(ids, 5)[:COUNT].tolist()
-    assert fed == [(i, text[i : i + 64], DIALS) for i in range(0, COUNT, 64)]
+    calls = -(-COUNT // 64)
+    assert fed[:calls] == [(i, text[i : i + 64], DIALS) for i in range(0, COUNT, 64)]
     assert sum(told) == COUNT == remembers.position
+    pairs = fed[calls:]  # then both states read the same, in turns, at one depth
+    early, late = pairs[0::2], pairs[1::2]
+    assert len(early) == PAIRS + 1 and [tokens for _, tokens, _ in early] == [tokens for _, tokens, _ in late]
+    assert {p for p, _, _ in early} == {WARM_UP} and {p for p, _, _ in late} == {COUNT // 64 * 64}
+    assert len({dials for _, _, dials in pairs}) == 1 and pairs[0][2].exit_threshold == 1
 
 
 def test_tenths_cover_what_comes_after_the_warm_up(streamed: Stream) -> None:
