@@ -39,6 +39,10 @@ def macs_per_token(config: RMSEConfig, context: float) -> dict[str, Any]:
         "shared_expert": config.n_shared_experts * 3 * d * config.shared_width,
         "brake_gate": d,
     }
+    if config.memory != "none":
+        first, second = _memory_layers(config)
+        key_dims = config.memory_dim if config.memory == "titans" else config.memory_key_dim
+        loop["memory_read"] = d * key_dims + first + second + config.memory_dim * d + d
     if "entropy" in config.exit_rules:
         loop["entropy_head"] = d * config.vocab_size
     once = {
@@ -46,6 +50,11 @@ def macs_per_token(config: RMSEConfig, context: float) -> dict[str, Any]:
         "head": d * config.vocab_size,
         "propagate_kv": config.max_loops * d * kv,  # commit projects the exit state for every loop in one product
     }
+    if config.memory != "none":
+        # Keys, values and rates; M on the keys; the gradient, which Titans takes with two sets of weights.
+        gradients = 2 if config.memory == "titans" else 1
+        projected = d * (key_dims + config.memory_dim + (3 if config.memory == "titans" else 4))
+        once["memory_write"] = projected + first + second + gradients * (first + 2 * second)
     per_loop, around = sum(loop.values()), sum(once.values())
     return {
         "loop": loop,
@@ -54,3 +63,10 @@ def macs_per_token(config: RMSEConfig, context: float) -> dict[str, Any]:
         "once_total": around,
         "total": around + config.max_loops * per_loop,
     }
+
+
+def _memory_layers(config: RMSEConfig) -> tuple[int, int]:
+    """Weights of the memory's two layers. ATLAS reads keys with all products of two channels added."""
+    dims = config.memory_key_dim
+    features = config.memory_dim if config.memory == "titans" else dims + dims * (dims + 1) // 2
+    return features * config.memory_hidden, config.memory_hidden * config.memory_dim

@@ -166,7 +166,8 @@ class Bench:
         """Milliseconds of one `loop` call, averaged over as many as fill `LOOP_SECONDS`."""
         methods = self.runtime.methods
         self.runtime.reset()
-        feeds = methods.run("prelude", chunk, {"tokens": self.ids[None, :chunk]}) | self.runtime.state
+        given = {"tokens": self.ids[None, :chunk]} | self.runtime.retrieved
+        feeds = methods.run("prelude", chunk, given) | self.runtime.state | self.runtime.memory
         feeds |= self.runtime.context(chunk, chunk) | row.dials.arrays()
         calls, seconds, start = 0, 0.0, perf_counter()
         while seconds < LOOP_SECONDS:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from helpers import ALPHABET, assert_one_line
 
+from rmse_edge.cli.bench import main as bench
 from rmse_edge.cli.evaluate import main as evaluate
 from rmse_edge.cli.index import main as index
 from rmse_edge.cli.run import main
+from rmse_edge.config import RMSEConfig
+from rmse_edge.costs import macs_per_token
 
 PROMPT = "".join(ALPHABET[1 + i % 60] for i in range(70))
 
@@ -103,6 +106,20 @@ def test_a_model_without_memory_says_so(checkpoint: Path, capsys: pytest.Capture
     code, _, err = call(capsys, checkpoint, "-p", "!", "--no-memory")
     assert code == 2
     assert_one_line(err, "--no-memory: tiny has no memory")
+
+
+def test_the_bench_times_a_model_with_a_memory(remembering: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench([str(remembering), "-p", "70", "-n", "4", "-r", "1", "-d", "4", "-o", "json"]) == 0
+    d = json.loads(capsys.readouterr().out)
+    assert {row["test"] for row in d["rows"]} == {"pp70", "tg4"} and {"loop1", "loop64"} <= d["loop_time_ratio"].keys()
+
+
+def test_the_memory_is_in_the_costs() -> None:
+    plain, titans, atlas = (macs_per_token(RMSEConfig(memory=kind), 100) for kind in ("none", "titans", "atlas"))
+    read = 192 * 64 + 64 * 256 + 256 * 64 + 64 * 192 + 192
+    assert titans["loop_total"] - plain["loop_total"] == read == titans["loop"]["memory_read"]
+    assert atlas["loop"]["memory_read"] == 192 * 16 + (16 + 136) * 256 + 256 * 64 + 64 * 192 + 192
+    assert titans["once"]["memory_write"] == 192 * (64 + 64 + 3) + 3 * 64 * 256 + 5 * 256 * 64
 
 
 def test_evaluation_with_and_without_the_memory(remembering: Path, capsys: pytest.CaptureFixture[str]) -> None:

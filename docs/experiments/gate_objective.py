@@ -1,6 +1,6 @@
 """Which objective should train the gate? Prints the loss at given mean depths for several, on a frozen model.
 
-    rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/recipe.json -o runs/mine --stop-at 1500
+    rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/mine --stop-at 1500
     python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt
 
 Every objective trains a linear gate on the states of training blocks; validation blocks then give loss against mean depth
