@@ -2,7 +2,7 @@
 
 Where Titans learns each position by itself, the omega rule learns the last `memory_window` positions together:
 
-    G  = sum over the window of gamma_i * d |M(phi(k_i)) - v_i|^2 / dW
+    G  = sum over the window of gamma_i * d mean (M(phi(k_i)) - v_i)^2 / dW
     S' = theta S + G
     W' = alpha W - eta NS5(S')
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ class RMSEConfig:
         self._require(
             slots == 0 or self.memory != "none", "retrieval_slots", "0, since there is no memory to be surprised"
         )
+        self._require(math.isfinite(self.retrieval_gamma), "retrieval_gamma", "a number")
         self._require(self.top_k <= self.n_experts, "top_k", f"at most n_experts ({self.n_experts})")
         self._require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
         self._require(self.exit_threshold > 0, "exit_threshold", "a positive number (1 or more disables the gate)")

@@ -219,7 +219,7 @@ class RMSE(nn.Module):
         )
 
     def _extra(self, memory: tuple[TensorSpec, ...]) -> Signatures:
-        """Methods around segments: `blank`, `memorize` and `embed`."""
+        """Methods around segments: `blank`, `memorize` and `embed_segment`."""
         c = self.config
         segment = (TensorSpec("segment", (1, SEGMENT, c.d_model)), TensorSpec("n_valid", (1,), torch.int64))
         methods: Signatures = {}

@@ -13,7 +13,7 @@ The values of the hits are read by every following token's embedding, once per c
 and always scores 0; with no hits x0 is what it would be without retrieval. A token's embedding alone does not know what
 the text was looking for, so how well a hit matched, its cosine s, counts too:
 
-    x0 = e + Wo softmax([0, q(e) . k(value) + b s]) [0, v(value)]
+    x0 = e + Wo softmax([0, q(norm e) . k(value) / sqrt(head_dim) + b s]) [0, v(value)]
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class Methods(Protocol):
     """An exported model's methods on arrays."""
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
-        """Call `prelude`, `loop`, `step`, `head` or `commit` for `chunk` rows; names and shapes are the LoopSpec's.
+        """Call `prelude`, `loop`, `step`, `head`, `commit` or a method of `LoopSpec.extra` for `chunk` rows.
+
+        Names and shapes are the LoopSpec's.
 
         The arrays returned may be reused by the next call of the same method and chunk: copy what is to be kept.
         """

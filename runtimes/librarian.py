@@ -7,6 +7,7 @@ passages are injected: all tokens up to the next multiple of 64 positions read t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,8 @@ class Librarian:
         if not 1 <= hits <= room:
             raise UserError(f"--kb-hits: got {hits}, expected 1..{room} (retrieval_hits in the model's config.json)")
         gamma = float(space["gamma"]) if gamma is None else gamma
+        if not math.isfinite(gamma):
+            raise UserError(f"--gamma: got {gamma}, expected a number")
         width = runtime.info.config["d_model"]
         check_fits(retriever.info, int(space["key_dims"]), int(space["slots"]), width, runtime.info.fingerprint, where)
         librarian = cls(runtime, retriever, gamma, hits, optional, warn)

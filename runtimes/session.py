@@ -1,7 +1,7 @@
 """A session on disk: everything a text has left behind, so that it can go on later, in another process or on a phone.
 
 One safetensors file: the KV ring, the neural memory, the segment it has not yet learned, the hits in force, and, in its
-header, format version, position, the model's fingerprint and a SHA-256 over all tensors. A session made on a checkpoint
+header, format version, position, tokens not yet read, the model's fingerprint and a SHA-256 over all tensors. A session made on a checkpoint
 goes on in a package of it, and the other way round.
 """
 

@@ -125,7 +125,7 @@ def test_a_text_that_cannot_be_indexed_writes_nothing(place: Path, embedder: Has
     (place / "bad.txt").write_text("Fine.\nNot fine: é\n", encoding="utf-8")
     fails(capsys, ["model", "facts.txt", "bad.txt", "-o", "a.kb"], "bad.txt:2: the tokenizer has no token for 'é'")
     (place / "white.txt").write_text(" \n\n")
-    fails(capsys, ["model", "white.txt", "-o", "a.kb"], "white.txt: no passage in it, only white space")
+    fails(capsys, ["model", "white.txt", "-o", "a.kb"], "white.txt: no passage, only white space")
     (place / "latin.txt").write_bytes(b"caf\xe9")
     fails(capsys, ["model", "latin.txt", "-o", "a.kb"], "latin.txt: not UTF-8 at byte 3")
     assert not (place / "a.kb").exists() and embedder.embedded == 0

@@ -86,6 +86,10 @@ def test_the_knowledge_base_is_asked_and_told_about(
         (["--kb-optional"], "--kb-optional: needs a knowledge base (--kb)"),
         (["--kb", "none.kb"], "none.kb"),
         (["--no-memory", "--kb", "x.kb"], "leave out --no-memory"),
+        (["--gamma", "0"], "--gamma: needs a knowledge base (--kb)"),
+        (["--gamma", "nan", "--kb", "x.kb"], "--gamma: got 'nan', expected a number"),
+        (["--no-memory", "--session", "x.session"], "--no-memory: the session brings its own memory"),
+        (["--save-session", "."], "--save-session: . is a folder"),
     ],
 )
 def test_flags_that_cannot_be_followed(

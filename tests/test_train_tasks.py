@@ -172,18 +172,36 @@ def test_facts_are_measured_with_and_without_a_knowledge_base(tmp_path: Path) ->
         ({"name": "sums"}, "task: got 'sums', expected one of recall, facts"),
         ({"name": "recall", "pears": 3}, "task recall: "),
         ({"name": "recall", "pairs": 40}, "task option pairs: got 40, expected at most"),
+        ({"name": ["recall"]}, "task: got ['recall'], expected one of recall, facts"),
+        ({"name": "recall", "pairs": 2.5}, "task option pairs: got 2.5, expected a whole number"),
+        ({"name": "facts", "names": 1}, "task option names: got 1, expected a whole number of at least 2"),
+        ({"name": "facts", "hits": 9}, "task option hits: got 9, expected at most retrieval_hits (4)"),
         ({"name": "facts", "ask": 2}, "task option ask: got 2, expected a share in 0..1"),
     ],
 )
 def test_wrong_tasks_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        make_task(options, 1000)
+        make_task(options, RMSEConfig(vocab_size=1000, memory="titans", retrieval_slots=2))
     assert_one_line(str(error.value), said)
 
 
 def test_a_vocabulary_too_small_for_the_task() -> None:
     with pytest.raises(ConfigError, match=r"model.vocab_size: got 100, the task recall needs 192"):
-        make_task({"name": "recall"}, 100)
+        make_task({"name": "recall"}, RMSEConfig(vocab_size=100, memory="titans"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [("recall", {}, "model.memory: got 'none'"), ("facts", {"memory": "titans"}, "model.retrieval_slots: got 0")],
+)
+def test_a_model_that_cannot_do_the_task(name: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_task({"name": name}, RMSEConfig(vocab_size=1000, **changes))
+
+
+def test_a_memory_wants_more_than_one_segment() -> None:
+    with pytest.raises(ConfigError, match=r"model.block_size: got 64, expected at least 128"):
+        Recipe(model={"memory": "titans", "block_size": 64})
 
 
 def test_a_task_takes_no_text_and_a_text_needs_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,17 @@ def positive_int(text: str) -> int:
     return _number(int, text, lambda v: v >= 1, "a whole number of at least 1")
 
 
+def finite_float(text: str) -> float:
+    return _number(float, text, math.isfinite, "a number")
+
+
+def key_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE")
+    return name, value
+
+
 def non_negative_int(text: str) -> int:
     return _number(int, text, lambda v: v >= 0, "a whole number of at least 0")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .common import non_negative_float, positive_float, positive_int
+from .common import finite_float, key_value, non_negative_float, positive_float, positive_int
 
 if TYPE_CHECKING:
     from ..runtimes import Dials, ModelInfo, Runtime
@@ -65,12 +65,17 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-memory", action="store_true", help="leave the neural memory blank")
     group.add_argument("--kb", metavar="KB", help="knowledge base of rmse-index, to be asked when the text surprises")
     group.add_argument(
-        "--gamma", type=float, metavar="G", help="deviations above the mean surprise that count; low: often"
+        "--gamma", type=finite_float, metavar="G", help="deviations above the mean surprise that count; low: often"
     )
     group.add_argument(
         "--kb-hits", type=positive_int, metavar="N", help="passages to read at once; all there is room for"
     )
-    group.add_argument("--kb-timeout", type=positive_float, default=10.0, metavar="S", help="seconds a server may take")
+    group.add_argument(
+        "--kb-timeout", type=positive_float, metavar="S", help="seconds a server may take; 10 without it"
+    )
+    group.add_argument(
+        "--kb-storage", action="append", type=key_value, metavar="KEY=VALUE", help="LanceDB storage option; repeatable"
+    )
     group.add_argument(
         "--kb-optional", action="store_true", help="if the knowledge base fails, say so and go on without"
     )
@@ -102,17 +107,17 @@ def prepare_memory(runtime: Runtime, args: argparse.Namespace, warn: Callable[[s
     if args.no_memory:
         leave_memory_blank(runtime)
     if args.kb is None:
-        for flag in ("gamma", "kb_hits", "kb_optional"):
-            if getattr(args, flag) not in (None, False):
+        for flag in ("gamma", "kb_hits", "kb_timeout", "kb_storage", "kb_optional"):
+            if getattr(args, flag) is not None and getattr(args, flag) is not False:
                 raise UserError(f"--{flag.replace('_', '-')}: needs a knowledge base (--kb)")
         return None
     if args.no_memory:
         raise UserError("--kb: the memory's surprise decides when to ask; leave out --no-memory")
-    from ..knowledge import KnowledgeError, open_retriever
+    from ..knowledge import TIMEOUT_S, KnowledgeError, open_retriever
     from ..runtimes.librarian import Librarian
 
     try:
-        retriever = open_retriever(args.kb, timeout_s=args.kb_timeout)
+        retriever = open_retriever(args.kb, args.kb_timeout or TIMEOUT_S, dict(args.kb_storage or ()))
         return Librarian.attach(runtime, retriever, args.kb, args.gamma, args.kb_hits, args.kb_optional, warn)
     except KnowledgeError as error:
         if not args.kb_optional:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..errors import UserError
-from .common import Parser, existing_file, existing_path, positive_float, positive_int, verb
+from .common import Parser, existing_file, existing_path, key_value, positive_float, positive_int, verb
 from .flags import add_runtime_flags, open_model
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("server")
     group.add_argument("--timeout", type=positive_float, default=10, metavar="S", help="seconds to wait for an answer")
     group.add_argument(
-        "--storage", action="append", type=option, default=[], metavar="KEY=VALUE",
+        "--storage", action="append", type=key_value, default=[], metavar="KEY=VALUE",
         help="LanceDB storage option, as endpoint=http://HOST:PORT; repeatable",
     )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
@@ -62,13 +62,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.query is not None and not args.model:
         parser.error("--query needs MODEL")
     return args
-
-
-def option(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE")
-    return name, value
 
 
 def run(args: argparse.Namespace, embedder: Embedder | None = None) -> None:
@@ -112,7 +105,7 @@ def add(args: argparse.Namespace, embedder: Embedder) -> None:
     files = cut_files(args.texts, embedder)
     total = sum(map(len, files.values()))
     if not total:
-        raise UserError(f"{args.texts[0]}: no passage in it, only white space")
+        raise UserError(f"{', '.join(map(str, args.texts))}: no passage, only white space")
     store = open_store(args.output, embedder.info, args.timeout, dict(args.storage))
     before = store.info.passages
     try:

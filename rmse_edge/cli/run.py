@@ -26,13 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from ..runtimes import LoopRuntime
     from ..runtimes.generate import Generation
     from ..runtimes.sampling import Sampler, Sampling
-    from ..runtimes.session import restore_session, save_session
+    from ..runtimes.session import SessionError, restore_session, save_session
     from ..text import Tokenizer
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
     text = read_stdin() if args.prompt is None else args.prompt
     if args.save_session and not args.save_session.absolute().parent.is_dir():
         raise UserError(f"--save-session: no folder {args.save_session.absolute().parent}; make it first")
+    if args.save_session and args.save_session.is_dir():
+        raise UserError(f"--save-session: {args.save_session} is a folder; give a file name in it")
+    if args.session and args.no_memory:
+        raise UserError("--no-memory: the session brings its own memory; leave one of them out")
     runtime = open_model(args)
     assert isinstance(runtime, LoopRuntime)
     dials = chosen_dials(args, runtime.info)
@@ -47,10 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     generation = Generation(
         runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, args.stop or (), librarian
     )
+    base = runtime.position
     show(generation, args)
-    if args.save_session:
-        save_session(runtime, args.save_session, generation.tokens[-1:])
     finish(generation, text, args)
+    if args.save_session:
+        fed = runtime.position - base
+        try:
+            save_session(runtime, args.save_session, [*prompt, *generation.tokens][fed:])
+        except SessionError as error:
+            if generation.finish_reason != "interrupted":
+                raise
+            warn(str(error))
     return INTERRUPTED if generation.finish_reason == "interrupted" else None
 
 

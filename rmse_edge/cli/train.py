@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return report(argv[1:])
     parser = Parser(
         prog="rmse-train",
-        description="Train a model on a text file. `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
+        description="Train a model on a text file, or on the task of a recipe (recall, facts). `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
     )
     parser.add_argument(
         "--text", type=existing_file, help="UTF-8 text; its first 90 %% trains. Not for a recipe's task"
@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if (args.text is None) != (recipe.task is not None):
         raise UserError("--text: the recipe has a task and takes no text" if args.text else "missing --text FILE")
     rest = (args.resume, args.device, args.parallel, args.stop_at, args.save_every, args.init)
+    if args.resume and (args.init or args.tokenizer):
+        raise UserError(f"--{'init' if args.init else 'tokenizer'}: a resumed run has its own; leave it out")
+    if recipe.task is not None and args.tokenizer:
+        raise UserError("--tokenizer: the recipe's task has its own words; leave it out")
     if recipe.task is not None:
         result = train_task(args.output, recipe, *rest)
         if result is not None:

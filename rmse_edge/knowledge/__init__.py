@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import (
+    TIMEOUT_S,
     Entry,
     Hit,
     KnowledgeError,
@@ -16,6 +17,7 @@ from .base import (
 )
 
 __all__ = [
+    "TIMEOUT_S",
     "Entry",
     "Hit",
     "KnowledgeError",

@@ -78,11 +78,9 @@ def open_store(
     else:
         from .store import KnowledgeBase
 
-        store = (
-            KnowledgeBase.open(location)
-            if info is None or Path(location).exists()
-            else KnowledgeBase.create(location, info)
-        )
+        folder = Path(location)
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        store = KnowledgeBase.open(folder) if info is None or not empty else KnowledgeBase.create(folder, info)
     if info is not None:
         try:
             check_fits(store.info, info.key_dims, info.slots, info.d_model, info.model, location)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import SEGMENT
 from ..model import RMSE, Hits
-from .sources import IGNORED, Batch, Seed, require
+from .sources import IGNORED, Batch, Seed, require, require_whole
 
 QUESTION, ANSWER, STOP = 0, 1, 2  # tokens; then first names, last names, relations, values, words
 ASKED = 5  # tokens from Q to A
@@ -49,8 +49,8 @@ class Facts:
     hits: int = 4  # passages injected, the right one and distractors
 
     def __post_init__(self) -> None:
-        for name in ("names", "relations", "values", "words", "segments", "hits"):
-            require(self, name, getattr(self, name) >= 1, "a positive integer")
+        require_whole(self, "relations words segments")
+        require_whole(self, "names values hits", 2)
         for name in ("ask", "across", "empty"):
             require(self, name, 0 <= getattr(self, name) <= 1, "a share in 0..1")
 
@@ -183,7 +183,8 @@ class Facts:
         draw = np.random.default_rng(2**31 + 2)
         asked = {tuple(fact[:3]): fact for fact in (self.fact(draw, True) for _ in range(questions))}
         facts = np.stack(list(asked.values()))
-        others = np.stack([self.passages(draw, fact, True)[0][0] for fact in facts])
+        choices = [self.passages(draw, fact, True) for fact in facts]
+        others = np.stack([passages[(which + 1) % self.hits] for passages, which in choices])
         clash = np.array([tuple(other[:3]) in asked for other in others])
         swapped = facts.copy()
         values = facts[:, 3] - self.offsets["value"]

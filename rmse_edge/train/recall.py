@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import SEGMENT
 from ..model import RMSE
-from .sources import IGNORED, Batch, Seed, require
+from .sources import IGNORED, Batch, Seed, require, require_whole
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -40,10 +40,9 @@ class Recall:
     short: float = 0.6  # share of batches with two segments: what is asked for soon is learned first
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "keys", "values", "noise"):
-            require(self, name, getattr(self, name) >= 1, "a positive integer")
+        require_whole(self, "pairs keys values noise")
+        require_whole(self, "segments", 2)
         require(self, "pairs", self.pairs <= min(self.keys, SEGMENT // 2), f"at most keys and {SEGMENT // 2}")
-        require(self, "segments", self.segments >= 2, "at least 2")
         require(self, "short", 0 <= self.short <= 1, "a share in 0..1")
 
     @property
@@ -114,7 +113,9 @@ class Recall:
             "queries": count * self.pairs,
             "chance": 1 / self.values,
             "beyond_windows": beyond,  # what attention cannot reach, however often it is stacked
-            "beyond": {name: float(np.mean([result[name][i] for i in far])) for name in ("memory", "blank")},
+            "beyond": {
+                name: float(np.mean([result[name][i] for i in far])) if far else None for name in ("memory", "blank")
+            },
         }
 
     def draw_plot(self, result: dict[str, Any], picture: Path, window: int) -> None:
@@ -129,7 +130,10 @@ class Recall:
         axis.plot(result["distance"], result["blank"], "s--", label="memory left blank")
         axis.axhline(result["chance"], color="grey", lw=0.8, ls=":", label="chance")
         reach = result["beyond_windows"] * window / SEGMENT
-        axis.axvspan(reach, max(result["distance"]), color="tab:green", alpha=0.06, label="out of reach of attention")
+        if reach < max(result["distance"]):
+            axis.axvspan(
+                reach, max(result["distance"]), color="tab:green", alpha=0.06, label="out of reach of attention"
+            )
         axis.axvline(self.segments - 1, color="grey", lw=0.8, ls="--", label="longest in training")
         axis.set_xscale("log", base=2)
         axis.set_xticks(result["distance"], [str(d) for d in result["distance"]])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import RMSEConfig
+from ..config import SEGMENT, RMSEConfig
 from ..errors import ConfigError
 from .gpt import GPTConfig
 
@@ -84,6 +84,11 @@ class Recipe:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size {self.batch_size}")
         config = self.model_config()
+        if isinstance(config, RMSEConfig) and config.memory != "none" and config.block_size < 2 * SEGMENT:
+            raise ConfigError(
+                f"model.block_size: got {config.block_size}, expected at least {2 * SEGMENT}: a memory is read from the "
+                "second segment on"
+            )
         fits = self.depths and all(
             isinstance(n, int) and 1 <= n <= getattr(config, "max_loops", n) for n in self.depths
         )

@@ -1,4 +1,4 @@
-"""One training session: a text and a recipe in, a checkpoint folder out.
+"""One training session: a recipe and its text, or its task, in; a checkpoint folder out.
 
     recipe.json          the whole recipe, every default written out
     tokenizer.json       made from the text's characters where none is given
@@ -7,7 +7,8 @@
     config.json, model.safetensors   the averaged weights in bfloat16
     evaluation.json      validation loss at every depth, of the float32 average and of the rounded weights
 
-The last three, and the picture, are written when the recipe is done.
+The last three, and the picture, are written when the recipe is done. A task writes what it measures into evaluation.json and draws it,
+as recall.png or facts.png.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..config import RMSEConfig
 from ..errors import CheckpointError, ConfigError, TextError, UserError
 from ..model import RMSE
 from ..text import (
@@ -130,7 +132,9 @@ def train_task(
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
     claim(out, recipe, resume)
-    source = make_task(recipe.task, recipe.model_config().vocab_size)
+    config = recipe.model_config()
+    assert isinstance(config, RMSEConfig)
+    source = make_task(recipe.task, config)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
     try:
@@ -243,7 +247,7 @@ def calibrate_surprise(model: RMSE, tokens: torch.Tensor, batch: int = 16) -> No
     for part in tokens.split(batch):
         model.trajectory(part, surprises=found)
     surprises = torch.cat(found)
-    memory.surprise_prior.copy_(torch.tensor([surprises.mean(), surprises.var(), float(PRIOR)]))
+    memory.surprise_prior.copy_(torch.tensor([surprises.mean(), surprises.var(correction=0), float(PRIOR)]))
 
 
 def save(model: RMSE | GPT, out: Path) -> RMSE | GPT:

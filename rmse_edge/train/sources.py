@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import RMSEConfig
 from ..errors import ConfigError
 from ..model import RMSE
 from ..text import consecutive_blocks, random_blocks
@@ -79,26 +80,43 @@ class TextSource:
         return next_tokens(torch.from_numpy(self.blocks[picks]))
 
 
-def make_task(options: dict[str, Any], vocab_size: int) -> Task:
-    """The task that a recipe's `task` names.
+def make_task(options: dict[str, Any], config: RMSEConfig) -> Task:
+    """The task that a recipe's `task` names, for a model of this configuration.
 
     Raises:
-        ConfigError: no such task, an option it does not have, or a vocabulary too small for it.
+        ConfigError: no such task, an option it does not have, or a model that cannot do it.
     """
     from .facts import Facts
     from .recall import Recall
 
     tasks: dict[str, Any] = {"recall": Recall, "facts": Facts}
     name = options.get("name")
-    if name not in tasks:
+    if not isinstance(name, str) or name not in tasks:
         raise ConfigError(f"task: got {name!r}, expected one of {', '.join(tasks)}")
     try:
         task = tasks[name](**{k: v for k, v in options.items() if k != "name"})
     except TypeError as error:
         raise ConfigError(f"task {name}: {error}") from None
-    if task.vocab_size > vocab_size:
-        raise ConfigError(f"model.vocab_size: got {vocab_size}, the task {name} needs {task.vocab_size}")
+    if task.vocab_size > config.vocab_size:
+        raise ConfigError(f"model.vocab_size: got {config.vocab_size}, the task {name} needs {task.vocab_size}")
+    if config.memory == "none":
+        raise ConfigError(f"model.memory: got 'none', the task {name} needs one (titans or atlas)")
+    if isinstance(task, Facts):
+        if not config.retrieval_slots:
+            raise ConfigError("model.retrieval_slots: got 0, the task facts needs at least 1")
+        if task.hits > config.retrieval_hits:
+            raise ConfigError(
+                f"task option hits: got {task.hits}, expected at most retrieval_hits ({config.retrieval_hits})"
+            )
     return task
+
+
+def require_whole(task: object, names: str, least: int = 1) -> None:
+    """Raise a `ConfigError` about the first of these options of a task that is not a whole number of at least `least`."""
+    for name in names.split():
+        value = getattr(task, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(task, name, whole and value >= least, f"a whole number of at least {least}")
 
 
 def require(task: object, name: str, ok: bool, expected: str) -> None:
