@@ -85,14 +85,14 @@ def train_character_tokenizer(text: str, path: str | Path) -> None:
     Path(path).write_text(json.dumps(json.loads(fast.to_str()), indent=1) + "\n", encoding="utf-8")
 
 
-def write_word_tokenizer(words: list[str], path: str | Path) -> None:
-    """Write a tokenizer.json of whole words between spaces: token i is `words[i]`."""
+def word_tokenizer(words: list[str]) -> str:
+    """A tokenizer.json of whole words between spaces: token i is `words[i]`."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, pre_tokenizers
 
     fast = Fast(models.WordLevel({word: i for i, word in enumerate(words)}))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    Path(path).write_text(json.dumps(json.loads(fast.to_str()), indent=1) + "\n", encoding="utf-8")
+    return json.dumps(json.loads(fast.to_str()), indent=1) + "\n"
 
 
 def split(ids: np.ndarray, name: str) -> np.ndarray:

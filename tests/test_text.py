@@ -15,6 +15,7 @@ from rmse_edge.text import (
     read_text,
     split,
     train_character_tokenizer,
+    word_tokenizer,
 )
 
 
@@ -103,3 +104,12 @@ def test_consecutive_blocks_cover_every_target_once() -> None:
     assert np.array_equal(blocks[:, 1:].ravel(), np.arange(1, 49))
     with pytest.raises(TextError, match="too few for one block of 16"):
         consecutive_blocks(np.arange(16), 16)
+
+
+def test_words_are_tokens_and_unknown_ones_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(word_tokenizer(["?", ">", "Naga", "likes", "senoon"]), encoding="utf-8")
+    tokenizer = Tokenizer(path)
+    assert tokenizer.encode("? Naga likes >") == [0, 2, 3, 1] and tokenizer.decode([2, 3, 4]) == "Naga likes senoon"
+    with pytest.raises(TextError, match=r"^the tokenizer has no token for 'hates'; it knows 5 words$"):
+        tokenizer.encode("Naga hates senoon")

@@ -34,7 +34,7 @@ from ..text import (
     read_text,
     split,
     train_character_tokenizer,
-    write_word_tokenizer,
+    word_tokenizer,
 )
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
@@ -73,8 +73,7 @@ def train(
     Raises:
         UserError: the text, recipe, tokenizer or folder cannot be used; one line says why.
     """
-    if importlib.util.find_spec("matplotlib") is None:  # wanted at the end only: better said now
-        raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
+    need_matplotlib()
     text = read_text(text_file)
     claim(out, recipe, resume)
     if start is not None and tokenizer is None and (start / TOKENIZER_FILE).is_file():
@@ -95,20 +94,9 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         examples = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
         trainer = Trainer(recipe, examples, out, device, mode, None if resume else start)
-        try:
-            if resume:
-                trainer.resume()
-            elif trainer.parallel.first:
-                write_text(out / RECIPE_FILE, recipe.to_json())
-                write_text(out / TOKENIZER_FILE, source.read_text(encoding="utf-8"))
-            trainer.run(stop_at, save_every)
-            weights = trainer.final_weights()  # of all processes together
-        except KeyboardInterrupt:
-            saved = (out / STATE_FILE).exists()
-            raise KeyboardInterrupt("go on with --resume" if saved else "before the first saved state") from None
-        finally:
-            trainer.parallel.close()
-    if trainer.step < recipe.total_steps or not trainer.parallel.first:
+        words = source.read_text(encoding="utf-8")
+        weights = carry_out(trainer, recipe, resume, {TOKENIZER_FILE: words}, stop_at, save_every)
+    if weights is None:
         return None
     return publish(recipe, weights, validation_ids, out)
 
@@ -129,29 +117,16 @@ def train_task(
         What evaluation.json holds: what the task measures on the trained model. None as in `train`.
     """
     assert recipe.task is not None
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
+    need_matplotlib()
     claim(out, recipe, resume)
     config = recipe.model_config()
     assert isinstance(config, RMSEConfig)
     source = make_task(recipe.task, config)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
-    try:
-        if resume:
-            trainer.resume()
-        elif trainer.parallel.first:
-            write_text(out / RECIPE_FILE, recipe.to_json())
-            if words := source.vocabulary():
-                write_word_tokenizer(words, out / TOKENIZER_FILE)
-        trainer.run(stop_at, save_every)
-        weights = trainer.final_weights()
-    except KeyboardInterrupt:
-        saved = (out / STATE_FILE).exists()
-        raise KeyboardInterrupt("go on with --resume" if saved else "before the first saved state") from None
-    finally:
-        trainer.parallel.close()
-    if trainer.step < recipe.total_steps or not trainer.parallel.first:
+    tokenizer = {TOKENIZER_FILE: word_tokenizer(words)} if (words := source.vocabulary()) else {}
+    weights = carry_out(trainer, recipe, resume, tokenizer, stop_at, save_every)
+    if weights is None:
         return None
     model = build_model(recipe)
     model.load_state_dict(weights)
@@ -164,6 +139,39 @@ def train_task(
     source.draw_plot(evaluation, out / f"{recipe.task['name']}.png", model.config.window)
     write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
     return evaluation
+
+
+def need_matplotlib() -> None:
+    """It is wanted at the end only: better said now."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("training needs matplotlib: pip install 'rmse-edge[train]'")
+
+
+def carry_out(
+    trainer: Trainer, recipe: Recipe, resume: bool, files: dict[str, str], stop_at: int | None, save_every: int
+) -> dict[str, torch.Tensor] | None:
+    """Train, from the start or from the saved state.
+
+    Args:
+        files: texts to put into the folder of a run that starts, beside the recipe.
+    Returns:
+        The final weights, of all processes together; None if the recipe is not done yet, and in every process but the
+        first.
+    """
+    try:
+        if resume:
+            trainer.resume()
+        elif trainer.parallel.first:
+            for name, text in ({RECIPE_FILE: recipe.to_json()} | files).items():
+                write_text(trainer.out / name, text)
+        trainer.run(stop_at, save_every)
+        weights = trainer.final_weights()
+    except KeyboardInterrupt:
+        saved = (trainer.out / STATE_FILE).exists()
+        raise KeyboardInterrupt("go on with --resume" if saved else "before the first saved state") from None
+    finally:
+        trainer.parallel.close()
+    return weights if trainer.step >= recipe.total_steps and trainer.parallel.first else None
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
