@@ -11,6 +11,7 @@ table or the new one. No call waits longer than its time limit, whatever the net
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -51,6 +52,7 @@ MEANINGS = (
         "failed to get aws credentials",
         "no credentials; set them up as for the storage's own tools (aws configure, ...)",
     ),
+    ("failed to resolve region", "no such bucket, or no way to it; check the name and the network, or give aws_region"),
     ("credential", "the credentials are missing or not accepted; set them up as for the storage's own tools"),
     ("api_key", "LanceDB Cloud needs a key; set LANCEDB_API_KEY"),
     ("accessdenied", "access denied; check the credentials and their rights"),
@@ -313,7 +315,7 @@ def translated(location: str, error: BaseException) -> BaseException:
     """What to raise for an error of LanceDB: a `KnowledgeError`, or the error itself when it is a defect of ours."""
     if isinstance(error, (KnowledgeError, TypeError, AttributeError, NameError, AssertionError)):
         return error
-    text = " ".join(str(error).split())
+    text = re.sub(r",? /\S+\.rs(:\d+)*", "", " ".join(str(error).split()))  # without the places in LanceDB's own source
     for sign, meaning in MEANINGS:
         if sign in text.lower():
             return KnowledgeError(f"{location}: {meaning}")
