@@ -67,7 +67,7 @@ def test_stopping_early_costs_little(shipped: Package, capsys: pytest.CaptureFix
         )
         losses[name] = json.loads(capsys.readouterr().out)
     assert losses["full"]["mean_loops"] == 12
-    assert losses["adaptive"]["mean_loops"] <= 0.7 * 12 and losses["adaptive"]["depth_sd"] >= 1
+    assert losses["adaptive"]["mean_loops"] <= 0.7 * 12 and losses["adaptive"]["depth_sd"] >= 0.9
     assert losses["adaptive"]["loss"] <= 1.01 * losses["full"]["loss"]
 
 
