@@ -40,6 +40,11 @@ from .rope import rotary_angles
 __all__ = ["RMSECache", "RMSECausalLMOutput", "RMSEForCausalLM", "RMSEPretrainedConfig"]
 
 PREFIX = "rmse"  # where the wrapper holds the model; on disk the names have no prefix
+# Constants that modules compute when they are made, and that no checkpoint holds.
+TABLES: dict[type[Attention] | type[Atlas], tuple[str, ...]] = {
+    Attention: ("step_cos", "step_sin"),
+    Atlas: ("first", "second", "scale"),
+}
 SEARCHES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -95,16 +100,12 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         """Fill the buffers that no checkpoint holds. Parameters were initialised by `RMSE` or are read from the file."""
         if isinstance(module, SparseExperts):
             module.get_buffer("load").zero_()
-        if isinstance(module, Attention) and module.config.step_encoding == "temporal_rope":
-            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                fresh = Attention(module.config)
-            for name in ("step_cos", "step_sin"):
-                module.get_buffer(name).copy_(fresh.get_buffer(name))
-        if isinstance(module, Atlas):
-            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                pairs = Atlas(module.config)
-            for name in ("first", "second", "scale"):
-                module.get_buffer(name).copy_(pairs.get_buffer(name))
+        for kind, names in TABLES.items():
+            if isinstance(module, kind) and any(name in module._buffers for name in names):
+                with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                    fresh = kind(module.config)
+                for name in names:
+                    module.get_buffer(name).copy_(fresh.get_buffer(name))
 
     @staticmethod
     def _require_float32(dtype: torch.dtype) -> None:

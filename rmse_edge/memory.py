@@ -16,6 +16,7 @@ and written. All of it is float32 and free of autograd, so that the same lines a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import sqrt
 
 import torch
@@ -51,7 +52,7 @@ def clipped(gradient: tuple[Tensor, Tensor]) -> Tensor:
     return CLIP * torch.rsqrt((up + down).clamp_min(CLIP**2))
 
 
-class Memory(nn.Module):
+class Memory(nn.Module, ABC):
     """A two-layer MLP as state: up (B, features, hidden), down (B, hidden, m).
 
     Its state is named in `specs`.
@@ -164,6 +165,7 @@ class Memory(nn.Module):
             new["key_tail"] = rows[:, -(TAPS - 1) :]
             return new | {"surprise_stats": self.running(state["surprise_stats"], surprise)}, surprise
 
+    @abstractmethod
     def learn(
         self, key: Tensor, value: Tensor, hidden: Tensor, error: Tensor, rates: Tensor, state: Tensors
     ) -> Tensors:
@@ -174,7 +176,6 @@ class Memory(nn.Module):
             hidden: (B, 64, hidden) before the activation.
             rates: (B, 64, rates) logits.
         """
-        raise NotImplementedError
 
     @staticmethod
     def running(stats: Tensor, surprise: Tensor) -> Tensor:

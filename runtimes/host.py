@@ -48,9 +48,8 @@ class LoopRuntime:
         self.retrieved = _no_hits(info)
         self.remember = True  # False: nothing more is learned
         self.whole = True  # False after a call that was broken off: what is kept belongs to no moment of the text
-        self.on_surprise: Callable[[Surprise], object] | None = (
-            None  # called after every segment, before it is forgotten
-        )
+        # Called after every segment, before it is forgotten.
+        self.on_surprise: Callable[[Surprise], object] | None = None
         self._position = 0
         self._blank: Arrays = (
             {k: np.array(v) for k, v in methods.run("blank", SEGMENT, {}).items()} if info.memory else {}
@@ -211,26 +210,19 @@ class LoopRuntime:
         Raises:
             ValueError: more hits than the model has room for, or vectors of another shape.
         """
-        if values is not None and not self.retrieved:
-            raise ValueError("the model has no retrieval head")
-        rows = np.zeros((0, 0)) if values is None else np.asarray(values).reshape(-1, values.shape[-1])
         if values is not None:
-            space = self.info.retrieval or {}
-            room = self.retrieved["retrieved"].shape[1:]
-            if (
-                values.ndim != 3
-                or values.shape[1] != space["slots"]
-                or values.shape[2] != room[1]
-                or len(rows) > room[0]
-            ):
-                raise ValueError(
-                    f"hits: got {values.shape}, expected (n, {space['slots']}, {room[1]}), n at most {space['hits']}"
-                )
+            space, width = self.info.retrieval, self.info.config["d_model"]
+            if space is None:
+                raise ValueError("the model has no retrieval head")
+            if values.ndim != 3 or values.shape[1:] != (space["slots"], width) or len(values) > space["hits"]:
+                expected = f"(n, {space['slots']}, {width}), n at most {space['hits']}"
+                raise ValueError(f"hits: got {values.shape}, expected {expected}")
         for array in self.retrieved.values():
             array.fill(0)
         if values is not None:
-            self.retrieved["retrieved"][0, : len(rows)] = rows
+            rows = values.reshape(-1, width)
             cosines = np.ones(len(values)) if scores is None else scores
+            self.retrieved["retrieved"][0, : len(rows)] = rows
             self.retrieved["retrieved_scores"][0, : len(rows)] = np.repeat(cosines, values.shape[1])
             self.retrieved["retrieved_valid"][0, : len(rows)] = True
 
