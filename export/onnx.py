@@ -1,4 +1,4 @@
-"""LoopProgram -> ONNX: one graph per method and chunk, one file of weights for all of them.
+"""LoopProgram -> ONNX: one graph per method for calls of any size, one file of weights for all of them.
 
 The loop is an ONNX `Loop`, with the weights and the KV ring read from outer scope: what an ONNX Runtime `Loop` carries
 is copied in every iteration. K and V of the call are a scan output, and leave the graph for the host to commit.
@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import ExportError
 from .onnx_ops import translations
 from .onnx_passes import PASSES, WeightFile
+from .onnx_quantize import use_integers
 from .program import ExportedMethod, LoopProgram
 from .targets import LowerOptions, target
 
@@ -27,8 +28,10 @@ OPSET = 23
 WEIGHTS = "weights.bin"
 
 
-def graph_file(method: str, chunk: int) -> str:
-    return f"{method}_{chunk}.onnx"
+def graph_file(program: LoopProgram, method: ExportedMethod) -> str:
+    """METHOD.onnx; where other graphs of the method serve other calls, METHOD_ROWS.onnx."""
+    alone = sum(m.name == method.name for m in program.methods) == 1
+    return f"{method.name}.onnx" if alone else f"{method.name}_{method.chunks[0]}.onnx"
 
 
 def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
@@ -62,10 +65,12 @@ def weight_names(model: nn.Module) -> dict[bytes, str]:
     return names
 
 
-@target("onnx")
+@target("onnx", any_rows=True, asymmetric=True)
 def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
-    """Write METHOD_CHUNK.onnx and weights.bin into `folder`.
+    """Write METHOD.onnx and weights.bin into `folder`.
 
+    Returns:
+        "graphs": METHOD_ROWS -> the file that serves calls of so many rows; "weights", "opset", "compact".
     Raises:
         ExportError: a graph that ONNX's own checker refuses.
     """
@@ -73,19 +78,23 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     weights = WeightFile(names, half=options.quant == "fp16")
     graphs: dict[str, str] = {}
     for method in program.methods:
-        options.progress(f"lowering {method.name} ({method.chunk} rows)")
-        model = to_onnx(method, compact=options.compact and method.chunk > 1)
+        options.progress(f"lowering {method.label}")
+        model = to_onnx(method, compact=options.compact and max(method.chunks) > 1)
+        if options.tensors:
+            use_integers(model, options.tensors, names, options.accuracy_level)
         weights.take(model, WEIGHTS)
-        file = graph_file(method.name, method.chunk)
+        file = graph_file(program, method)
         onnx.save(model, folder / file)
-        graphs[f"{method.name}_{method.chunk}"] = file
+        graphs |= {f"{method.name}_{chunk}": file for chunk in method.chunks}
     weights.write(folder / WEIGHTS)
-    for file in graphs.values():
+    for file in dict.fromkeys(graphs.values()):
         try:
             onnx.checker.check_model(str(folder / file))
         except onnx.checker.ValidationError as error:
             raise ExportError(f"{file}: {str(error).splitlines()[0]}") from error
-    return {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact}
+    return {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact} | (
+        {"accuracy_level": options.accuracy_level} if options.tensors else {}
+    )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import ExportError
+from ..runtimes.onnx import ROWS
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -31,6 +32,33 @@ def find_loop(model: ModelProto) -> NodeProto | None:
     return next((n for n in model.graph.node if n.op_type == "Loop"), None)
 
 
+def name_rows(model: ModelProto) -> None:
+    """Give the number of rows one name in every graph: the tracer's symbols differ from method to method.
+
+    Given:   inputs and outputs (1, s41, 64), in the graph and in every body
+    Result:  (1, "rows", 64)
+
+    Raises:
+        ExportError: a dimension of an input or output is neither a number nor the number of rows.
+    """
+
+    def rename(graph: GraphProto, symbol: str | None) -> None:
+        for value in [*graph.input, *graph.output]:
+            for dim in value.type.tensor_type.shape.dim:
+                if symbol is not None and dim.dim_param == symbol:
+                    dim.dim_param = ROWS
+        for node in graph.node:
+            for inner in subgraphs(node):
+                rename(inner, symbol)
+
+    dims = [d for value in model.graph.input for d in value.type.tensor_type.shape.dim]
+    rename(model.graph, next((d.dim_param for d in dims if d.dim_param), None))
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value") and dim.dim_param != ROWS:
+                raise ExportError(f"name_rows: {value.name} has a dimension {dim.dim_param or 'of unknown size'}")
+
+
 def stack_to_scan(model: ModelProto) -> None:
     """Turn the carried stack of emits into scan outputs: carrying it copies the whole stack in every iteration.
 
@@ -46,7 +74,7 @@ def stack_to_scan(model: ModelProto) -> None:
         return
     graph, body = model.graph, next(subgraphs(loop))
     producers = {o: n for n in body.node for o in n.output}
-    written = []  # (carry index, emit name, rows)
+    written = []  # (carry index, emit name, type of the stack)
     for i, (inner, result) in enumerate(zip(body.input[2:], body.output[1:], strict=True)):
         node = producers.get(result.name)
         if node is None or node.op_type != "ScatterND" or node.input[0] != inner.name:
@@ -57,17 +85,21 @@ def stack_to_scan(model: ModelProto) -> None:
         written.append((i, unsqueeze.input[0], inner.type.tensor_type))
     iterations = loop.output[0]  # k is the first carry
     for i, emit, tensor in reversed(written):
-        rows, shape = tensor.shape.dim[0].dim_value, [d.dim_value for d in tensor.shape.dim[1:]]
+        loops, *shape = (d.dim_param or d.dim_value for d in tensor.shape.dim)
+        if not isinstance(loops, int):
+            raise ExportError(
+                f"stack_to_scan: {loop.output[i]} has room for {loops} iterations, not for a fixed number"
+            )
         stack, scan = loop.output[i], f"{loop.output[i]}_of_runs"
         del loop.input[2 + i], loop.output[i], body.input[2 + i], body.output[1 + i]
         body.node.append(helper.make_node("Identity", [emit], [f"{scan}_row"]))
         body.output.append(helper.make_tensor_value_info(f"{scan}_row", tensor.elem_type, shape))
         loop.output.append(scan)
-        graph.initializer.append(numpy_helper.from_array(np.arange(rows, dtype=np.int64), f"{stack}_rows"))
+        graph.initializer.append(numpy_helper.from_array(np.arange(loops, dtype=np.int64), f"{stack}_loops"))
         graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), f"{stack}_one"))
         graph.node.extend([
             helper.make_node("Sub", [iterations, f"{stack}_one"], [f"{stack}_last"]),
-            helper.make_node("Min", [f"{stack}_rows", f"{stack}_last"], [f"{stack}_which"]),
+            helper.make_node("Min", [f"{stack}_loops", f"{stack}_last"], [f"{stack}_which"]),
             helper.make_node("Gather", [scan, f"{stack}_which"], [stack], axis=0),
         ])  # fmt: skip
 
@@ -170,6 +202,7 @@ def drop_trace_metadata(model: ModelProto) -> None:
 
 
 PASSES = (
+    name_rows,
     stack_to_scan,
     hoist_invariants,
     remove_dead_nodes,

@@ -8,10 +8,12 @@ and at two adaptive settings. Two rules:
   comparison restarts from an empty state; such positions are listed and may be 1 % at most.
 - rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
   (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
+  These are shares, so ten times as many positions are compared.
 
 The tokens are fed as in a conversation: a prompt, single tokens, another prompt. A model with the entropy rule gets a
 third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must
-match `loop`.
+match `loop`: by the largest difference, or, where the package rounds activations to int8, by the root of the mean square,
+at fixed depths.
 
 A model with a neural memory is held to the same rule by its surprise at every segment's end, and its memory is compared
 over 32 segments, write by write and each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded).
@@ -40,7 +42,10 @@ LOGITS_TOLERANCE = 1e-4
 MARGIN = 1e-4  # below it the reference is undecided
 UNDECIDED_SHARE = 0.01
 SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
-POSITIONS = 256  # tokens compared per setting
+POSITIONS = {True: 256, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
+LEAST_POSITIONS = 256  # of a sample text that is used
+METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
+ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
 MEMORY_SEGMENTS = 32  # written one after the other, before the memories are compared
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
 MEMORY_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
@@ -308,9 +313,14 @@ def drive_step(
 
 
 def compare_methods(
-    program: LoopProgram, candidate: Methods, dial_values: dict[str, float], tolerance: float
+    program: LoopProgram,
+    candidate: Methods,
+    dial_values: dict[str, float],
+    tolerance: float,
+    mean_square: bool = False,
 ) -> dict[str, float]:
-    """Largest difference of every method and chunk between PyTorch and the package, relative to the values' size.
+    """Difference of every method and chunk between PyTorch and the package, relative to the values' size: the largest, or
+    with `mean_square` its root mean square.
 
     Raises:
         ParityError: naming the method, the tensor and the difference.
@@ -319,7 +329,10 @@ def compare_methods(
 
     def note(label: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        difference = float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) if a.size else 0.0
+        if mean_square:
+            difference = float(np.sqrt(np.square(a - b).mean() / max(1e-6, np.square(a).mean()))) if a.size else 0.0
+        else:
+            difference = float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) if a.size else 0.0
         worst[label] = max(worst.get(label, 0.0), difference)
         if not difference <= tolerance:
             raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {tolerance:.0e})")
@@ -433,13 +446,17 @@ def gate(
     tokens: np.ndarray,
     exact: bool,
     progress: Callable[[str], None] = lambda _: None,
+    rounded_activations: bool = False,
 ) -> dict[str, Any]:
     """The whole gate for a language model. Returns the report that goes into the manifest.
 
+    Args:
+        exact: the rule; see the module.
+        rounded_activations: the package rounds activations to int8, too.
     Raises:
         ParityError: the package must not ship.
     """
-    tokens = tokens[:POSITIONS]
+    tokens = tokens[: POSITIONS[exact]]
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
     settings = adaptive_settings(reference, tokens)
     for name, dials in settings.items():
@@ -455,10 +472,10 @@ def gate(
     # At half the depth, commit supplies the keys and values of loops that never ran, whatever the call's rows decided.
     half = dataclasses.replace(full, max_loops=max(1, full.max_loops // 2))
     worst: dict[str, float] = {}
-    for dials in (full, settings["gate"], half):
-        for label, difference in compare_methods(
-            program, candidate.methods, vars(dials), 1e-4 if exact else 1e-2
-        ).items():
+    tolerance = ACTIVATION_TOLERANCE if rounded_activations else METHOD_TOLERANCE[exact]
+    for dials in (full, half) if rounded_activations else (full, settings["gate"], half):
+        found = compare_methods(program, candidate.methods, vars(dials), tolerance, rounded_activations)
+        for label, difference in found.items():
             worst[label] = max(worst.get(label, 0.0), difference)
     report["methods"] = worst
     if reference.memory:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,17 +17,21 @@ import torch
 
 from ..config import SEGMENT, RMSEConfig
 from ..errors import ExportError, UserError
+from ..loop import TensorSpec
 from ..model import RMSE
 from ..package import MANIFEST, Package, seal, writing
+from ..quantize import Format, Quantized
+from ..quantize.scheme import BITS
 from ..runtimes import runtime_for
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchRuntime, model_info
 from ..text import Tokenizer, read_text
-from .parity import POSITIONS, gate
-from .program import method_names, signature, trace
+from .parity import LEAST_POSITIONS, POSITIONS, gate
+from .program import LoopProgram, method_names, signature, trace
 from .targets import QUANTIZATIONS, LowerOptions, get_target
 
 CHUNKS = (1, SEGMENT)
+ACCURACY_LEVELS = (0, 4)
 SAMPLE = "sample.txt"
 SAMPLE_LIMIT = 64 * 1024  # bytes
 TOKENIZER = "tokenizer.json"
@@ -43,6 +47,7 @@ class ExportRequest:
     max_seq_len: int | None = None
     overwrite: bool = False
     check: bool = True  # run the parity gate; only benches of random weights go without
+    accuracy_level: int = 4  # int8 and int4: activations rounded to int8 (4), or computed in float32 (0)
 
     def __post_init__(self) -> None:
         get_target(self.target)
@@ -50,12 +55,35 @@ class ExportRequest:
             raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            raise UserError(f"--accuracy-level: got {self.accuracy_level}, expected 0 or 4")
+
+    def check_integers(self, quantized: Quantized | None) -> None:
+        """Fail unless `quantized` is what this request needs.
+
+        Raises:
+            UserError: integers are missing or not asked for, or the target has no form for them; names what.
+        """
+        if (self.quant in BITS) != (quantized is not None):
+            what = "needs a quantised model" if quantized is None else "was given a quantised model"
+            raise UserError(f"--quant {self.quant}: {what}; quantise with rmse-quantize, or give --calibrate FILE")
+        if quantized is None:
+            return
+        if quantized.quant != self.quant:
+            raise UserError(
+                f"--quant {self.quant}: the checkpoint is quantised to {quantized.quant}; leave out --quant"
+            )
+        zeros = next((name for name, q in quantized.tensors.items() if q.zeros is not None), None)
+        if zeros is not None and not get_target(self.target).asymmetric:
+            raise UserError(
+                f"{zeros}: is asymmetric, and {self.target} takes symmetric weights only; quantise without --asymmetric"
+            )
 
 
 def rounded(model: RMSE, quant: str) -> RMSE:
     """The model a package of this precision is compared with: the same weights after the same rounding."""
-    if quant == "fp32":
-        return model
+    if quant != "fp16":
+        return model  # a quantised model holds what its integers stand for
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for name, p in [*twin.named_parameters(), *twin.named_buffers()]:
@@ -73,10 +101,12 @@ def export_package(
     request: ExportRequest,
     checkpoint: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    quantized: Quantized | None = None,
 ) -> Package:
     """Export `model` into the package folder `destination`.
 
     Args:
+        quantized: for int8 and int4, the quantised model; `model` is then its model.
         checkpoint: the folder the model came from; its tokenizer.json and sample.txt go into the package.
         progress: told each stage as it begins.
     Raises:
@@ -86,18 +116,29 @@ def export_package(
     for name, p in model.state_dict().items():
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
+    request.check_integers(quantized)
     with writing(destination, request.overwrite) as folder:
-        program = trace(model, CHUNKS, progress)
-        lowering = get_target(request.target)(
-            program, folder, LowerOptions(quant=request.quant, compact=request.compact, progress=progress)
+        target = get_target(request.target)
+        program = trace(model, CHUNKS, progress, target.any_rows)
+        lowering = target.lower(
+            program,
+            folder,
+            LowerOptions(
+                quant=request.quant,
+                tensors=quantized.tensors if quantized else {},
+                accuracy_level=request.accuracy_level,
+                compact=request.compact,
+                progress=progress,
+            ),
         )
         text = _carry_text(checkpoint, folder)
-        info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target)
+        source = quantized.fingerprint if quantized else None
+        info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target, source)
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
             "methods": _methods(program),
-            "quantization": {"weights": request.quant},
+            "quantization": _quantization(request, quantized),
             "lowering": lowering,
             "text": text,
             "versions": _versions(),
@@ -111,8 +152,10 @@ def export_package(
             candidate.info = dataclasses.replace(candidate.info, max_seq_len=None)  # the gate's text may be longer
             tokens = parity_tokens(model.config, folder, text)
             # A float16 cache rounds K and V before use: two engines a millionth apart round a few of them differently.
-            exact = request.quant == "fp32" and model.config.kv_dtype == "float32"
-            manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress)
+            weights_exact = request.quant == "fp32" or (quantized is not None and request.accuracy_level == 0)
+            exact = weights_exact and model.config.kv_dtype == "float32"
+            coarse = quantized is not None and request.accuracy_level != 0
+            manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress, coarse)
         (folder / MANIFEST).unlink(missing_ok=True)
         seal(folder, manifest)
     return Package.open(destination)
@@ -121,11 +164,11 @@ def export_package(
 def parity_tokens(config: RMSEConfig, folder: Path, text: dict[str, str]) -> np.ndarray:
     """What the gate is run on: the sample text if the package has one, random tokens otherwise."""
     if "sample" in text and "tokenizer" in text:
-        head = read_text(folder / text["sample"])[: 8 * POSITIONS]
+        head = read_text(folder / text["sample"])[: 8 * POSITIONS[False]]
         ids = np.asarray(Tokenizer(folder / text["tokenizer"]).encode(head), np.int64)
-        if len(ids) >= POSITIONS:
-            return ids[:POSITIONS]
-    return np.random.default_rng(0).integers(0, config.vocab_size, POSITIONS)
+        if len(ids) >= LEAST_POSITIONS:
+            return ids[: POSITIONS[False]]
+    return np.random.default_rng(0).integers(0, config.vocab_size, POSITIONS[False])
 
 
 def _carry_text(checkpoint: Path | None, folder: Path) -> dict[str, str]:
@@ -140,13 +183,27 @@ def _carry_text(checkpoint: Path | None, folder: Path) -> dict[str, str]:
     return text
 
 
-def _methods(program) -> dict[str, Any]:
-    """Every method's tensors, for the manifest."""
+def _quantization(request: ExportRequest, quantized: Quantized | None) -> dict[str, Any]:
+    """How the weights are stored, for the manifest: of integers the format of every tensor and what they cost."""
+    if quantized is None:
+        return {"weights": request.quant}
+    kept = ("tensors", "float_tensors", "request", "evaluation", "gate", "calibration_tokens")
+    report = {name: quantized.report[name] for name in kept if name in quantized.report}
+    return {"weights": request.quant, "accuracy_level": request.accuracy_level, **report}
 
-    def tensors(specs):
+
+def _methods(program: LoopProgram) -> dict[str, Any]:
+    """Every method's tensors in calls of each size, for the manifest."""
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
         return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in specs]
 
-    return {f"{m.name}_{m.chunk}": {"inputs": tensors(m.takes), "outputs": tensors(m.gives)} for m in program.methods}
+    found = {}
+    for chunk, spec in program.specs.items():
+        for name in method_names(spec):
+            takes, gives = signature(spec, name)
+            found[f"{name}_{chunk}"] = {"inputs": tensors(takes), "outputs": tensors(gives)}
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -159,16 +216,32 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def describe(model: RMSE, request: ExportRequest) -> dict[str, Any]:
-    """What an export would contain, without tracing anything: methods, shapes, sizes in bytes."""
+def weight_bytes(model: RMSE, quant: str, formats: Mapping[str, Format]) -> int:
+    """Bytes of all weights as stored: integers with float32 scales, and what stays float in float32."""
+    parameters = sum(p.numel() for p in model.parameters())
+    if quant not in BITS:
+        return parameters * {"fp32": 4, "fp16": 2}[quant]
+    total = 4 * parameters
+    for name, fmt in formats.items():
+        weight = model.get_parameter(name)
+        groups = weight.numel() // weight.shape[-1] * fmt.groups(weight.shape[-1])
+        total += weight.numel() * fmt.bits // 8 + groups * (4 if fmt.symmetric else 5) - 4 * weight.numel()
+    return total
+
+
+def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] | None = None) -> dict[str, Any]:
+    """What an export would contain, without tracing anything: methods, shapes, sizes in bytes.
+
+    Args:
+        formats: for int8 and int4, the format of every tensor that is quantised.
+    """
     specs = {chunk: model.spec(chunk) for chunk in CHUNKS}
-    width = {"fp32": 4, "fp16": 2}[request.quant]
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "target": request.target,
         "quantization": request.quant,
         "parameters": parameters,
-        "weight_bytes": parameters * width,
+        "weight_bytes": weight_bytes(model, request.quant, formats or {}),
         "state_bytes": sum(t.nbytes for t in (*specs[1].state, *specs[1].memory, *specs[1].inputs[1:]))
         + (SEGMENT * model.config.d_model * 4 if specs[1].memory else 0),
         "max_loops": model.config.max_loops,

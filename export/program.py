@@ -1,4 +1,4 @@
-"""`LoopProgram`: a looped model as named methods with static shapes, each traced by `torch.export`.
+"""`LoopProgram`: a looped model as named methods, each traced by `torch.export`.
 
 This is the stage between a model and every target. Its methods and their tensors, in order:
 
@@ -14,12 +14,19 @@ A model may add methods of its own (`LoopSpec.extra`), which hosts call outside 
 
 `loop` holds the loop itself (`torch.while_loop`); `step` is one iteration, for hosts that own the loop. The names are
 those of the model's `LoopSpec`.
+
+Shapes are static, one program per number of rows, unless a target asks for programs that serve any number of rows. It
+does where an engine lays out weights anew for every graph that it loads: ONNX Runtime prepacks them per session, so two
+graphs of one method would hold the weights twice in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +40,9 @@ METHODS = ("prelude", "loop", "step", "head", "commit")
 ITERATIONS = TensorSpec("iterations", (), torch.int64)
 LOOP_INDEX = TensorSpec("k", (), torch.int64)
 ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
+ROWS = -1  # in the shapes of a method that serves calls of several sizes: the number of rows of the call
+
+Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # the tensors a method takes and gives, in order
 
 
 def dial_specs(spec: LoopSpec) -> tuple[TensorSpec, ...]:
@@ -49,7 +59,7 @@ def next_of(carried: TensorSpec) -> TensorSpec:
     return TensorSpec(f"next_{carried.name}", carried.shape, carried.dtype)
 
 
-def signature(spec: LoopSpec, method: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def signature(spec: LoopSpec, method: str) -> Signature:
     """The tensors a method takes and gives, in order."""
     depth = TensorSpec("depth", spec.active.shape, torch.int64)
     rows = tuple(TensorSpec(t.name, t.shape[1:], t.dtype) for t in spec.state)
@@ -68,15 +78,47 @@ def signature(spec: LoopSpec, method: str) -> tuple[tuple[TensorSpec, ...], tupl
     }[method]
 
 
-class Method(nn.Module):
-    """One method as a module: tensors in by position, in the order of `signature`, tensors out likewise."""
+def shared_signature(specs: Mapping[int, LoopSpec], method: str) -> Signature | None:
+    """The tensors of a method for calls of any size, with `ROWS` where a dimension is the number of rows.
 
-    def __init__(self, model: LoopModel, spec: LoopSpec, method: str) -> None:
+    None where one program cannot serve all of `specs`: there is only one, the method is not in all of them, or its
+    tensors differ in more than rows.
+    """
+    if len(specs) < 2 or any(method not in method_names(spec) for spec in specs.values()):
+        return None
+    sides: list[tuple[TensorSpec, ...]] = []
+    for side in zip(*(signature(spec, method) for spec in specs.values())):
+        if len({tuple((t.name, t.dtype, len(t.shape)) for t in tensors) for tensors in side}) > 1:
+            return None
+        merged = []
+        for alike in zip(*side):  # one tensor, as each spec has it
+            dims = [ROWS if d == tuple(specs) else d[0] for d in zip(*(t.shape for t in alike))]
+            if any(at_rows(TensorSpec(t.name, tuple(dims), t.dtype), chunk) != t for chunk, t in zip(specs, alike)):
+                return None
+            merged.append(TensorSpec(alike[0].name, tuple(dims), alike[0].dtype))
+        sides.append(tuple(merged))
+    return sides[0], sides[1]
+
+
+def at_rows(tensor: TensorSpec, rows: int) -> TensorSpec:
+    """A tensor of a call with this many rows."""
+    return TensorSpec(tensor.name, tuple(rows if d == ROWS else d for d in tensor.shape), tensor.dtype)
+
+
+class Method(nn.Module):
+    """One method as a module: tensors in by position, in the order of `signature`, tensors out likewise.
+
+    Args:
+        spec: of calls of any size that the method serves.
+        tensors: what it takes and gives, if other than in `spec`: see `shared_signature`.
+    """
+
+    def __init__(self, model: LoopModel, spec: LoopSpec, method: str, tensors: Signature | None = None) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self.method = method
-        self.takes, self.gives = signature(spec, method)
+        self.takes, self.gives = tensors or signature(spec, method)
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         tensors = {t.name: v for t, v in zip(self.takes, values, strict=True)}
@@ -90,7 +132,7 @@ class Method(nn.Module):
         return self.model.prelude(tensors)
 
     def _loop(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return run_loop(self.model, self.spec, tensors, self._dials(tensors), while_loop)
+        return run_loop(self.model, self._spec_of_call(tensors), tensors, self._dials(tensors), while_loop)
 
     def _step(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         carry = {t.name: tensors[t.name] for t in self.spec.carried}
@@ -110,19 +152,41 @@ class Method(nn.Module):
     def _dials(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[name] for name in self.spec.dials}
 
-    def example(self) -> tuple[Tensor, ...]:
-        """Inputs to trace with: zeros, and one of everything where zero would be out of range."""
+    def _spec_of_call(self, tensors: dict[str, Tensor]) -> LoopSpec:
+        """The spec, with emits of as many rows as the given tensors have: in a trace that is a symbol, not a number."""
+        places = [(t.name, t.shape.index(ROWS)) for t in self.takes if ROWS in t.shape]
+        if not places:
+            return self.spec
+        name, axis = places[0]
+        shapes = {t.name: at_rows(t, tensors[name].shape[axis]).shape for t in self.gives}
+        emits = tuple(TensorSpec(t.name, shapes[t.name][1:], t.dtype) for t in self.spec.emits)
+        return dataclasses.replace(self.spec, emits=emits)
+
+    def example(self, rows: int | None = None) -> tuple[Tensor, ...]:
+        """Inputs to trace with: zeros, and one of everything where zero would be out of range.
+
+        Args:
+            rows: of the call; needed where the method serves several.
+        """
         ones = {"max_loops", "min_loops", "n_valid", "iterations", "exit_threshold"}
-        return tuple(t.zeros() + 1 if t.name in ones else t.zeros() for t in self.takes)
+        takes = self.takes if rows is None else tuple(at_rows(t, rows) for t in self.takes)
+        return tuple(t.zeros() + 1 if t.name in ones else t.zeros() for t in takes)
 
 
 @dataclass(frozen=True)
 class ExportedMethod:
+    """A traced method and the calls it serves. Where these are several, its shapes have `ROWS` in them."""
+
     name: str
-    chunk: int
+    chunks: tuple[int, ...]
     takes: tuple[TensorSpec, ...]
     gives: tuple[TensorSpec, ...]
     program: ExportedProgram
+
+    @property
+    def label(self) -> str:
+        """Its name and the calls it serves, for messages: "loop (1 or 64 rows)"."""
+        return f"{self.name} ({rows_text(self.chunks)})"
 
 
 @dataclass(frozen=True)
@@ -134,19 +198,23 @@ class LoopProgram:
     methods: tuple[ExportedMethod, ...]
 
     def method(self, name: str, chunk: int) -> ExportedMethod:
-        return next(m for m in self.methods if (m.name, m.chunk) == (name, chunk))
+        return next(m for m in self.methods if m.name == name and chunk in m.chunks)
 
 
 def method_names(spec: LoopSpec) -> tuple[str, ...]:
     return (*(m for m in METHODS if m != "commit" or spec.commit), *spec.extra)
 
 
-def trace(model: LoopModel, chunks: tuple[int, ...], progress: Callable[[str], None] = lambda _: None) -> LoopProgram:
+def trace(
+    model: LoopModel, chunks: tuple[int, ...], progress: Callable[[str], None] = lambda _: None, any_rows: bool = False
+) -> LoopProgram:
     """Model -> LoopProgram.
 
     Args:
         chunks: rows of the calls to trace, such as (1, 64).
         progress: told what is being traced.
+        any_rows: trace a method once for all of `chunks`, with a symbolic number of rows, where its tensors differ in
+            nothing else. Otherwise every method is traced for each of them, and all shapes are static.
     Raises:
         ExportError: a method does not trace, or does not return what its spec says.
     """
@@ -156,30 +224,71 @@ def trace(model: LoopModel, chunks: tuple[int, ...], progress: Callable[[str], N
     methods = []
     for chunk, spec in specs.items():
         for name in method_names(spec):
-            progress(f"tracing {name} ({chunk} rows)")
-            module = Method(model, spec, name)
-            try:
-                with torch.no_grad():
-                    program = torch.export.export(module, module.example(), strict=False)
-            except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ExportError(f"{type(model).__name__}.{name} does not trace: {reason}") from error
-            exported = ExportedMethod(name, chunk, module.takes, module.gives, program)
-            check(exported)
-            methods.append(exported)
+            shared = shared_signature(specs, name) if any_rows else None
+            if shared is None:
+                methods.append(_traced(Method(model, spec, name), (chunk,), progress))
+            elif chunk == chunks[0]:
+                methods.append(_traced(Method(model, spec, name, shared), chunks, progress))
     return LoopProgram(model, specs, tuple(methods))
 
 
+def rows_text(chunks: tuple[int, ...]) -> str:
+    return f"{' or '.join(str(chunk) for chunk in chunks)} rows"
+
+
+def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], None]) -> ExportedMethod:
+    progress(f"tracing {module.method} ({rows_text(chunks)})")
+    rows: int | None = None
+    options: dict[str, Any] = {}
+    axes = [[i for i, d in enumerate(t.shape) if d == ROWS] for t in module.takes]
+    if any(axes):
+        dim = torch.export.Dim("rows", min=1, max=max(chunks))
+        rows = example_rows(module, max(chunks))
+        options = {
+            "dynamic_shapes": (tuple(dict.fromkeys(at, dim) or None for at in axes),),
+            # A call of one row is as good as any: where the tracer would rule it out, let it assume nothing.
+            "prefer_deferred_runtime_asserts_over_guards": True,
+        }
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, module.example(rows), strict=False, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"{type(module.model).__name__}.{module.method} does not trace: {reason}") from error
+    exported = ExportedMethod(module.method, chunks, module.takes, module.gives, program)
+    check(exported)
+    return exported
+
+
+def example_rows(module: Method, largest: int) -> int:
+    """The rows of the call to trace: a number that `torch.export` takes for nothing but the number of rows.
+
+    One row would be taken for a broadcast, and the size of another dimension for that dimension.
+    """
+    sizes = {d for t in (*module.takes, *module.gives) for d in t.shape}
+    return next((n for n in range(largest - 1, 1, -1) if n not in sizes), largest)
+
+
 def check(method: ExportedMethod) -> None:
-    """Fail unless every output has the name's promised shape and type.
+    """Fail unless every output has the name's promised shape and type, symbolic exactly where it says `ROWS`.
 
     Raises:
         ExportError: naming the method, the tensor, and both shapes.
     """
     nodes = {n.name: n for n in method.program.graph.nodes}
-    for spec, output in zip(method.gives, method.program.graph_signature.user_outputs, strict=True):
+    signed = method.program.graph_signature
+    given = [nodes[name].meta["val"] for name in signed.user_inputs]
+    symbols = {str(v.shape[t.shape.index(ROWS)]) for t, v in zip(method.takes, given, strict=True) if ROWS in t.shape}
+
+    def written(shape: Iterable[Any]) -> str:
+        dims = ["rows" if d == ROWS else str(d) for d in shape]
+        for symbol in symbols:
+            dims = [re.sub(rf"\b{symbol}\b", "rows", d) for d in dims]
+        return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
+
+    for spec, output in zip(method.gives, signed.user_outputs, strict=True):
         value = nodes[output].meta["val"] if output in nodes else None
-        if value is None or tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
-            got = "a constant" if value is None else f"{tuple(value.shape)} {value.dtype}"
-            raise ExportError(f"{method.name} ({method.chunk} rows): {spec.name} is {got}, its spec says "
-                              f"{spec.shape} {spec.dtype}")  # fmt: skip
+        if value is None or written(value.shape) != written(spec.shape) or value.dtype != spec.dtype:
+            got = "a constant" if value is None else f"{written(value.shape)} {value.dtype}"
+            raise ExportError(f"{method.label}: {spec.name} is {got}, its spec says "
+                              f"{written(spec.shape)} {spec.dtype}")  # fmt: skip

@@ -1,1 +1,24 @@
-"""Integers and scales from trained weights, one source of truth per package."""
+"""Integers and scales from trained weights, one source of truth per package.
+
+scheme.py     which tensors, in which format            tensors.py   codes, scales, zeros
+hessians.py   what a looped weight sees in every loop   gptq.py      codes that keep the outputs
+quantizer.py  the stages, in the order of the data      qat.py, gate.py, kv.py   finetune, exit gate, int8 KV cache
+compare.py    what it cost                              store.py     quantised checkpoints on disk
+"""
+
+from .quantizer import Quantized, QuantizeRequest, quantize
+from .scheme import Scheme
+from .store import is_quantized_checkpoint, load_quantized, save_quantized
+from .tensors import Format, QuantizedTensor
+
+__all__ = [
+    "Format",
+    "QuantizeRequest",
+    "Quantized",
+    "QuantizedTensor",
+    "Scheme",
+    "is_quantized_checkpoint",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
+]

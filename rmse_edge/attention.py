@@ -65,6 +65,7 @@ class Attention(nn.Module):
 
     step_cos: Tensor  # (K, step_dims / 2), with temporal_rope
     step_sin: Tensor
+    kv_scales: Tensor  # (2, K, G) of keys and of values, with kv_dtype int8: a static scale per loop and head
 
     def __init__(self, config: RMSEConfig) -> None:
         super().__init__()
@@ -76,6 +77,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * hd, d, bias=False)
         self.q_norm = RMSNorm(hd, config.norm_eps)
         self.k_norm = RMSNorm(hd, config.norm_eps)
+        if config.kv_dtype == "int8":
+            self.register_buffer("kv_scales", torch.ones(2, config.max_loops, groups))
         if config.step_encoding == "temporal_rope":
             # Loop k turns the reserved channels by k * frequency, fastest one radian per loop. Q and K of one loop meet
             # only each other, so turning both the same way would cancel in q.k: K turns the opposite way.
@@ -112,12 +115,40 @@ class Attention(nn.Module):
         kv = self.kv_proj(x).view(batch, count, 2, self.config.n_kv_heads, self.config.head_dim)
         keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C, hd)
         keys = turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
-        return self.to_cache(keys), self.to_cache(values)
+        return self.rounded(keys, 0, k), self.rounded(values, 1, k)
 
-    def to_cache(self, x: Tensor) -> Tensor:
-        """Round to the cache's type *before use*, so that a token reads the same number now and from the cache later."""
+    def rounded(self, x: Tensor, which: int, k: int | Tensor | None) -> Tensor:
+        """Keys (`which` 0) or values (1) of loop k rounded to the cache's type *before use*, so that a token reads the
+        same number now and from the cache later.
+
+        With int8, gradients pass the rounding unchanged.
+        """
         dtype = getattr(torch, self.config.kv_dtype)
-        return x if x.dtype == dtype else x.to(dtype).to(x.dtype)
+        if x.dtype == dtype:
+            return x
+        if dtype != torch.int8:
+            return x.to(dtype).to(x.dtype)
+        scale = self.scale(which, k)
+        if k is None:  # (K, G, 1, 1) -> (K * B, G, 1, 1)
+            scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
+        found = (x / scale).round().clamp(-127, 127) * scale
+        return x + (found - x).detach() if self.training else found
+
+    def scale(self, which: int, k: int | Tensor | None) -> Tensor:
+        """Scales of loop k's keys (0) or values (1), (1, G, 1, 1); with k None those of all loops, (K, G, 1, 1)."""
+        scales = self.kv_scales[which]
+        return (scales if k is None else table_row(scales, k).unsqueeze(0))[..., None, None]
+
+    def to_cache(self, x: Tensor, which: int) -> Tensor:
+        """What the cache stores for `rounded` keys or values of all loops, (K, B, G, C, hd)."""
+        if self.config.kv_dtype != "int8":
+            return x.to(getattr(torch, self.config.kv_dtype))
+        return (x / self.scale(which, None).unsqueeze(1)).round().to(torch.int8)
+
+    def from_cache(self, x: Tensor, which: int, k: int | Tensor, dtype: torch.dtype) -> Tensor:
+        """Loop k's keys or values (B, G, W, hd) as the cache stores them -> the numbers that were rounded."""
+        x = x.to(dtype)
+        return x * self.scale(which, k) if self.config.kv_dtype == "int8" else x
 
     def forward(
         self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor

@@ -34,6 +34,7 @@ WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+QUANTIZATION_FILE = "quantization.json"  # marks a quantised checkpoint, see rmse_edge/quantize/store.py
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 PICKLED_FILES = ("pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
 TIED = {"head_proj.weight": "embed.weight"}  # with tie_embeddings: not on disk -> whose values it takes
@@ -73,7 +74,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     try:
-        with _all_or_nothing(folder) as scratch:
+        with all_or_nothing(folder) as scratch:
             tensors = {}
             state = model.state_dict()
             for name in stored_keys(model.config, list(state)):
@@ -95,7 +96,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
+def all_or_nothing(folder: Path) -> Iterator[Path]:
     """A scratch folder inside `folder` (hence on the same disk) whose files move up when the block ends well."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,12 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> R
             floating point, or not finite.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
+    if (folder / QUANTIZATION_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: a quantised checkpoint; give the float one it was made from (rmse-run, rmse-eval, rmse-bench and "
+            "rmse-export read this one)"
+        )
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickled = next((name for name in PICKLED_FILES if (folder / name).is_file()), None)
@@ -208,7 +214,7 @@ def start_from(model: RMSE, folder: str | Path) -> list[str]:
     return missing
 
 
-def _read_config(folder: Path) -> RMSEConfig:
+def read_config(folder: Path) -> RMSEConfig:
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such checkpoint folder; train one with rmse-train or give another path")
     if not folder.is_dir():

@@ -18,7 +18,7 @@ MAX_LOOPS = 64  # upper bound on the trained depth
 STEP_ENCODINGS = ("learned", "temporal_rope")
 ATTENTION_GATES = ("headwise", "elementwise")
 EXIT_RULES = ("gate", "delta", "entropy")
-KV_DTYPES = ("float32", "float16")
+KV_DTYPES = ("float32", "float16", "int8")
 MEMORIES = ("none", "titans", "atlas")
 # What transformers may add to a config.json; none of it concerns the model.
 FOREIGN_KEYS = frozenset(
@@ -69,7 +69,7 @@ class RMSEConfig:
     retrieval_gamma: float = 2.0  # deviations of the surprise above its mean that call for passages
     # numerics and training
     norm_eps: float = 1e-6
-    kv_dtype: str = "float32"  # K and V are rounded to it before any use
+    kv_dtype: str = "float32"  # K and V are rounded to it before any use; int8 by scales that rmse-quantize finds
     tie_embeddings: bool = False
     dropout: float = 0.0
     block_size: int = 256  # positions of one training sequence

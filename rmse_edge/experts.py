@@ -136,6 +136,8 @@ class SparseExperts(nn.Module):
                 self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.config.n_experts)
             compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts
             routed = compute(rows, routing, self.gate_up_proj, self.down_proj)
+        if torch.compiler.is_exporting() and not self.shared_down_proj.in_features:
+            return routed.view(x.shape)  # zero wide: ONNX cannot reshape what is empty to an unknown number of rows
         shared = self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
         return (routed + shared).view(x.shape)
 

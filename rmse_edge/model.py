@@ -266,7 +266,8 @@ class RMSE(nn.Module):
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
         before, active = carry["h"], carry["active"]
-        ring = (past["past_keys"].to(before.dtype), past["past_values"].to(before.dtype))
+        from_cache = self.block.attention.from_cache
+        ring = (from_cache(past["past_keys"], 0, k, before.dtype), from_cache(past["past_values"], 1, k, before.dtype))
         u = self.enter(before, fixed["injection"], k)
         after, keys, values = self.block(
             u, k, fixed["cos"], fixed["sin"], fixed["mask"], ring, active, self.recall(fixed)
@@ -292,10 +293,10 @@ class RMSE(nn.Module):
         keys, values = self.propagate(tensors["h"], tensors["injection"], tensors["cos"], tensors["sin"])
         loops = torch.arange(self.config.max_loops, device=keys.device)
         ran = (loops < tensors["iterations"]).view(-1, 1, 1, 1, 1)
-        dtype = getattr(torch, self.config.kv_dtype)
+        attention = self.block.attention
         return {
-            "keys": torch.where(ran, tensors["new_keys"], keys).to(dtype),
-            "values": torch.where(ran, tensors["new_values"], values).to(dtype),
+            "keys": attention.to_cache(torch.where(ran, tensors["new_keys"], keys), 0),
+            "values": attention.to_cache(torch.where(ran, tensors["new_values"], values), 1),
         }
 
     def blank(self, tensors: Tensors) -> Tensors:

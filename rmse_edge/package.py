@@ -117,6 +117,22 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Fail unless a package may be written to `destination`.
+
+    Raises:
+        ExportError: it is in the way and is not a package, or may not be replaced, or its parent does not exist.
+    """
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        raise ExportError(f"{parent}: no such folder to write {destination.name} into")
+    empty = destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and not empty and not (destination / MANIFEST).is_file():
+        raise ExportError(f"{destination}: exists and is not a package; choose another -o")
+    if destination.exists() and not overwrite:
+        raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
+
+
 @contextmanager
 def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder beside `destination` that becomes it when the block ends well, and vanishes when it does not.
@@ -127,14 +143,8 @@ def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
         ExportError: `destination` is in the way and is not a package, its parent does not exist, or the disk is full.
     """
     destination = Path(destination)
+    check_destination(destination, overwrite)
     parent = destination.absolute().parent
-    if not parent.is_dir():
-        raise ExportError(f"{parent}: no such folder to write {destination.name} into")
-    empty = destination.is_dir() and not any(destination.iterdir())
-    if destination.exists() and not empty and not (destination / MANIFEST).is_file():
-        raise ExportError(f"{destination}: exists and is not a package; choose another -o")
-    if destination.exists() and not overwrite:
-        raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
     except OSError as error:

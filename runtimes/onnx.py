@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .host import LoopRuntime
 
 # Arrays up to this many bytes are copied into a buffer that stays bound; binding costs more than the copy.
 COPY_BELOW = 16384
+ROWS = "rows"  # the name that graphs give to the number of rows of a call
 
 
 def _import_onnxruntime():
@@ -24,31 +26,48 @@ def _import_onnxruntime():
     return onnxruntime
 
 
-class BoundSession:
-    """One graph with every input and output bound once; a call moves only what changed."""
+def load_graph(path: Path, threads: int | None) -> Any:
+    """The engine's session for a graph.
 
-    def __init__(self, path: Path, threads: int | None) -> None:
-        ort = _import_onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # Several sessions live in one process: idle threads that spin would take cores from the one at work.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class of its own
-            reason = " ".join(str(error).split())
-            raise PackageError(f"{path}: onnxruntime cannot load it ({reason}); export the package again") from None
-        self._ort = ort
+    Raises:
+        PackageError: the engine cannot load it.
+    """
+    ort = _import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Several sessions live in one process: idle threads that spin would take cores from the one at work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class of its own
+        reason = " ".join(str(error).split())
+        raise PackageError(f"{path}: onnxruntime cannot load it ({reason}); export the package again") from None
+
+
+class BoundSession:
+    """A graph as calls of one size run it: every input and output is bound once, a call moves only what changed.
+
+    Calls of other sizes share the session, which owns the weights, and have bindings of their own.
+    """
+
+    def __init__(self, session: Any, rows: int) -> None:
+        """
+        Args:
+            session: an `onnxruntime.InferenceSession`.
+            rows: what the dimensions named `ROWS` are in these calls.
+        """
+        self.session = session
+        self._ort = ort = _import_onnxruntime()
         self._binding = self.session.io_binding()
-        self._inputs = {i.name: _array(i) for i in self.session.get_inputs()}
+        self._inputs = {i.name: _array(i, rows) for i in self.session.get_inputs()}
         self._bound: dict[str, np.ndarray] = {}
         self.outputs = {}
         for name, array in self._inputs.items():
             self._bind(name, array)
         for output in self.session.get_outputs():
-            self.outputs[output.name] = array = _array(output)
+            self.outputs[output.name] = array = _array(output, rows)
             self._binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(array))
 
     def _bind(self, name: str, array: np.ndarray) -> None:
@@ -72,19 +91,29 @@ class BoundSession:
         return self.outputs
 
 
-def _array(value) -> np.ndarray:
-    """A zeroed array of a graph input's or output's static shape."""
-    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(bool)": "bool"}
-    return np.zeros(value.shape, dtype[value.type])
+def _array(value: Any, rows: int) -> np.ndarray:
+    """A zeroed array of a graph input's or output's shape in calls of so many rows."""
+    dtype = {
+        "tensor(float)": "float32",
+        "tensor(float16)": "float16",
+        "tensor(int8)": "int8",
+        "tensor(int64)": "int64",
+        "tensor(bool)": "bool",
+    }
+    return np.zeros([rows if d == ROWS else d for d in value.shape], dtype[value.type])
 
 
 class OnnxMethods:
-    """`Methods` over the graphs of a package. A session is made when its method is first called."""
+    """`Methods` over the graphs of a package. A graph is loaded when it is first called, once for calls of all sizes.
+
+    A session lays out the weights anew for its operators: a second one would hold them twice in memory.
+    """
 
     def __init__(self, folder: Path, graphs: Mapping[str, str], threads: int | None = None) -> None:
         self.folder = folder
         self.graphs = graphs
         self.threads = threads
+        self._loaded: dict[str, Any] = {}  # file -> session
         self._sessions: dict[tuple[str, int], BoundSession] = {}
 
     def session(self, method: str, chunk: int) -> BoundSession:
@@ -95,7 +124,9 @@ class OnnxMethods:
                 raise PackageError(
                     f"{self.folder}: holds no {method} for {chunk} rows; it has {', '.join(self.graphs)}"
                 )
-            self._sessions[key] = BoundSession(self.folder / file, self.threads)
+            if file not in self._loaded:
+                self._loaded[file] = load_graph(self.folder / file, self.threads)
+            self._sessions[key] = BoundSession(self._loaded[file], chunk)
         return self._sessions[key]
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:

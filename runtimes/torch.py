@@ -14,6 +14,7 @@ from ..config import SEGMENT
 from ..errors import UserError
 from ..loop import LoopModel, run_loop
 from ..model import RMSE
+from ..quantize import is_quantized_checkpoint, load_quantized
 from .base import Arrays, Dials, ModelInfo
 from .host import LoopRuntime
 
@@ -42,8 +43,14 @@ class TorchMethods:
         return {k: v.cpu().numpy() for k, v in out.items()}
 
 
-def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch") -> ModelInfo:
-    """The host's view of an RMS-E model; `nbytes` is the size of what holds it on disk."""
+def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch", source: str | None = None) -> ModelInfo:
+    """The host's view of an RMS-E model.
+
+    Args:
+        nbytes: size of what holds it on disk.
+        source: fingerprint of the float model that a quantised one was made from. It counts as the same model: sessions
+            and knowledge bases of one can be used with the other.
+    """
     config, spec = model.config, model.spec(1)
     slots = config.retrieval_slots
     return ModelInfo(
@@ -71,7 +78,7 @@ def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch") -> Mo
         }
         if slots
         else None,
-        fingerprint=fingerprint(model),
+        fingerprint=source or fingerprint(model),
         config=config.to_dict(),
     )
 
@@ -95,17 +102,20 @@ def fingerprint(model: RMSE) -> str:
 class TorchRuntime(LoopRuntime):
     """A checkpoint folder, or a model already in memory, run by PyTorch."""
 
-    def __init__(self, model: RMSE, name: str, nbytes: int = 0, device: str = "cpu") -> None:
+    def __init__(self, model: RMSE, name: str, nbytes: int = 0, device: str = "cpu", source: str | None = None) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
         self.model = model.to(device).eval()
-        super().__init__(model_info(model, name, nbytes), TorchMethods(model, device))
+        super().__init__(model_info(model, name, nbytes, source=source), TorchMethods(model, device))
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
         folder = Path(folder)
-        model = load_checkpoint(folder)
-        return cls(model, folder.absolute().name, (folder / "model.safetensors").stat().st_size, device)
+        name, weights = folder.absolute().name, folder / "model.safetensors"
+        if is_quantized_checkpoint(folder):
+            quantized = load_quantized(folder)
+            return cls(quantized.model, name, weights.stat().st_size, device, quantized.fingerprint)
+        return cls(load_checkpoint(folder), name, weights.stat().st_size, device)
 
 
 def set_threads(threads: int | None) -> None:

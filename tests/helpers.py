@@ -138,18 +138,22 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self.programs: list[LoopProgram] = []
+        self.programs: list[tuple[bool, LoopProgram]] = []  # with any number of rows or not
         self.graphs: dict[tuple[int, bool], onnx.ModelProto] = {}
         self._to_onnx = onnx_target.to_onnx
 
     def trace(
-        self, model: Any, chunks: tuple[int, ...], progress: Callable[[str], None] = lambda _: None
+        self,
+        model: Any,
+        chunks: tuple[int, ...],
+        progress: Callable[[str], None] = lambda _: None,
+        any_rows: bool = False,
     ) -> LoopProgram:
-        for known in self.programs:
-            if tuple(known.specs) == chunks and same_model(known.model, model):
+        for rows, known in self.programs:
+            if rows == any_rows and tuple(known.specs) == chunks and same_model(known.model, model):
                 return dataclasses.replace(known, model=model)
-        self.programs.append(trace(model, chunks, progress))
-        return self.programs[-1]
+        self.programs.append((any_rows, trace(model, chunks, progress, any_rows)))
+        return self.programs[-1][1]
 
     def to_onnx(self, method: ExportedMethod, compact: bool) -> onnx.ModelProto:
         key = (id(method), compact)  # `self.programs` keeps the methods alive

@@ -41,13 +41,13 @@ def program() -> LoopProgram:
 def folder(program: LoopProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The puzzle, lowered by the target that lowers language models."""
     folder = tmp_path_factory.mktemp("puzzle")
-    get_target("onnx")(program, folder, LowerOptions())
+    get_target("onnx").lower(program, folder, LowerOptions())
     return folder
 
 
 @pytest.fixture(scope="module")
 def lowered(program: LoopProgram, folder: Path) -> OnnxMethods:
-    return OnnxMethods(folder, {f"{m.name}_{m.chunk}": f"{m.name}_{m.chunk}.onnx" for m in program.methods})
+    return OnnxMethods(folder, {f"{m.name}_{CELLS}": f"{m.name}.onnx" for m in program.methods})
 
 
 def dials(max_loops: int = MAX_LOOPS, min_loops: int = 1, exit_threshold: float = THRESHOLD) -> dict[str, float]:
@@ -78,9 +78,9 @@ def test_a_model_without_context_state_or_commit_has_the_methods_it_needs(progra
     """No commit is traced, lowered or asked for, and the loop takes nothing but the board's embedding and the dials."""
     assert [m.name for m in program.methods] == ["prelude", "loop", "step", "head"]
     assert {p.name for p in folder.iterdir()} == {
-        "prelude_16.onnx", "loop_16.onnx", "step_16.onnx", "head_16.onnx", "weights.bin",
+        "prelude.onnx", "loop.onnx", "step.onnx", "head.onnx", "weights.bin",
     }  # fmt: skip
-    graph = onnx.load(folder / "loop_16.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / "loop.onnx", load_external_data=False).graph
     assert [i.name for i in graph.input] == ["x", "max_loops", "min_loops", "exit_threshold"]
     assert [o.name for o in graph.output] == ["h", "depth", "iterations"]
     assert [o.type.tensor_type.shape.dim[0].dim_value for o in graph.output[:2]] == [1, 1]  # one flag for the board
@@ -118,7 +118,7 @@ def test_no_cell_is_before_another(lowered: OnnxMethods) -> None:
 
 def test_a_loop_without_emits_scans_nothing(folder: Path) -> None:
     """Only the carry leaves the loop: the iteration count, z_h, the flag, the depth and z_l."""
-    loop = find_loop(onnx.load(folder / "loop_16.onnx", load_external_data=False))
+    loop = find_loop(onnx.load(folder / "loop.onnx", load_external_data=False))
     assert loop is not None and len(loop.output) == len(loop.input) - 2 == 5
 
 
@@ -128,7 +128,7 @@ def test_a_planted_difference_is_noticed(program: LoopProgram, folder: Path, tmp
         (tmp_path / file.name).write_bytes(file.read_bytes())
     values = np.fromfile(tmp_path / "weights.bin", np.float32)
     (values * np.float32(1.001)).tofile(tmp_path / "weights.bin")
-    wrong = OnnxMethods(tmp_path, {f"{m.name}_{m.chunk}": f"{m.name}_{m.chunk}.onnx" for m in program.methods})
+    wrong = OnnxMethods(tmp_path, {f"{m.name}_{CELLS}": f"{m.name}.onnx" for m in program.methods})
     with pytest.raises(ExportError, match=r"^\w+_16: \w+ differs by "):
         compare_methods(program, wrong, dials(), 1e-5)
 

@@ -28,6 +28,7 @@ from rmse_edge.export.onnx_passes import (
     WeightFile,
     find_loop,
     hoist_invariants,
+    name_rows,
     names_read,
     remove_dead_nodes,
     subgraphs,
@@ -36,9 +37,9 @@ from rmse_edge.export.onnx_passes import (
 from rmse_edge.model import RMSE
 from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
-from rmse_edge.runtimes.onnx import OnnxRuntime
+from rmse_edge.runtimes.onnx import OnnxMethods, OnnxRuntime
 
-METHODS = [f"{name}_{chunk}" for chunk in (1, 64) for name in ("prelude", "loop", "step", "head", "commit")]
+METHODS = ["prelude", "loop", "step", "head", "commit"]
 DTYPES = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
@@ -94,39 +95,52 @@ def test_graphs_are_within_what_onnx_runtime_reads(package: Path) -> None:
 
 
 def test_graphs_take_and_give_what_the_manifest_says(package: Path) -> None:
-    """Names, order, static shapes and types of every method, as a host in another language would read them."""
-    methods = Package.open(package).manifest["methods"]
-    for name, model in load(package).items():
-        for said, values in (
-            (methods[name]["inputs"], model.graph.input),
-            (methods[name]["outputs"], model.graph.output),
-        ):
-            found = [
-                {
-                    "name": v.name,
-                    "shape": [d.dim_value for d in v.type.tensor_type.shape.dim],
-                    "dtype": DTYPES[v.type.tensor_type.elem_type],
-                }
-                for v in values
-            ]
-            assert found == said, name
+    """Names, order, shapes and types of every method, as a host in another language would read them.
+
+    A dimension is named "rows" exactly where the manifest has 1 in calls of one row and 64 in calls of 64.
+    """
+    manifest = Package.open(package).manifest
+    graphs = load(package)
+    assert manifest["lowering"]["graphs"] == {
+        f"{name}_{chunk}": f"{name}.onnx" for name in METHODS for chunk in (1, 64)
+    }
+    assert set(manifest["methods"]) == set(manifest["lowering"]["graphs"])
+    for name, model in graphs.items():
+        for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+            for chunk in (1, 64):
+                found = [
+                    {
+                        "name": v.name,
+                        "shape": [
+                            chunk if d.dim_param == "rows" else d.dim_value for d in v.type.tensor_type.shape.dim
+                        ],
+                        "dtype": DTYPES[v.type.tensor_type.elem_type],
+                    }
+                    for v in values
+                ]
+                assert found == manifest["methods"][f"{name}_{chunk}"][side], (name, chunk)
+            dims = [d for v in values for d in v.type.tensor_type.shape.dim]
+            assert {d.dim_param for d in dims if not d.HasField("dim_value")} == {"rows"}, name
 
 
 def test_the_loop_is_in_the_graph_and_carries_nothing_large(package: Path, tiny: RMSE) -> None:
     """One `Loop`, whose carry is h, active, depth and survival; the ring is read from outer scope, K and V are scanned."""
     graphs = load(package)
+    loop = find_loop(graphs["loop"])
+    assert loop is not None
+    spec = tiny.spec(64)
+    body = next(subgraphs(loop))
+    carried = body.input[2:]
+    assert len(carried) == 1 + len(spec.carried)  # and the iteration count
+    shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in carried]
     for chunk in (1, 64):
-        loop = find_loop(graphs[f"loop_{chunk}"])
-        assert loop is not None
-        spec = tiny.spec(chunk)
-        body = next(subgraphs(loop))
-        carried = body.input[2:]
-        assert len(carried) == 1 + len(spec.carried)  # and the iteration count
-        elements = [int(np.prod([d.dim_value for d in v.type.tensor_type.shape.dim])) for v in carried]
-        assert max(elements) == chunk * tiny.config.d_model
-        assert len(loop.output) == len(carried) + len(spec.emits)
-        assert {"past_keys", "past_values"} <= names_read(body)
-    assert all(find_loop(model) is None for name, model in graphs.items() if not name.startswith("loop"))
+        elements = [int(np.prod([chunk if d == "rows" else d for d in shape])) for shape in shapes]
+        assert max(elements) == chunk * tiny.config.d_model and min(elements) > 0
+    assert len(loop.output) == len(carried) + len(spec.emits)
+    scanned = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in body.output[-2:]]
+    assert scanned == [[1, 2, "rows", 16]] * 2
+    assert {"past_keys", "past_values"} <= names_read(body)
+    assert all(find_loop(model) is None for name, model in graphs.items() if name != "loop")
 
 
 def test_no_loop_body_holds_weights(package: Path) -> None:
@@ -158,6 +172,27 @@ def test_no_trace_of_the_exporting_machine(package: Path, checkpoint: Path) -> N
                 assert secret.encode() not in data, (path.name, secret)
 
 
+def test_calls_of_one_row_and_of_many_share_a_session(package: Path) -> None:
+    """One copy of the prepacked weights; each size has buffers of its own, so that neither call spoils the other's."""
+    runtime = open_runtime(package)
+    assert isinstance(runtime, OnnxRuntime)
+    methods = runtime.methods
+    assert isinstance(methods, OnnxMethods)
+    for name in METHODS:
+        one, many = methods.session(name, 1), methods.session(name, 64)
+        assert one.session is many.session and one is not many, name
+        assert one is methods.session(name, 1)
+        assert not any(np.shares_memory(one.outputs[n], many.outputs[n]) for n in one.outputs), name
+    tokens = np.arange(64)[None]
+    many = methods.run("prelude", 64, {"tokens": tokens})["x0"]
+    one = methods.run("prelude", 1, {"tokens": tokens[:, 5:6]})["x0"]
+    assert many.shape[1] == 64 and np.array_equal(one, many[:, 5:6])
+    sessions = {id(methods.session(name, chunk).session) for name in METHODS for chunk in (1, 64)}
+    assert len(sessions) == len(METHODS)
+    with pytest.raises(ValueError, match=r"tokens: got \(1, 2\) int64, expected \(1, 1\) int64"):
+        methods.run("prelude", 1, {"tokens": tokens[:, :2]})
+
+
 # ------------------------------------------------------------------------------------------------------ weights
 
 
@@ -183,11 +218,11 @@ def test_every_weight_is_stored_once(package: Path, tiny: RMSE) -> None:
 
 
 def test_methods_share_their_weights(package: Path) -> None:
-    """The experts, 80 % of the model, are read by four graphs from one place, under the model's own name."""
+    """The experts, 80 % of the model, are read by two graphs from one place, under the model's own name."""
     shared = {names.pop(): place for place, names in stored(package).items() if len(names) == 1}
     for name in ("block.experts.gate_up_proj", "block.experts.down_proj"):
         readers = [m for m, g in load(package).items() if name in {t.name for t in g.graph.initializer}]
-        assert readers == ["loop_1", "loop_64", "step_1", "step_64"] and name in shared
+        assert readers == ["loop", "step"] and name in shared
 
 
 def test_the_package_of_the_shipped_size_is_no_larger_than_its_weights(tmp_path: Path) -> None:
@@ -245,7 +280,7 @@ def test_fp16_weights_are_cast_outside_the_loop(half: Path) -> None:
     assert casts > 20
 
 
-@pytest.mark.parametrize("graph", ["loop_1", "loop_64", "step_1", "head_64", "commit_64"])
+@pytest.mark.parametrize("graph", ["loop", "step", "head", "commit"])
 def test_fp16_weights_are_converted_once_at_load(graph: str, half: Path, tmp_path: Path) -> None:
     """The graph as ONNX Runtime runs it holds the weights in float32: no Cast of a weight is left to do in a call."""
     options = onnxruntime.SessionOptions()
@@ -282,9 +317,7 @@ def test_a_stopped_loop_does_no_more_work(package: Path, tmp_path: Path) -> None
         options = onnxruntime.SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(tmp_path / f"at_{threshold}")
-        session = onnxruntime.InferenceSession(
-            str(package / "loop_1.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(str(package / "loop.onnx"), options, providers=["CPUExecutionProvider"])
         wanted = {i.name for i in session.get_inputs()}
         iterations = session.run(["iterations"], {k: v for k, v in feeds.items() if k in wanted})[0]
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -344,6 +377,28 @@ def test_a_weight_in_a_body_fails_the_export() -> None:
     )
     with pytest.raises(ExportError, match=r"the loop body holds w \[100\]"):
         weights_in_outer_scope(model)
+
+
+def test_the_number_of_rows_has_one_name_everywhere() -> None:
+    """The tracer's symbol becomes "rows" in the graph and in bodies; any other size that is no number is an error."""
+    info = helper.make_tensor_value_info
+    body = helper.make_graph([helper.make_node("Neg", ["x"], ["r"])], "b", [], [info("r", 1, ["s7", 3])])
+    branch = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+
+    def model(output: list[int | str | None]) -> ModelProto:
+        inputs = [info("c", TensorProto.BOOL, []), info("x", 1, ["s7", 3])]
+        return helper.make_model(helper.make_graph([branch], "g", inputs, [info("y", 1, output)]))
+
+    named = model(["s7", 3])
+    name_rows(named)
+    for graph in every_graph(named.graph):
+        for value in (*graph.input, *graph.output):
+            shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            assert shape == ([] if value.name == "c" else ["rows", 3]), value.name
+    with pytest.raises(ExportError, match=r"y has a dimension 3\*s7"):
+        name_rows(model(["3*s7", 3]))
+    with pytest.raises(ExportError, match="y has a dimension of unknown size"):
+        name_rows(model(["s7", None]))
 
 
 def looped(nodes: list[onnx.NodeProto], result: str) -> ModelProto:

@@ -75,13 +75,13 @@ def a_file_instead(folder: Path) -> None:
 
 
 def a_folder_instead(folder: Path) -> None:
-    (folder / "head_1.onnx").unlink()
-    (folder / "head_1.onnx").mkdir()
+    (folder / "head.onnx").unlink()
+    (folder / "head.onnx").mkdir()
 
 
 def a_random_file(folder: Path) -> None:
     """Random bytes of the right size: some runtimes would abort the process on them."""
-    path = folder / "loop_64.onnx"
+    path = folder / "loop.onnx"
     path.write_bytes(os.urandom(path.stat().st_size))
 
 
@@ -89,14 +89,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a file": (a_file_instead, ["a file, expected a package folder"]),
     "an empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), ["manifest.json: missing"]),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), ["manifest.json: missing"]),
-    "no graph": (lambda f: (f / "loop_1.onnx").unlink(), ["loop_1.onnx: missing from the package"]),
+    "no graph": (lambda f: (f / "loop.onnx").unlink(), ["loop.onnx: missing from the package"]),
     "no weights": (lambda f: (f / "weights.bin").unlink(), ["weights.bin: missing from the package"]),
-    "a folder for a file": (a_folder_instead, ["head_1.onnx: missing from the package"]),
+    "a folder for a file": (a_folder_instead, ["head.onnx: missing from the package"]),
     "truncated weights": (cut("weights.bin", 4096), ["weights.bin", "truncated"]),
-    "truncated by a byte": (cut("step_64.onnx", 1), ["step_64.onnx", "truncated"]),
-    "an empty graph": (lambda f: (f / "prelude_1.onnx").write_bytes(b""), ["prelude_1.onnx: 0 bytes"]),
+    "truncated by a byte": (cut("step.onnx", 1), ["step.onnx", "truncated"]),
+    "an empty graph": (lambda f: (f / "prelude.onnx").write_bytes(b""), ["prelude.onnx: 0 bytes"]),
     "one flipped bit": (flip("weights.bin"), ["weights.bin", "SHA-256", "damaged"]),
-    "random bytes": (a_random_file, ["loop_64.onnx", "SHA-256", "damaged"]),
+    "random bytes": (a_random_file, ["loop.onnx", "SHA-256", "damaged"]),
     "an unlisted file": (lambda f: (f / "notes.txt").write_text("x"), ["notes.txt: not listed"]),
     "an unlisted file below": (
         lambda f: ((f / "more").mkdir(), (f / "more" / "lib.so").write_text("x")),
@@ -139,7 +139,7 @@ def test_a_damaged_package_is_one_line(case: str, copied: Path, capsys: pytest.C
 def test_every_file_of_a_package_is_protected(copied: Path) -> None:
     """One flipped bit in any file, graph, weights or text, is noticed and the file named."""
     names = sorted(p.name for p in copied.iterdir() if p.name != MANIFEST)
-    assert len(names) == 13  # ten graphs, the weights, the tokenizer, the text sample
+    assert len(names) == 8  # five graphs, the weights, the tokenizer, the text sample
     for name in names:
         before = (copied / name).read_bytes()
         flip(name)(copied)
@@ -177,14 +177,14 @@ def test_a_runtime_that_does_not_fit_is_refused(package: Path, checkpoint: Path,
 
 def test_a_graph_that_the_engine_cannot_load_is_one_line(copied: Path) -> None:
     """A package whose hashes fit around a graph that is none: the engine's own error, on one line, with the file."""
-    (copied / "loop_64.onnx").write_bytes(b"\x08\x0d" + b"junk" * 50)
+    (copied / "loop.onnx").write_bytes(b"\x08\x0d" + b"junk" * 50)
     manifest = json.loads((copied / MANIFEST).read_text())
     (copied / MANIFEST).unlink()
     seal(copied, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
     with pytest.raises(PackageError) as caught:
         runtime = open_runtime(copied)
         runtime.feed([1] * 20, runtime.info.dials)
-    assert_one_line(str(caught.value), "loop_64.onnx: onnxruntime cannot load it")
+    assert_one_line(str(caught.value), "loop.onnx: onnxruntime cannot load it")
 
 
 # ------------------------------------------------------------------------------------------------------- write

@@ -78,46 +78,88 @@ def graphs(model: ModelProto) -> list[onnx.GraphProto]:
     return found
 
 
-def constant_instead_of(name: str, value: Any) -> Callable[[ModelProto, ExportedMethod], None]:
+# How a defect is planted: into which graph, of which method, and for calls of how many rows (None: of any number).
+Plant = Callable[[ModelProto, ExportedMethod, int | None], None]
+
+
+def in_calls_of(model: ModelProto, rows: int) -> str:
+    """The name of a flag that the graph is made to compute: is this a call of so many rows?"""
+    name, axis = next(
+        (value.name, i)
+        for value in model.graph.input
+        for i, d in enumerate(value.type.tensor_type.shape.dim)
+        if d.dim_param == "rows"
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array([rows]), "those_rows"))
+    for node in (
+        helper.make_node("Equal", ["rows_here", "those_rows"], ["of_those_rows"]),
+        helper.make_node("Shape", [name], ["rows_here"], start=axis, end=axis + 1),
+    ):
+        model.graph.node.insert(0, node)
+    return "of_those_rows"
+
+
+def constant_instead_of(name: str, value: Any) -> Plant:
     """An input is not read: a constant takes its place."""
 
-    def plant(model: ModelProto, method: ExportedMethod) -> None:
-        model.graph.initializer.append(numpy_helper.from_array(np.array(value), "baked_in"))
+    def plant(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+        shape = [d.dim_value for t in model.graph.input if t.name == name for d in t.type.tensor_type.shape.dim]
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value).reshape(shape), "baked_in"))
         for graph in graphs(model):
             for node in graph.node:
                 for i, given in enumerate(node.input):
                     if given == name:
-                        node.input[i] = "baked_in"
+                        node.input[i] = "read_instead"
+        if rows is None:
+            instead = [helper.make_node("Identity", ["baked_in"], ["read_instead"])]
+        else:
+            condition = in_calls_of(model, rows)
+            instead = list(model.graph.node[:2])
+            del model.graph.node[:2]
+            # The flag has one element, and so has the input: what comes out has the input's shape.
+            model.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), "true_shape"))
+            instead += [
+                helper.make_node("Where", [condition, "baked_in", name], ["either"]),
+                helper.make_node("Reshape", ["either", "true_shape"], ["read_instead"]),
+            ]
+        for node in reversed(instead):
+            model.graph.node.insert(0, node)
 
     return plant
 
 
-def output_becomes(
-    name: str, op: str, operand: Callable[[ExportedMethod], Any]
-) -> Callable[[ModelProto, ExportedMethod], None]:
+def output_becomes(name: str, op: str, operand: Callable[[ExportedMethod], Any]) -> Plant:
     """An output leaves the graph as op(output, operand)."""
 
-    def plant(model: ModelProto, method: ExportedMethod) -> None:
+    def plant(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
         for node in model.graph.node:
             for names in (node.input, node.output):
                 for i, given in enumerate(names):
                     if given == name:
                         names[i] = f"true_{name}"
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(operand(method)), "operand"))
-        model.graph.node.append(helper.make_node(op, [f"true_{name}", "operand"], [name]))
+        wrong = name if rows is None else f"wrong_{name}"
+        model.graph.node.append(helper.make_node(op, [f"true_{name}", "operand"], [wrong]))
+        if rows is not None:
+            condition = in_calls_of(model, rows)
+            model.graph.node.append(helper.make_node("Where", [condition, wrong, f"true_{name}"], [name]))
 
     return plant
 
 
-def wrong_only_when(name: str, given: str, value: int) -> Callable[[ModelProto, ExportedMethod], None]:
+def wrong_only_when(name: str, given: str, value: int) -> Plant:
     """An output is 1 % too large, but only in calls where the input `given` has this value."""
 
-    def plant(model: ModelProto, method: ExportedMethod) -> None:
-        output_becomes(name, "Mul", lambda _: np.float32(1.01))(model, method)
+    def plant(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+        output_becomes(name, "Mul", lambda _: np.float32(1.01))(model, method, None)
         model.graph.node[-1].output[0] = "too_large"
         model.graph.initializer.append(numpy_helper.from_array(np.array(value), "that_value"))
         model.graph.node.append(helper.make_node("Equal", [given, "that_value"], ["that_call"]))
-        model.graph.node.append(helper.make_node("Where", ["that_call", "too_large", f"true_{name}"], [name]))
+        when = "that_call"
+        if rows is not None:
+            model.graph.node.append(helper.make_node("And", [when, in_calls_of(model, rows)], ["that_call_and_rows"]))
+            when = "that_call_and_rows"
+        model.graph.node.append(helper.make_node("Where", [when, "too_large", f"true_{name}"], [name]))
 
     return plant
 
@@ -130,7 +172,7 @@ def all_but_loop(k: int) -> Callable[[ExportedMethod], np.ndarray]:
     return operand
 
 
-def no_balance_bias(model: ModelProto, method: ExportedMethod) -> None:
+def no_balance_bias(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
     """Experts are selected by the logits alone."""
     dropped = 0
     for graph in graphs(model):
@@ -139,20 +181,23 @@ def no_balance_bias(model: ModelProto, method: ExportedMethod) -> None:
                 kept = [name for name in node.input if not name.endswith("balance_bias")]
                 node.CopyFrom(helper.make_node("Identity", kept, list(node.output)))
                 dropped += 1
-    assert dropped == 1
+    assert dropped == 1 and rows is None
 
 
-def no_propagation(model: ModelProto, method: ExportedMethod) -> None:
+def no_propagation(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
     """commit hands on what the loop emitted, also for loops that never ran."""
-    for node in model.graph.node:
+    assert rows is not None
+    for i, node in enumerate(model.graph.node):
         if node.op_type == "Where" and "new_keys" in node.input:
-            node.CopyFrom(helper.make_node("Identity", ["new_keys"], list(node.output)))
+            model.graph.node.insert(i, helper.make_node("Or", [node.input[0], "of_those_rows"], ["taken"]))
+            model.graph.node[i + 1].input[0] = "taken"
+            in_calls_of(model, rows)
             return
     raise AssertionError("commit does not choose between emitted and propagated keys")
 
 
-# What is planted: (in which graphs, how, what the message must say).
-GRAPH_PLANTS: dict[str, tuple[set[str], Callable[[ModelProto, ExportedMethod], None], str]] = {
+# What is planted: (in which calls of which methods, how, what the message must say).
+GRAPH_PLANTS: dict[str, tuple[set[str], Plant, str]] = {
     "balance_bias dropped": ({"loop_1", "loop_64", "step_1", "step_64"}, no_balance_bias, "full depth"),
     "depth off by one": (
         {"loop_1", "loop_64"},
@@ -236,10 +281,10 @@ def test_a_wrong_graph_fails_the_export(
 
     def to_onnx(method: ExportedMethod, compact: bool) -> ModelProto:
         model = quick_export.to_onnx(method, compact)
-        label = f"{method.name}_{method.chunk}"
-        if label in where:
-            plant(model, method)
-            planted.add(label)
+        calls = {f"{method.name}_{chunk}": chunk for chunk in method.chunks}
+        if hit := where & set(calls):
+            plant(model, method, None if hit == set(calls) else calls[min(hit)])
+            planted.update(hit)
         return model
 
     monkeypatch.setattr(onnx_target, "to_onnx", to_onnx)
@@ -259,14 +304,14 @@ def test_a_changed_weight_fails_the_export(
     tmp_path: Path,
 ) -> None:
     """One number of weights.bin changes after lowering: hashes are taken later, so only the comparison can see it."""
-    lower = targets.get_target("onnx")
+    true = targets.get_target("onnx")
 
     def damaged(program: Any, folder: Path, options: Any) -> dict[str, Any]:
-        result = lower(program, folder, options)
+        result = true.lower(program, folder, options)
         wrong_weight(name)(folder)
         return result
 
-    monkeypatch.setitem(targets._TARGETS, "onnx", damaged)
+    monkeypatch.setitem(targets._TARGETS, "onnx", dataclasses.replace(true, lower=damaged))
     error = attempt(tiny, tmp_path / "out.rmse", checkpoint)
     assert "the reference is decided" in str(error)
 
@@ -452,7 +497,7 @@ def test_a_failed_replacement_keeps_the_old_package(
     def wrong(method: ExportedMethod, compact: bool) -> ModelProto:
         model = to_onnx(method, compact)
         if method.name == "loop":
-            output_becomes("depth", "Add", lambda _: np.int64(1))(model, method)
+            output_becomes("depth", "Add", lambda _: np.int64(1))(model, method, None)
         return model
 
     monkeypatch.setattr(onnx_target, "to_onnx", wrong)

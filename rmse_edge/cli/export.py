@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .common import Parser, output_path, positive_int, verb
+from .quantize import QUANTIZE_FLAGS, add_quantize_flags, quantized, request_of
 
 DEFAULT_MODEL = "models/rmse-shakespeare"
 TARGETS = ("onnx",)
+BITS = ("int8", "int4")
 
 
 def parser() -> Parser:
     p = Parser(prog="rmse-export", description="Export a looped model into a package for a device runtime.")
-    p.add_argument("-m", "--model", metavar="DIR", help=f"checkpoint folder (default: {DEFAULT_MODEL})")
+    p.add_argument(
+        "-m", "--model", metavar="DIR", help=f"checkpoint folder, float or of rmse-quantize (default: {DEFAULT_MODEL})"
+    )
     p.add_argument(
         "--config", metavar="FILE", help="a config.json instead of a checkpoint: random weights, for benches"
     )
@@ -22,7 +26,13 @@ def parser() -> Parser:
         "-o", "--output", type=output_path, metavar="DIR", help="package folder (default: ./MODEL-TARGET.rmse)"
     )
     p.add_argument("--target", default="onnx", help=f"what to export for: {', '.join(TARGETS)}")
-    p.add_argument("--quant", default="fp32", help="how weights are stored: fp32, fp16")
+    p.add_argument(
+        "--quant", help="how weights are stored: fp32, fp16, int8, int4 (default: the checkpoint's, or fp32)"
+    )
+    p.add_argument(
+        "--accuracy-level", type=int, choices=(0, 4), default=4,
+        help="of int8 and int4: 4 rounds activations to int8, 0 computes in float32",
+    )  # fmt: skip
     p.add_argument(
         "--max-seq-len", type=positive_int, metavar="N", help="refuse texts longer than N tokens (default: no limit)"
     )
@@ -31,6 +41,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="of the random weights of --config")
     p.add_argument("--dry-run", action="store_true", help="print methods, shapes and sizes, and write nothing")
     p.add_argument("--format", choices=("text", "json"), default="text", help="of --dry-run's output")
+    add_quantize_flags(p)
     return p
 
 
@@ -41,20 +52,45 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if args.model and args.config:
         raise UserError("--model and --config: give one of them")
+    from ..checkpoint import load_checkpoint
     from ..export import ExportRequest, describe, export_package
+    from ..package import check_destination
+    from ..quantize import is_quantized_checkpoint, load_quantized, quantize
 
+    folder = Path(args.model or DEFAULT_MODEL)
+    stored = load_quantized(folder) if not args.config and is_quantized_checkpoint(folder) else None
+    quant = args.quant or (stored.quant if stored else "fp32")
     request = ExportRequest(
         target=args.target,
-        quant=args.quant,
+        quant=quant,
         compact=not args.no_compact,
         max_seq_len=args.max_seq_len,
         overwrite=args.force,
+        accuracy_level=args.accuracy_level,
     )
-    model, checkpoint, name = load(args)
+    refuse_idle_flags(args, quant, stored is not None)
+    how = request_of(args, quant) if quant in BITS and stored is None else None
+    if how and how.needs_text and not args.calibrate:
+        raise UserError(
+            f"--quant {quant}: give --calibrate FILE, a text like those the model will read (or --method rtn)"
+        )
+    if stored is not None:
+        request.check_integers(stored)
+    if args.config:
+        model, checkpoint, name = random_model(args), None, Path(args.config).absolute().parent.name or "random"
+    else:
+        model = stored.model if stored else load_checkpoint(folder)
+        checkpoint, name = folder, folder.absolute().name
     if args.dry_run:
-        print_description(describe(model, request), args.format)
+        formats = {name: q.format for name, q in stored.tensors.items()} if stored else None
+        print_description(describe(model, request, how.scheme.formats(model) if how else formats), args.format)
         return 0
     output = args.output or Path(f"{name}-{args.target}.rmse")
+    check_destination(output, args.force)  # before minutes of quantising
+    integers = stored
+    if how:
+        integers = quantize(model, how) if args.config else quantized(args, folder, how)
+        model = integers.model
     from tqdm import tqdm
 
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None) as bar:
@@ -62,26 +98,38 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         def progress(stage: str) -> None:
             bar.set_description_str(stage)
 
-        package = export_package(model, output, request, checkpoint, progress)
+        package = export_package(model, output, request, checkpoint, progress, integers)
     print_result(package)
     return 0
 
 
-def load(args):
-    """The model to export, the folder it came from (None for random weights), and its name."""
-    if args.config:
-        import torch
+def random_model(args):
+    import torch
 
-        from ..config import RMSEConfig
-        from ..model import RMSE
+    from ..config import RMSEConfig
+    from ..model import RMSE
 
-        config = RMSEConfig.from_file(args.config)
-        torch.manual_seed(args.seed)
-        return RMSE(config).eval(), None, Path(args.config).absolute().parent.name or "random"
-    from ..checkpoint import load_checkpoint
+    config = RMSEConfig.from_file(args.config)
+    torch.manual_seed(args.seed)
+    return RMSE(config).eval()
 
-    folder = Path(args.model or DEFAULT_MODEL)
-    return load_checkpoint(folder), folder, folder.absolute().name
+
+def refuse_idle_flags(args, quant: str, already: bool) -> None:
+    """Fail where a flag says how to quantise and nothing is going to be quantised.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    from ..errors import UserError
+
+    reason = "the checkpoint is quantised already" if already else f"--quant {quant} quantises nothing"
+    if already or quant not in BITS:
+        plain = parser()
+        for flag, name in QUANTIZE_FLAGS.items():
+            if getattr(args, name) != plain.get_default(name):
+                raise UserError(f"{flag}: {reason}; leave it out")
+    if args.config and args.calibrate:
+        raise UserError("--calibrate: random weights have nothing to calibrate; use --method rtn")
 
 
 def print_description(description: dict, form: str) -> None:

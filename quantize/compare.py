@@ -1,0 +1,114 @@
+"""What quantising did to a model: loss, divergence and drift of the states beside the float model, on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..exit import delta_stops, entropy_stops, gate_stops
+from ..model import RMSE, Stop
+from ..train.losses import token_loss
+
+BATCH = 16
+
+
+def deployed_exit(model: RMSE) -> Stop | None:
+    """The configuration's own exit rules as a `stop` of `RMSE.trajectory`; None where all are off."""
+    c = model.config
+    if c.exit_threshold >= 1 and not c.exit_epsilon and not c.exit_entropy:
+        return None
+    threshold, epsilon, entropy = (torch.tensor(v) for v in (c.exit_threshold, c.exit_epsilon, c.exit_entropy))
+
+    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
+        found = gate_stops(log_survival, threshold) | delta_stops(before, after, epsilon)
+        if c.exit_entropy:
+            found = found | entropy_stops(model.head_proj(model.norm(after)), entropy)
+        return found & (k + 1 >= c.min_loops)
+
+    return stop
+
+
+@torch.no_grad()
+def compare(
+    reference: RMSE, candidate: RMSE, blocks: Tensor, progress: Callable[[int], object] = lambda _: None
+) -> dict[str, Any]:
+    """Both models over the same blocks, each from an empty past, in PyTorch.
+
+    Args:
+        blocks: (n, T + 1) int64.
+        progress: called with the number of tokens done since the last call.
+    Returns:
+        "full_depth" and, where the model has exits, "adaptive": see `_setting`; "drift": per loop, the mean relative
+        difference of the normed states at full depth.
+    """
+    settings: dict[str, list[dict[str, Tensor]]] = {"full_depth": [], "adaptive": []}
+    drift: list[Tensor] = []
+    for part in blocks.split(BATCH):
+        tokens, targets = part[:, :-1], part[:, 1:]
+        a, _, _ = reference.trajectory(tokens)
+        b, _, _ = candidate.trajectory(tokens)
+        drift.append(torch.stack([((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a, b)]) * len(part))
+        full = torch.full_like(tokens, len(a))
+        settings["full_depth"].append(_pair(reference, candidate, a[-1], b[-1], full, full, targets))
+        if deployed_exit(reference) is not None:
+            a, _, ours = reference.trajectory(tokens, stop=deployed_exit(reference))
+            b, _, theirs = candidate.trajectory(tokens, stop=deployed_exit(candidate))
+            settings["adaptive"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
+        progress(tokens.numel())
+    result = {name: _setting(parts) for name, parts in settings.items() if parts}
+    return result | {"drift": (torch.stack(drift).sum(0) / len(blocks)).tolist(), "tokens": blocks[:, 1:].numel()}
+
+
+def _pair(
+    reference: RMSE, candidate: RMSE, a: Tensor, b: Tensor, ours: Tensor, theirs: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Figures of every position, (B, T) each, from the normed states (B, T, d) and the depths of both models."""
+    p, q = reference.head_proj(a), candidate.head_proj(b)
+    log_p, log_q = F.log_softmax(p.double(), -1), F.log_softmax(q.double(), -1)
+    return {
+        "float": token_loss(p, targets),
+        "quantized": token_loss(q, targets),
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "same_top": (p.argmax(-1) == q.argmax(-1)).double(),
+        "float_depth": ours.double(),
+        "quantized_depth": theirs.double(),
+    }
+
+
+def _setting(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Means over all positions; standard errors from the means of blocks, that of the increase paired.
+
+    `increase` is the quantised model's loss minus the float one's, nats per token; `perplexity_increase` what it makes of
+    the perplexity, relative.
+    """
+    of = {name: torch.cat([p[name] for p in parts]).double() for name in parts[0]}
+    mean = {name: values.mean().item() for name, values in of.items()}
+
+    def error(values: Tensor) -> float | None:
+        by_block = values.mean(1)
+        return by_block.std().item() / math.sqrt(len(by_block)) if len(by_block) > 1 else None
+
+    increase = of["quantized"] - of["float"]
+    return {
+        "loss": {"float": mean["float"], "quantized": mean["quantized"]},
+        "perplexity": {"float": math.exp(mean["float"]), "quantized": math.exp(mean["quantized"])},
+        "increase": increase.mean().item(),
+        "increase_se": error(increase),
+        "perplexity_increase": math.expm1(increase.mean().item()),
+        "kl": mean["kl"],
+        "same_top_token": mean["same_top"],
+        "mean_depth": {"float": mean["float_depth"], "quantized": mean["quantized_depth"]},
+        "same_depth": (of["float_depth"] == of["quantized_depth"]).double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def mean_depth(model: RMSE, blocks: Tensor, stop: Stop) -> float:
+    """Loops a position runs on average: blocks (n, T) int64."""
+    depths = [model.trajectory(part, stop=stop)[2].double().mean() * len(part) for part in blocks.split(BATCH)]
+    return float(torch.stack(depths).sum() / len(blocks))

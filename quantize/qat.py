@@ -1,0 +1,104 @@
+"""A short finetune of the rounded model: the float model teaches it, at every depth, by its exit distribution.
+
+The integers are what is deployed, so the forward pass always uses rounded weights; gradients pass through the rounding
+to float weights behind it (straight-through estimator, Bengio et al. 2013, arXiv 1308.3432). Scales stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from ..exit import exit_distribution
+from ..model import RMSE
+from .tensors import QuantizedTensor, quantize_with
+
+RATE = 1e-5  # of Adam: a step moves a weight by about a thousandth of a scale
+BATCH = 8
+
+
+def finetune(
+    reference: RMSE,
+    model: RMSE,
+    tensors: dict[str, QuantizedTensor],
+    blocks: Tensor,
+    steps: int,
+    seed: int = 0,
+    progress: Callable[[float], object] = lambda _: None,
+) -> dict[str, QuantizedTensor]:
+    """Train the quantised weights to say what `reference` says.
+
+    Args:
+        model: holds the dequantised weights; left with the new ones.
+        blocks: (n, T) int64, drawn from with `seed`.
+        progress: called with each step's loss, nats.
+    Returns:
+        New codes under the same scales.
+    """
+    latent = {name: reference.get_parameter(name).detach().clone() for name in tensors}
+    for name, q in tensors.items():
+        # GPTQ moved codes away from the nearest: start from where it ended, inside each code's interval.
+        lower = q.dequantize() - 0.49 * _per_weight(q)
+        latent[name] = torch.minimum(torch.maximum(latent[name], lower), lower + 0.98 * _per_weight(q)).requires_grad_()
+    optimizer = torch.optim.Adam(latent.values(), lr=RATE, betas=(0.9, 0.99))
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        tokens = blocks[torch.randint(len(blocks), (BATCH,), generator=draw)]
+        rounded = {name: _Round.apply(w, tensors[name]) for name, w in latent.items()}
+        loss = _divergence(reference, model, rounded, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress(loss.item())
+    result = {}
+    with torch.no_grad():
+        for name, w in latent.items():
+            q = tensors[name]
+            result[name] = quantize_with(w, q.scales, q.zeros, q.format)
+            model.get_parameter(name).copy_(result[name].dequantize())
+    return result
+
+
+def _per_weight(q: QuantizedTensor) -> Tensor:
+    return q.scales.repeat_interleave(q.shape[-1] // q.scales.shape[-1], -1)
+
+
+class _Round(torch.autograd.Function):
+    """To the nearest code; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, q: QuantizedTensor) -> Tensor:
+        return quantize_with(weight, q.scales, q.zeros, q.format).dequantize()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _divergence(reference: RMSE, model: RMSE, rounded: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """sum_k p_k KL(reference || model) after loop k, averaged over positions; p is the reference's exit distribution."""
+    with torch.no_grad():
+        states, gates, _ = reference.trajectory(tokens)
+        wanted = [F.log_softmax(reference.head_proj(h), -1) for h in states]
+        p = exit_distribution(gates)
+        p = 0.5 * p + 0.5 / len(p)  # every depth counts, as in the Hessians
+    names = {f"model.{name}": w for name, w in rounded.items()}
+    found = functional_call(_Trajectory(model), names, (tokens,))
+    losses = [(w.exp() * (w - F.log_softmax(logits, -1))).sum(-1) for w, logits in zip(wanted, found)]
+    return (p * torch.stack(losses)).sum(0).mean()
+
+
+class _Trajectory(torch.nn.Module):
+    """`functional_call` calls forward: the logits after every loop."""
+
+    def __init__(self, model: RMSE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        states, _, _ = self.model.trajectory(tokens)
+        return [self.model.head_proj(h) for h in states]

@@ -1,0 +1,235 @@
+"""Float model + calibration text -> integers, scales and a report of what they cost."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TextError, UserError
+from ..model import RMSE
+from ..text import consecutive_blocks, random_blocks, split
+from .compare import compare
+from .gate import recalibrate
+from .gptq import gptq
+from .hessians import LOOPS, Hessians, gather
+from .kv import kv_scales
+from .qat import finetune
+from .scheme import METHODS, Scheme
+from .tensors import Format, QuantizedTensor, round_to_nearest
+
+KV = ("float32", "float16", "int8")
+GATE_TOKENS = 8192  # that the exit gate is recalibrated on: every trial of a bias reads them all
+LEAST_TOKENS = 1024  # of a calibration text: fewer say too little about 512 experts
+
+# What is quantised together, in the order of the data flow: each sees the inputs that the ones before it make.
+STAGES = (
+    ("embed.weight",),
+    ("inject.weight",),
+    ("block.attention.q_proj.weight", "block.attention.kv_proj.weight", "block.attention.gate_proj.weight"),
+    ("block.attention.o_proj.weight",),
+    ("block.experts.gate_up_proj", "block.experts.shared_gate_up_proj.weight"),
+    ("block.experts.down_proj", "block.experts.shared_down_proj.weight"),
+    ("head_proj.weight",),
+)
+
+# Told the stage, the tokens (or steps) done of it since the last call, and how many it has.
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """Everything a quantisation may be asked for."""
+
+    scheme: Scheme = field(default_factory=Scheme)
+    method: str = "gptq"
+    loops: str = "even"  # whose inputs GPTQ sees, see `hessians.gather`
+    in_flow: bool = True  # inputs from the model as far as it is quantised; False: from the float model
+    kv: str | None = None  # the KV cache's type; None: the checkpoint's own
+    calibration_tokens: int = 32_768
+    evaluation_tokens: int = 16_384  # 0: no comparison with the float model
+    recalibrate_gate: bool = True
+    qat_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (
+            ("--method", self.method, METHODS),
+            ("--loops", self.loops, LOOPS),
+            ("--kv", self.kv, (None, *KV)),
+        ):
+            if value not in known:
+                raise UserError(f"{flag}: got {value!r}, expected one of {', '.join(k for k in known if k)}")
+
+    @property
+    def needs_text(self) -> bool:
+        return self.method != "rtn" or self.kv == "int8" or self.qat_steps > 0
+
+
+@dataclass
+class Quantized:
+    """A quantised model: float32 in PyTorch, with the integers that its weights stand for."""
+
+    model: RMSE
+    tensors: dict[str, QuantizedTensor]
+    quant: str  # "int8" or "int4"
+    fingerprint: str  # of the float model it was made from
+    report: dict[str, Any]
+
+
+def blocks_of(ids: np.ndarray, length: int, request: QuantizeRequest) -> tuple[Tensor, Tensor | None]:
+    """Calibration blocks (n, T) from the first 90 % of a text, evaluation blocks (m, T + 1) from the rest.
+
+    Raises:
+        TextError: the text is too short.
+    """
+    if len(ids) < LEAST_TOKENS:
+        raise TextError(f"--calibrate: the text has {len(ids)} tokens, expected at least {LEAST_TOKENS}")
+    train, held_out = split(ids, "train"), split(ids, "validation")
+    length = min(length, len(held_out) - 1)
+    count = max(1, request.calibration_tokens // length)
+    calibration = torch.from_numpy(random_blocks(train, count, length, (request.seed,)))[:, :-1]
+    if request.evaluation_tokens == 0:
+        return calibration, None
+    every = torch.from_numpy(consecutive_blocks(held_out, length))
+    wanted = min(len(every), max(1, request.evaluation_tokens // length))
+    return calibration, every[np.linspace(0, len(every) - 1, wanted).astype(int)]
+
+
+def quantize(
+    model: RMSE,
+    request: QuantizeRequest,
+    ids: np.ndarray | None = None,
+    fingerprint: str = "",
+    progress: Progress = lambda *_: None,
+) -> Quantized:
+    """Quantise a copy of `model`.
+
+    Args:
+        ids: (n,) tokens of a text like those the model will read. The first 90 % calibrate, the rest evaluate. None:
+            weights are rounded to the nearest, and nothing is compared.
+        fingerprint: of `model`, kept with the result.
+    Raises:
+        UserError: a tensor the quantiser does not know, a group size that does not divide, a text that is too short or on
+            which the model does not give numbers, or a method that needs a text.
+    """
+    formats = request.scheme.formats(model)
+    if ids is None and request.needs_text:
+        raise UserError(
+            "--calibrate FILE is missing: a text like those the model will read (--method rtn rounds without one)"
+        )
+    for name, p in model.state_dict().items():
+        if not bool(torch.isfinite(p).all()):
+            raise UserError(f"{name}: holds NaN or Inf; the checkpoint is damaged")
+    calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
+    model = model.eval()
+    work = with_kv(copy.deepcopy(model), request, calibration, progress)
+    tensors: dict[str, QuantizedTensor] = {}
+    rare = 0
+    for stage in stages(formats):
+        found = _hessians(model, work, stage, calibration, request, progress)
+        rare = max(rare, found.rare()) if found else rare
+        for name in stage:
+            weight = model.get_parameter(name).detach()
+            tensors[name] = _quantize_tensor(name, weight, formats[name], found)
+            with torch.no_grad():
+                work.get_parameter(name).copy_(tensors[name].dequantize())
+    if request.qat_steps and calibration is not None:
+        note = progress_of(progress, "finetuning", request.qat_steps)
+        tensors = finetune(model, work, tensors, calibration, request.qat_steps, request.seed, lambda loss: note(1))
+    moved = None
+    if request.recalibrate_gate and calibration is not None:
+        progress("recalibrating the exit gate", 0, 1)
+        moved = recalibrate(model, work, calibration[: max(1, GATE_TOKENS // calibration.shape[1])])
+    report: dict[str, Any] = {
+        "quant": request.scheme.quant,
+        "request": _jsonable(request),
+        "bytes": sum(q.nbytes for q in tensors.values()),
+        "tensors": {name: tensor_report(model.get_parameter(name).detach(), q) for name, q in tensors.items()},
+        "float_tensors": [name for name in work.state_dict() if name not in tensors],
+        "rarely_routed_experts": {"count": rare, "of": model.config.n_experts} if request.method == "gptq" else None,
+        "gate": None if moved is None else dataclasses.asdict(moved),
+        "calibration_tokens": 0 if calibration is None else calibration.numel(),
+    }
+    if held_out is not None:
+        note = progress_of(progress, "comparing with the float model", held_out[:, 1:].numel())
+        report["evaluation"] = compare(model, work, held_out, note)
+    return Quantized(work, tensors, request.scheme.quant, fingerprint, report)
+
+
+def stages(formats: dict[str, Format]) -> list[list[str]]:
+    """The tensors to quantise, stage by stage; one that no stage names would be lost, so that is a defect."""
+    found = [[name for name in stage if name in formats] for stage in STAGES]
+    assert sorted(name for stage in found for name in stage) == sorted(formats), "a quantised tensor has no stage"
+    return [stage for stage in found if stage]
+
+
+def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, progress: Progress) -> RMSE:
+    """`model` with the KV cache that was asked for, its weights unchanged."""
+    if request.kv is None or request.kv == model.config.kv_dtype:
+        return model
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "block.attention.kv_scales"}
+    changed = RMSE(dataclasses.replace(model.config, kv_dtype=request.kv)).eval()
+    if request.kv == "int8":
+        assert calibration is not None  # `needs_text`
+        exact = RMSE(dataclasses.replace(model.config, kv_dtype="float32")).eval()
+        exact.load_state_dict(state)
+        note = progress_of(progress, "scales of keys and values", calibration.numel())
+        state["block.attention.kv_scales"] = kv_scales(exact, calibration, note)
+    changed.load_state_dict(state)
+    return changed
+
+
+def _hessians(
+    model: RMSE,
+    work: RMSE,
+    stage: list[str],
+    calibration: Tensor | None,
+    request: QuantizeRequest,
+    progress: Progress,
+) -> Hessians | None:
+    """What a stage's weights see; None where that does not matter: rounded to the nearest, or looked up."""
+    if calibration is None or request.method == "rtn" or stage == ["embed.weight"]:
+        return None
+    note = progress_of(progress, stage[0].removesuffix(".weight").split(".")[-1], calibration.numel())
+    return gather(work if request.in_flow else model, calibration, stage, request.loops, note)
+
+
+def _quantize_tensor(name: str, weight: Tensor, fmt: Format, found: Hessians | None) -> QuantizedTensor:
+    if found is None:
+        return round_to_nearest(weight, fmt)
+    return gptq(weight, found.of(name), fmt)
+
+
+def tensor_report(weight: Tensor, q: QuantizedTensor) -> dict[str, Any]:
+    """Format and relative error |w - q| / |w| of one tensor; of stacked experts also the worst one's."""
+    error, size = q.dequantize() - weight, weight.norm().clamp_min(1e-12)
+    found = {
+        "bits": q.format.bits,
+        "group": q.format.group,
+        "symmetric": q.format.symmetric,
+        "shape": list(weight.shape),
+        "bytes": q.nbytes,
+        "relative_error": float(error.norm() / size),
+    }
+    if weight.dim() == 3:
+        found["worst_expert"] = float(
+            (error.flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1).clamp_min(1e-12)).max()
+        )
+    return found
+
+
+def progress_of(progress: Progress, stage: str, total: int) -> Callable[[int], object]:
+    """A callback that reports how much of one stage was done."""
+    progress(stage, 0, total)
+    return lambda done: progress(stage, done, total)
+
+
+def _jsonable(request: QuantizeRequest) -> dict[str, Any]:
+    return dataclasses.asdict(request)

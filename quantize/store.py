@@ -1,0 +1,172 @@
+"""Quantised checkpoints: a folder that every exporter and the PyTorch runtime read.
+
+config.json            RMSEConfig, as in a float checkpoint
+model.safetensors      NAME.codes (uint8, packed), NAME.scales (bfloat16) and, if asymmetric, NAME.zeros (uint8) of every
+                       quantised tensor; the others under their own names, in bfloat16 where that loses nothing
+quantization.json      format of every tensor, the report, SHA-256 of model.safetensors, the float model's fingerprint
+tokenizer.json, ...    as in the float checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import (
+    CONFIG_FILE,
+    QUANTIZATION_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    all_or_nothing,
+    check_finite,
+    read_config,
+    stored_keys,
+)
+from ..errors import CheckpointError, UserError
+from ..model import RMSE
+from ..package import digest_file
+from .quantizer import Quantized
+from .tensors import Format, QuantizedTensor
+
+FORMAT = "rmse-edge quantized checkpoint"
+FORMAT_VERSION = 1
+CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "sample.txt")  # from the float checkpoint
+
+
+def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path | None = None) -> None:
+    """Write a quantised checkpoint, all or nothing.
+
+    Args:
+        source: the float checkpoint; its tokenizer and text sample come along.
+    Raises:
+        CheckpointError: the folder exists and holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
+        raise CheckpointError(f"{folder}: exists and is not a quantised checkpoint; choose another -o")
+    try:
+        with all_or_nothing(folder) as scratch:
+            save_file(_tensors(quantized), scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+            (scratch / CONFIG_FILE).write_text(quantized.model.config.to_json(), encoding="utf-8")
+            for name in CARRIED:
+                if source is not None and (Path(source) / name).is_file():
+                    shutil.copyfile(Path(source) / name, scratch / name)
+            document = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "quant": quantized.quant,
+                "fingerprint": quantized.fingerprint,
+                "sha256": digest_file(scratch / WEIGHTS_FILE),
+                "tensors": {name: vars(q.format) for name, q in quantized.tensors.items()},
+                "report": quantized.report,
+            }
+            (scratch / QUANTIZATION_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{folder}: the checkpoint cannot be written ({reason}); nothing was changed") from None
+
+
+def _tensors(quantized: Quantized) -> dict[str, Tensor]:
+    found = {}
+    state = quantized.model.state_dict()
+    for name in stored_keys(quantized.model.config, list(state)):
+        q = quantized.tensors.get(name)
+        if q is None:
+            short = state[name].detach().to(torch.bfloat16)
+            exact = torch.equal(short.float(), state[name].float())
+            found[name] = (short if exact else state[name].detach()).contiguous()
+            continue
+        found[f"{name}.codes"] = q.packed().contiguous()
+        found[f"{name}.scales"] = q.scales.to(torch.bfloat16)
+        if q.zeros is not None:
+            found[f"{name}.zeros"] = q.zeros
+    return found
+
+
+def is_quantized_checkpoint(folder: str | Path) -> bool:
+    return (Path(folder) / QUANTIZATION_FILE).is_file()
+
+
+def load_quantized(folder: str | Path) -> Quantized:
+    """Read a quantised checkpoint; its model is float32, in evaluation mode, with the weights its integers stand for.
+
+    Raises:
+        CheckpointError: one line that names the file, and the tensor, that is missing, damaged or does not fit.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    document = _read_document(folder / QUANTIZATION_FILE)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: no such file; copy it beside config.json")
+    if digest_file(weights) != document["sha256"]:
+        raise CheckpointError(
+            f"{weights}: its SHA-256 is not that of {QUANTIZATION_FILE}; the file is damaged, copy it again"
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = RMSE(config)
+    state = model.state_dict()
+    tensors = {}
+    try:
+        with safe_open(weights, framework="pt", device="cpu") as file:
+            for name in stored_keys(config, list(state)):
+                if name in document["tensors"]:
+                    tensors[name] = _read_quantized(file, name, document["tensors"][name], state[name], weights)
+                    state[name].copy_(tensors[name].dequantize())
+                else:
+                    tensor = _read(file, name, weights, tuple(state[name].shape))
+                    check_finite(weights, name, tensor)
+                    state[name].copy_(tensor)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights}: truncated or damaged ({' '.join(str(error).split())})") from None
+    return Quantized(model.eval(), tensors, document["quant"], document["fingerprint"], document["report"])
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {path.parent} is not a quantised checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); quantise again") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not the file of an {FORMAT}")
+    if document.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {document.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; "
+            "quantise again"
+        )
+    missing = {"quant", "fingerprint", "sha256", "tensors", "report"} - set(document)
+    if missing:
+        raise CheckpointError(f"{path}: has no {sorted(missing)[0]!r}; quantise again")
+    return document
+
+
+def _read(file: Any, name: str, path: Path, shape: tuple[int, ...]) -> Tensor:
+    if name not in file.keys():  # noqa: SIM118  (a safetensors file is no dict)
+        raise CheckpointError(f"{path}: tensor {name} is missing; the file is not of this config.json's model")
+    found = tuple(file.get_slice(name).get_shape())
+    if found != shape:
+        raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {shape}; quantise again")
+    return file.get_tensor(name)
+
+
+def _read_quantized(file: Any, name: str, values: dict[str, Any], weight: Tensor, path: Path) -> QuantizedTensor:
+    try:
+        fmt = Format(**values)
+        groups = fmt.groups(weight.shape[-1])
+    except (TypeError, UserError) as error:
+        raise CheckpointError(f"{path.parent / QUANTIZATION_FILE}: tensor {name}: {error}; quantise again") from None
+    *outer, inputs = weight.shape
+    codes = _read(file, f"{name}.codes", path, (*outer, inputs * fmt.bits // 8))
+    scales = _read(file, f"{name}.scales", path, (*outer, groups)).float()
+    check_finite(path, f"{name}.scales", scales)
+    zeros = None if fmt.symmetric else _read(file, f"{name}.zeros", path, (*outer, groups))
+    return QuantizedTensor(fmt, QuantizedTensor.unpack(codes, fmt.bits), scales, zeros)

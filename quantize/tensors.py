@@ -1,0 +1,138 @@
+"""Integers and scales: how one weight is stored, and what every target must make of it.
+
+    weight = (code - zero) * scale        code: 0 .. 2^bits - 1, one per weight
+
+`scale` and `zero` are shared by `group` neighbouring inputs of one output channel, or by all of them (`group` None).
+Without zeros every zero is 2^(bits - 1). Scales are bfloat16 numbers: some targets round them to that, and so all of them
+compute with the same weights. The product of a code and a scale is exact in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+CODE_BITS = (4, 8)
+TINY = 1e-12  # scale of a group of zeros
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight (..., outputs, inputs) is quantised."""
+
+    bits: int
+    group: int | None = None  # inputs that share a scale; None: all of them
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in CODE_BITS:
+            raise UserError(f"bits: got {self.bits}, expected 4 or 8")
+        if self.group is not None and (self.group < 16 or self.group > 256 or self.group & (self.group - 1)):
+            raise UserError(f"group size: got {self.group}, expected 16, 32, 64, 128 or 256")
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero of symmetric codes."""
+        return 2 ** (self.bits - 1)
+
+    def groups(self, inputs: int) -> int:
+        """Groups of a row of `inputs` weights.
+
+        Raises:
+            UserError: they do not come out even.
+        """
+        if self.group is None:
+            return 1
+        if inputs % self.group:
+            raise UserError(f"group size {self.group} does not divide {inputs} inputs")
+        return inputs // self.group
+
+    def __str__(self) -> str:
+        sharing = "per channel" if self.group is None else f"groups of {self.group}"
+        return f"int{self.bits}, {sharing}" + ("" if self.symmetric else ", asymmetric")
+
+
+@dataclass
+class QuantizedTensor:
+    """A quantised weight (..., N, K) of N outputs and K inputs."""
+
+    format: Format
+    codes: Tensor  # (..., N, K) uint8
+    scales: Tensor  # (..., N, groups) float32, each a bfloat16 number
+    zeros: Tensor | None = None  # (..., N, groups) uint8; None: symmetric
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes, scales (two bytes each) and zeros, packed."""
+        zeros = 0 if self.zeros is None else self.zeros.numel()
+        return self.codes.numel() * self.format.bits // 8 + 2 * self.scales.numel() + zeros
+
+    def dequantize(self) -> Tensor:
+        """The float32 weights (..., N, K) that these integers stand for."""
+        return dequantize(self.codes, self.scales, self.zeros, self.format)
+
+    def packed(self) -> Tensor:
+        """Codes as bytes (..., N, K * bits / 8), the first of two in the low half."""
+        if self.format.bits == 8:
+            return self.codes
+        return self.codes[..., 0::2] | (self.codes[..., 1::2] << 4)
+
+    @staticmethod
+    def unpack(packed: Tensor, bits: int) -> Tensor:
+        """The inverse of `packed`: (..., N, K * bits / 8) -> (..., N, K)."""
+        return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def grouped(weight: Tensor, fmt: Format) -> Tensor:
+    """(..., N, K) -> (..., N, groups, group)."""
+    return weight.unflatten(-1, (fmt.groups(weight.shape[-1]), -1))
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
+    zero = fmt.middle if zeros is None else zeros.unsqueeze(-1).float()
+    return ((grouped(codes.float(), fmt) - zero) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def encode(values: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
+    """The nearest codes, as floats: values (..., n) that share scales (...) and zeros (...)."""
+    zero = fmt.middle if zeros is None else zeros.unsqueeze(-1).float()
+    return (values / scales.unsqueeze(-1) + zero).round().clamp(0, fmt.largest)
+
+
+def as_bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def full_range(weight: Tensor, fmt: Format, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros that reach `shrink` times each group's extremes: (..., N, K) -> (..., N, groups) each."""
+    parts = grouped(weight, fmt)
+    if fmt.symmetric:
+        return as_bfloat16((parts.abs().amax(-1) * shrink / (fmt.middle - 1)).clamp_min(TINY)), None
+    # Zero itself must stay representable: biases of the input would leak in otherwise.
+    low, high = parts.amin(-1).clamp_max(0) * shrink, parts.amax(-1).clamp_min(0) * shrink
+    scales = as_bfloat16(((high - low) / fmt.largest).clamp_min(TINY))
+    return scales, (-low / scales).round().clamp(0, fmt.largest).to(torch.uint8)
+
+
+def round_to_nearest(weight: Tensor, fmt: Format) -> QuantizedTensor:
+    """Quantise without data: every weight (..., N, K) to the nearest code of its group's full range."""
+    return quantize_with(weight, *full_range(weight.float(), fmt), fmt)
+
+
+def quantize_with(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> QuantizedTensor:
+    """Round to the nearest code under the given scales."""
+    codes = encode(grouped(weight.float(), fmt), scales, zeros, fmt).flatten(-2)
+    return QuantizedTensor(fmt, codes.to(torch.uint8), scales, zeros)

@@ -1,0 +1,217 @@
+"""`rmse-quantize`: a checkpoint becomes int8 or int4, chosen so that the loop keeps saying what it said."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    Parser,
+    existing_file,
+    existing_folder,
+    non_negative_int,
+    output_path,
+    positive_int,
+    verb,
+)
+from .display import table
+
+if TYPE_CHECKING:
+    from ..quantize import Quantized, QuantizeRequest
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="rmse-quantize",
+        description="Quantise a checkpoint for every target: the integers are chosen once, exporters store them as they are.",
+    )
+    p.add_argument("-m", "--model", type=existing_folder, metavar="DIR", required=True, help="float checkpoint folder")
+    p.add_argument("-o", "--output", type=output_path, metavar="DIR", help="folder to write (default: ./MODEL-QUANT)")
+    p.add_argument("--quant", choices=("int8", "int4"), default="int4")
+    add_quantize_flags(p)
+    p.add_argument("--force", action="store_true", help="replace an existing quantised checkpoint")
+    p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="PyTorch's own choice without it")
+    p.add_argument(
+        "--report", choices=("md", "json"), default="md", help="what is printed; the folder holds it as JSON"
+    )
+    return p
+
+
+# Flags that say how to quantise, and where argparse puts them.
+QUANTIZE_FLAGS = {
+    "--calibrate": "calibrate", "--method": "method", "--loops": "loops", "--group-size": "group_size",
+    "--dense-group-size": "dense_group_size", "--asymmetric": "asymmetric", "--kv": "kv",
+    "--calibration-tokens": "calibration_tokens", "--evaluation-tokens": "evaluation_tokens", "--keep-gate": "keep_gate",
+    "--qat-steps": "qat_steps", "--calibration-seed": "calibration_seed",
+}  # fmt: skip
+
+
+def add_quantize_flags(p: argparse.ArgumentParser) -> None:
+    """How to quantise: shared with rmse-export."""
+    group = p.add_argument_group("quantisation")
+    group.add_argument(
+        "--calibrate", type=existing_file, metavar="FILE",
+        help="UTF-8 text like those the model will read: 90 %% of it calibrate, the rest evaluates",
+    )  # fmt: skip
+    group.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="rtn: to the nearest, without data")
+    group.add_argument(
+        "--loops", choices=("even", "exits", "first"), default="even",
+        help="whose inputs gptq sees: every loop's alike, every loop's by the exit distribution, the first loop's",
+    )  # fmt: skip
+    group.add_argument("--group-size", type=positive_int, default=32, metavar="N", help="int4: of the routed experts")
+    group.add_argument(
+        "--dense-group-size", type=positive_int, metavar="N",
+        help="int4: of everything else; the largest of 128, 64, 32, 16 that divides without it",
+    )  # fmt: skip
+    group.add_argument("--asymmetric", action="store_true", help="int4: a zero point per group; not for every target")
+    group.add_argument("--kv", choices=("float32", "float16", "int8"), help="KV cache; the checkpoint's own without it")
+    group.add_argument("--calibration-tokens", type=positive_int, default=32_768, metavar="N")
+    group.add_argument(
+        "--evaluation-tokens", type=non_negative_int, default=16_384, metavar="N", help="0: no comparison"
+    )
+    group.add_argument(
+        "--keep-gate", action="store_true", help="leave the exit gate's bias, though the mean depth may move"
+    )
+    group.add_argument(
+        "--qat-steps", type=non_negative_int, default=0, metavar="N", help="finetune the rounded weights"
+    )
+    group.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="of the texts drawn")
+
+
+def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
+    """The request that the flags make.
+
+    Raises:
+        UserError: a value that does not go with the others.
+    """
+    from ..quantize import QuantizeRequest, Scheme
+
+    return QuantizeRequest(
+        scheme=Scheme(quant, args.group_size, args.dense_group_size, not args.asymmetric),
+        method=args.method,
+        loops=args.loops,
+        kv=args.kv,
+        calibration_tokens=args.calibration_tokens,
+        evaluation_tokens=args.evaluation_tokens,
+        recalibrate_gate=not args.keep_gate,
+        qat_steps=args.qat_steps,
+        seed=args.calibration_seed,
+    )
+
+
+def quantized(args: argparse.Namespace, folder: Path, request: QuantizeRequest) -> Quantized:
+    """Quantise the checkpoint in `folder`, with a progress bar."""
+    import numpy as np
+
+    from ..checkpoint import load_checkpoint
+    from ..quantize import quantize
+    from ..runtimes.torch import fingerprint
+    from ..text import Tokenizer, read_text
+
+    request.scheme  # noqa: B018  (built, hence checked, before anything is read)
+    model = load_checkpoint(folder)
+    ids = None
+    if args.calibrate:
+        ids = np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(args.calibrate)), np.int64)
+    with stage_bar() as progress:
+        return quantize(model, request, ids, fingerprint(model), progress)
+
+
+@contextmanager
+def stage_bar():
+    """A bar on a terminal: the stage, and how far it is."""
+    from tqdm import tqdm
+
+    with tqdm(unit=" tokens", leave=False, disable=None, file=sys.stderr) as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == 0:
+                bar.set_description(stage, refresh=False)
+                bar.reset(total)
+            bar.update(done)
+
+        yield progress
+
+
+@verb("rmse-quantize")
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = parser().parse_args(argv)
+    request = request_of(args, args.quant)
+    from ..checkpoint import QUANTIZATION_FILE
+    from ..errors import UserError
+    from ..quantize import save_quantized
+
+    output = args.output or Path(f"{args.model.absolute().name}-{args.quant}")
+    if output.exists() and any(output.iterdir()):
+        if not (output / QUANTIZATION_FILE).is_file():
+            raise UserError(f"{output}: exists and is not a quantised checkpoint; choose another -o")
+        if not args.force:
+            raise UserError(f"{output}: already exists; remove it, choose another -o, or pass --force")
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = quantized(args, args.model, request)
+    save_quantized(result, output, args.model)
+    print(json.dumps(result.report) if args.report == "json" else as_markdown(result.report, output))
+    return None
+
+
+def as_markdown(report: dict[str, Any], output: Path) -> str:
+    """Tables for people: tensors, then what it cost."""
+    lines = [tensor_table(report), ""]
+    rare = report["rarely_routed_experts"]
+    if rare:
+        lines.append(
+            f"{rare['count']} of {rare['of']} experts saw fewer rows than they have inputs and borrowed from the average"
+        )
+    gate = report["gate"]
+    if gate:
+        lines.append(
+            f"exit gate: mean loops {gate['wanted']:.3f} before, {gate['before']:.3f} quantised, "
+            f"{gate['after']:.3f} with its bias moved by {gate['shift']:+.3f}"
+        )
+    if "evaluation" in report:
+        lines += ["", evaluation_table(report["evaluation"])]
+    else:
+        lines.append("not compared with the float model (needs --calibrate FILE and --evaluation-tokens)")
+    lines += ["", f"{output}: {report['bytes']:,} bytes of codes and scales"]
+    return "\n".join(lines)
+
+
+def tensor_table(report: dict[str, Any]) -> str:
+    def row(name: str, t: dict[str, Any]) -> tuple[str, ...]:
+        error = f"{t['relative_error']:.3f}" + (
+            f" (worst expert {t['worst_expert']:.3f})" if "worst_expert" in t else ""
+        )
+        group = "channel" if t["group"] is None else str(t["group"])
+        return name, "x".join(map(str, t["shape"])), str(t["bits"]), group, f"{t['bytes']:,}", error
+
+    head = ("tensor", "shape", "bits", "group", "bytes", "|w - q| / |w|")
+    return table(head, [row(name, t) for name, t in report["tensors"].items()])
+
+
+def evaluation_table(e: dict[str, Any]) -> str:
+    rows = []
+    for name in ("full_depth", "adaptive"):
+        if name not in e:
+            continue
+        s = e[name]
+        error = "" if s["increase_se"] is None else f" ± {s['increase_se']:.4f}"
+        rows.append((
+            name.replace("_", " "), f"{s['perplexity']['float']:.3f}", f"{s['perplexity']['quantized']:.3f}",
+            f"{s['perplexity_increase']:+.2%}", f"{s['increase']:+.4f}{error}", f"{s['kl']:.4f}",
+            f"{s['same_top_token']:.1%}", f"{s['mean_depth']['float']:.2f}, {s['mean_depth']['quantized']:.2f}",
+        ))  # fmt: skip
+    head = ("", "perplexity, float", "quantised", "increase", "nats", "KL", "same top token", "mean loops")
+    drift = ", ".join(f"{d:.3f}" for d in e["drift"])
+    return f"{table(head, rows)}\n{e['tokens']:,} held-out tokens; drift of the states by loop: {drift}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
