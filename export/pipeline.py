@@ -133,7 +133,7 @@ def export_package(
         )
         text = _carry_text(checkpoint, folder)
         source = quantized.fingerprint if quantized else None
-        info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target, source)
+        info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target, source, request.quant)
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": {**info.to_json(), "max_seq_len": request.max_seq_len},

@@ -87,6 +87,7 @@ class ModelInfo:
     rings: dict[str, str]  # state name -> the commit result that fills it
     memory: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # likewise; empty: the model has none
     retrieval: dict[str, float] | None = None  # key_dims, slots, hits and gamma; None: the model has no retrieval head
+    quant: str = "fp32"  # how weights are held: fp32, fp16, int8, int4
     fingerprint: str = ""  # of the weights, the same for a checkpoint and every package made of it
     max_seq_len: int | None = None
     config: dict[str, Any] = field(default_factory=dict)

@@ -7,9 +7,10 @@ loop1, loop64  the `loop` method alone: milliseconds per call of 1 and of 64 row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from statistics import mean, median, stdev
 from time import perf_counter
 from typing import Any
@@ -24,7 +25,8 @@ from .host import LoopRuntime
 
 CONTEXT = SEGMENT  # tokens fed before decoding is timed
 LOOP_SECONDS = 0.02  # time of one repetition of a loop row at least: single calls are too short for the clock
-WEIGHT_BYTES = 4  # of a weight in memory: both runtimes compute in float32, fp16 packages are widened when loaded
+# Of a weight in memory, by how it is stored: fp16 is widened when loaded, scales of groups of 32 count as part of int4.
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1.0, "int4": 0.625}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def histogram(depth: np.ndarray, full: int) -> list[int]:
     return np.bincount(depth, minlength=full + 1)[1:].tolist()
 
 
-def weight_bytes_per_token(config: dict[str, Any], loops: float) -> float:
+def weight_bytes_per_token(config: dict[str, Any], loops: float, quant: str = "fp32") -> float:
     """Bytes of weights that decoding one token multiplies with, an estimate.
 
     Every weight of the active experts and of the dense parts counts once per loop that ran, whether it came from memory
@@ -94,7 +96,7 @@ def weight_bytes_per_token(config: dict[str, Any], loops: float) -> float:
     macs = macs_per_token(RMSEConfig.from_dict(config), context=0)  # each weight is used in one multiply-add per token
     propagation = macs["once"]["propagate_kv"]
     once = macs["once_total"] - propagation + propagation / config["max_loops"]  # its weights are shared by all loops
-    return WEIGHT_BYTES * (loops * macs["loop_total"] + once)
+    return WEIGHT_BYTES[quant] * (loops * macs["loop_total"] + once)
 
 
 class Bench:
@@ -129,12 +131,7 @@ class Bench:
 
     def run(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """One warm-up and then the repetitions, round robin over all rows: drift of the machine meets all alike."""
-        for repetition in range(self.settings.repetitions + 1):
-            for row in (*self.rows, *self.loop_rows):
-                speed = row.work(row)
-                if repetition:
-                    row.speeds.append(speed)
-                progress(1)
+        run_together([self], progress)
 
     @property
     def passes(self) -> int:
@@ -185,7 +182,8 @@ class Bench:
         rows = [row.summary() for row in self.rows]
         for row in rows:
             # Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
-            speed = weight_bytes_per_token(self.runtime.info.config, row["mean_loops"]) * row["tok_per_s"]["median"]
+            moved = weight_bytes_per_token(self.runtime.info.config, row["mean_loops"], self.runtime.info.quant)
+            speed = moved * row["tok_per_s"]["median"]
             row["gb_per_s"] = speed / 1e9 if row["test"].startswith("tg") else None
         loops = [row.summary() for row in self.loop_rows]
         ms = {(row["test"], row["max_loops"]): row["ms"]["median"] for row in loops}
@@ -209,3 +207,31 @@ class Bench:
             "histogram": histogram(adaptive.depth, self.full) if adaptive else None,
             "work_skipped": 1 - float(adaptive.depth.mean()) / self.full if adaptive else None,
         }
+
+
+def run_together(benches: Sequence[Bench], progress: Callable[[int], object] = lambda _: None) -> None:
+    """Run benches of the same settings side by side: every row of one is followed by the same row of the others.
+
+    Args:
+        progress: called with 1 after every row; there are the `passes` of all benches.
+    """
+    lists = [[*bench.rows, *bench.loop_rows] for bench in benches]
+    for repetition in range(benches[0].settings.repetitions + 1):
+        for row in (row for side in zip_longest(*lists) for row in side if row is not None):
+            speed = row.work(row)
+            if repetition:
+                row.speeds.append(speed)
+            progress(1)
+
+
+def ratios(first: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """How many times as fast `other` was, row by row, by medians; both are summaries of benches run together."""
+    found = []
+    for kind, unit in (("rows", "tok_per_s"), ("loop_rows", "ms")):
+        known = {(r["test"], r["mode"], r["max_loops"]): r[unit]["median"] for r in first[kind]}
+        for r in other[kind]:
+            key = (r["test"], r["mode"], r["max_loops"])
+            if key in known:
+                speedup = r[unit]["median"] / known[key] if unit == "tok_per_s" else known[key] / r[unit]["median"]
+                found.append(dict(zip(("test", "mode", "max_loops"), key)) | {"speedup": speedup})
+    return found

@@ -12,6 +12,7 @@ from ..errors import PackageError, UserError
 from ..package import Package
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
+from .machine import release_mapped
 
 # Arrays up to this many bytes are copied into a buffer that stays bound; binding costs more than the copy.
 COPY_BELOW = 16384
@@ -24,6 +25,19 @@ def _import_onnxruntime():
     except ImportError:
         raise UserError("onnxruntime is not installed; install it with: pip install 'rmse-edge[onnx]'") from None
     return onnxruntime
+
+
+# The smallest graph there is, as onnx writes it: y = Identity(x), one float.
+SMALLEST = (
+    b'\x08\n:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b\x0f'
+    b"\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x17"
+)
+
+
+def start_engine() -> None:
+    """Load and run a graph without weights, so that what the engine itself takes is in memory."""
+    session = _import_onnxruntime().InferenceSession(SMALLEST, providers=["CPUExecutionProvider"])
+    session.run(None, {"x": np.zeros(1, np.float32)})
 
 
 def load_graph(path: Path, threads: int | None) -> Any:
@@ -146,3 +160,5 @@ class OnnxRuntime(LoopRuntime):
             for method in ("prelude", "loop", "head", "commit", "memorize", "embed_segment"):
                 if f"{method}_{chunk}" in methods.graphs:
                     methods.session(method, chunk)
+        if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
+            release_mapped(package.folder / manifest["lowering"]["weights"])

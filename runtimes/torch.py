@@ -43,13 +43,16 @@ class TorchMethods:
         return {k: v.cpu().numpy() for k, v in out.items()}
 
 
-def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch", source: str | None = None) -> ModelInfo:
+def model_info(
+    model: RMSE, name: str, nbytes: int, target: str = "torch", source: str | None = None, quant: str = "fp32"
+) -> ModelInfo:
     """The host's view of an RMS-E model.
 
     Args:
         nbytes: size of what holds it on disk.
         source: fingerprint of the float model that a quantised one was made from. It counts as the same model: sessions
             and knowledge bases of one can be used with the other.
+        quant: how the weights are held.
     """
     config, spec = model.config, model.spec(1)
     slots = config.retrieval_slots
@@ -78,6 +81,7 @@ def model_info(model: RMSE, name: str, nbytes: int, target: str = "torch", sourc
         }
         if slots
         else None,
+        quant=quant,
         fingerprint=source or fingerprint(model),
         config=config.to_dict(),
     )

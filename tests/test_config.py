@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"exit_rules": ("gate", "mood")}, "exit_rules: got 'mood', expected some of gate, delta, entropy"),
         ({"step_encoding": "sine"}, "step_encoding: got 'sine', expected one of learned, temporal_rope"),
         ({"attention_gate": "none"}, "attention_gate: got 'none', expected one of headwise, elementwise"),
-        ({"kv_dtype": "int8"}, "kv_dtype: got 'int8', expected one of float32, float16"),
+        ({"kv_dtype": "int4"}, "kv_dtype: got 'int4', expected one of float32, float16, int8"),
         (
             {"step_encoding": "temporal_rope", "step_dims": 32},
             "step_dims: got 32, expected an even number below head_dim",

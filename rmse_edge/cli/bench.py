@@ -22,23 +22,27 @@ from tqdm import tqdm
 
 from ..errors import TextError, UserError
 from . import streaming
-from .common import Parser, existing_file, existing_path, list_of, non_negative_int, positive_int, verb
+from .common import Parser, existing_file, existing_path, list_of, non_negative_int, one_of, positive_int, verb
 from .display import bars, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
 
 if TYPE_CHECKING:
-    from ..runtimes import LoopRuntime, Runtime
+    from ..runtimes import LoopRuntime
+    from ..runtimes.bench import Bench
+
+
+QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @verb("rmse-bench")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
     forms: dict[str, Callable[[dict[str, Any]], str]] = {"md": as_markdown, "json": json.dumps, "csv": as_csv}
-    with opened(args) as runtime:
+    with opened(args) as (runtimes, baseline):
         if args.stream is None:
-            document = measure(runtime, args)
+            document = measure(runtimes, baseline, args)
         else:
-            document, forms = measure_stream(runtime, args), streaming.FORMS
+            document, forms = measure_stream(runtimes[0], args), streaming.FORMS
     print(forms[args.output](document))
     return None
 
@@ -48,10 +52,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-bench",
         description="Time prefill (pp), decoding (tg) and the loop alone, at fixed depths and adaptive, interleaved.",
     )
-    parser.add_argument("model", type=existing_path, nargs="?", help="package (NAME.rmse) or checkpoint folder")
+    parser.add_argument(
+        "model", type=existing_path, nargs="*",
+        help="package (NAME.rmse) or checkpoint folder; several are timed side by side and compared with the first",
+    )  # fmt: skip
     parser.add_argument(
         "--config", type=existing_file, metavar="FILE", help="config.json of random weights to time instead"
     )
+    parser.add_argument(
+        "--quant", type=list_of(one_of(*QUANTIZATIONS)), default=["fp32"], metavar="Q,Q,...",
+        help=f"of --config's weights: {', '.join(QUANTIZATIONS)}; several are timed side by side",
+    )  # fmt: skip
     parser.add_argument(
         "-p", "--prompt", type=non_negative_int, default=512, metavar="N", help="tokens of pp rows; 0: none"
     )
@@ -76,10 +87,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_runtime_flags(parser)
     parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="a table, or for programs")
     args = parser.parse_args(argv)
-    if (args.model is None) == (args.config is None):
+    if bool(args.model) == bool(args.config):
         raise UserError(
             "give a package or checkpoint folder, or --config FILE for random weights (see rmse-bench --help)"
         )
+    if args.quant != ["fp32"] and (args.model or args.runtime == "torch"):
+        raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")
+    if args.stream is not None and len(args.model or args.quant) > 1:
+        raise UserError("--stream: takes one model")
     for flag in ("prompt", "generate", "depths", "repetitions"):
         if args.stream is not None and getattr(args, flag) != parser.get_default(flag):
             raise UserError(f"--stream: has one row and no repetitions; leave out --{flag}")
@@ -87,32 +102,51 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def opened(args: argparse.Namespace) -> Iterator[LoopRuntime]:
-    """The runtime to time. With --config, an export of random weights that is gone afterwards."""
+def opened(args: argparse.Namespace) -> Iterator[tuple[list[LoopRuntime], int | None]]:
+    """The runtimes to time, and the resident memory before the first was opened. With --config, exports of random weights
+    that are gone afterwards."""
     if args.config is None:
-        yield timed(open_model(args))
+        baseline = baseline_memory(args.model[0])
+        yield [open_one(path, args) for path in args.model], baseline
     elif args.runtime == "torch":
         from ..runtimes.torch import TorchRuntime, set_threads
 
         set_threads(args.threads)
-        yield TorchRuntime(random_model(args.config), args.config.stem, device=args.device)
+        model = random_model(args.config)
+        yield [TorchRuntime(model, args.config.stem, device=args.device)], None
     else:
         with tempfile.TemporaryDirectory() as folder:
-            args.model = Path(folder) / f"{args.config.stem}-random.rmse"
+            paths = [Path(folder) / f"{args.config.stem}-random-{quant}.rmse" for quant in args.quant]
             # In a process of its own, so that the memory reported is that of running, not of exporting. Ctrl-C reaches
             # both: that one ends silently, this one reports it.
             quiet = (signal.SIGINT, signal.SIG_DFL)
             with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, quiet) as pool:
-                pool.submit(export_random, args.config, args.model).result()
-            yield timed(open_model(args))
+                for path, quant in zip(paths, args.quant):
+                    pool.submit(export_random, args.config, path, quant).result()
+            baseline = baseline_memory(paths[0])
+            yield [open_one(path, args) for path in paths], baseline
 
 
-def timed(runtime: Runtime) -> LoopRuntime:
-    """The same; every runtime here is built on methods that can be timed one by one."""
+def open_one(path: Path, args: argparse.Namespace) -> LoopRuntime:
+    """The runtime of one folder; every runtime here is built on methods that can be timed one by one."""
     from ..runtimes import LoopRuntime
 
+    runtime = open_model(args, path)
     assert isinstance(runtime, LoopRuntime)
     return runtime
+
+
+def baseline_memory(path: Path) -> int | None:
+    """Resident bytes with the engine started and no model; None for PyTorch, whose checkpoints are no packages."""
+    from ..package import MANIFEST
+    from ..runtimes.machine import resident_bytes
+
+    if not (path / MANIFEST).is_file():
+        return None
+    from ..runtimes.onnx import start_engine
+
+    start_engine()
+    return resident_bytes()[0]
 
 
 def random_model(config: Path) -> Any:
@@ -125,16 +159,67 @@ def random_model(config: Path) -> Any:
     return RMSE(RMSEConfig.from_file(config))
 
 
-def export_random(config: Path, destination: Path) -> None:
+def export_random(config: Path, destination: Path, quant: str) -> None:
     """Export random weights to `destination`, unchecked: there is nothing to be right about but the time."""
     from ..export.pipeline import ExportRequest, export_package
+    from ..quantize import QuantizeRequest, Scheme, quantize
 
-    export_package(random_model(config), destination, ExportRequest(check=False))
+    model, quantized = random_model(config).eval(), None
+    if quant in ("int8", "int4"):
+        quantized = quantize(model, QuantizeRequest(Scheme(quant), method="rtn"))
+        model = quantized.model
+    export_package(model, destination, ExportRequest(quant=quant, check=False), quantized=quantized)
 
 
-def measure(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
-    from ..runtimes.bench import Bench, BenchSettings, exits_disabled
+def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Namespace) -> dict[str, Any]:
+    """One document; of several models {"models": their documents, "speedups": of each of the others over the first}."""
+    from ..runtimes.bench import ratios, run_together
     from ..runtimes.machine import copy_bandwidth, resident_bytes
+
+    ids = None
+    prepared = []
+    for runtime in runtimes:
+        bench, notes, dials, ids = prepare(runtime, ids, args)
+        prepared.append((runtime, bench, notes, dials))
+    benches = [bench for _, bench, _, _ in prepared]
+    with tqdm(total=sum(b.passes for b in benches), unit=" rows", disable=None, leave=False, file=sys.stderr) as bar:
+        run_together(benches, bar.update)
+    resident, peak = resident_bytes()  # before the bandwidth is measured, which needs memory of its own
+    if len(runtimes) > 1:
+        resident = peak = baseline = None  # of all of them together: it says nothing about one
+    threads = args.threads or os.cpu_count() or 1
+    bandwidth = copy_bandwidth(threads) / 1e9
+    documents = [
+        {
+            "model": runtime.info.name,
+            "runtime": runtime.info.target,
+            "quant": runtime.info.quant,
+            "parameters": runtime.info.parameters,
+            "package_bytes": runtime.info.nbytes or None,
+            "state_bytes": runtime.state_bytes(),
+            "peak_rss_bytes": peak,
+            "rss_bytes": resident,
+            "baseline_rss_bytes": baseline,
+            "threads": args.threads,
+            "memory_gb_per_s": bandwidth,
+            "memory_threads": threads,
+            "dials": vars(dials),
+            **bench.summary(),
+            "notes": notes,
+        }
+        for runtime, bench, notes, dials in prepared
+    ]
+    if len(documents) == 1:
+        return documents[0]
+    speedups = [{"model": d["model"], "rows": ratios(documents[0], d)} for d in documents[1:]]
+    return {"models": documents, "speedups": speedups}
+
+
+def prepare(
+    runtime: LoopRuntime, ids: np.ndarray | None, args: argparse.Namespace
+) -> tuple[Bench, list[str], Any, Any]:
+    """The bench of one runtime, what is to be noted about it, its dials, and the text that all of them read."""
+    from ..runtimes.bench import Bench, BenchSettings, exits_disabled
 
     notes = []
     dials = chosen_dials(args, runtime.info)
@@ -144,26 +229,11 @@ def measure(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
     elif adaptive is None:
         notes.append("the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)")
     settings = BenchSettings(args.prompt, args.generate, tuple(args.depths or ()), adaptive, args.repetitions)
-    bench = Bench(runtime, read_ids(runtime, settings.tokens_needed, args), settings)
-    with tqdm(total=bench.passes, unit=" rows", disable=None, leave=False, file=sys.stderr) as bar:
-        bench.run(bar.update)
-    resident, peak = resident_bytes()  # before the bandwidth is measured, which needs memory of its own
-    threads = args.threads or os.cpu_count() or 1
-    return {
-        "model": runtime.info.name,
-        "runtime": runtime.info.target,
-        "parameters": runtime.info.parameters,
-        "package_bytes": runtime.info.nbytes or None,
-        "state_bytes": runtime.state_bytes(),
-        "peak_rss_bytes": peak,
-        "rss_bytes": resident,
-        "threads": args.threads,
-        "memory_gb_per_s": copy_bandwidth(threads) / 1e9,
-        "memory_threads": threads,
-        "dials": vars(dials),
-        **bench.summary(),
-        "notes": notes,
-    }
+    if ids is None:
+        ids = read_ids(runtime, settings.tokens_needed, args)
+    if ids.max() >= runtime.info.vocab_size:
+        raise UserError(f"{runtime.info.name}: has another vocabulary than the first model; time them one by one")
+    return Bench(runtime, ids, settings), notes, dials, ids
 
 
 def measure_stream(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
@@ -178,16 +248,18 @@ def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.n
 
     if args.config:
         return np.random.default_rng(0).integers(0, runtime.info.vocab_size, count)
-    text = args.text or args.model / "sample.txt"
+    folder = args.model[0]
+    text = args.text or folder / "sample.txt"
     if not text.is_file():
-        raise TextError(
-            f"{args.model}: holds no sample.txt; give --text FILE, exits on random tokens would mean nothing"
-        )
-    return np.asarray(Tokenizer(args.model / "tokenizer.json").encode(read_text(text)), np.int64)
+        raise TextError(f"{folder}: holds no sample.txt; give --text FILE, exits on random tokens would mean nothing")
+    return np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(text)), np.int64)
 
 
 def as_markdown(d: dict[str, Any]) -> str:
-    """Two tables, then what they mean."""
+    """Two tables, then what they mean; of several models one after the other, then how they compare."""
+    if "models" in d:
+        parts = [as_markdown(document) for document in d["models"]]
+        return "\n\n".join([*parts, comparison(d)])
 
     def cells(row: dict[str, Any], unit: str, digits: int) -> tuple[str, str, str]:
         speed = row[unit]
@@ -219,12 +291,45 @@ def as_markdown(d: dict[str, Any]) -> str:
     lines += [
         f"memory bandwidth {d['memory_gb_per_s']:.1f} GB/s (copying, threads: {d['memory_threads']}); "
         "looped weights may come faster, from the cache",
-        f"memory: {mebibytes(d['peak_rss_bytes'])} at most, {mebibytes(d['rss_bytes'])} now; "
-        f"artifact {mebibytes(d['package_bytes'])}, state {d['state_bytes']:,} bytes",
-        f"{d['model']} on {d['runtime']}, {d['parameters']:,} parameters, {d['repetitions']} repetitions",
+        *memory_lines(d),
+        f"{d['model']} on {d['runtime']}, {d['quant']}, {d['parameters']:,} parameters, {d['repetitions']} repetitions",
         *(f"note: {note}" for note in d["notes"]),
     ]
     return "\n".join(lines)
+
+
+def memory_lines(d: dict[str, Any]) -> list[str]:
+    resident, baseline, package = d["rss_bytes"], d["baseline_rss_bytes"], d["package_bytes"]
+    sizes = f"artifact {mebibytes(package)}, state {d['state_bytes']:,} bytes"
+    if resident is None and d["peak_rss_bytes"] is None:
+        return [f"memory: {sizes}"]
+    lines = [f"memory: {mebibytes(d['peak_rss_bytes'])} at most, {mebibytes(resident)} now; {sizes}"]
+    if resident and baseline and package:
+        lines.append(
+            f"without a model the engine takes {mebibytes(baseline)}: this one adds {mebibytes(resident - baseline)}, "
+            f"{(resident - baseline) / package:.2f} × the artifact"
+        )
+    return lines
+
+
+def comparison(d: dict[str, Any]) -> str:
+    """How many times as fast every other model is as the first, row by row."""
+    first, *others = d["models"]
+    names = [f"{m['model']} ({m['quant']})" for m in others]
+    rows: dict[tuple[str, str], list[str]] = {}
+    for i, side in enumerate(d["speedups"]):
+        for r in side["rows"]:
+            depth = str(r["max_loops"]) if r["mode"] == "fixed" else f"adaptive, at most {r['max_loops']}"
+            rows.setdefault((r["test"], depth), [""] * len(names))[i] = f"{r['speedup']:.2f} ×"
+    lines = [f"As fast as {first['model']} ({first['quant']}), by medians, all in turns:"]
+    if first["package_bytes"]:
+        sizes = (
+            f"{n} {m['package_bytes'] / first['package_bytes']:.3f} ×"
+            for n, m in zip(names, others)
+            if m["package_bytes"]
+        )
+        lines.append(f"artifact of {first['package_bytes']:,} bytes; {', '.join(sizes)}")
+    return "\n".join([*lines, "", table(("test", "loops", *names), [(*key, *cells) for key, cells in rows.items()])])
 
 
 def mebibytes(count: int | None) -> str:
@@ -232,14 +337,18 @@ def mebibytes(count: int | None) -> str:
 
 
 def as_csv(d: dict[str, Any]) -> str:
-    """All rows of both tables; the unit is tok/s or ms."""
+    """All rows of both tables; the unit is tok/s or ms. Of several models, the model is the first column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("test", "mode", "max_loops", "mean_loops", "unit", "mean", "sd", "median"))
-    for row in (*d["rows"], *d["loop_rows"]):
-        unit, speed = ("tok/s", row["tok_per_s"]) if "tok_per_s" in row else ("ms", row["ms"])
-        known = [row["test"], row["mode"], row["max_loops"], row.get("mean_loops", row["max_loops"])]
-        writer.writerow([*known, unit, *(speed[name] for name in ("mean", "sd", "median"))])
+    several = "models" in d
+    head = ("test", "mode", "max_loops", "mean_loops", "unit", "mean", "sd", "median")
+    writer.writerow(("model", *head) if several else head)
+    for document in d["models"] if several else [d]:
+        for row in (*document["rows"], *document["loop_rows"]):
+            unit, speed = ("tok/s", row["tok_per_s"]) if "tok_per_s" in row else ("ms", row["ms"])
+            known = [row["test"], row["mode"], row["max_loops"], row.get("mean_loops", row["max_loops"])]
+            cells = [*known, unit, *(speed[name] for name in ("mean", "sd", "median"))]
+            writer.writerow([document["model"], *cells] if several else cells)
     return out.getvalue().rstrip("\n")
 
 

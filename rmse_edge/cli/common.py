@@ -163,6 +163,15 @@ def list_of(item: Callable[[str], object]) -> Callable[[str], list]:
     return parse
 
 
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected some of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
 def existing_path(text: str) -> Path:
     """A file or folder that must be there."""
     path = Path(text).expanduser()

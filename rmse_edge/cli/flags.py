@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -21,11 +22,11 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=positive_int, metavar="N", help="the engine's own choice without it")
 
 
-def open_model(args: argparse.Namespace) -> Runtime:
-    """The runtime that the flags ask for, on `args.model`."""
+def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
+    """The runtime that the flags ask for, on `args.model` or another folder."""
     from ..runtimes import open_runtime
 
-    return open_runtime(args.model, args.runtime, args.device, args.threads)
+    return open_runtime(path or args.model, args.runtime, args.device, args.threads)
 
 
 def add_dial_flags(parser: argparse.ArgumentParser) -> None:
