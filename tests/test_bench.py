@@ -199,12 +199,12 @@ def test_json_names(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert (code, err) == (0, "")
     document = json.loads(out)
     kinds = {
-        "model": str, "runtime": str, "parameters": int, "package_bytes": int, "state_bytes": int,
+        "model": str, "runtime": str, "quant": str, "parameters": int, "package_bytes": int, "state_bytes": int,
         "peak_rss_bytes": int, "rss_bytes": int, "memory_gb_per_s": float, "memory_threads": int, "dials": dict, "repetitions": int,
         "rows": list, "loop_rows": list, "loop_time_ratio": dict, "adaptive_speedup": dict, "histogram": list, "work_skipped": float,
         "notes": list,
     }  # fmt: skip
-    assert document.pop("threads") is None
+    assert document.pop("threads") is None and document.pop("baseline_rss_bytes") is None  # a checkpoint is no package
     assert {name: type(value) for name, value in document.items()} == kinds
     assert document["package_bytes"] == (checkpoint / "model.safetensors").stat().st_size
     expected = [
