@@ -7,6 +7,7 @@ is copied in every iteration. K and V of the call are a scan output, and leave t
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -70,31 +71,46 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """Write METHOD.onnx and weights.bin into `folder`.
 
     Returns:
-        "graphs": METHOD_ROWS -> the file that serves calls of so many rows; "weights", "opset", "compact".
+        "graphs": METHOD_ROWS -> the file that serves calls of so many rows; "weights", "opset", "compact". With
+        `options.exact_twin` also "exact_twin", the same for graphs that read the same integers with float activations.
     Raises:
-        ExportError: a graph that ONNX's own checker refuses.
+        ExportError: a graph that ONNX's own checker refuses, or a quantised weight that no graph reads as integers.
     """
     names = weight_names(program.model) if isinstance(program.model, nn.Module) else {}
     weights = WeightFile(names, half=options.quant == "fp16")
     graphs: dict[str, str] = {}
+    twins: dict[str, str] = {}
+    read: set[str] = set()
     for method in program.methods:
         options.progress(f"lowering {method.label}")
         model = to_onnx(method, compact=options.compact and max(method.chunks) > 1)
-        if options.tensors:
-            use_integers(model, options.tensors, names, options.accuracy_level)
-        weights.take(model, WEIGHTS)
         file = graph_file(program, method)
+        if options.exact_twin:
+            twin = copy.deepcopy(model)
+            use_integers(twin, options.tensors, names, accuracy_level=0)
+            weights.take(twin, WEIGHTS)
+            onnx.save(twin, folder / f"exact-{file}")
+            twins |= {f"{method.name}_{chunk}": f"exact-{file}" for chunk in method.chunks}
+        if options.tensors:
+            read |= use_integers(model, options.tensors, names, options.accuracy_level)
+        weights.take(model, WEIGHTS)
         onnx.save(model, folder / file)
         graphs |= {f"{method.name}_{chunk}": file for chunk in method.chunks}
+    for name in options.tensors:
+        if name not in read:
+            raise ExportError(
+                f"{name}: is quantised, but no graph reads it as integers; export with --quant fp32 or fp16"
+            )
     weights.write(folder / WEIGHTS)
     for file in dict.fromkeys(graphs.values()):
         try:
             onnx.checker.check_model(str(folder / file))
         except onnx.checker.ValidationError as error:
             raise ExportError(f"{file}: {str(error).splitlines()[0]}") from error
-    return {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact} | (
-        {"accuracy_level": options.accuracy_level} if options.tensors else {}
-    )
+    found: dict[str, Any] = {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact}
+    if options.tensors:
+        found["accuracy_level"] = options.accuracy_level
+    return found | ({"exact_twin": found | {"graphs": twins, "accuracy_level": 0}} if options.exact_twin else {})
 
 
 @contextlib.contextmanager

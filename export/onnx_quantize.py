@@ -24,7 +24,7 @@ BLOCKS = (128, 64, 32, 16)  # for weights with one scale per channel, by prefere
 
 def use_integers(
     model: ModelProto, tensors: Mapping[str, QuantizedTensor], names: Mapping[bytes, str], accuracy_level: int
-) -> None:
+) -> set[str]:
     """Replace every reader of a quantised weight, in the graph and in its bodies.
 
     Given:   y = MatMul(x, w.T), w.T the dequantised weights, float32
@@ -34,6 +34,8 @@ def use_integers(
         tensors: by name of the weight.
         names: content of a float32 tensor (row-major bytes) -> its name, "NAME.T" if transposed.
         accuracy_level: 4 rounds activations to int8, 0 computes in float32.
+    Returns:
+        The names of the weights that the graph reads.
     Raises:
         ExportError: a quantised weight is read by an operator that has no form for integers.
     """
@@ -63,6 +65,7 @@ def use_integers(
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     stored.finish(model)
+    return {name.removesuffix(".T") for name in found.values()}
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -79,6 +82,15 @@ class _Stored:
         self.graph, self.tensors = graph, tensors
         self.known: dict[str, str] = {}
         self.nodes: list[NodeProto] = []  # that make scales, in front of everything
+
+    def lies(self, name: str, transposed: bool) -> bool:
+        """Whether an initializer of this name holds the weight as inputs x outputs (`transposed`) or outputs x inputs."""
+        if name.endswith(".T") == transposed:
+            return True
+        weight = self.tensors[name.removesuffix(".T")].dequantize()
+        return weight.shape[0] == weight.shape[-1] and bool(
+            (weight == weight.T).all()
+        )  # both are one content, one name
 
     def block(self, *names: str) -> int:
         """The block size that the operators are told, one for all of `names`."""
@@ -143,7 +155,7 @@ class _Stored:
 
 def _matmul(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
     """Given: MatMul(x, w.T). Result: MatMulNBits(x, w)."""
-    if set(weights) != {1} or not weights[1].endswith(".T"):
+    if set(weights) != {1} or not stored.lies(weights[1], transposed=True):
         return None
     return _nbits(node, weights[1].removesuffix(".T"), "", stored, accuracy_level)
 
@@ -152,7 +164,7 @@ def _gemm(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_le
     """Given: Gemm(x, w, bias, transB=1), or w.T without. Result: MatMulNBits(x, w, bias)."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     plain = given.get("alpha", 1.0) == 1.0 and given.get("beta", 1.0) == 1.0 and not given.get("transA", 0)
-    if set(weights) != {1} or not plain or weights[1].endswith(".T") == bool(given.get("transB", 0)):
+    if set(weights) != {1} or not plain or not stored.lies(weights[1], transposed=not given.get("transB", 0)):
         return None
     bias = node.input[2] if len(node.input) > 2 else ""
     return _nbits(node, weights[1].removesuffix(".T"), bias, stored, accuracy_level)
@@ -177,13 +189,22 @@ def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_
         return None
     name = weights[0]
     q, block = stored.tensors[name], stored.block(name)
-    if q.shape[-1] % block:
-        return None
+    _whole_blocks(stored, block, name)
     inputs = [stored.codes(name), node.input[1], stored.scales(name, block), stored.zeros(name)]
     return helper.make_node(
         "GatherBlockQuantized", inputs if inputs[-1] else inputs[:-1], node.output, node.name, domain=CONTRIB,
         bits=q.format.bits, block_size=block, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
+
+
+def _whole_blocks(stored: _Stored, block: int, *names: str) -> None:
+    for name in names:
+        inputs = stored.tensors[name].shape[-1]
+        if inputs % block:
+            raise ExportError(
+                f"{name}: {inputs} inputs make no whole blocks of {block}, which ONNX Runtime's operator needs; "
+                "export with --quant fp32 or fp16"
+            )
 
 
 def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
@@ -197,8 +218,8 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     # int8 in blocks always rounds activations too, whatever the level: exact results need one scale per channel.
     per_channel = q.format.bits == 8 and accuracy_level == 0
     block = None if per_channel else stored.block(up, down)
-    if block is not None and any(stored.tensors[name].shape[-1] % block for name in (up, down)):
-        return None
+    if block is not None:
+        _whole_blocks(stored, block, up, down)
     inputs = [
         *node.input[:2], stored.codes(up), stored.scales(up, block), "", stored.codes(down), stored.scales(down, block), "",
         "", "", "", stored.zeros(up), stored.zeros(down),

@@ -8,7 +8,8 @@ and at two adaptive settings. Two rules:
   comparison restarts from an empty state; such positions are listed and may be 1 % at most.
 - rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
   (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
-  These are shares, so ten times as many positions are compared.
+  These are shares, so ten times as many positions are compared. A package that rounds activations to int8 is first held to
+  the exact rule with float activations on the same integers: what remains is the operators' own rounding.
 
 The tokens are fed as in a conversation: a prompt, single tokens, another prompt. A model with the entropy rule gets a
 third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must
@@ -284,6 +285,8 @@ def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
             feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
         elif t.name in spec.notes.get("examples", {}):
             feeds[t.name] = np.asarray(spec.notes["examples"][t.name], dtype).reshape(t.shape)
+        elif dtype == "int8":
+            feeds[t.name] = draw.integers(-127, 128, t.shape).astype(np.int8)
         elif dtype == "int64":
             feeds[t.name] = draw.integers(0, spec.notes.get("ids", 2), t.shape)
         else:

@@ -65,8 +65,14 @@ class ExportRequest:
             UserError: integers are missing or not asked for, or the target has no form for them; names what.
         """
         if (self.quant in BITS) != (quantized is not None):
-            what = "needs a quantised model" if quantized is None else "was given a quantised model"
-            raise UserError(f"--quant {self.quant}: {what}; quantise with rmse-quantize, or give --calibrate FILE")
+            if quantized is None:
+                raise UserError(
+                    f"--quant {self.quant}: needs a quantised model; make one with rmse-quantize, or give --calibrate FILE"
+                )
+            raise UserError(
+                f"--quant {self.quant}: the checkpoint is quantised to {quantized.quant}; leave out --quant, or give the "
+                "float checkpoint it was made from"
+            )
         if quantized is None:
             return
         if quantized.quant != self.quant:
@@ -119,6 +125,7 @@ def export_package(
     request.check_integers(quantized)
     with writing(destination, request.overwrite) as folder:
         target = get_target(request.target)
+        rounds_activations = quantized is not None and request.accuracy_level != 0
         program = trace(model, CHUNKS, progress, target.any_rows)
         lowering = target.lower(
             program,
@@ -127,6 +134,7 @@ def export_package(
                 quant=request.quant,
                 tensors=quantized.tensors if quantized else {},
                 accuracy_level=request.accuracy_level,
+                exact_twin=rounds_activations and request.check,
                 compact=request.compact,
                 progress=progress,
             ),
@@ -144,21 +152,37 @@ def export_package(
             "versions": _versions(),
         }
         manifest["parity"] = None
+        twin = lowering.pop("exact_twin", None)
         if request.check:
-            seal(folder, manifest)
             reference = TorchRuntime(rounded(model, request.quant), info.name)
-            candidate = runtime_for(Package.open(folder))
-            assert isinstance(candidate, LoopRuntime)
-            candidate.info = dataclasses.replace(candidate.info, max_seq_len=None)  # the gate's text may be longer
             tokens = parity_tokens(model.config, folder, text)
-            # A float16 cache rounds K and V before use: two engines a millionth apart round a few of them differently.
-            weights_exact = request.quant == "fp32" or (quantized is not None and request.accuracy_level == 0)
-            exact = weights_exact and model.config.kv_dtype == "float32"
-            coarse = quantized is not None and request.accuracy_level != 0
-            manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress, coarse)
+            # An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise.
+            float_cache = model.config.kv_dtype == "float32"
+            found = None
+            if twin is not None:
+                progress("parity of the integers")
+                candidate = sealed(folder, manifest | {"lowering": twin})
+                found = gate(program, reference, candidate, tokens, float_cache, progress)
+                for file in set(twin["graphs"].values()):
+                    (folder / file).unlink()
+            exact = request.quant != "fp16" and not rounds_activations and float_cache
+            candidate = sealed(folder, manifest)
+            manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress, rounds_activations)
+            if found is not None:
+                manifest["parity"]["integers"] = found
         (folder / MANIFEST).unlink(missing_ok=True)
         seal(folder, manifest)
     return Package.open(destination)
+
+
+def sealed(folder: Path, manifest: dict[str, Any]) -> LoopRuntime:
+    """The runtime of the package in the making, which the gate runs."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    seal(folder, manifest)
+    candidate = runtime_for(Package.open(folder))
+    assert isinstance(candidate, LoopRuntime)
+    candidate.info = dataclasses.replace(candidate.info, max_seq_len=None)  # the gate's text may be longer
+    return candidate
 
 
 def parity_tokens(config: RMSEConfig, folder: Path, text: dict[str, str]) -> np.ndarray:

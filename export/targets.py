@@ -24,6 +24,7 @@ class LowerOptions:
     # int8 and int4: the integers, by name of the weight; the program was traced with what they stand for.
     tensors: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     accuracy_level: int = 4  # activations of quantised weights: 4 rounds them to int8, 0 computes in float32
+    exact_twin: bool = False  # lower a second time with float activations, to prove the integers by the exact rule
     compact: bool = True  # compute experts of active rows only, in calls of many rows
     progress: Callable[[str], None] = lambda _: None
 

@@ -94,9 +94,11 @@ def _setting(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
         return by_block.std().item() / math.sqrt(len(by_block)) if len(by_block) > 1 else None
 
     increase = of["quantized"] - of["float"]
+    loss_se, perplexity = error(of["quantized"]), {side: math.exp(mean[side]) for side in ("float", "quantized")}
     return {
         "loss": {"float": mean["float"], "quantized": mean["quantized"]},
-        "perplexity": {"float": math.exp(mean["float"]), "quantized": math.exp(mean["quantized"])},
+        "perplexity": perplexity,
+        "perplexity_se": None if loss_se is None else perplexity["quantized"] * loss_se,  # delta method
         "increase": increase.mean().item(),
         "increase_se": error(increase),
         "perplexity_increase": math.expm1(increase.mean().item()),

@@ -109,11 +109,13 @@ def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
     hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
     unit = torch.eye(count, device=hessian.device)
-    damp = DAMP
+    damp = torch.full_like(mean, DAMP)
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian + (damp * mean)[:, None, None] * unit)
+        usable = torch.where(failed[:, None, None] > 0, unit, lower)
+        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(usable), upper=True)
+        failed = failed + failed_too
         if not bool(failed.any()):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed.any()):
-                return upper
-        damp *= 10  # few rows in float32: the more of the identity, the closer to plain rounding
+            return upper
+        # Few rows in float32. The more of the identity, the closer to plain rounding; the others stay as they are.
+        damp = torch.where(failed > 0, damp * 10, damp)

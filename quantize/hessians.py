@@ -1,9 +1,8 @@
-"""What the weights of a loop see: Hessians of their inputs over every iteration, evenly or by the exit distribution.
+"""What the weights of a loop see: Hessians of their inputs over every iteration, weighted by the exit distribution.
 
 A looped weight meets different inputs in every loop, and an error it makes in loop k is seen by every exit from k on. So
 by the exit distribution a row of loop k counts with the probability that its position is still running there,
-prod_{j<k} (1 - lambda_j); `FLOOR` of a row always counts, or full depth would suffer. Counting all loops alike measured
-better still at full depth, and no worse with early exit: models/rmse-shakespeare has the numbers. Rows of a routed expert
+prod_{j<k} (1 - lambda_j); since full depth is to work as well, `FLOOR` of a row always counts. Rows of a routed expert
 also count by the square of their routing weight, as its error does.
 """
 
@@ -24,7 +23,7 @@ from ..model import RMSE
 FLOOR = 0.25  # weight of a row whose position has certainly stopped
 PRIOR_ROWS = 32  # of an expert's Hessian come from what it would see if it were routed like the average one
 BATCH = 32  # sequences run at once
-LOOPS = ("even", "exits", "first")
+LOOPS = ("exits", "even", "first")
 
 HEAD, UP, DOWN = "head_proj.weight", "block.experts.gate_up_proj", "block.experts.down_proj"
 
@@ -149,7 +148,9 @@ class _Gatherer:
                 sums[DOWN][e].addmm_((hidden * w).T, hidden)
 
     def head(self, states: list[Tensor], gates: Tensor) -> None:
-        """Add what the head reads: the state of every exit, by its probability."""
+        """Add what the head reads: the state of every exit, by its probability; with "first", of the first loop."""
+        if self.loops == "first":
+            return self._add(HEAD, states[0], torch.ones_like(gates[0]))
         p = exit_distribution(gates) if self.loops == "exits" else torch.full_like(gates, 1 / len(gates))
         p = FLOOR / len(p) + (1 - FLOOR) * p
         for h, weight in zip(states, p):
@@ -161,7 +162,7 @@ def gather(
     model: RMSE,
     blocks: Tensor,
     names: Iterable[str],
-    loops: str = "even",
+    loops: str = "exits",
     progress: Callable[[int], object] = lambda _: None,
 ) -> Hessians:
     """Run `model` over the calibration text and collect the Hessians of the inputs of some of its weights.
@@ -169,7 +170,7 @@ def gather(
     Args:
         blocks: (n, T) int64 tokens, each row from an empty past.
         names: of the tensors.
-        loops: "even": every iteration alike; "exits": every iteration, weighted as the module says; "first": the first
+        loops: "exits": every iteration, weighted as the module says; "even": every iteration alike; "first": the first
             iteration only, what a quantiser sees that takes the block for a layer.
         progress: called with the number of tokens done since the last call.
     """

@@ -1,7 +1,8 @@
 """Scales of an int8 KV cache: one per loop and head for keys and one for values, from the largest seen in calibration.
 
 Static scales cost nothing at run time and make prefill and decode round alike. Keys are normed before they are stored, so
-their range hardly depends on the text; values beyond the range are clipped.
+their range hardly depends on the text; values beyond the range are clipped. Positions that stopped supply keys and values
+to all deeper loops from the state they stopped with, so the text is read at full depth and with the model's own exits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..model import RMSE
+from .compare import deployed_exit
 from .hessians import BATCH
 
 HEADROOM = 1.05  # over the largest value seen
@@ -38,6 +40,8 @@ def kv_scales(model: RMSE, blocks: Tensor, progress: Callable[[int], object] = l
     try:
         for part in blocks.split(BATCH):
             model.trajectory(part)
+            if deployed_exit(model) is not None:
+                model.trajectory(part, stop=deployed_exit(model))
             progress(part.numel())
     finally:
         handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from ..text import consecutive_blocks, random_blocks, split
 from .compare import compare
 from .gate import recalibrate
 from .gptq import gptq
-from .hessians import LOOPS, Hessians, gather
+from .hessians import HEAD, LOOPS, Hessians, gather
 from .kv import kv_scales
 from .qat import finetune
 from .scheme import METHODS, Scheme
@@ -26,7 +27,8 @@ from .tensors import Format, QuantizedTensor, round_to_nearest
 
 KV = ("float32", "float16", "int8")
 GATE_TOKENS = 8192  # that the exit gate is recalibrated on: every trial of a bias reads them all
-LEAST_TOKENS = 1024  # of a calibration text: fewer say too little about 512 experts
+LEAST_TOKENS = 512  # of a calibration: fewer say too little about 512 experts
+LEAST_TEXT = 1024  # tokens of a text that is split into calibration and evaluation
 
 # What is quantised together, in the order of the data flow: each sees the inputs that the ones before it make.
 STAGES = (
@@ -49,7 +51,7 @@ class QuantizeRequest:
 
     scheme: Scheme = field(default_factory=Scheme)
     method: str = "gptq"
-    loops: str = "even"  # whose inputs GPTQ sees, see `hessians.gather`
+    loops: str = "exits"  # whose inputs GPTQ sees, see `hessians.gather`
     in_flow: bool = True  # inputs from the model as far as it is quantised; False: from the float model
     kv: str | None = None  # the KV cache's type; None: the checkpoint's own
     calibration_tokens: int = 32_768
@@ -66,6 +68,8 @@ class QuantizeRequest:
         ):
             if value not in known:
                 raise UserError(f"{flag}: got {value!r}, expected one of {', '.join(k for k in known if k)}")
+        if self.calibration_tokens < LEAST_TOKENS:
+            raise UserError(f"--calibration-tokens: got {self.calibration_tokens}, expected at least {LEAST_TOKENS}")
 
     @property
     def needs_text(self) -> bool:
@@ -89,8 +93,8 @@ def blocks_of(ids: np.ndarray, length: int, request: QuantizeRequest) -> tuple[T
     Raises:
         TextError: the text is too short.
     """
-    if len(ids) < LEAST_TOKENS:
-        raise TextError(f"--calibrate: the text has {len(ids)} tokens, expected at least {LEAST_TOKENS}")
+    if len(ids) < LEAST_TEXT:
+        raise TextError(f"--calibrate: the text has {len(ids)} tokens, expected at least {LEAST_TEXT}")
     train, held_out = split(ids, "train"), split(ids, "validation")
     length = min(length, len(held_out) - 1)
     count = max(1, request.calibration_tokens // length)
@@ -127,6 +131,11 @@ def quantize(
     for name, p in model.state_dict().items():
         if not bool(torch.isfinite(p).all()):
             raise UserError(f"{name}: holds NaN or Inf; the checkpoint is damaged")
+    if ids is not None and len(ids) and ids.max() >= model.config.vocab_size:
+        raise TextError(
+            f"--calibrate: token {ids.max()} is outside the vocabulary (0..{model.config.vocab_size - 1}); "
+            "the tokenizer is of another model"
+        )
     calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
     model = model.eval()
     work = with_kv(copy.deepcopy(model), request, calibration, progress)
@@ -149,7 +158,7 @@ def quantize(
         moved = recalibrate(model, work, calibration[: max(1, GATE_TOKENS // calibration.shape[1])])
     report: dict[str, Any] = {
         "quant": request.scheme.quant,
-        "request": _jsonable(request),
+        "request": dataclasses.asdict(request),
         "bytes": sum(q.nbytes for q in tensors.values()),
         "tensors": {name: tensor_report(model.get_parameter(name).detach(), q) for name, q in tensors.items()},
         "float_tensors": [name for name in work.state_dict() if name not in tensors],
@@ -160,6 +169,10 @@ def quantize(
     if held_out is not None:
         note = progress_of(progress, "comparing with the float model", held_out[:, 1:].numel())
         report["evaluation"] = compare(model, work, held_out, note)
+        if not math.isfinite(report["evaluation"]["full_depth"]["increase"]):
+            raise UserError(
+                "--calibrate: the model's loss is no number on this text; check the checkpoint with rmse-eval"
+            )
     return Quantized(work, tensors, request.scheme.quant, fingerprint, report)
 
 
@@ -172,7 +185,7 @@ def stages(formats: dict[str, Format]) -> list[list[str]]:
 
 def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, progress: Progress) -> RMSE:
     """`model` with the KV cache that was asked for, its weights unchanged."""
-    if request.kv is None or request.kv == model.config.kv_dtype:
+    if request.kv is None or request.kv == model.config.kv_dtype != "int8":
         return model
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "block.attention.kv_scales"}
     changed = RMSE(dataclasses.replace(model.config, kv_dtype=request.kv)).eval()
@@ -195,8 +208,14 @@ def _hessians(
     progress: Progress,
 ) -> Hessians | None:
     """What a stage's weights see; None where that does not matter: rounded to the nearest, or looked up."""
-    if calibration is None or request.method == "rtn" or stage == ["embed.weight"]:
+    tied = model.config.tie_embeddings
+    if calibration is None or request.method == "rtn" or (stage == ["embed.weight"] and not tied):
         return None
+    if stage == ["embed.weight"]:  # it is the head as well, and what the head says is what counts
+        note = progress_of(progress, "head", calibration.numel())
+        found = gather(model, calibration, [HEAD], request.loops, note)
+        found.sums["embed.weight"] = found.sums.pop(HEAD)
+        return found
     note = progress_of(progress, stage[0].removesuffix(".weight").split(".")[-1], calibration.numel())
     return gather(work if request.in_flow else model, calibration, stage, request.loops, note)
 
@@ -229,7 +248,3 @@ def progress_of(progress: Progress, stage: str, total: int) -> Callable[[int], o
     """A callback that reports how much of one stage was done."""
     progress(stage, 0, total)
     return lambda done: progress(stage, done, total)
-
-
-def _jsonable(request: QuantizeRequest) -> dict[str, Any]:
-    return dataclasses.asdict(request)

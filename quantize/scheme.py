@@ -51,6 +51,9 @@ class Scheme:
             raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(BITS)}")
         if self.quant == "int8" and not self.symmetric:
             raise UserError("--asymmetric: int8 is symmetric, its range is wide enough; leave it out or use int4")
+        if self.quant == "int8" and (self.group_size != 32 or self.dense_group_size is not None):
+            flag = "--group-size" if self.group_size != 32 else "--dense-group-size"
+            raise UserError(f"{flag}: int8 has one scale per output channel; leave it out or use int4")
         for group in (self.group_size, self.dense_group_size):
             if group is not None:
                 Format(4, group)  # checks it

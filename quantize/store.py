@@ -67,7 +67,12 @@ def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path 
                 "tensors": {name: vars(q.format) for name, q in quantized.tensors.items()},
                 "report": quantized.report,
             }
-            (scratch / QUANTIZATION_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            (scratch / QUANTIZATION_FILE).write_text(
+                json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
+        for name in CARRIED:  # of the checkpoint that was replaced, if there was one
+            if source is None or not (Path(source) / name).is_file():
+                (folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{folder}: the checkpoint cannot be written ({reason}); nothing was changed") from None
@@ -143,9 +148,9 @@ def _read_document(path: Path) -> dict[str, Any]:
             f"{path}: format version {document.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; "
             "quantise again"
         )
-    missing = {"quant", "fingerprint", "sha256", "tensors", "report"} - set(document)
-    if missing:
-        raise CheckpointError(f"{path}: has no {sorted(missing)[0]!r}; quantise again")
+    for name, kind in (("quant", str), ("fingerprint", str), ("sha256", str), ("tensors", dict), ("report", dict)):
+        if not isinstance(document.get(name), kind):
+            raise CheckpointError(f"{path}: {name!r} is missing or no {kind.__name__}; quantise again")
     return document
 
 
@@ -160,6 +165,8 @@ def _read(file: Any, name: str, path: Path, shape: tuple[int, ...]) -> Tensor:
 
 def _read_quantized(file: Any, name: str, values: dict[str, Any], weight: Tensor, path: Path) -> QuantizedTensor:
     try:
+        if not isinstance(values, dict):
+            raise UserError("its format is no object")
         fmt = Format(**values)
         groups = fmt.groups(weight.shape[-1])
     except (TypeError, UserError) as error:

@@ -132,7 +132,9 @@ class Attention(nn.Module):
         if k is None:  # (K, G, 1, 1) -> (K * B, G, 1, 1)
             scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
         found = (x / scale).round().clamp(-127, 127) * scale
-        return x + (found - x).detach() if self.training else found
+        # Straight through where gradients are asked for; in a graph that would be three more nodes.
+        learning = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting()
+        return x + (found - x).detach() if learning else found
 
     def scale(self, which: int, k: int | Tensor | None) -> Tensor:
         """Scales of loop k's keys (0) or values (1), (1, G, 1, 1); with k None those of all loops, (K, G, 1, 1)."""

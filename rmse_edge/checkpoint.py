@@ -73,6 +73,8 @@ def save_checkpoint(
             cannot be written.
     """
     folder = Path(folder)
+    if (folder / QUANTIZATION_FILE).is_file():
+        raise CheckpointError(f"{folder}: holds a quantised checkpoint; choose another folder")
     try:
         with all_or_nothing(folder) as scratch:
             tensors = {}

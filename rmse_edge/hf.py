@@ -13,6 +13,7 @@ import inspect
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .atlas import Atlas
 from .attention import Attention
 from .autoclass import register_model
-from .checkpoint import check_finite, stored_keys
+from .checkpoint import QUANTIZATION_FILE, check_finite, stored_keys
 from .config import SEGMENT
 from .errors import CheckpointError, UserError
 from .experts import SparseExperts
@@ -126,6 +127,9 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             CheckpointError: a tensor is missing, is not the model's, has another shape, or holds NaN or Inf.
         """
+        folder = Path(pretrained_model_name_or_path or "")
+        if pretrained_model_name_or_path is not None and (folder / QUANTIZATION_FILE).is_file():
+            raise CheckpointError(f"{folder}: a quantised checkpoint; give the float one it was made from")
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         where = str(pretrained_model_name_or_path or "state_dict")

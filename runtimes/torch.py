@@ -82,9 +82,16 @@ def model_info(
         if slots
         else None,
         quant=quant,
-        fingerprint=source or fingerprint(model),
+        fingerprint=_with_cache(source or fingerprint(model), model),
         config=config.to_dict(),
     )
+
+
+def _with_cache(found: str, model: RMSE) -> str:
+    """A fingerprint that tells int8 caches of different scales apart: one could be read as the other."""
+    if model.config.kv_dtype != "int8":
+        return found
+    return hashlib.sha256(found.encode() + model.block.attention.kv_scales.cpu().numpy().tobytes()).hexdigest()
 
 
 DIALS_OF_CONFIG = ("exit_", "min_loops", "retrieval_gamma")

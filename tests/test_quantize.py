@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_one_line, mixed_model, random_tokens, remembering_model, tiny_config, write_checkpoint
-from small_models import RingHost, dials, lively_model, small_config, whole_sequence
+from small_models import RingHost, dials, lively_model, small_config, small_recipe, whole_sequence
 
-from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.quantize import main
 from rmse_edge.config import SEGMENT
-from rmse_edge.errors import CheckpointError, TextError, UserError
+from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
 from rmse_edge.model import RMSE
 from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
 from rmse_edge.quantize.compare import compare, deployed_exit, mean_depth
 from rmse_edge.quantize.gate import CLOSE, recalibrate
-from rmse_edge.quantize.quantizer import LEAST_TOKENS
+from rmse_edge.quantize.kv import kv_scales
+from rmse_edge.quantize.quantizer import LEAST_TEXT
 from rmse_edge.quantize.scheme import DENSE, EXPERTS, is_quantized
 from rmse_edge.runtimes import Dials, open_runtime
-from rmse_edge.runtimes.torch import fingerprint
+from rmse_edge.runtimes.torch import TorchRuntime, fingerprint
 
 SMALL = {"calibration_tokens": 512, "evaluation_tokens": 256}
 
@@ -189,7 +190,6 @@ def test_comparison_is_that_of_a_runtime(model: RMSE, int4) -> None:
     blocks = torch.from_numpy(random_tokens(3 * 65, 4).reshape(3, 65))
     found = compare(model, int4.model, blocks)["adaptive"]
     from rmse_edge.runtimes.evaluate import evaluate
-    from rmse_edge.runtimes.torch import TorchRuntime
 
     for side, m in (("float", model), ("quantized", int4.model)):
         runtime = TorchRuntime(m, "x")
@@ -221,7 +221,7 @@ def test_finetuning_the_integers_brings_them_nearer(model: RMSE) -> None:
     tuned = quantize(model, dataclasses.replace(request, qat_steps=40), text())
     moved = {n: float((q.codes != rounded.tensors[n].codes).float().mean()) for n, q in tuned.tensors.items()}
     assert all(torch.equal(q.scales, rounded.tensors[n].scales) for n, q in tuned.tensors.items())
-    assert 0 < moved["inject.weight"] < 0.2
+    assert all(0 < share < 0.3 for share in moved.values()), moved  # in every stage, and no tensor is torn apart
     a, b = (compare(model, q.model, blocks)["full_depth"]["kl"] for q in (rounded, tuned))
     assert b < 0.98 * a
 
@@ -240,42 +240,99 @@ def test_an_int8_cache_reads_the_same_in_every_chunking(encoding: str) -> None:
     dial = dials(model, exit_threshold=0.6)
     expected, depth = whole_sequence(model, tokens, dial)
     assert depth.float().std() > 0.3
+    plain_cache = load_with(model, kv_dtype="float32")
+    rounding = (
+        whole_sequence(plain_cache, tokens, dials(plain_cache))[0] - whole_sequence(model, tokens, dials(model))[0]
+    ).abs()
     for sizes in ([1], [64], [7, 1, 30]):
         host = RingHost(model)
         logits, host_depth = host.feed(tokens, dial, sizes)
         assert host.state["past_keys"].dtype == torch.int8
         assert (host_depth == depth).float().mean() > 0.97
         # Noise of 1e-7 rarely crosses a rounding boundary; where it does, one number moves by a step of 1/127.
-        assert (logits - expected).abs().amax(-1).median() <= 1e-4
+        error = (logits - expected).abs().amax(-1)
+        assert error.median() <= 1e-4 and error.max() <= 0.5 * rounding.max(), (error.max(), rounding.max())
 
 
 def test_int8_scales_reach_what_calibration_saw(model: RMSE) -> None:
-    request = QuantizeRequest(Scheme("int8"), kv="int8", calibration_tokens=512, evaluation_tokens=512)
-    found = quantize(model, request, text())
-    report = found.report["evaluation"]["full_depth"]
-    assert abs(report["perplexity_increase"]) < 0.01
-    assert found.model.spec(1).state[0].dtype == torch.int8
-    info = open_and_feed(found.model)
-    assert info == 2 * 4 * 2 * 64 * 16  # keys and values, loops, heads, window, channels: a byte each
+    """Keys and values of every loop on the calibration text, at full depth and where positions stop, whose last state
+    supplies the deeper loops; and not much more than that."""
+    blocks = torch.from_numpy(random_tokens(8 * SEGMENT, 2).reshape(8, SEGMENT))
+    reach = kv_scales(model, blocks) * 127
+    largest = torch.zeros(2, 4, 2)
+    hook = model.block.register_forward_hook(
+        lambda _, args, out: (
+            [
+                largest[i, args[1]].copy_(torch.maximum(largest[i, args[1]], x.abs().amax((0, 2, 3))))
+                for i, x in enumerate(out[1:])
+            ]
+            and None
+        )
+    )
+    with torch.no_grad():
+        model.trajectory(blocks)
+        only_full = largest.clone()
+        model.trajectory(blocks, stop=deployed_exit(model))
+    hook.remove()
+    assert bool((largest > only_full).any())  # so that leaving the exits out would show
+    assert bool((largest <= reach).all()) and bool((reach <= 1.1 * largest).all())
 
 
-def open_and_feed(model: RMSE) -> int:
-    from rmse_edge.runtimes.torch import TorchRuntime
+def test_an_int8_cache_takes_a_byte_a_number(model: RMSE) -> None:
+    request = QuantizeRequest(Scheme("int8"), kv="int8", **SMALL)
+    runtime = TorchRuntime(quantize(model, request, text()).model, "x")
+    assert np.isfinite(runtime.feed(random_tokens(100), Dials(4)).logits).all()
+    assert runtime.state_bytes() == 2 * 4 * 2 * 64 * 16  # keys and values, loops, heads, window, channels
 
-    runtime = TorchRuntime(model, "x")
-    fed = runtime.feed(random_tokens(100), Dials(4))
-    assert np.isfinite(fed.logits).all()
-    return runtime.state_bytes()
+
+def test_gradients_pass_an_int8_cache(model: RMSE) -> None:
+    """Rounding has no slope of its own: without the straight path nothing would teach the keys."""
+    request = QuantizeRequest(Scheme("int8"), kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    work = quantize(model, request, text()).model
+    states, _, _ = work.trajectory(torch.from_numpy(random_tokens(64))[None])
+    states[-1].square().sum().backward()
+    gradient = work.block.attention.kv_proj.weight.grad
+    assert gradient is not None and gradient.norm() > 1e-3
+    with pytest.raises(ConfigError, match="kv_dtype: int8 needs scales"):
+        small_recipe(model={"kv_dtype": "int8"}).model_config()
+
+
+def test_caches_of_other_scales_are_other_models(model: RMSE) -> None:
+    """A session of one must not be read with the scales of the other."""
+    request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    found = [quantize(model, request, text(seed=s), "f").model for s in (1, 2)]
+    prints = [TorchRuntime(m, "x", source="f").info.fingerprint for m in found]
+    assert prints[0] != prints[1] and "f" not in prints
+    assert TorchRuntime(model, "x", source="f").info.fingerprint == "f"
+
+
+def load_with(model: RMSE, **changes: Any) -> RMSE:
+    """The same weights under another configuration."""
+    other = RMSE(dataclasses.replace(model.config, **changes)).eval()
+    other.load_state_dict({n: t for n, t in model.state_dict().items() if n in other.state_dict()})
+    return other
+
+
+def test_a_tied_table_is_quantised_for_the_head() -> None:
+    """It is looked up and multiplied with; what the head says counts."""
+    model = mixed_model(tie_embeddings=True)
+    found = quantize(model, QuantizeRequest(**SMALL), text())
+    rounded = quantize(model, QuantizeRequest(method="rtn", evaluation_tokens=0))
+    assert not torch.equal(found.tensors["embed.weight"].codes, rounded.tensors["embed.weight"].codes)
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk
 
 
-@pytest.mark.parametrize(("quant", "symmetric"), [("int4", True), ("int4", False), ("int8", True)])
-def test_a_quantised_checkpoint_is_read_as_it_was_written(quant: str, symmetric: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quant", "symmetric", "kv"), [("int4", True, None), ("int4", False, "float16"), ("int8", True, "int8")]
+)
+def test_a_quantised_checkpoint_is_read_as_it_was_written(
+    quant: str, symmetric: bool, kv: str | None, tmp_path: Path
+) -> None:
     source = write_checkpoint(remembering_model(), tmp_path / "source")
     model = load_checkpoint(source)
-    request = QuantizeRequest(Scheme(quant, symmetric=symmetric), kv="int8", **SMALL)
+    request = QuantizeRequest(Scheme(quant, symmetric=symmetric), kv=kv, **SMALL)
     found = quantize(model, request, text(), fingerprint(model))
     save_quantized(found, tmp_path / "q", source)
     read = load_quantized(tmp_path / "q")
@@ -290,7 +347,7 @@ def test_a_quantised_checkpoint_is_read_as_it_was_written(quant: str, symmetric:
     assert size < found.report["bytes"] + kept + 16384
     # The runtime reads it like any checkpoint, and it counts as the model it was made from.
     ours, theirs = open_runtime(tmp_path / "q"), open_runtime(source)
-    assert ours.info.fingerprint == theirs.info.fingerprint
+    assert (ours.info.fingerprint == theirs.info.fingerprint) == (kv != "int8")  # scales of a cache make it another
     assert ours.feed(random_tokens(70), Dials(4)).logits.shape == (70, 65)
 
 
@@ -327,6 +384,8 @@ DAMAGE: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda f: edit(f, tensors={"embed.weight": {"bits": 4, "group": 128, "symmetric": True}}),
         ("embed.weight", "group size 128 does not divide 64 inputs"),
     ),
+    "no tensors": (lambda f: edit(f, tensors=None), ("quantization.json", "'tensors'")),
+    "no format": (lambda f: edit(f, tensors={"embed.weight": "int4"}), ("embed.weight", "no object")),
     "a tensor less": (lambda f: edit(f, tensors={}), ("embed.weight", "missing")),
 }
 
@@ -341,10 +400,24 @@ def test_a_damaged_checkpoint_is_refused(damage: str, stored: Path, tmp_path: Pa
     assert_one_line(str(caught.value), *parts)
 
 
-def test_what_trains_refuses_a_quantised_checkpoint(stored: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(stored)
-    assert_one_line(str(caught.value), str(stored), "a quantised checkpoint", "rmse-export")
+def test_what_trains_refuses_a_quantised_checkpoint(stored: Path, model: RMSE) -> None:
+    """To be read as a float one, by Hugging Face, and to be written over."""
+    pytest.importorskip("transformers")
+    from rmse_edge.hf import RMSEForCausalLM
+
+    before = {p.name: p.read_bytes() for p in stored.iterdir()}
+    for use in (load_checkpoint, RMSEForCausalLM.from_pretrained, lambda folder: save_checkpoint(model, folder)):
+        with pytest.raises(CheckpointError) as caught:
+            use(stored)
+        assert_one_line(str(caught.value), str(stored), "a quantised checkpoint")
+    assert {p.name: p.read_bytes() for p in stored.iterdir()} == before
+
+
+def test_nothing_of_a_replaced_checkpoint_stays(int4, checkpoint: Path, tmp_path: Path) -> None:
+    save_quantized(int4, tmp_path / "q", checkpoint)
+    assert (tmp_path / "q" / "tokenizer.json").is_file()
+    save_quantized(int4, tmp_path / "q")
+    assert not (tmp_path / "q" / "tokenizer.json").exists() and not (tmp_path / "q" / "sample.txt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -371,7 +444,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     argv = ("-m", checkpoint, "-o", out, "--calibrate", sample(tmp_path), *QUICK)
     code, printed, err = call(capsys, *argv)
     assert code == 0 and err == ""
-    for part in ("gate_up_proj", "worst expert", "full depth", "adaptive", "exit gate", "drift", "borrowed", str(out)):
+    for part in ("gate_up_proj", "worst expert", "full depth", "adaptive", "exit gate", "drift", "borrows", str(out)):
         assert part in printed
     assert (out / "tokenizer.json").is_file() and (out / "sample.txt").is_file()
     code, _, err = call(capsys, *argv)
@@ -390,7 +463,7 @@ def test_rounding_needs_no_text(checkpoint: Path, tmp_path: Path, capsys: pytest
 def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = sample(tmp_path)
     short = tmp_path / "short.txt"
-    short.write_text(good.read_text()[: LEAST_TOKENS - 1])
+    short.write_text(good.read_text()[: LEAST_TEXT - 1])
     foreign = tmp_path / "foreign.txt"
     foreign.write_text("ä" * 5000)
     taken = tmp_path / "taken"
@@ -401,6 +474,10 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.
     with torch.no_grad():
         model.block.attention_norm.weight[0] = 3e38
     write_checkpoint(model, bad)
+    small_vocabulary = write_checkpoint(mixed_model(), tmp_path / "small")
+    save_checkpoint(mixed_model(vocab_size=64), tmp_path / "other")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "other" / name, small_vocabulary / name)
     cases: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
         ((), ("--calibrate FILE is missing",)),
         (("--calibrate", short), ("1023 tokens", "at least 1024")),
@@ -409,10 +486,15 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.
         (("--calibrate", good, "--group-size", 64), ("block.experts.down_proj", "--group-size 16 or 32")),
         (("--calibrate", good, "--group-size", 48), ("group size: got 48",)),
         (("--calibrate", good, "--quant", "int8", "--asymmetric"), ("--asymmetric",)),
+        (("--calibrate", good, "--quant", "int8", "--group-size", 64), ("--group-size", "int8")),
+        (("--calibrate", good, "--calibration-tokens", 1), ("--calibration-tokens", "got 1")),
+        (("--calibrate", good, "--calibration-seed", -1), ("--calibration-seed", "-1")),
+        (("-m", small_vocabulary, "--calibrate", good), ("token 64", "outside the vocabulary (0..63)")),
         (("--calibrate", good, "--quant", "int2"), ("int2", "int8")),
         (("--calibrate", good, "-o", taken), (str(taken), "not a quantised checkpoint")),
         (("-m", tmp_path / "nowhere", "--calibrate", good), ("nowhere",)),
         (("-m", bad, "--calibrate", good), ("NaN or Inf", "calibration text")),
+        (("-m", bad, "--calibrate", good, "--method", "rtn"), ("no number on this text",)),
     ]
     for flags, parts in cases:
         out = () if "-o" in flags else ("-o", tmp_path / "q")

@@ -85,7 +85,7 @@ def test_every_expert_has_its_own_rows(model: RMSE, blocks: Tensor) -> None:
     with torch.no_grad():
         model.trajectory(blocks)
     model.block.experts.observer = None
-    found = gather(model, blocks, [UP, DOWN])
+    found = gather(model, blocks, [UP, DOWN], "even")
     top_k, count = model.config.top_k, model.config.n_experts
     assert found.rows.sum() == blocks.numel() * model.config.max_loops * top_k
     for expert in (0, 7, count - 1):
@@ -103,10 +103,10 @@ def test_an_expert_that_is_never_routed_borrows(blocks: Tensor) -> None:
     """It is counted, and quantised for the rows of the average expert; the others hardly notice the borrowed rows."""
     model = mixed_model()
     model.block.experts.balance_bias[5] = -100
-    found = gather(model, blocks, [UP, DOWN])
+    found = gather(model, blocks, [UP, DOWN], "even")
     assert found.rows[5] == 0 and found.rare() == int((found.rows < 64).sum()) >= 1
     assert not found.sums[UP][5].any()
-    typical = found.sums[UP].sum(0) / found.rows.sum()
+    typical = found.sums[UP].sum(0) / found.rows.sum()  # weights and rows cancel: E[x x^T] of a row
     assert close(found.of(UP)[5], PRIOR_ROWS * typical)
     assert torch.linalg.eigvalsh(found.of(DOWN)[5]).min() > 0
     busiest = int(found.rows.argmax())
@@ -125,7 +125,7 @@ def test_a_memory_is_written_on_the_way() -> None:
         queries.clear()
         model.trajectory(blocks, remember=False)
     hook.remove()
-    assert close(gather(model, blocks, [Q]).of(Q), expected)
+    assert close(gather(model, blocks, [Q], "even").of(Q), expected)
     assert not close(sum(x.T @ x for x in queries), expected)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .common import Parser, output_path, positive_int, verb
 from .quantize import QUANTIZE_FLAGS, add_quantize_flags, quantized, request_of
+
+if TYPE_CHECKING:
+    from ..quantize import QuantizeRequest
 
 DEFAULT_MODEL = "models/rmse-shakespeare"
 TARGETS = ("onnx",)
@@ -38,6 +43,7 @@ def parser() -> Parser:
     )
     p.add_argument("--no-compact", action="store_true", help="in 64-row calls, compute the experts of stopped rows too")
     p.add_argument("--force", action="store_true", help="replace an existing package")
+    p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="PyTorch's own choice without it")
     p.add_argument("--seed", type=int, default=0, help="of the random weights of --config")
     p.add_argument("--dry-run", action="store_true", help="print methods, shapes and sizes, and write nothing")
     p.add_argument("--format", choices=("text", "json"), default="text", help="of --dry-run's output")
@@ -54,9 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError("--model and --config: give one of them")
     from ..checkpoint import load_checkpoint
     from ..export import ExportRequest, describe, export_package
+    from ..model import RMSE
     from ..package import check_destination
     from ..quantize import is_quantized_checkpoint, load_quantized, quantize
 
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     folder = Path(args.model or DEFAULT_MODEL)
     stored = load_quantized(folder) if not args.config and is_quantized_checkpoint(folder) else None
     quant = args.quant or (stored.quant if stored else "fp32")
@@ -68,14 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         overwrite=args.force,
         accuracy_level=args.accuracy_level,
     )
-    refuse_idle_flags(args, quant, stored is not None)
-    how = request_of(args, quant) if quant in BITS and stored is None else None
-    if how and how.needs_text and not args.calibrate:
-        raise UserError(
-            f"--quant {quant}: give --calibrate FILE, a text like those the model will read (or --method rtn)"
-        )
     if stored is not None:
         request.check_integers(stored)
+    refuse_idle_flags(args, quant, stored is not None)
+    how = request_of(args, quant) if quant in BITS and stored is None else None
+    if how:
+        check_way(args, how)
     if args.config:
         model, checkpoint, name = random_model(args), None, Path(args.config).absolute().parent.name or "random"
     else:
@@ -83,13 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         checkpoint, name = folder, folder.absolute().name
     if args.dry_run:
         formats = {name: q.format for name, q in stored.tensors.items()} if stored else None
-        print_description(describe(model, request, how.scheme.formats(model) if how else formats), args.format)
+        if how:
+            formats = how.scheme.formats(model)
+            model = RMSE(dataclasses.replace(model.config, kv_dtype=how.kv or model.config.kv_dtype))
+        print_description(describe(model, request, formats), args.format)
         return 0
     output = args.output or Path(f"{name}-{args.target}.rmse")
     check_destination(output, args.force)  # before minutes of quantising
     integers = stored
     if how:
-        integers = quantize(model, how) if args.config else quantized(args, folder, how)
+        integers = quantize(model, how) if args.config else quantized(args, model, folder, how)
         model = integers.model
     from tqdm import tqdm
 
@@ -114,6 +126,27 @@ def random_model(args):
     return RMSE(config).eval()
 
 
+def check_way(args, how: QuantizeRequest) -> None:
+    """Fail, before anything is computed, where a model cannot be quantised that way for that target.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    from ..errors import UserError
+    from ..export.targets import get_target
+
+    if args.config and (args.calibrate or how.needs_text):
+        flags = "--method rtn, and no --kv int8 or --qat-steps"
+        raise UserError(f"--quant {how.scheme.quant}: random weights have nothing to calibrate; use {flags}")
+    if how.needs_text and not args.calibrate:
+        way = "or --method rtn without --kv int8 and --qat-steps"
+        raise UserError(
+            f"--quant {how.scheme.quant}: give --calibrate FILE, a text like those the model will read ({way})"
+        )
+    if not how.scheme.symmetric and not get_target(args.target).asymmetric:
+        raise UserError(f"--asymmetric: {args.target} takes symmetric weights only; leave it out")
+
+
 def refuse_idle_flags(args, quant: str, already: bool) -> None:
     """Fail where a flag says how to quantise and nothing is going to be quantised.
 
@@ -128,8 +161,6 @@ def refuse_idle_flags(args, quant: str, already: bool) -> None:
         for flag, name in QUANTIZE_FLAGS.items():
             if getattr(args, name) != plain.get_default(name):
                 raise UserError(f"{flag}: {reason}; leave it out")
-    if args.config and args.calibrate:
-        raise UserError("--calibrate: random weights have nothing to calibrate; use --method rtn")
 
 
 def print_description(description: dict, form: str) -> None:

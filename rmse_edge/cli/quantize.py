@@ -22,6 +22,7 @@ from .common import (
 from .display import table
 
 if TYPE_CHECKING:
+    from ..model import RMSE
     from ..quantize import Quantized, QuantizeRequest
 
 
@@ -60,8 +61,8 @@ def add_quantize_flags(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="rtn: to the nearest, without data")
     group.add_argument(
-        "--loops", choices=("even", "exits", "first"), default="even",
-        help="whose inputs gptq sees: every loop's alike, every loop's by the exit distribution, the first loop's",
+        "--loops", choices=("exits", "even", "first"), default="exits",
+        help="whose inputs gptq sees: every loop's by the exit distribution, every loop's alike, the first loop's",
     )  # fmt: skip
     group.add_argument("--group-size", type=positive_int, default=32, metavar="N", help="int4: of the routed experts")
     group.add_argument(
@@ -80,7 +81,7 @@ def add_quantize_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--qat-steps", type=non_negative_int, default=0, metavar="N", help="finetune the rounded weights"
     )
-    group.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="of the texts drawn")
+    group.add_argument("--calibration-seed", type=non_negative_int, default=0, metavar="N", help="of the texts drawn")
 
 
 def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
@@ -104,17 +105,14 @@ def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
     )
 
 
-def quantized(args: argparse.Namespace, folder: Path, request: QuantizeRequest) -> Quantized:
-    """Quantise the checkpoint in `folder`, with a progress bar."""
+def quantized(args: argparse.Namespace, model: RMSE, folder: Path, request: QuantizeRequest) -> Quantized:
+    """Quantise the model of the checkpoint in `folder`, with a progress bar."""
     import numpy as np
 
-    from ..checkpoint import load_checkpoint
     from ..quantize import quantize
     from ..runtimes.torch import fingerprint
     from ..text import Tokenizer, read_text
 
-    request.scheme  # noqa: B018  (built, hence checked, before anything is read)
-    model = load_checkpoint(folder)
     ids = None
     if args.calibrate:
         ids = np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(args.calibrate)), np.int64)
@@ -142,7 +140,7 @@ def stage_bar():
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
     request = request_of(args, args.quant)
-    from ..checkpoint import QUANTIZATION_FILE
+    from ..checkpoint import QUANTIZATION_FILE, load_checkpoint
     from ..errors import UserError
     from ..quantize import save_quantized
 
@@ -156,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = quantized(args, args.model, request)
+    result = quantized(args, load_checkpoint(args.model), args.model, request)
     save_quantized(result, output, args.model)
     print(json.dumps(result.report) if args.report == "json" else as_markdown(result.report, output))
     return None
@@ -168,7 +166,8 @@ def as_markdown(report: dict[str, Any], output: Path) -> str:
     rare = report["rarely_routed_experts"]
     if rare:
         lines.append(
-            f"{rare['count']} of {rare['of']} experts saw fewer rows than they have inputs and borrowed from the average"
+            f"{rare['count']} of {rare['of']} experts saw fewer rows than they have inputs: the rows that every expert "
+            "borrows from the average count most there"
         )
     gate = report["gate"]
     if gate:
@@ -203,8 +202,9 @@ def evaluation_table(e: dict[str, Any]) -> str:
             continue
         s = e[name]
         error = "" if s["increase_se"] is None else f" ± {s['increase_se']:.4f}"
+        spread = "" if s["perplexity_se"] is None else f" ± {s['perplexity_se']:.3f}"
         rows.append((
-            name.replace("_", " "), f"{s['perplexity']['float']:.3f}", f"{s['perplexity']['quantized']:.3f}",
+            name.replace("_", " "), f"{s['perplexity']['float']:.3f}", f"{s['perplexity']['quantized']:.3f}{spread}",
             f"{s['perplexity_increase']:+.2%}", f"{s['increase']:+.4f}{error}", f"{s['kl']:.4f}",
             f"{s['same_top_token']:.1%}", f"{s['mean_depth']['float']:.2f}, {s['mean_depth']['quantized']:.2f}",
         ))  # fmt: skip

@@ -97,7 +97,12 @@ class Recipe:
 
     def model_config(self) -> RMSEConfig | GPTConfig:
         if self.architecture == "rmse":
-            return RMSEConfig.from_dict(self.model, where="model")
+            config = RMSEConfig.from_dict(self.model, where="model")
+            if config.kv_dtype == "int8":
+                raise ConfigError(
+                    "model.kv_dtype: int8 needs scales that only calibration finds; use rmse-quantize --kv int8"
+                )
+            return config
         try:
             return GPTConfig(**self.model)
         except (TypeError, ConfigError) as error:
