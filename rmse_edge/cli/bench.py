@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
+CHARACTERS = 32  # of a token, at most on average
 
 
 @verb("rmse-bench")
@@ -143,6 +144,8 @@ def baseline_memory(path: Path) -> int | None:
 
     if not (path / MANIFEST).is_file():
         return None
+    import tokenizers  # noqa: F401  (reading the text is not the model's doing)
+
     from ..runtimes.onnx import start_engine
 
     start_engine()
@@ -252,7 +255,10 @@ def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.n
     text = args.text or folder / "sample.txt"
     if not text.is_file():
         raise TextError(f"{folder}: holds no sample.txt; give --text FILE, exits on random tokens would mean nothing")
-    return np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(text)), np.int64)
+    tokenizer, content = Tokenizer(folder / "tokenizer.json"), read_text(text)
+    # A long text takes hundreds of megabytes to tokenise, which would count as memory of the model.
+    ids = np.asarray(tokenizer.encode(content[: CHARACTERS * count]), np.int64)
+    return ids if len(ids) >= count else np.asarray(tokenizer.encode(content), np.int64)
 
 
 def as_markdown(d: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What quantising the shipped model costs, method by method, on the whole validation split in PyTorch.
 
-    python docs/experiments/quantization/measure.py --text shakespeare.txt [--only NAME,NAME] [--seeds 0,1,2]
+    python docs/experiments/quantization/measure.py --text shakespeare.txt [--only "NAME;NAME"] [--seeds 0,1,2]
 
 Every variant is compared with the float model block by block (256 characters from an empty past), at full depth and with
 the model's own exits; increases are paired, their standard errors are over blocks. Calibration reads the training split
@@ -35,11 +35,14 @@ VARIANTS: dict[str, dict] = {
     "int8 gptq": {"quant": "int8"},
     "int4 rtn": {"method": "rtn"},
     "int4 gptq single pass": SINGLE_PASS,
-    "int4 gptq by exits": {"loops": "exits"},
     "int4 gptq": {},
+    "int4 gptq, all loops alike": {"loops": "even"},
+    "int8 gptq, kv int8": {"quant": "int8", "kv": "int8"},
+    "int4 rtn, kv int8": {"method": "rtn", "kv": "int8"},
+    "int4 gptq single pass, kv int8": SINGLE_PASS | {"kv": "int8"},
     "int4 gptq, kv int8": {"kv": "int8"},
 }
-SEEDED = ("int4 gptq single pass", "int4 gptq by exits", "int4 gptq")
+SEEDED = ("int4 gptq single pass", "int4 gptq", "int4 gptq, all loops alike")
 
 
 @torch.inference_mode()
@@ -65,7 +68,7 @@ def paired(difference: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--only", help="names of variants, separated by commas")
+    parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--seeds", default="0", help="of the calibration text of " + ", ".join(SEEDED))
     parser.add_argument("--max-blocks", type=int, help="for a quick look")
     args = parser.parse_args()
@@ -73,14 +76,16 @@ def main() -> None:
     ids = np.asarray(Tokenizer(MODEL / "tokenizer.json").encode(read_text(args.text)), np.int64)
     blocks = torch.from_numpy(consecutive_blocks(split(ids, "validation"), BLOCK))[: args.max_blocks]
     reference, depth = losses(model, blocks)
-    results = {"float": {name: x.mean().item() for name, x in reference.items()} | {"mean_depth": depth, "seconds": 0}}
+    path = Path(__file__).with_name("results.json")  # variants measured before stay in it
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    results |= {"float": {name: x.mean().item() for name, x in reference.items()} | {"mean_depth": depth, "seconds": 0}}
     print(
         f"float: full depth {results['float']['full']:.4f}, adaptive {results['float']['adaptive']:.4f} at {depth:.2f}"
     )
     kept: dict[str, dict[str, Tensor]] = {}
     for seed in map(int, args.seeds.split(",")):
         for name, changes in VARIANTS.items():
-            if (args.only and name not in args.only.split(",")) or (seed and name not in SEEDED):
+            if (args.only and name not in args.only.split(";")) or (seed and name not in SEEDED):
                 continue
             changes = dict(changes)
             scheme = Scheme(changes.pop("quant", "int4"))
@@ -99,7 +104,7 @@ def main() -> None:
                 gain = paired(single["full"] - ours["full"])
                 results[label]["gain_over_single_pass"] = gain
                 print(f"  better than single pass at full depth by {gain['mean']:+.5f} ± {gain['se']:.5f}", flush=True)
-            Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=2) + "\n")
+            path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
