@@ -71,7 +71,9 @@ def add_quantize_flags(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--asymmetric", action="store_true", help="int4: a zero point per group; not for every target")
     group.add_argument("--kv", choices=("float32", "float16", "int8"), help="KV cache; the checkpoint's own without it")
-    group.add_argument("--calibration-tokens", type=positive_int, default=32_768, metavar="N")
+    group.add_argument(
+        "--calibration-tokens", type=positive_int, default=32_768, metavar="N", help="drawn from the text at random"
+    )
     group.add_argument(
         "--evaluation-tokens", type=non_negative_int, default=16_384, metavar="N", help="0: no comparison"
     )
