@@ -60,8 +60,7 @@ def use_integers(
                     "for floating point; export with --quant fp32 or fp16"
                 )
             graph.node[index].CopyFrom(new)
-    unread = set(found)
-    kept = [t for t in model.graph.initializer if t.name not in unread]
+    kept = [t for t in model.graph.initializer if t.name not in found]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     stored.finish(model)
@@ -80,7 +79,7 @@ class _Stored:
 
     def __init__(self, graph: GraphProto, tensors: Mapping[str, QuantizedTensor]) -> None:
         self.graph, self.tensors = graph, tensors
-        self.known: dict[str, str] = {}
+        self.known: set[str] = set()
         self.nodes: list[NodeProto] = []  # that make scales, in front of everything
 
     def lies(self, name: str, transposed: bool) -> bool:
@@ -88,9 +87,8 @@ class _Stored:
         if name.endswith(".T") == transposed:
             return True
         weight = self.tensors[name.removesuffix(".T")].dequantize()
-        return weight.shape[0] == weight.shape[-1] and bool(
-            (weight == weight.T).all()
-        )  # both are one content, one name
+        # A symmetric matrix has one content, hence one name, both ways.
+        return weight.shape[0] == weight.shape[-1] and bool((weight == weight.T).all())
 
     def block(self, *names: str) -> int:
         """The block size that the operators are told, one for all of `names`."""
@@ -118,14 +116,14 @@ class _Stored:
         scales = q.scales if block is not None else q.scales.squeeze(-1)
         label = f"{name}.scales" if block is not None else f"{name}.scales.channels"
         if label in self.known:
-            return self.known[label]
+            return label
         blocks = 1 if block is None else -(-q.shape[-1] // block)
         if blocks == 1 or blocks == scales.shape[-1]:
             return self._keep(label, scales.numpy())
         each = self._keep(f"{label}.each", scales.numpy())
         shape = self._keep(f"{label}.shape", np.array([*scales.shape[:-1], blocks], np.int64))
         self.nodes.append(helper.make_node("Expand", [each, shape], [label]))
-        self.known[label] = label
+        self.known.add(label)
         return label
 
     def zeros(self, name: str) -> str:
@@ -143,7 +141,7 @@ class _Stored:
     def _keep(self, label: str, array: np.ndarray) -> str:
         if label not in self.known:
             self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), label))
-            self.known[label] = label
+            self.known.add(label)
         return label
 
     def finish(self, model: ModelProto) -> None:

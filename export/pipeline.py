@@ -19,7 +19,7 @@ from ..config import SEGMENT, RMSEConfig
 from ..errors import ExportError, UserError
 from ..loop import TensorSpec
 from ..model import RMSE
-from ..package import MANIFEST, Package, seal, writing
+from ..package import Package, seal, writing
 from ..quantize import Format, Quantized
 from ..quantize.scheme import BITS
 from ..runtimes import runtime_for
@@ -64,20 +64,16 @@ class ExportRequest:
         Raises:
             UserError: integers are missing or not asked for, or the target has no form for them; names what.
         """
-        if (self.quant in BITS) != (quantized is not None):
-            if quantized is None:
+        if quantized is None:
+            if self.quant in BITS:
                 raise UserError(
                     f"--quant {self.quant}: needs a quantised model; make one with rmse-quantize, or give --calibrate FILE"
                 )
-            raise UserError(
-                f"--quant {self.quant}: the checkpoint is quantised to {quantized.quant}; leave out --quant, or give the "
-                "float checkpoint it was made from"
-            )
-        if quantized is None:
             return
         if quantized.quant != self.quant:
             raise UserError(
-                f"--quant {self.quant}: the checkpoint is quantised to {quantized.quant}; leave out --quant"
+                f"--quant {self.quant}: the checkpoint is quantised to {quantized.quant}; leave out --quant, or give the "
+                "float checkpoint it was made from"
             )
         zeros = next((name for name, q in quantized.tensors.items() if q.zeros is not None), None)
         if zeros is not None and not get_target(self.target).asymmetric:
@@ -170,14 +166,12 @@ def export_package(
             manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress, rounds_activations)
             if found is not None:
                 manifest["parity"]["integers"] = found
-        (folder / MANIFEST).unlink(missing_ok=True)
         seal(folder, manifest)
     return Package.open(destination)
 
 
 def sealed(folder: Path, manifest: dict[str, Any]) -> LoopRuntime:
     """The runtime of the package in the making, which the gate runs."""
-    (folder / MANIFEST).unlink(missing_ok=True)
     seal(folder, manifest)
     candidate = runtime_for(Package.open(folder))
     assert isinstance(candidate, LoopRuntime)

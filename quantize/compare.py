@@ -48,6 +48,7 @@ def compare(
     """
     settings: dict[str, list[dict[str, Tensor]]] = {"full_depth": [], "adaptive": []}
     drift: list[Tensor] = []
+    own, its = deployed_exit(reference), deployed_exit(candidate)
     for part in blocks.split(BATCH):
         tokens, targets = part[:, :-1], part[:, 1:]
         a, _, _ = reference.trajectory(tokens)
@@ -55,9 +56,9 @@ def compare(
         drift.append(torch.stack([((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a, b)]) * len(part))
         full = torch.full_like(tokens, len(a))
         settings["full_depth"].append(_pair(reference, candidate, a[-1], b[-1], full, full, targets))
-        if deployed_exit(reference) is not None:
-            a, _, ours = reference.trajectory(tokens, stop=deployed_exit(reference))
-            b, _, theirs = candidate.trajectory(tokens, stop=deployed_exit(candidate))
+        if own is not None:
+            a, _, ours = reference.trajectory(tokens, stop=own)
+            b, _, theirs = candidate.trajectory(tokens, stop=its)
             settings["adaptive"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
         progress(tokens.numel())
     result = {name: _setting(parts) for name, parts in settings.items() if parts}

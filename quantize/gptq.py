@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tensors import Format, QuantizedTensor, encode, full_range, grouped
+from .tensors import Format, QuantizedTensor, decode, encode, full_range, grouped
 
 DAMP = 0.01  # of the mean diagonal, added to it
 BLOCK = 64  # inputs between two updates of the rest: within a block every input is updated at once
@@ -37,8 +37,7 @@ def best_scales(weight: Tensor, importance: Tensor, fmt: Format) -> tuple[Tensor
     scales, zeros = full_range(weight, fmt)
     for shrink in SHRINKS:
         tried, zero = full_range(weight, fmt, shrink)
-        middle = fmt.middle if zero is None else zero.unsqueeze(-1).float()
-        found = (encode(parts, tried, zero, fmt) - middle) * tried.unsqueeze(-1)
+        found = decode(encode(parts, tried, zero, fmt), tried, zero, fmt)
         error = ((found - parts).square() * counts).sum(-1)
         better = error < best
         best = torch.where(better, error, best)

@@ -25,7 +25,8 @@ PRIOR_ROWS = 32  # of an expert's Hessian come from what it would see if it were
 BATCH = 32  # sequences run at once
 LOOPS = ("exits", "even", "first")
 
-HEAD, UP, DOWN = "head_proj.weight", "block.experts.gate_up_proj", "block.experts.down_proj"
+INJECT, HEAD = "inject.weight", "head_proj.weight"
+UP, DOWN = "block.experts.gate_up_proj", "block.experts.down_proj"
 
 
 @dataclass
@@ -175,9 +176,10 @@ def gather(
         progress: called with the number of tokens done since the last call.
     """
     gatherer = _Gatherer(model, names, loops)
+    depth = 1 if gatherer.names == {INJECT} else None  # what is read once in front of the loops needs none of them
     for part in blocks.split(BATCH):
         with gatherer.listening():
-            states, gates, _ = model.trajectory(part)
+            states, gates, _ = model.trajectory(part, depth)
         if HEAD in gatherer.names:
             gatherer.head(states, gates)
         progress(part.numel())

@@ -36,12 +36,13 @@ def kv_scales(model: RMSE, blocks: Tensor, progress: Callable[[int], object] = l
         for which, x in enumerate(result[1:]):  # (B, G, C, hd)
             largest[which, int(args[1])] = torch.maximum(largest[which, int(args[1])], x.abs().amax((0, 2, 3)))
 
+    stop = deployed_exit(model)
     handle = model.block.register_forward_hook(keep)
     try:
         for part in blocks.split(BATCH):
             model.trajectory(part)
-            if deployed_exit(model) is not None:
-                model.trajectory(part, stop=deployed_exit(model))
+            if stop is not None:
+                model.trajectory(part, stop=stop)
             progress(part.numel())
     finally:
         handle.remove()

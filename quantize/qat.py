@@ -40,17 +40,17 @@ def finetune(
     Returns:
         New codes under the same scales.
     """
-    latent = {}
+    latent, step = {}, {name: _per_weight(q) for name, q in tensors.items()}
     for name, q in tensors.items():
         # GPTQ moved codes away from the nearest: start from where it ended, inside each code's interval.
-        middle = q.dequantize() / _per_weight(q)
-        start = reference.get_parameter(name).detach() / _per_weight(q)
+        middle = q.dequantize() / step[name]
+        start = reference.get_parameter(name).detach() / step[name]
         latent[name] = torch.clamp(start, middle - 0.49, middle + 0.49).requires_grad_()
     optimizer = torch.optim.Adam(latent.values(), lr=RATE, betas=(0.9, 0.99))
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         tokens = blocks[torch.randint(len(blocks), (BATCH,), generator=draw)]
-        rounded = {name: _Round.apply(w * _per_weight(tensors[name]), tensors[name]) for name, w in latent.items()}
+        rounded = {name: _Round.apply(w * step[name], tensors[name]) for name, w in latent.items()}
         loss = _divergence(reference, model, rounded, tokens)
         if not bool(torch.isfinite(loss)):
             raise UserError("--qat-steps: the finetune diverged; leave it out, or give another --calibrate text")
@@ -62,7 +62,7 @@ def finetune(
     with torch.no_grad():
         for name, w in latent.items():
             q = tensors[name]
-            result[name] = quantize_with(w * _per_weight(q), q.scales, q.zeros, q.format)
+            result[name] = quantize_with(w * step[name], q.scales, q.zeros, q.format)
             model.get_parameter(name).copy_(result[name].dequantize())
     return result
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import check_finite
 from ..errors import TextError, UserError
 from ..model import RMSE
 from ..text import consecutive_blocks, random_blocks, split
@@ -129,8 +130,7 @@ def quantize(
             "--calibrate FILE is missing: a text like those the model will read (--method rtn rounds without one)"
         )
     for name, p in model.state_dict().items():
-        if not bool(torch.isfinite(p).all()):
-            raise UserError(f"{name}: holds NaN or Inf; the checkpoint is damaged")
+        check_finite("the model", name, p)
     if ids is not None and len(ids) and ids.max() >= model.config.vocab_size:
         raise TextError(
             f"--calibrate: token {ids.max()} is outside the vocabulary (0..{model.config.vocab_size - 1}); "
@@ -138,7 +138,7 @@ def quantize(
         )
     calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
     model = model.eval()
-    work = with_kv(copy.deepcopy(model), request, calibration, progress)
+    work = with_kv(model, request, calibration, progress)
     tensors: dict[str, QuantizedTensor] = {}
     rare = 0
     for stage in stages(formats):
@@ -184,9 +184,9 @@ def stages(formats: dict[str, Format]) -> list[list[str]]:
 
 
 def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, progress: Progress) -> RMSE:
-    """`model` with the KV cache that was asked for, its weights unchanged."""
+    """A copy of `model` with the KV cache that was asked for, its weights unchanged."""
     if request.kv is None or request.kv == model.config.kv_dtype != "int8":
-        return model
+        return copy.deepcopy(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "block.attention.kv_scales"}
     changed = RMSE(dataclasses.replace(model.config, kv_dtype=request.kv)).eval()
     if request.kv == "int8":

@@ -40,6 +40,19 @@ FORMAT_VERSION = 1
 CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "sample.txt")  # from the float checkpoint
 
 
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Fail unless a quantised checkpoint may be written to `folder`.
+
+    Raises:
+        CheckpointError: something else is there, or a checkpoint that may not be replaced.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not is_quantized_checkpoint(folder):
+            raise CheckpointError(f"{folder}: exists and is not a quantised checkpoint; choose another -o")
+        if not overwrite:
+            raise CheckpointError(f"{folder}: already exists; remove it, choose another -o, or pass --force")
+
+
 def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path | None = None) -> None:
     """Write a quantised checkpoint, all or nothing.
 
@@ -49,8 +62,7 @@ def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path 
         CheckpointError: the folder exists and holds something else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
-        raise CheckpointError(f"{folder}: exists and is not a quantised checkpoint; choose another -o")
+    check_destination(folder, overwrite=True)
     try:
         with all_or_nothing(folder) as scratch:
             save_file(_tensors(quantized), scratch / WEIGHTS_FILE, metadata={"format": "pt"})

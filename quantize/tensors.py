@@ -82,7 +82,7 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """The float32 weights (..., N, K) that these integers stand for."""
-        return dequantize(self.codes, self.scales, self.zeros, self.format)
+        return decode(grouped(self.codes.float(), self.format), self.scales, self.zeros, self.format).flatten(-2)
 
     def packed(self) -> Tensor:
         """Codes as bytes (..., N, K * bits / 8), the first of two in the low half."""
@@ -101,15 +101,18 @@ def grouped(weight: Tensor, fmt: Format) -> Tensor:
     return weight.unflatten(-1, (fmt.groups(weight.shape[-1]), -1))
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
-    zero = fmt.middle if zeros is None else zeros.unsqueeze(-1).float()
-    return ((grouped(codes.float(), fmt) - zero) * scales.unsqueeze(-1)).flatten(-2)
+def _zero(zeros: Tensor | None, fmt: Format) -> Tensor | int:
+    return fmt.middle if zeros is None else zeros.unsqueeze(-1).float()
 
 
 def encode(values: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
     """The nearest codes, as floats: values (..., n) that share scales (...) and zeros (...)."""
-    zero = fmt.middle if zeros is None else zeros.unsqueeze(-1).float()
-    return (values / scales.unsqueeze(-1) + zero).round().clamp(0, fmt.largest)
+    return (values / scales.unsqueeze(-1) + _zero(zeros, fmt)).round().clamp(0, fmt.largest)
+
+
+def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
+    """What codes (..., n), as floats, stand for under the scales (...) and zeros (...) they share."""
+    return (codes - _zero(zeros, fmt)) * scales.unsqueeze(-1)
 
 
 def as_bfloat16(x: Tensor) -> Tensor:

@@ -83,6 +83,13 @@ def random_tokens(count: int, seed: int = 0, vocab: int = 65) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, count)
 
 
+QUICK_CALIBRATION = {"calibration_tokens": 512, "evaluation_tokens": 256}
+
+
+def calibration_text(count: int = 4000, seed: int = 5) -> np.ndarray:
+    return random_tokens(count, seed)
+
+
 def decided_text(count: int) -> np.ndarray:
     """Up to 330 tokens at which no decision of `mixed_model()`, of router or exit rules, is closer than 1e-4.
 

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line, mixed_model, random_tokens, remembering_model, tiny_config, write_checkpoint
+from helpers import (
+    QUICK_CALIBRATION,
+    assert_one_line,
+    calibration_text,
+    mixed_model,
+    random_tokens,
+    remembering_model,
+    tiny_config,
+    write_checkpoint,
+)
 
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.quantize import main
@@ -26,12 +35,6 @@ from rmse_edge.quantize.scheme import DENSE, EXPERTS, is_quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.torch import TorchRuntime, fingerprint
 
-SMALL = {"calibration_tokens": 512, "evaluation_tokens": 256}
-
-
-def text(count: int = 4000, seed: int = 5) -> np.ndarray:
-    return random_tokens(count, seed)
-
 
 @pytest.fixture(scope="module")
 def model() -> RMSE:
@@ -40,7 +43,7 @@ def model() -> RMSE:
 
 @pytest.fixture(scope="module")
 def int4(model: RMSE):
-    return quantize(model, QuantizeRequest(**SMALL), text(), "a fingerprint")
+    return quantize(model, QuantizeRequest(**QUICK_CALIBRATION), calibration_text(), "a fingerprint")
 
 
 # ------------------------------------------------------------------------------------------------------------- scheme
@@ -63,7 +66,7 @@ def test_what_is_quantised_and_what_stays_float(model: RMSE, int4) -> None:
 def test_the_model_that_is_given_stays_as_it_is() -> None:
     model = mixed_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    quantize(model, QuantizeRequest(**SMALL, kv="int8", qat_steps=1), text())
+    quantize(model, QuantizeRequest(**QUICK_CALIBRATION, kv="int8", qat_steps=1), calibration_text())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.config.kv_dtype == "float32"
 
@@ -80,7 +83,7 @@ def test_the_model_that_is_given_stays_as_it_is() -> None:
 )
 def test_other_architectures(changes: dict[str, Any], extra: set[str]) -> None:
     model = mixed_model(**changes)
-    found = quantize(model, QuantizeRequest(**SMALL), text())
+    found = quantize(model, QuantizeRequest(**QUICK_CALIBRATION), calibration_text())
     expected = {*DENSE, *EXPERTS} | extra
     if "tie_embeddings" in changes:
         expected -= {"head_proj.weight"}
@@ -130,8 +133,8 @@ def test_formats_that_do_not_fit(model: RMSE, scheme: dict[str, Any], parts: tup
 
 
 def test_equal_seeds_make_equal_integers(model: RMSE, int4) -> None:
-    again = quantize(model, QuantizeRequest(**SMALL), text(), "a fingerprint")
-    other = quantize(model, QuantizeRequest(**SMALL, seed=1), text())
+    again = quantize(model, QuantizeRequest(**QUICK_CALIBRATION), calibration_text(), "a fingerprint")
+    other = quantize(model, QuantizeRequest(**QUICK_CALIBRATION, seed=1), calibration_text())
     codes = [torch.cat([q.codes.flatten() for q in found.tensors.values()]) for found in (int4, again, other)]
     assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
     assert int4.report == again.report
@@ -143,20 +146,24 @@ def test_gptq_is_nearer_to_the_float_model_than_rounding(model: RMSE) -> None:
     divergence = {}
     for method in ("rtn", "gptq"):
         request = QuantizeRequest(method=method, calibration_tokens=4096, evaluation_tokens=0, recalibrate_gate=False)
-        divergence[method] = compare(model, quantize(model, request, text()).model, blocks)["full_depth"]["kl"]
+        divergence[method] = compare(model, quantize(model, request, calibration_text()).model, blocks)["full_depth"][
+            "kl"
+        ]
     assert divergence["gptq"] < 0.8 * divergence["rtn"]
 
 
 def test_each_stage_sees_the_stages_before_it_quantised(model: RMSE) -> None:
     """With the float model's inputs instead, later weights come out differently, the first stage's do not."""
-    flow = quantize(model, QuantizeRequest(calibration_tokens=512, evaluation_tokens=0), text())
-    apart = quantize(model, QuantizeRequest(calibration_tokens=512, evaluation_tokens=0, in_flow=False), text())
+    flow = quantize(model, QuantizeRequest(calibration_tokens=512, evaluation_tokens=0), calibration_text())
+    apart = quantize(
+        model, QuantizeRequest(calibration_tokens=512, evaluation_tokens=0, in_flow=False), calibration_text()
+    )
     same = {n: torch.equal(q.codes, apart.tensors[n].codes) for n, q in flow.tensors.items()}
     assert same["embed.weight"] and not same["head_proj.weight"] and not same["block.experts.down_proj"]
 
 
 def test_int8_is_much_nearer_than_int4(model: RMSE, int4) -> None:
-    found = quantize(model, QuantizeRequest(Scheme("int8"), **SMALL), text())
+    found = quantize(model, QuantizeRequest(Scheme("int8"), **QUICK_CALIBRATION), calibration_text())
     assert {(q.format.bits, q.format.group) for q in found.tensors.values()} == {(8, None)}
     eight, four = (q.report["evaluation"]["full_depth"] for q in (found, int4))
     assert eight["kl"] < 0.1 * four["kl"] and eight["same_top_token"] > max(0.9, four["same_top_token"])
@@ -215,8 +222,8 @@ def test_finetuning_the_integers_brings_them_nearer(model: RMSE) -> None:
     """Scales stay, codes move, and the divergence from the float model falls on text that was not trained on."""
     blocks = torch.from_numpy(random_tokens(8 * 65, 9).reshape(8, 65))
     request = QuantizeRequest(method="rtn", evaluation_tokens=0, recalibrate_gate=False, calibration_tokens=2048)
-    rounded = quantize(model, request, text())
-    tuned = quantize(model, dataclasses.replace(request, qat_steps=40), text())
+    rounded = quantize(model, request, calibration_text())
+    tuned = quantize(model, dataclasses.replace(request, qat_steps=40), calibration_text())
     moved = {n: float((q.codes != rounded.tensors[n].codes).float().mean()) for n, q in tuned.tensors.items()}
     assert all(torch.equal(q.scales, rounded.tensors[n].scales) for n, q in tuned.tensors.items())
     assert all(0 < share < 0.3 for share in moved.values()), moved  # in every stage, and no tensor is torn apart
@@ -227,7 +234,7 @@ def test_finetuning_the_integers_brings_them_nearer(model: RMSE) -> None:
 def test_a_tied_table_is_quantised_for_the_head() -> None:
     """It is looked up and multiplied with; what the head says counts."""
     model = mixed_model(tie_embeddings=True)
-    found = quantize(model, QuantizeRequest(**SMALL), text())
+    found = quantize(model, QuantizeRequest(**QUICK_CALIBRATION), calibration_text())
     rounded = quantize(model, QuantizeRequest(method="rtn", evaluation_tokens=0))
     assert not torch.equal(found.tensors["embed.weight"].codes, rounded.tensors["embed.weight"].codes)
 
@@ -243,8 +250,8 @@ def test_a_quantised_checkpoint_is_read_as_it_was_written(
 ) -> None:
     source = write_checkpoint(remembering_model(), tmp_path / "source")
     model = load_checkpoint(source)
-    request = QuantizeRequest(Scheme(quant, symmetric=symmetric), kv=kv, **SMALL)
-    found = quantize(model, request, text(), fingerprint(model))
+    request = QuantizeRequest(Scheme(quant, symmetric=symmetric), kv=kv, **QUICK_CALIBRATION)
+    found = quantize(model, request, calibration_text(), fingerprint(model))
     save_quantized(found, tmp_path / "q", source)
     read = load_quantized(tmp_path / "q")
     for name, tensor in found.model.state_dict().items():
@@ -338,7 +345,7 @@ def sample(folder: Path, count: int = 4000) -> Path:
     from helpers import ALPHABET
 
     path = folder / "calibrate.txt"
-    path.write_text("".join(ALPHABET[i] for i in text(count)))
+    path.write_text("".join(ALPHABET[i] for i in calibration_text(count)))
     return path
 
 
@@ -419,4 +426,4 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.
 
 def test_texts_are_checked_before_anything_is_computed(model: RMSE) -> None:
     with pytest.raises(TextError, match="100 tokens, expected at least 1024"):
-        quantize(model, QuantizeRequest(), text(100))
+        quantize(model, QuantizeRequest(), calibration_text(100))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import mixed_model, random_tokens
+from helpers import QUICK_CALIBRATION, calibration_text, mixed_model, random_tokens
 from small_models import RingHost, dials, lively_model, small_config, small_recipe, whole_sequence
 
 from rmse_edge.config import SEGMENT
@@ -19,12 +19,6 @@ from rmse_edge.quantize.compare import deployed_exit
 from rmse_edge.quantize.kv import kv_scales
 from rmse_edge.runtimes import Dials
 from rmse_edge.runtimes.torch import TorchRuntime
-
-SMALL = {"calibration_tokens": 512, "evaluation_tokens": 256}
-
-
-def text(count: int = 4000, seed: int = 5) -> np.ndarray:
-    return random_tokens(count, seed)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +76,8 @@ def test_int8_scales_reach_what_calibration_saw(model: RMSE) -> None:
 
 
 def test_an_int8_cache_takes_a_byte_a_number(model: RMSE) -> None:
-    request = QuantizeRequest(Scheme("int8"), kv="int8", **SMALL)
-    runtime = TorchRuntime(quantize(model, request, text()).model, "x")
+    request = QuantizeRequest(Scheme("int8"), kv="int8", **QUICK_CALIBRATION)
+    runtime = TorchRuntime(quantize(model, request, calibration_text()).model, "x")
     assert np.isfinite(runtime.feed(random_tokens(100), Dials(4)).logits).all()
     assert runtime.state_bytes() == 2 * 4 * 2 * 64 * 16  # keys and values, loops, heads, window, channels
 
@@ -91,7 +85,7 @@ def test_an_int8_cache_takes_a_byte_a_number(model: RMSE) -> None:
 def test_gradients_pass_an_int8_cache(model: RMSE) -> None:
     """Rounding has no slope of its own: without the straight path nothing would teach the keys."""
     request = QuantizeRequest(Scheme("int8"), kv="int8", calibration_tokens=512, evaluation_tokens=0)
-    work = quantize(model, request, text()).model
+    work = quantize(model, request, calibration_text()).model
     states, _, _ = work.trajectory(torch.from_numpy(random_tokens(64))[None])
     states[-1].square().sum().backward()
     gradient = work.block.attention.kv_proj.weight.grad
@@ -103,7 +97,7 @@ def test_gradients_pass_an_int8_cache(model: RMSE) -> None:
 def test_caches_of_other_scales_are_other_models(model: RMSE) -> None:
     """A session of one must not be read with the scales of the other."""
     request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
-    found = [quantize(model, request, text(seed=s), "f").model for s in (1, 2)]
+    found = [quantize(model, request, calibration_text(seed=s), "f").model for s in (1, 2)]
     prints = [TorchRuntime(m, "x", source="f").info.fingerprint for m in found]
     assert prints[0] != prints[1] and "f" not in prints
     assert TorchRuntime(model, "x", source="f").info.fingerprint == "f"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import Parser, output_path, positive_int, verb
-from .quantize import QUANTIZE_FLAGS, add_quantize_flags, quantized, request_of
+from .quantize import add_quantize_flags, quantized, request_of
 
 if TYPE_CHECKING:
     from ..quantize import QuantizeRequest
@@ -157,10 +157,11 @@ def refuse_idle_flags(args, quant: str, already: bool) -> None:
 
     reason = "the checkpoint is quantised already" if already else f"--quant {quant} quantises nothing"
     if already or quant not in BITS:
-        plain = parser()
-        for flag, name in QUANTIZE_FLAGS.items():
-            if getattr(args, name) != plain.get_default(name):
-                raise UserError(f"{flag}: {reason}; leave it out")
+        plain = Parser(prog="rmse-export")
+        add_quantize_flags(plain)
+        for name, default in vars(plain.parse_args([])).items():
+            if getattr(args, name) != default:
+                raise UserError(f"--{name.replace('_', '-')}: {reason}; leave it out")
 
 
 def print_description(description: dict, form: str) -> None:

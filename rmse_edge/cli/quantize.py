@@ -43,15 +43,6 @@ def parser() -> Parser:
     return p
 
 
-# Flags that say how to quantise, and where argparse puts them.
-QUANTIZE_FLAGS = {
-    "--calibrate": "calibrate", "--method": "method", "--loops": "loops", "--group-size": "group_size",
-    "--dense-group-size": "dense_group_size", "--asymmetric": "asymmetric", "--kv": "kv",
-    "--calibration-tokens": "calibration_tokens", "--evaluation-tokens": "evaluation_tokens", "--keep-gate": "keep_gate",
-    "--qat-steps": "qat_steps", "--calibration-seed": "calibration_seed",
-}  # fmt: skip
-
-
 def add_quantize_flags(p: argparse.ArgumentParser) -> None:
     """How to quantise: shared with rmse-export."""
     group = p.add_argument_group("quantisation")
@@ -142,16 +133,12 @@ def stage_bar():
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
     request = request_of(args, args.quant)
-    from ..checkpoint import QUANTIZATION_FILE, load_checkpoint
-    from ..errors import UserError
+    from ..checkpoint import load_checkpoint
     from ..quantize import save_quantized
+    from ..quantize.store import check_destination
 
     output = args.output or Path(f"{args.model.absolute().name}-{args.quant}")
-    if output.exists() and any(output.iterdir()):
-        if not (output / QUANTIZATION_FILE).is_file():
-            raise UserError(f"{output}: exists and is not a quantised checkpoint; choose another -o")
-        if not args.force:
-            raise UserError(f"{output}: already exists; remove it, choose another -o, or pass --force")
+    check_destination(output, args.force)  # before minutes of quantising
     import torch
 
     if args.threads:
