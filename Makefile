@@ -7,7 +7,7 @@
 
 PYTHON ?=
 TORCH_INDEX ?=
-EXTRAS ?= onnx,train,hf,knowledge,lancedb,dev
+EXTRAS ?= onnx,executorch,train,hf,knowledge,lancedb,dev
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

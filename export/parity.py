@@ -358,9 +358,13 @@ def compare_methods(
             results[name] = expected
         tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
         with torch.no_grad():
-            carry = {k: v.numpy() for k, v in program.model.begin(tensors)[0].items()}
+            carry, invariants = ({k: v.numpy() for k, v in part.items()} for part in program.model.begin(tensors))
+        if any(m.name == "begin" for m in program.methods):
+            got = candidate.run("begin", chunk, feeds)
+            for name, expected in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
+                note(f"begin_{chunk}", name, expected, got[name])
         carry["depth"] = np.zeros(spec.active.shape, np.int64)
-        last, emits = drive_step(candidate, spec, carry, feeds, dials)
+        last, emits = drive_step(candidate, spec, carry, feeds | invariants, dials)
         note(f"step_{chunk}", "h", results["loop"]["h"], last["h"])
         note(f"step_{chunk}", "depth", results["loop"]["depth"], last["depth"])
         for t in spec.emits:

@@ -28,10 +28,9 @@ from ..runtimes.torch import TorchRuntime, model_info
 from ..text import Tokenizer, read_text
 from .parity import LEAST_POSITIONS, POSITIONS, gate
 from .program import LoopProgram, method_names, signature, trace
-from .targets import QUANTIZATIONS, LowerOptions, get_target
+from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, get_target
 
 CHUNKS = (1, SEGMENT)
-ACCURACY_LEVELS = (0, 4)
 SAMPLE = "sample.txt"
 SAMPLE_LIMIT = 64 * 1024  # bytes
 TOKENIZER = "tokenizer.json"
@@ -50,13 +49,20 @@ class ExportRequest:
     accuracy_level: int = 4  # int8 and int4: activations rounded to int8 (4), or computed in float32 (0)
 
     def __post_init__(self) -> None:
-        get_target(self.target)
+        target = get_target(self.target)
         if self.quant not in QUANTIZATIONS:
             raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
+        if self.quant not in target.quants:
+            raise UserError(f"--quant {self.quant}: {self.target} takes {', '.join(target.quants)}")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise UserError(f"--accuracy-level: got {self.accuracy_level}, expected 0 or 4")
+        if self.quant in BITS and self.accuracy_level not in target.accuracy_levels:
+            raise UserError(
+                f"--accuracy-level {self.accuracy_level}: {self.target} rounds the activations of quantised weights to "
+                "int8 (level 4); leave it out, or export to onnx"
+            )
 
     def check_integers(self, quantized: Quantized | None) -> None:
         """Fail unless `quantized` is what this request needs.
@@ -122,16 +128,19 @@ def export_package(
     with writing(destination, request.overwrite) as folder:
         target = get_target(request.target)
         rounds_activations = quantized is not None and request.accuracy_level != 0
-        program = trace(model, CHUNKS, progress, target.any_rows)
+        tensors = quantized.tensors if quantized else {}
+        traced = target.prepare(model, tensors) if target.prepare else model
+        program = trace(traced, CHUNKS, progress, target.any_rows, target.host_loop)  # type: ignore[arg-type]
         lowering = target.lower(
             program,
             folder,
             LowerOptions(
                 quant=request.quant,
-                tensors=quantized.tensors if quantized else {},
+                tensors=tensors,
                 accuracy_level=request.accuracy_level,
                 exact_twin=rounds_activations and request.check,
                 compact=request.compact,
+                max_seq_len=request.max_seq_len,
                 progress=progress,
             ),
         )
@@ -141,7 +150,7 @@ def export_package(
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
-            "methods": _methods(program),
+            "methods": _methods(program, target.host_loop),
             "quantization": _quantization(request, quantized),
             "lowering": lowering,
             "text": text,
@@ -210,7 +219,7 @@ def _quantization(request: ExportRequest, quantized: Quantized | None) -> dict[s
     return {"weights": request.quant, "accuracy_level": request.accuracy_level, **report}
 
 
-def _methods(program: LoopProgram) -> dict[str, Any]:
+def _methods(program: LoopProgram, host_loop: bool) -> dict[str, Any]:
     """Every method's tensors in calls of each size, for the manifest."""
 
     def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
@@ -218,15 +227,15 @@ def _methods(program: LoopProgram) -> dict[str, Any]:
 
     found = {}
     for chunk, spec in program.specs.items():
-        for name in method_names(spec):
-            takes, gives = signature(spec, name)
+        for name in method_names(spec, host_loop):
+            takes, gives = signature(spec, name, host_loop)
             found[f"{name}_{chunk}"] = {"inputs": tensors(takes), "outputs": tensors(gives)}
     return found
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("rmse-edge", "torch", "onnx", "onnxscript", "onnxruntime"):
+    for name in ("rmse-edge", "torch", "onnx", "onnxscript", "onnxruntime", "executorch", "torchao"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -254,6 +263,7 @@ def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] 
         formats: for int8 and int4, the format of every tensor that is quantised.
     """
     specs = {chunk: model.spec(chunk) for chunk in CHUNKS}
+    host_loop = get_target(request.target).host_loop
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "target": request.target,
@@ -266,13 +276,15 @@ def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] 
         "methods": {
             f"{name}_{chunk}": {
                 "inputs": {
-                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[0]
+                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
+                    for t in signature(spec, name, host_loop)[0]
                 },
                 "outputs": {
-                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for t in signature(spec, name)[1]
+                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
+                    for t in signature(spec, name, host_loop)[1]
                 },
             }
             for chunk, spec in specs.items()
-            for name in method_names(spec)
+            for name in method_names(spec, host_loop)
         },
     }

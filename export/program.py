@@ -6,6 +6,7 @@ This is the stage between a model and every target. Its methods and their tensor
 |---------|-----------------------------------------------------------|--------------------------------------------|
 | prelude | inputs                                                    | prelude                                    |
 | loop    | prelude, context, state, memory, dials                    | h, depth, iterations, stacked emits        |
+| begin   | prelude, context                                          | first_ carry but depth, invariants         |
 | step    | k, carry, prelude, context, row k of state, memory, dials | next_ carry, emits, any_active             |
 | head    | h                                                         | head                                       |
 | commit  | prelude, context, h, depth, iterations, stacked emits     | commit                                     |
@@ -13,7 +14,8 @@ This is the stage between a model and every target. Its methods and their tensor
 A model may add methods of its own (`LoopSpec.extra`), which hosts call outside the loop.
 
 `loop` holds the loop itself (`torch.while_loop`); `step` is one iteration, for hosts that own the loop. The names are
-those of the model's `LoopSpec`.
+those of the model's `LoopSpec`. Where the engine has no loop, the host always owns it: such programs have `begin` instead
+of `loop`, and their `step` takes the invariants besides, so that no iteration makes them anew.
 
 Shapes are static, one program per number of rows, unless a target asks for programs that serve any number of rows. It
 does where an engine lays out weights anew for every graph that it loads: ONNX Runtime prepacks them per session, so two
@@ -37,6 +39,7 @@ from ..errors import ExportError
 from ..loop import DIALS, LoopModel, LoopSpec, TensorSpec, run_loop
 
 METHODS = ("prelude", "loop", "step", "head", "commit")
+HOST_METHODS = ("prelude", "begin", "step", "head", "commit")  # of programs whose host owns the loop
 ITERATIONS = TensorSpec("iterations", (), torch.int64)
 LOOP_INDEX = TensorSpec("k", (), torch.int64)
 ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
@@ -59,18 +62,26 @@ def next_of(carried: TensorSpec) -> TensorSpec:
     return TensorSpec(f"next_{carried.name}", carried.shape, carried.dtype)
 
 
-def signature(spec: LoopSpec, method: str) -> Signature:
-    """The tensors a method takes and gives, in order."""
+def first_of(carried: TensorSpec) -> TensorSpec:
+    """A carried tensor as `begin` returns it."""
+    return TensorSpec(f"first_{carried.name}", carried.shape, carried.dtype)
+
+
+def signature(spec: LoopSpec, method: str, host_loop: bool = False) -> Signature:
+    """The tensors a method takes and gives, in order; `host_loop` as in `trace`."""
     depth = TensorSpec("depth", spec.active.shape, torch.int64)
     rows = tuple(TensorSpec(t.name, t.shape[1:], t.dtype) for t in spec.state)
     given = (*spec.prelude, *spec.context)
+    fixed = (*given, *spec.invariants) if host_loop else given
+    first = tuple(first_of(t) for t in spec.carried if t.name != "depth")
     if method in spec.extra:
         return spec.extra[method]
     return {
         "prelude": (spec.inputs, spec.prelude),
         "loop": ((*given, *spec.state, *spec.memory, *dial_specs(spec)), (spec.h, depth, ITERATIONS, *stacked(spec))),
+        "begin": (given, (*first, *spec.invariants)),
         "step": (
-            (LOOP_INDEX, *spec.carried, *given, *rows, *spec.memory, *dial_specs(spec)),
+            (LOOP_INDEX, *spec.carried, *fixed, *rows, *spec.memory, *dial_specs(spec)),
             (*(next_of(t) for t in spec.carried), *spec.emits, ANY_ACTIVE),
         ),
         "head": ((spec.h,), spec.head),
@@ -138,10 +149,17 @@ class Method(nn.Module):
         carry = {t.name: tensors[t.name] for t in self.spec.carried}
         given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context, *self.spec.memory)}
         past = {t.name: tensors[t.name] for t in self.spec.state}
-        invariants = self.model.begin(given)[1]
+        names = [t.name for t in self.spec.invariants]
+        ready = all(name in tensors for name in names)
+        invariants = {name: tensors[name] for name in names} if ready else self.model.begin(given)[1]
         new, emitted = self.model.step(tensors["k"], carry, past, given | invariants, self._dials(tensors))
         new["depth"] = carry["depth"] + carry["active"].to(torch.int64)
         return {next_of(t).name: new[t.name] for t in self.spec.carried} | emitted | {"any_active": new["active"].any()}
+
+    def _begin(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        carry, invariants = self.model.begin(tensors)
+        # A method must not return what it was given: some engines would hand out the same memory twice.
+        return {f"first_{name}": value.clone() for name, value in carry.items()} | invariants
 
     def _head(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.model.head(tensors["h"])
@@ -201,12 +219,17 @@ class LoopProgram:
         return next(m for m in self.methods if m.name == name and chunk in m.chunks)
 
 
-def method_names(spec: LoopSpec) -> tuple[str, ...]:
-    return (*(m for m in METHODS if m != "commit" or spec.commit), *spec.extra)
+def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
+    methods = HOST_METHODS if host_loop else METHODS
+    return (*(m for m in methods if m != "commit" or spec.commit), *spec.extra)
 
 
 def trace(
-    model: LoopModel, chunks: tuple[int, ...], progress: Callable[[str], None] = lambda _: None, any_rows: bool = False
+    model: LoopModel,
+    chunks: tuple[int, ...],
+    progress: Callable[[str], None] = lambda _: None,
+    any_rows: bool = False,
+    host_loop: bool = False,
 ) -> LoopProgram:
     """Model -> LoopProgram.
 
@@ -215,6 +238,7 @@ def trace(
         progress: told what is being traced.
         any_rows: trace a method once for all of `chunks`, with a symbolic number of rows, where its tensors differ in
             nothing else. Otherwise every method is traced for each of them, and all shapes are static.
+        host_loop: the target has no loop; see the module.
     Raises:
         ExportError: a method does not trace, or does not return what its spec says.
     """
@@ -223,10 +247,11 @@ def trace(
     specs = {chunk: model.spec(chunk) for chunk in chunks}
     methods = []
     for chunk, spec in specs.items():
-        for name in method_names(spec):
+        for name in method_names(spec, host_loop):
             shared = shared_signature(specs, name) if any_rows else None
             if shared is None:
-                methods.append(_traced(Method(model, spec, name), (chunk,), progress))
+                tensors = signature(spec, name, host_loop)
+                methods.append(_traced(Method(model, spec, name, tensors), (chunk,), progress))
             elif chunk == chunks[0]:
                 methods.append(_traced(Method(model, spec, name, shared), chunks, progress))
     return LoopProgram(model, specs, tuple(methods))

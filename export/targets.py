@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..quantize import QuantizedTensor
     from .program import LoopProgram
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
+ACCURACY_LEVELS = (0, 4)
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,14 @@ class LowerOptions:
     accuracy_level: int = 4  # activations of quantised weights: 4 rounds them to int8, 0 computes in float32
     exact_twin: bool = False  # lower a second time with float activations, to prove the integers by the exact rule
     compact: bool = True  # compute experts of active rows only, in calls of many rows
+    max_seq_len: int | None = None  # tokens that a text may have; None: any number
     progress: Callable[[str], None] = lambda _: None
 
 
 # Lowers a program into files in a folder; returns what the target's runtime needs to know, for the manifest.
 Lowering = Callable[["LoopProgram", Path, LowerOptions], dict[str, Any]]
+# What a target makes of the model before it is traced, given the quantised weights; the model given stays as it is.
+Prepare = Callable[["nn.Module", Mapping[str, "QuantizedTensor"]], "nn.Module"]
 
 
 @dataclass(frozen=True)
@@ -38,46 +45,53 @@ class Target:
     """A lowering and the kind of program it wants."""
 
     lower: Lowering
-    asymmetric: bool  # takes quantised weights with zero points
-    any_rows: bool  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
+    quants: tuple[str, ...] = QUANTIZATIONS  # how it can store weights
+    accuracy_levels: tuple[int, ...] = ACCURACY_LEVELS  # of quantised weights' activations, see `LowerOptions`
+    asymmetric: bool = False  # takes quantised weights with zero points
+    any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
+    host_loop: bool = False  # the engine has no loop, see `trace`
+    prepare: Prepare | None = None
 
 
+# Where a target lives, and the packages whose absence it reports. Others register themselves when imported.
+MODULES = {"executorch": ("executorch", "torchao"), "onnx": ("onnx", "onnxscript")}
 _TARGETS: dict[str, Target] = {}
 
 
-def target(name: str, any_rows: bool = False, asymmetric: bool = False) -> Callable[[Lowering], Lowering]:
-    """Register a function as the lowering of target `name`. A second one of the same name is an error.
+def target(name: str, **kind: Any) -> Callable[[Lowering], Lowering]:
+    """Register a function as the lowering of target `name`; `kind` are the fields of `Target`.
 
-    Args:
-        any_rows: it lowers methods that serve calls of several sizes.
-        asymmetric: it takes quantised weights with zero points.
+    A second one of the same name is an error.
     """
 
     def register(lower: Lowering) -> Lowering:
         if name in _TARGETS:
             raise ValueError(f"target {name!r} is registered twice")
-        _TARGETS[name] = Target(lower, asymmetric, any_rows)
+        _TARGETS[name] = Target(lower, **kind)
         return lower
 
     return register
 
 
 def target_names() -> list[str]:
-    try:
-        from . import onnx  # noqa: F401  (registers itself)
-    except ImportError as error:
-        if error.name not in ("onnx", "onnxscript"):
-            raise
-        raise UserError(f"{error.name} is not installed; install it with: pip install 'rmse-edge[onnx]'") from None
-    return sorted(_TARGETS)
+    return sorted({*MODULES, *_TARGETS})
 
 
 def get_target(name: str) -> Target:
     """The target of this name.
 
     Raises:
-        UserError: no such target; the message lists those there are.
+        UserError: no such target, the message lists those there are; or the packages it needs are not installed.
     """
     if name not in target_names():
         raise UserError(f"--target: got {name!r}, expected one of {', '.join(target_names())}")
+    if name not in _TARGETS:
+        try:
+            importlib.import_module(f".{name}", __package__)  # registers itself
+        except ImportError as error:
+            if (error.name or "").split(".")[0] not in MODULES[name]:
+                raise
+            raise UserError(
+                f"{error.name} is not installed; install it with: pip install 'rmse-edge[{name}]'"
+            ) from None
     return _TARGETS[name]

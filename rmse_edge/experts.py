@@ -125,9 +125,7 @@ class SparseExperts(nn.Module):
         logits = self.router_logits(rows, k)
         if torch.compiler.is_exporting():
             live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
-            routed = sparse_experts(
-                rows, logits, self.balance_bias, live, self.gate_up_proj, self.down_proj, self.config.top_k
-            )
+            routed = self.exported(rows, logits, live)
         else:
             routing = select(logits, self.balance_bias, self.config.top_k)
             if self.observer is not None:
@@ -140,6 +138,11 @@ class SparseExperts(nn.Module):
             return routed.view(x.shape)  # zero wide: ONNX cannot reshape what is empty to an unknown number of rows
         shared = self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
         return (routed + shared).view(x.shape)
+
+    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
+        """The routed experts in a graph: rows (N, d), logits (N, E), active (N,) bool -> (N, d)."""
+        weights = (self.gate_up_proj, self.down_proj)
+        return sparse_experts(rows, logits, self.balance_bias, active, *weights, self.config.top_k)
 
     @torch.no_grad()
     def balance(self, rate: float) -> float:

@@ -71,6 +71,7 @@ class LoopSpec:
     state: tuple[TensorSpec, ...] = ()  # kept between calls; (K, ...): iteration k reads row k
     memory: tuple[TensorSpec, ...] = ()  # kept between calls, read whole by every iteration
     carry: tuple[TensorSpec, ...] = ()  # carried beside h, active and depth
+    invariants: tuple[TensorSpec, ...] = ()  # made by begin beside the first carry; every iteration may read them
     emits: tuple[TensorSpec, ...] = ()  # returned by every iteration; stacked to (K, ...) over the loop
     commit: tuple[TensorSpec, ...] = ()  # what commit returns; empty: the model has no commit
     # Further methods, `Tensors -> Tensors`, that hosts call outside the loop: name -> (inputs, outputs).
@@ -101,7 +102,7 @@ class LoopModel(Protocol):
         """`spec.inputs` -> `spec.prelude`."""
 
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """prelude + context -> (first carry without `depth`, whatever every iteration reads: masks and the like)."""
+        """prelude + context -> (first carry without `depth`, `spec.invariants`: masks and the like)."""
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
         """One iteration.

@@ -188,6 +188,7 @@ class RMSE(nn.Module):
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(TensorSpec("log_survival", (1, chunk)),),
+            invariants=(TensorSpec("mask", (1, 1, chunk, c.window + chunk)),),
             emits=(TensorSpec("new_keys", new_kv), TensorSpec("new_values", new_kv)),
             head=(TensorSpec("logits", (1, chunk, c.vocab_size)),),
             commit=(
@@ -255,7 +256,8 @@ class RMSE(nn.Module):
         window = self.config.window
         last = position[:, None] - 1
         slot = torch.arange(window, device=row.device)
-        held = last - torch.remainder(last - slot, window)  # (B, W)
+        # One window is added, so that nothing is negative: ExecuTorch's integer remainder takes the sign of C's there.
+        held = last - torch.remainder(last - slot + window, window)  # (B, W)
         here = position[:, None] + row  # (B, C)
         past = (held >= 0)[:, None] & (here[..., None] - held[:, None] < window)
         distance = row[:, None] - row

@@ -14,7 +14,7 @@ from .host import LoopRuntime
 
 __all__ = ["Dials", "Fed", "LoopRuntime", "Methods", "ModelInfo", "Runtime", "Surprise", "open_runtime", "runtime_for"]
 
-RUNTIMES = ("torch", "onnx")
+RUNTIMES = ("torch", "onnx", "executorch")
 
 
 def runtime_for(package: Package, threads: int | None = None) -> Runtime:
@@ -27,7 +27,23 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
         from .onnx import OnnxRuntime
 
         return OnnxRuntime(package, threads)
-    raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known is onnx")
+    if package.target == "executorch":
+        from .executorch import ExecutorchRuntime
+
+        return ExecutorchRuntime(package, threads)
+    known = ", ".join(name for name in RUNTIMES if name != "torch")
+    raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
+
+
+def start_engine(target: str) -> None:
+    """Load what runs packages of `target`, without a model, so that its own memory can be told from the model's."""
+    if target == "onnx":
+        from .onnx import start_engine as start
+    elif target == "executorch":
+        from .executorch import start_engine as start
+    else:
+        return
+    start()
 
 
 def open_runtime(
@@ -36,7 +52,7 @@ def open_runtime(
     """The runtime for a package folder or a checkpoint folder.
 
     Args:
-        runtime: "torch" or "onnx"; by default whatever the folder was made for.
+        runtime: "torch", "onnx" or "executorch"; by default whatever the folder was made for.
         device: "cpu" or "cuda", for the torch runtime.
         threads: threads of one call; by default the engine's own choice.
     Raises:

@@ -37,14 +37,16 @@ def release_mapped(path: Path) -> None:
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     name = str(path.resolve())
     for line in maps.read_text().splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == name:
             start, end = (int(part, 16) for part in fields[0].split("-"))
-            madvise(start, end - start, PAGEOUT)  # advice: a refusal costs nothing but memory
+            libc.munlock(start, end - start)  # ExecuTorch locks what it maps
+            libc.madvise(start, end - start, PAGEOUT)  # advice: a refusal costs nothing but memory
 
 
 def resident_bytes() -> tuple[int | None, int | None]:

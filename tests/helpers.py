@@ -145,7 +145,7 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self.programs: list[tuple[bool, LoopProgram]] = []  # with any number of rows or not
+        self.programs: list[tuple[tuple[bool, bool], LoopProgram]] = []  # with the kind of trace
         self.graphs: dict[tuple[int, bool], onnx.ModelProto] = {}
         self._to_onnx = onnx_target.to_onnx
 
@@ -155,11 +155,13 @@ class Memo:
         chunks: tuple[int, ...],
         progress: Callable[[str], None] = lambda _: None,
         any_rows: bool = False,
+        host_loop: bool = False,
     ) -> LoopProgram:
-        for rows, known in self.programs:
-            if rows == any_rows and tuple(known.specs) == chunks and same_model(known.model, model):
+        kind = (any_rows, host_loop)
+        for other, known in self.programs:
+            if other == kind and tuple(known.specs) == chunks and same_model(known.model, model):
                 return dataclasses.replace(known, model=model)
-        self.programs.append((any_rows, trace(model, chunks, progress, any_rows)))
+        self.programs.append((kind, trace(model, chunks, progress, *kind)))
         return self.programs[-1][1]
 
     def to_onnx(self, method: ExportedMethod, compact: bool) -> onnx.ModelProto:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import TextError, UserError
-from . import streaming
+from . import profiling, streaming
 from .common import Parser, existing_file, existing_path, list_of, non_negative_int, one_of, positive_int, verb
 from .display import bars, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
@@ -40,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
     forms: dict[str, Callable[[dict[str, Any]], str]] = {"md": as_markdown, "json": json.dumps, "csv": as_csv}
     with opened(args) as (runtimes, baseline):
-        if args.stream is None:
-            document = measure(runtimes, baseline, args)
-        else:
+        if args.profile:
+            document, forms = measure_profile(runtimes[0], args), profiling.FORMS
+        elif args.stream is not None:
             document, forms = measure_stream(runtimes[0], args), streaming.FORMS
+        else:
+            document = measure(runtimes, baseline, args)
     print(forms[args.output](document))
     return None
 
@@ -84,6 +86,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stream", type=positive_int, metavar="N", help="instead: feed N tokens in a row and report what stays flat"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: the time of every operator of an ExecuTorch package"
+    )
     add_dial_flags(parser)
     add_runtime_flags(parser)
     parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="a table, or for programs")
@@ -94,11 +99,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.quant != ["fp32"] and (args.model or args.runtime == "torch"):
         raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")
-    if args.stream is not None and len(args.model or args.quant) > 1:
-        raise UserError("--stream: takes one model")
+    instead = "--profile" if args.profile else "--stream" if args.stream is not None else None
+    if args.profile and args.stream is not None:
+        raise UserError("--profile and --stream: give one of them")
+    if instead and len(args.model or args.quant) > 1:
+        raise UserError(f"{instead}: takes one model")
     for flag in ("prompt", "generate", "depths", "repetitions"):
-        if args.stream is not None and getattr(args, flag) != parser.get_default(flag):
-            raise UserError(f"--stream: has one row and no repetitions; leave out --{flag}")
+        if instead and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"{instead}: has rows of its own and no repetitions; leave out --{flag}")
     return args
 
 
@@ -123,7 +131,7 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[list[LoopRuntime], int | 
             quiet = (signal.SIGINT, signal.SIG_DFL)
             with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, quiet) as pool:
                 for path, quant in zip(paths, args.quant):
-                    pool.submit(export_random, args.config, path, quant).result()
+                    pool.submit(export_random, args.config, path, quant, args.runtime or "onnx").result()
             baseline = baseline_memory(paths[0])
             yield [open_one(path, args) for path in paths], baseline
 
@@ -139,16 +147,15 @@ def open_one(path: Path, args: argparse.Namespace) -> LoopRuntime:
 
 def baseline_memory(path: Path) -> int | None:
     """Resident bytes with the engine started and no model; None for PyTorch, whose checkpoints are no packages."""
-    from ..package import MANIFEST
+    from ..package import MANIFEST, Package
+    from ..runtimes import start_engine
     from ..runtimes.machine import resident_bytes
 
     if not (path / MANIFEST).is_file():
         return None
     import tokenizers  # noqa: F401  (reading the text is not the model's doing)
 
-    from ..runtimes.onnx import start_engine
-
-    start_engine()
+    start_engine(Package.open(path).target)
     return resident_bytes()[0]
 
 
@@ -162,7 +169,7 @@ def random_model(config: Path) -> Any:
     return RMSE(RMSEConfig.from_file(config))
 
 
-def export_random(config: Path, destination: Path, quant: str) -> None:
+def export_random(config: Path, destination: Path, quant: str, target: str) -> None:
     """Export random weights to `destination`, unchecked: there is nothing to be right about but the time."""
     from ..export.pipeline import ExportRequest, export_package
     from ..quantize import QuantizeRequest, Scheme, quantize
@@ -171,7 +178,7 @@ def export_random(config: Path, destination: Path, quant: str) -> None:
     if quant in ("int8", "int4"):
         quantized = quantize(model, QuantizeRequest(Scheme(quant), method="rtn"))
         model = quantized.model
-    export_package(model, destination, ExportRequest(quant=quant, check=False), quantized=quantized)
+    export_package(model, destination, ExportRequest(target, quant, check=False), quantized=quantized)
 
 
 def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Namespace) -> dict[str, Any]:
@@ -243,6 +250,14 @@ def measure_stream(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, 
     notes = ["random weights: exits and surprise mean nothing"] if args.config else []
     ids = read_ids(runtime, args.stream, args)
     return streaming.measure(runtime, ids, chosen_dials(args, runtime.info), args.stream, args.threads, notes)
+
+
+def measure_profile(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
+    profiling.executorch_package(runtime)  # before anything is read
+    from ..runtimes.profile import PREFILL
+
+    ids = read_ids(runtime, PREFILL, args)[:PREFILL]
+    return profiling.measure(runtime, ids, chosen_dials(args, runtime.info), args.threads)
 
 
 def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.ndarray:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..quantize import QuantizeRequest
 
 DEFAULT_MODEL = "models/rmse-shakespeare"
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "executorch")
 BITS = ("int8", "int4")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--runtime", help="torch or onnx; the one the folder was made for without it")
+    group.add_argument("--runtime", help="torch, onnx or executorch; the one the folder was made for without it")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the torch runtime")
     group.add_argument("-t", "--threads", type=positive_int, metavar="N", help="the engine's own choice without it")
 

@@ -1,0 +1,136 @@
+"""LoopProgram -> ExecuTorch: one `.pte` with a method for every METHOD_ROWS, whose weights it holds once.
+
+The loop is the host's: no control flow in the runtime both stops early and keeps XNNPACK's delegates, and a call of
+`step` costs no more than an iteration inside a graph. What is kept between calls belongs to the host, too: `step` reads
+row k of the KV ring where it lies, and leaves the call's keys and values to be committed. A ring in the program's own
+buffers would be copied in every iteration (docs/experiments/executorch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ..attention import rotate
+from ..config import RMSEConfig
+from ..errors import ExportError
+from ..quantize import QuantizedTensor
+from .executorch_ops import prepare, stored_codes
+from .executorch_passes import EDGE_PASSES
+from .program import LoopProgram
+from .targets import LowerOptions, target
+
+PROGRAM = "program.pte"
+UNLIMITED = 2**31 - 1  # of get_max_context_len: a window and a memory hold any text
+PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate would only cost
+
+
+@target("executorch", quants=("fp32", "int8", "int4"), accuracy_levels=(4,), host_loop=True, prepare=prepare)
+def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
+    """Write program.pte into `folder`.
+
+    Returns:
+        "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method.
+    Raises:
+        ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
+    """
+    methods: dict[str, ExportedProgram] = {}
+    with _quiet():
+        for method in program.methods:
+            options.progress(f"lowering {method.label}")
+            # The model's own rotary operator is for targets that have one.
+            decomposed = method.program.run_decompositions({torch.ops.rmse_edge.rotary.default: rotate})
+            methods[f"{method.name}_{method.chunks[0]}"] = decomposed
+        options.progress("lowering to XNNPACK")
+        partitioners = {name: [] if name.split("_")[0] in PLAIN else [XnnpackPartitioner()] for name in methods}
+        try:
+            edge = to_edge_transform_and_lower(
+                methods,
+                transform_passes=EDGE_PASSES,
+                partitioner=partitioners,
+                constant_methods=metadata(program, options),
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+            delegates = {name: _delegates(edge.exported_program(name)) for name in methods}
+            lowered = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    # Inputs and outputs lie where the host has them.
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False),
+                    do_quant_fusion_and_const_prop=True,  # makes readers of quantised embeddings
+                )
+            )
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"ExecuTorch does not lower the program: {reason}") from error
+    path = folder / PROGRAM
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+    check_weights(path, options.tensors)
+    return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+
+
+def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
+    """Methods that return a constant, by the names that ExecuTorch's own runners look for; -1 for a token there is not."""
+    config: RMSEConfig | None = getattr(program.model, "config", None)
+    spec = next(iter(program.specs.values()))
+    found: dict[str, Any] = {"get_max_loops": spec.max_loops}
+    if config is None:
+        return found
+    limit = options.max_seq_len or UNLIMITED
+    return found | {
+        "get_vocab_size": config.vocab_size,
+        "get_bos_id": -1 if config.bos_token_id is None else config.bos_token_id,
+        "get_eos_ids": [] if config.eos_token_id is None else [config.eos_token_id],
+        "get_n_layers": 1,
+        "get_max_seq_len": limit,
+        "get_max_context_len": limit,
+        "get_window": config.window,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": False,
+    }
+
+
+def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
+    """Fail unless the file holds the codes of every quantised weight, byte for byte.
+
+    Raises:
+        ExportError: naming the weight.
+    """
+    content = path.read_bytes()
+    for name, q in tensors.items():
+        if not any(form.contiguous().numpy().tobytes() in content for form in stored_forms(q)):
+            raise ExportError(f"{name}: ExecuTorch did not store the integers it was given; export with --quant fp32")
+
+
+def stored_forms(q: QuantizedTensor) -> list[Tensor]:
+    """What a weight's codes may be stored as: for XNNPACK and the experts' kernels, or for looking up rows."""
+    if q.format.bits == 8:
+        return [stored_codes(q)]
+    return [stored_codes(q), (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]]
+
+
+def _delegates(program: ExportedProgram) -> int:
+    return sum("executorch_call_delegate" in str(n.target) for n in program.graph.nodes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporting warns about much that is its own business; errors still come as exceptions."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

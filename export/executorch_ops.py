@@ -1,0 +1,179 @@
+"""How the model becomes a program for ExecuTorch: weights as XNNPACK reads them, experts as operators of their own.
+
+Dense weights become torchao tensors, which trace to the patterns that XNNPACK's partitioner takes for int8 rows (`8da8w`)
+and groups of int4 (`8da4w`); in both, activations are rounded to int8, row by row. The routed experts stay one operator,
+`sparse_experts` or `quantized_experts`, whose kernels are in runtimes/native: they read the chosen experts where they lie
+in the mapped file, so that idle ones stay out of memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import RMSNorm
+from ..config import RMSEConfig
+from ..errors import ExportError
+from ..experts import SparseExperts
+from ..quantize import QuantizedTensor
+from ..quantize.tensors import Format
+
+BLOCK = 32  # XNNPACK's groups, and the activations that share a scale in the experts' kernels
+OUT_VARIANTS = (
+    "sparse_experts.out(Tensor x, Tensor logits, Tensor bias, Tensor active, Tensor gate_up, Tensor down, SymInt top_k, *, "
+    "Tensor(a!) out) -> Tensor(a!)",
+    "quantized_experts.out(Tensor x, Tensor logits, Tensor bias, Tensor active, Tensor gate_up_codes, Tensor gate_up_scales, "
+    "Tensor down_codes, Tensor down_scales, SymInt top_k, *, Tensor(a!) out) -> Tensor(a!)",
+)
+
+
+@torch.library.custom_op("rmse_edge::quantized_experts", mutates_args=())
+def quantized_experts(
+    x: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    active: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scales: Tensor,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    top_k: int,
+) -> Tensor:
+    """`rmse_edge::sparse_experts` on integers.
+
+    Args:
+        gate_up_codes, down_codes: (E, outputs, inputs) int8, or (E, outputs, inputs / 2) uint8 with two int4 to a byte,
+            the first in the low half, zero at 8.
+        gate_up_scales, down_scales: (E, outputs, groups) bfloat16.
+    """
+    raise NotImplementedError("this operator is traced, not run: its kernel belongs to the ExecuTorch runtime")
+
+
+@quantized_experts.register_fake
+def _(x, logits, bias, active, gate_up_codes, gate_up_scales, down_codes, down_scales, top_k):
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("rmse_edge", "FRAGMENT")
+for _schema in OUT_VARIANTS:
+    _library.define(_schema)
+
+
+class DelegatedNorm(nn.Module):
+    """`RMSNorm` in operators that XNNPACK takes, so that a norm does not part what it delegates.
+
+    The mean of the squares is a product with 1/d, a linear layer of one output whose bias is epsilon.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        dims = norm.weight.numel()
+        self.register_buffer("mean", torch.full((1, dims), 1 / dims))
+        self.register_buffer("eps", torch.full((1,), norm.eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.mean, self.eps)) * self.weight
+
+
+class IntegerExperts(SparseExperts):
+    """Experts that trace to `quantized_experts`."""
+
+    def __init__(self, config: RMSEConfig, gate_up: QuantizedTensor, down: QuantizedTensor) -> None:
+        super().__init__(config)
+        self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]
+        for name, q in (("gate_up", gate_up), ("down", down)):
+            self.register_buffer(f"{name}_codes", stored_codes(q))
+            self.register_buffer(f"{name}_scales", q.scales.to(torch.bfloat16))
+
+    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
+        weights = (self.gate_up_codes, self.gate_up_scales, self.down_codes, self.down_scales)
+        return quantized_experts(rows, logits, self.balance_bias, active, *weights, self.config.top_k)
+
+
+def stored_codes(q: QuantizedTensor) -> Tensor:
+    """Codes (..., N, K) as the experts' kernels read them: int8, or two int4 to a byte."""
+    return signed(q) if q.format.bits == 8 else q.packed()
+
+
+def signed(q: QuantizedTensor) -> Tensor:
+    """Codes (..., N, K) counted from their zero, int8."""
+    return (q.codes.to(torch.int16) - q.format.middle).to(torch.int8)
+
+
+def check_format(name: str, fmt: Format, inputs: int) -> None:
+    """Fail unless XNNPACK and the experts' kernels have this format.
+
+    Raises:
+        ExportError: naming the tensor and the fix.
+    """
+    if not fmt.symmetric:
+        raise ExportError(f"{name}: is asymmetric, and executorch takes symmetric weights only")
+    if fmt.bits == 4 and (fmt.group is None or fmt.group % BLOCK):
+        raise ExportError(
+            f"{name}: has groups of {fmt.group}, and executorch takes multiples of {BLOCK}; quantise with --group-size "
+            f"{BLOCK} --dense-group-size {BLOCK}, or to int8"
+        )
+    if inputs % BLOCK and fmt.bits == 4:
+        raise ExportError(f"{name}: its {inputs} inputs make no whole groups of {BLOCK}; quantise to int8")
+
+
+def prepare(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> nn.Module:
+    """A copy of `model` that traces to what XNNPACK and the experts' kernels run.
+
+    Raises:
+        ExportError: a weight has a format that these do not read; names it.
+    """
+    model = copy.deepcopy(model)
+    left = dict(tensors)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, RMSNorm):
+            model.set_submodule(path, DelegatedNorm(module))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
+            _replace_experts(model, path, module, left)
+    for name in list(left):
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        q = left.pop(name)
+        check_format(name, q.format, q.shape[-1])
+        setattr(owner, attribute, nn.Parameter(torchao_weight(q, isinstance(owner, nn.Linear)), requires_grad=False))
+    return model
+
+
+def _replace_experts(model: nn.Module, path: str, module: SparseExperts, left: dict[str, QuantizedTensor]) -> None:
+    names = [f"{path}.{weight}" for weight in ("gate_up_proj", "down_proj")]
+    up, down = (left.pop(name) for name in names)
+    for name, q in zip(names, (up, down)):
+        check_format(name, q.format, q.shape[-1])
+        if q.shape[-1] % BLOCK:
+            raise ExportError(
+                f"{name}: its {q.shape[-1]} inputs make no whole blocks of {BLOCK}; export with --quant fp32"
+            )
+    new = IntegerExperts(module.config, up, down).eval()
+    for name in ("router", "shared_gate_up_proj", "shared_down_proj", "step_logits", "balance_bias"):
+        setattr(new, name, getattr(module, name))
+    model.set_submodule(path, new)
+
+
+def torchao_weight(q: QuantizedTensor, dynamic: bool) -> Tensor:
+    """A weight (N, K) of a linear layer, whose activations are rounded too (`dynamic`), or of an embedding."""
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8Tensor,
+        IntxUnpackedToInt8TensorActivationQuantization,
+    )
+
+    rounding = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN if dynamic else None
+    return IntxUnpackedToInt8Tensor(
+        qdata=signed(q),
+        scale=q.scales,
+        zero_point=torch.zeros_like(q.scales, dtype=torch.int8),
+        target_dtype=getattr(torch, f"int{q.format.bits}"),
+        block_size=(1, q.format.group or q.shape[-1]),
+        dtype=torch.float32,
+        activation_quantization=rounding,
+    )

@@ -1,0 +1,53 @@
+"""Passes over a method in ExecuTorch's edge dialect, before XNNPACK takes its parts."""
+
+from __future__ import annotations
+
+from executorch.exir.dialects._ops import ops
+from executorch.exir.pass_base import ExportPass, PassResult
+from torch.fx import GraphModule
+
+EXPAND = ops.edge.aten.expand_copy.default
+VIEW = ops.edge.aten.view_copy.default
+RESHAPES = (ops.edge.aten.squeeze_copy.dims, ops.edge.aten.squeeze_copy.dim, ops.edge.aten.unsqueeze_copy.default)
+
+
+class DropIdleExpands(ExportPass):
+    """An expand to the shape that is there already is a copy; every matmul of more than two dimensions brings two.
+
+    Given:   y = expand(x, x.shape)
+    Result:  y = x
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        found = False
+        for node in list(graph_module.graph.nodes):
+            if node.op == "call_function" and node.target == EXPAND and _shape(node) == _shape(node.args[0]):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+                found = True
+        graph_module.recompile()
+        return PassResult(graph_module, found)
+
+
+class ReshapesAsViews(ExportPass):
+    """Squeezes are copies at run time; views of static shapes are nothing at all.
+
+    Given:   y = unsqueeze(x, 0)
+    Result:  y = view(x, y.shape)
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        found = False
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and node.target in RESHAPES:
+                node.target, node.args = VIEW, (node.args[0], [int(d) for d in _shape(node)])
+                found = True
+        graph_module.recompile()
+        return PassResult(graph_module, found)
+
+
+def _shape(node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews()]

@@ -1,0 +1,192 @@
+"""ExecuTorch: the host owns the loop, and with it the KV ring, which every `step` reads where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import PackageError, UserError
+from ..package import Package
+from .base import Arrays, ModelInfo
+from .host import LoopRuntime
+from .kernels import executorch_folder, load_kernels
+from .machine import release_mapped
+
+MAGIC = b"ET12"  # at byte 4 of a program; the runtime ends the process over other bytes
+
+
+def _portable_lib() -> Any:
+    executorch_folder()  # says so where it is not installed
+    from executorch.extension.pybindings import portable_lib
+
+    return portable_lib
+
+
+def start_engine() -> None:
+    """Load the runtime and the kernels, so that what the engine itself takes is in memory."""
+    _portable_lib()
+    load_kernels()
+
+
+def load_program(path: Path, profile: bool = False) -> Any:
+    """The engine's program for a file whose hash was verified.
+
+    Raises:
+        PackageError: it is no program of this runtime.
+    """
+    with path.open("rb") as file:
+        if file.read(8)[4:] != MAGIC:
+            raise PackageError(f"{path}: is not an ExecuTorch program ({MAGIC.decode()}); export the package again")
+    engine = _portable_lib()
+    try:
+        return engine._load_program(
+            str(path), enable_etdump=profile, program_verification=engine.Verification.InternalConsistency
+        )
+    except RuntimeError as error:
+        raise _refused(path, error) from None
+
+
+def _refused(path: Path, error: RuntimeError) -> PackageError:
+    reason = load_kernels().rmse_last_error().decode(errors="replace") or " ".join(str(error).split())
+    return PackageError(f"{path}: executorch cannot load it ({reason}); export the package again")
+
+
+class ExecutorchMethods:
+    """`Methods` over a program. `loop` is `begin`, then `step` until nothing is active."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Any], max_loops: int, profile: bool = False) -> None:
+        """
+        Args:
+            tensors: the manifest's "methods": what each takes and gives, in order.
+            profile: keep the time of every operator; see `write_profile`.
+        """
+        self.path = path
+        self.tensors = tensors
+        self.max_loops = max_loops
+        self._library = load_kernels()
+        self._library.rmse_share_packed_weights(1)
+        self._program = load_program(path, profile)
+        self._methods: dict[str, Any] = {}
+        self._stacks: dict[int, dict[str, Tensor]] = {}  # chunk -> the emits of all iterations
+
+    def load(self, name: str) -> Any:
+        """The engine's method METHOD_ROWS.
+
+        Raises:
+            PackageError: the package has no such method, or the engine cannot load it.
+        """
+        if name not in self._methods:
+            method, _, rows = name.rpartition("_")
+            known = [self._program.get_method_name(i) for i in range(self._program.num_methods())]
+            if name not in self.tensors or name not in known:
+                raise PackageError(f"{self.path}: holds no {method} for {rows} rows; it has {', '.join(self.tensors)}")
+            try:
+                self._methods[name] = self._program.load_method(name)
+            except RuntimeError as error:
+                raise _refused(self.path, error) from None
+        return self._methods[name]
+
+    def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
+        if method == "loop":
+            return self._loop(chunk, feeds)
+        name = f"{method}_{chunk}"
+        given = self._given(name, feeds)
+        return {key: value.numpy() for key, value in self._call(name, given).items()}
+
+    def write_profile(self, path: Path) -> None:
+        """Write the times of all calls so far as an ETDump."""
+        self._program.write_etdump_result_to_file(str(path), str(path.with_suffix(".debug")))
+
+    def _given(self, name: str, feeds: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+        self.load(name)
+        given = {}
+        for t in self.tensors[name]["inputs"]:
+            value = feeds[t["name"]]
+            tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, order="C"))
+            if list(tensor.shape) != t["shape"] or str(tensor.dtype) != f"torch.{t['dtype']}":
+                got = f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+                raise ValueError(f"{t['name']}: got {got}, expected {tuple(t['shape'])} {t['dtype']}")
+            given[t["name"]] = tensor
+        return given
+
+    def _call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run METHOD_ROWS on checked tensors."""
+        inputs: Sequence[Tensor] = [given[t["name"]] for t in self.tensors[name]["inputs"]]
+        return dict(zip((t["name"] for t in self.tensors[name]["outputs"]), self.load(name)(inputs)))
+
+    def _loop(self, chunk: int, feeds: Arrays) -> Arrays:
+        begun = self._call(f"begin_{chunk}", self._given(f"begin_{chunk}", feeds))
+        step = f"step_{chunk}"
+        gives = [t["name"] for t in self.tensors[step]["outputs"]]
+        carried = [name.removeprefix("next_") for name in gives if name.startswith("next_")]
+        rows = self._rows(step, feeds)
+        stacks = self._stack(chunk)
+        first = {name: begun.pop(f"first_{name}") for name in carried if name != "depth"}
+        first["depth"] = torch.zeros(first["active"].shape, dtype=torch.int64)
+        k, limit = 0, int(feeds["max_loops"])
+        start = {name: row[0] for name, row in rows.items()}
+        given = self._given(step, feeds | begun | first | start | {"k": torch.tensor(0)})
+        while k < limit:
+            out = self._call(step, given)
+            for name, stack in stacks.items():
+                stack[k].copy_(out[name])
+            k += 1
+            given |= {name: out[f"next_{name}"] for name in carried}
+            if not out["any_active"]:
+                break
+            if k < limit:
+                given |= {name: row[k] for name, row in rows.items()} | {"k": torch.tensor(k)}
+        result = {"h": given["h"], "depth": given["depth"], "iterations": torch.tensor(k)} | stacks
+        return {name: value.numpy() for name, value in result.items()}
+
+    def _rows(self, step: str, feeds: Arrays) -> dict[str, Tensor]:
+        """Of everything that step takes a row of, all rows: (K, ...)."""
+        rows = {}
+        for t in self.tensors[step]["inputs"]:
+            value = feeds.get(t["name"])
+            if value is not None and list(value.shape) == [self.max_loops, *t["shape"]]:
+                rows[t["name"]] = torch.from_numpy(value)
+        return rows
+
+    def _stack(self, chunk: int) -> dict[str, Tensor]:
+        if chunk not in self._stacks:
+            outputs = self.tensors[f"step_{chunk}"]["outputs"]
+            emits = [t for t in outputs if not t["name"].startswith("next_") and t["name"] != "any_active"]
+            self._stacks[chunk] = {
+                t["name"]: torch.zeros(self.max_loops, *t["shape"], dtype=getattr(torch, t["dtype"])) for t in emits
+            }
+        return self._stacks[chunk]
+
+
+class ExecutorchRuntime(LoopRuntime):
+    """A package exported with `--target executorch`, run by the wheel's runtime."""
+
+    def __init__(self, package: Package, threads: int | None = None, profile: bool = False) -> None:
+        manifest = package.manifest
+        self.package = package
+        info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
+        path = package.path(manifest["lowering"]["program"])
+        set_threads(threads)
+        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile)
+        super().__init__(info, methods)
+        for name in manifest["methods"]:  # now, so that the first token does not wait for it
+            methods.load(name)
+        release_mapped(path)  # XNNPACK's weights are packed into memory by now; those of experts come back when read
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the engine's threads for the whole process.
+
+    Raises:
+        UserError: the engine has no such number of threads.
+    """
+    if threads is not None:
+        try:
+            _portable_lib()._unsafe_reset_threadpool(threads)
+        except RuntimeError as error:
+            raise UserError(f"--threads: executorch cannot run {threads} threads ({error})") from None

@@ -1,0 +1,117 @@
+"""Compiles and loads what ExecuTorch packages need besides the `executorch` wheel: the kernels in runtimes/native.
+
+The wheel brings headers and libraries, so a C++ compiler is all it takes. The library is made once, on first use, and kept
+in the user's cache folder under a name that says what it was made from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ..errors import UserError
+
+NATIVE = Path(__file__).with_name("native")
+SOURCES = ("products.cpp", "experts.cpp", "operators.cpp")
+HEADERS = ("products.h", "experts.h")
+# Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
+FLAGS = (
+    "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    "-DET_USE_THREADPOOL",
+)  # fmt: skip
+LIBRARIES = ("executorch", "executorch_threadpool", "executorch_kernels_quantized")  # the last one for embeddings
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def executorch_folder() -> Path:
+    """Where the wheel's headers and libraries are.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    spec = importlib.util.find_spec("executorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("executorch is not installed; install it with: pip install 'rmse-edge[executorch]'")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL:
+    """Register the operators with the ExecuTorch runtime of this process; compiles them first where that was not done.
+
+    Raises:
+        UserError: there is no compiler, or it fails.
+    """
+    from executorch.extension.pybindings import portable_lib  # noqa: F401  (the runtime must be there before)
+
+    library = ctypes.CDLL(str(compiled()))
+    library.rmse_instruction_set.restype = ctypes.c_char_p
+    library.rmse_last_error.restype = ctypes.c_char_p
+    library.rmse_take_messages()
+    return library
+
+
+def compiled() -> Path:
+    """The path of the compiled library, made if it is not there yet."""
+    folder = executorch_folder()
+    made_from = [importlib.metadata.version("executorch"), str(folder), *FLAGS, *LIBRARIES]
+    digest = hashlib.sha256("\n".join(made_from).encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update((NATIVE / name).read_bytes())
+    path = cache_folder() / f"rmse-edge-kernels-{digest.hexdigest()[:16]}.so"
+    if not path.is_file():
+        compile_to(path, folder)
+    return path
+
+
+def cache_folder() -> Path:
+    """RMSE_EDGE_CACHE, or rmse-edge in the user's cache folder."""
+    own = os.environ.get("RMSE_EDGE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmse-edge"
+
+
+def compile_to(path: Path, folder: Path) -> None:
+    """Compile into `path`, all or nothing: other processes may be doing the same.
+
+    Raises:
+        UserError: no compiler, no place to write to, or an error in the compilation (its first line).
+    """
+    named = os.environ.get("CXX")
+    compiler = next((c for c in ([named] if named else COMPILERS) if shutil.which(c)), None)
+    if compiler is None:
+        raise UserError(
+            f"ExecuTorch packages need a C++ compiler once ({named or ', '.join(COMPILERS)} not found); install one "
+            "(Debian: apt install g++; macOS: xcode-select --install) or set CXX"
+        )
+    include = folder / "include"
+    command = [compiler, *FLAGS]
+    for where in (include, include / "executorch" / "runtime" / "core" / "portable_type" / "c10"):
+        command += ["-isystem", str(where)]
+    command += [str(NATIVE / name) for name in SOURCES]
+    command += [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-Wl,--no-as-needed"]
+    command += [f"-l{name}" for name in LIBRARIES]
+    print("rmse-edge: compiling the kernels for ExecuTorch packages (once)", file=sys.stderr)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no reason"]
+                raise UserError(f"{compiler} cannot compile the kernels for ExecuTorch packages: {lines[0]}")
+            os.replace(made, path)
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: cannot be written ({error.strerror}); set RMSE_EDGE_CACHE to a folder"
+        ) from None

@@ -1,0 +1,95 @@
+"""Where the time goes: ExecuTorch's own event dump (ETDump) of prefill and of decoding, by operator."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import SEGMENT
+from ..package import Package
+from .base import Dials
+from .executorch import ExecutorchMethods, ExecutorchRuntime
+
+WHOLE = "Method::execute"
+PARTS = ("DELEGATE_CALL", "OPERATOR_CALL")  # of which the other events are details
+PREFILL, DECODE = 4 * SEGMENT, 32  # tokens
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an operator took in one kind of call."""
+
+    test: str  # "pp256", "tg32"
+    operator: str
+    calls: int
+    ms: float  # all calls together
+    share: float  # of the time inside the runtime
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None) -> list[Profile]:
+    """Prefill and decode a text, each in a runtime of its own; the costliest operators first.
+
+    Args:
+        ids: at least `PREFILL` tokens.
+    """
+    rows = []
+    for test, count in ((f"pp{PREFILL}", PREFILL), (f"tg{DECODE}", 1)):
+        runtime = ExecutorchRuntime(package, threads, profile=True)
+        if count > 1:
+            runtime.feed(ids[:count], dials, "last")
+        else:
+            for token in ids[:DECODE]:
+                runtime.feed([token], dials, "last")
+        assert isinstance(runtime.methods, ExecutorchMethods)
+        with tempfile.TemporaryDirectory() as folder:
+            dump = Path(folder) / "calls.etdp"
+            runtime.methods.write_profile(dump)
+            rows += summary(test, events(dump))
+    return rows
+
+
+def events(dump: Path) -> dict[str, list[float]]:
+    """Name -> milliseconds of every event in an ETDump."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the inspector warns of what an ETDump without debug data does not have
+    try:
+        from executorch.devtools import Inspector
+
+        found: dict[str, list[float]] = defaultdict(list)
+        for block in Inspector(etdump_path=str(dump)).event_blocks:
+            for event in block.events:
+                if event.perf_data is not None:
+                    found[event.name] += event.perf_data.raw
+    finally:
+        logging.disable(disabled)
+    return found
+
+
+def summary(test: str, found: dict[str, list[float]]) -> list[Profile]:
+    """Operators by time. What the delegates and the runtime take beside their operators is a line of its own."""
+    total = sum(found[WHOLE])
+    grouped: dict[str, list[float]] = defaultdict(list)
+    for name, times in found.items():
+        if name != WHOLE and name not in PARTS and name.startswith(("native_call_", "Method", "Program")) is False:
+            grouped[f"xnnpack: {_plain(name)}"] += times
+        elif name.startswith("native_call_"):
+            grouped[_plain(name.removeprefix("native_call_"))] += times
+    inside = sum(sum(times) for times in grouped.values())
+    grouped["(between operators)"] = [max(0.0, total - inside)]
+    rows = [Profile(test, name, len(times), sum(times), sum(times) / total) for name, times in grouped.items()]
+    return sorted(rows, key=lambda row: -row.ms)
+
+
+def _plain(name: str) -> str:
+    """ "Fully Connected (NC, F32) GEMM #3" -> "Fully Connected (NC, F32) GEMM"; "mean.out" -> "mean"."""
+    return re.sub(r"\.\w*out$", "", re.sub(r" #\d+$", "", name))
