@@ -1,5 +1,6 @@
-# make demo   export the shipped model, let it write, time it
-# make test   lint, types and tests
+# make demo     export the shipped model, let it write, time it
+# make runner   build the native runner of ExecuTorch packages
+# make test     lint, types and tests
 #
 # Both set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
 # On Linux the default torch brings CUDA. For the smaller CPU build give the address of an index of CPU wheels, once:
@@ -16,10 +17,19 @@ STAMP := .venv/installed
 MODEL := models/rmse-shakespeare
 PACKAGE := build/rmse-shakespeare-onnx.rmse
 
-.PHONY: help setup demo test lint style types clean
+# The ExecuTorch runner: for this machine, and for 64-bit ARM with a cross compiler and the wheel of that platform.
+EXECUTORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("executorch").submodule_search_locations[0])')
+VERSION = $(shell sed -n 's/^executorch==//p' constraints.txt)
+RUNNER := build/native/rmse-runner
+ARM := build/native-aarch64
+ARM_CXX ?= aarch64-linux-gnu-g++
+
+.PHONY: help setup demo runner runner-aarch64 test lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
+	@echo "make runner  build $(RUNNER), which runs ExecuTorch packages without Python"
+	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + all tests"
 	@echo "make lint    ruff, ruff format --check, mypy"
 	@echo "make clean   remove what was built; .venv stays"
@@ -56,6 +66,18 @@ demo: $(STAMP)
 	$(BIN)/rmse-run $(PACKAGE) --prompt "ROMEO:" --max-new-tokens 240 --seed 1
 	@echo; echo "== 3/3  rmse-bench: what stopping early saves"
 	$(BIN)/rmse-bench $(PACKAGE)
+
+runner: $(STAMP)
+	@$(MAKE) --no-print-directory -C runtimes/native EXECUTORCH=$(EXECUTORCH) BUILD=$(CURDIR)/build/native
+
+# pip brings the wheel of the other platform, whose libraries the runner is linked with and run with.
+runner-aarch64: $(STAMP)
+	@command -v $(ARM_CXX) >/dev/null || { echo "error: no $(ARM_CXX); apt install g++-aarch64-linux-gnu, or set ARM_CXX" >&2; exit 1; }
+	@test -d $(ARM)/wheel/executorch || { mkdir -p $(ARM)/wheel && $(BIN)/python -m pip download --quiet \
+	    --disable-pip-version-check --no-deps --only-binary :all: --platform manylinux_2_28_aarch64 --python-version 311 \
+	    --dest $(ARM) executorch==$(VERSION) && $(BIN)/python -m zipfile -e $(ARM)/executorch-$(VERSION)-*.whl $(ARM)/wheel; }
+	@$(MAKE) --no-print-directory -C runtimes/native EXECUTORCH=$(CURDIR)/$(ARM)/wheel/executorch \
+	    BUILD=$(CURDIR)/$(ARM) CXX=$(ARM_CXX)
 
 # Two processes at a time; tests of one file stay together, since they share exports.
 test: lint

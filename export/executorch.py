@@ -2,8 +2,8 @@
 
 The loop is the host's: no control flow in the runtime both stops early and keeps XNNPACK's delegates, and a call of
 `step` costs no more than an iteration inside a graph. What is kept between calls belongs to the host, too: `step` reads
-row k of the KV ring where it lies, and leaves the call's keys and values to be committed. A ring in the program's own
-buffers would be copied in every iteration (docs/experiments/executorch).
+row k of the KV ring where it lies, and leaves the call's keys and values to be committed. Rings in the program's own buffers
+are no faster, several times slower as exported by default, and out of the host's hands (docs/experiments/executorch).
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..attention import rotate
 from ..config import RMSEConfig
 from ..errors import ExportError
 from ..quantize import QuantizedTensor
@@ -45,14 +43,9 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     Raises:
         ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
     """
-    methods: dict[str, ExportedProgram] = {}
+    methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
+    options.progress("lowering to XNNPACK")
     with _quiet():
-        for method in program.methods:
-            options.progress(f"lowering {method.label}")
-            # The model's own rotary operator is for targets that have one.
-            decomposed = method.program.run_decompositions({torch.ops.rmse_edge.rotary.default: rotate})
-            methods[f"{method.name}_{method.chunks[0]}"] = decomposed
-        options.progress("lowering to XNNPACK")
         partitioners = {name: [] if name.split("_")[0] in PLAIN else [XnnpackPartitioner()] for name in methods}
         try:
             edge = to_edge_transform_and_lower(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import RMSNorm
+from ..attention import Attention, RMSNorm
 from ..config import RMSEConfig
 from ..errors import ExportError
 from ..experts import SparseExperts
@@ -133,6 +133,8 @@ def prepare(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> nn.Modu
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):
             model.set_submodule(path, DelegatedNorm(module))
+        elif isinstance(module, Attention):
+            module.rotary_operator = False
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
             _replace_experts(model, path, module, left)

@@ -51,10 +51,6 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return (rotary if torch.compiler.is_exporting() else rotate)(x, cos, sin)
-
-
 def table_row(table: Tensor, k: int | Tensor) -> Tensor:
     """Row k of a per-loop table (K, ...): k is a Python int when the loop is unrolled, an int64 scalar in a graph."""
     return table[k] if isinstance(k, int) else table.index_select(0, k.reshape(1)).squeeze(0)
@@ -70,6 +66,7 @@ class Attention(nn.Module):
     def __init__(self, config: RMSEConfig) -> None:
         super().__init__()
         self.config = config
+        self.rotary_operator = True  # in graphs; a target that has none of its own sets it to False
         d, heads, groups, hd = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
         self.q_proj = nn.Linear(d, heads * hd, bias=False)
         self.kv_proj = nn.Linear(d, 2 * groups * hd, bias=False)
@@ -114,8 +111,12 @@ class Attention(nn.Module):
         batch, count, _ = x.shape
         kv = self.kv_proj(x).view(batch, count, 2, self.config.n_kv_heads, self.config.head_dim)
         keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C, hd)
-        keys = turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
+        keys = self.turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
         return self.rounded(keys, 0, k), self.rounded(values, 1, k)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate`, in a graph as one operator."""
+        return (rotary if torch.compiler.is_exporting() and self.rotary_operator else rotate)(x, cos, sin)
 
     def rounded(self, x: Tensor, which: int, k: int | Tensor | None) -> Tensor:
         """Keys (`which` 0) or values (1) of loop k rounded to the cache's type *before use*, so that a token reads the
@@ -167,7 +168,7 @@ class Attention(nn.Module):
         batch, count, _ = x.shape
         groups, hd = self.config.n_kv_heads, self.config.head_dim
         query = self.q_norm(self.q_proj(x).view(batch, count, -1, hd)).transpose(1, 2)  # (B, H, C, hd)
-        query = turn(query, *self.angles(k, cos, sin, 1.0))
+        query = self.turn(query, *self.angles(k, cos, sin, 1.0))
         if torch.compiler.is_exporting():
             # Heads of a group share their keys: fold them into the rows of one plain matmul instead of repeating K and V.
             rows = query.reshape(batch, groups, -1, hd)  # (B, G, H/G * C, hd)

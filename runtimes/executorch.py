@@ -15,8 +15,9 @@ from ..package import Package
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
 from .kernels import executorch_folder, load_kernels
-from .machine import release_mapped
+from .machine import DONTNEED, release_mapped
 
+MOST_THREADS = 256
 MAGIC = b"ET12"  # at byte 4 of a program; the runtime ends the process over other bytes
 
 
@@ -176,17 +177,17 @@ class ExecutorchRuntime(LoopRuntime):
         super().__init__(info, methods)
         for name in manifest["methods"]:  # now, so that the first token does not wait for it
             methods.load(name)
-        release_mapped(path)  # XNNPACK's weights are packed into memory by now; those of experts come back when read
+        release_mapped(path, DONTNEED)  # XNNPACK's weights are packed by now; those of experts come back when read
 
 
 def set_threads(threads: int | None) -> None:
     """Set the engine's threads for the whole process.
 
     Raises:
-        UserError: the engine has no such number of threads.
+        UserError: these are more than it should be asked for: it starts them all, whatever the machine has.
     """
-    if threads is not None:
-        try:
-            _portable_lib()._unsafe_reset_threadpool(threads)
-        except RuntimeError as error:
-            raise UserError(f"--threads: executorch cannot run {threads} threads ({error})") from None
+    if threads is None:
+        return
+    if threads > MOST_THREADS:
+        raise UserError(f"--threads: got {threads}, expected at most {MOST_THREADS}")
+    _portable_lib()._unsafe_reset_threadpool(threads)

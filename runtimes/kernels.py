@@ -21,12 +21,19 @@ from pathlib import Path
 from ..errors import UserError
 
 NATIVE = Path(__file__).with_name("native")
-SOURCES = ("products.cpp", "experts.cpp", "operators.cpp")
-HEADERS = ("products.h", "experts.h")
+SOURCES = (
+    "products.cpp",
+    "products_avx2.cpp",
+    "products_neon.cpp",
+    "products_dotprod.cpp",
+    "experts.cpp",
+    "operators.cpp",
+)
+HEADERS = ("products.h", "matrix_product.h", "neon_rows.h", "experts.h")
 # Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
 FLAGS = (
     "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS",
-    "-DET_USE_THREADPOOL",
+    "-DET_USE_THREADPOOL", "-DET_EVENT_TRACER_ENABLED",
 )  # fmt: skip
 LIBRARIES = ("executorch", "executorch_threadpool", "executorch_kernels_quantized")  # the last one for embeddings
 COMPILERS = ("c++", "g++", "clang++")

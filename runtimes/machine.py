@@ -11,7 +11,9 @@ from time import perf_counter
 
 import numpy as np
 
-PAGEOUT = 21  # MADV_PAGEOUT of madvise(2): unlike MADV_DONTNEED it never drops what was written
+# Advice of madvise(2). PAGEOUT never drops what was written, but reads the file again when a page is wanted back; DONTNEED
+# leaves the pages in the system's cache, for mappings that nobody writes to.
+DONTNEED, PAGEOUT = 4, 21
 BUFFER = 128 << 20  # bytes of each of two arrays: far beyond the caches of phones and most desktops
 
 
@@ -28,7 +30,7 @@ def copy_bandwidth(threads: int = 1, nbytes: int = BUFFER, repeats: int = 5) -> 
     return 2 * nbytes / median(seconds[1:])
 
 
-def release_mapped(path: Path) -> None:
+def release_mapped(path: Path, advice: int = PAGEOUT) -> None:
     """Give the pages of a file that this process has mapped back to the system.
 
     They come back by themselves when they are read. For files that were read once, to be packed into memory: their pages
@@ -46,7 +48,7 @@ def release_mapped(path: Path) -> None:
         if len(fields) == 6 and fields[5] == name:
             start, end = (int(part, 16) for part in fields[0].split("-"))
             libc.munlock(start, end - start)  # ExecuTorch locks what it maps
-            libc.madvise(start, end - start, PAGEOUT)  # advice: a refusal costs nothing but memory
+            libc.madvise(start, end - start, advice)  # a refusal costs nothing but memory
 
 
 def resident_bytes() -> tuple[int | None, int | None]:

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <iterator>
+#include <utility>
 #include <vector>
 
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
@@ -12,36 +13,62 @@
 namespace rmse {
 namespace {
 
-// Activations of one row, rounded to int8.
-class Rounding {
- public:
-  explicit Rounding(int64_t inputs) : values_(inputs), scales_(inputs / kBlock), sums_(inputs / kBlock) {}
+constexpr float kSmallest = 1e-30f;  // of a block's largest activation; below it 127 / x overflows, and nothing is lost
 
-  RoundedRow operator()(const float* x, int bits) {
-    for (size_t b = 0; b < scales_.size(); ++b) block(x + b * kBlock, b, bits);
-    return {values_.data(), scales_.data(), sums_.data()};
+// Rows of activations rounded to int8 in blocks of 32.
+class RoundedRows {
+ public:
+  RoundedRows(int64_t rows, int64_t inputs, int bits)
+      : inputs_(inputs), blocks_(inputs / kBlock), packed_(bits == 4), values_(rows * inputs),
+        scales_(rows * blocks_), excess_(bits == 4 ? rows * blocks_ * kLanes : 0) {}
+
+  void round(int64_t row, const float* x) {
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const int64_t block = row * blocks_ + b;
+      scales_[block] = round_block(x + b * kBlock, values_.data() + block * kBlock);
+      if (packed_) count_excess(values_.data() + block * kBlock, excess_.data() + block * kLanes);
+    }
+  }
+
+  RoundedRow operator[](int64_t row) const {
+    return {values_.data() + row * inputs_, scales_.data() + row * blocks_, excess_.data() + row * blocks_ * kLanes};
   }
 
  private:
-  void block(const float* x, size_t b, int bits) {
-    float largest = 0;
-    for (int64_t i = 0; i < kBlock; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
-    int8_t* values = values_.data() + b * kBlock;
-    int32_t sum = 0;
+  // Returns the block's scale.
+  float round_block(const float* x, int8_t* values) const {
+    float largest = 0, poison = 0;  // zero, or NaN where there is a NaN or an infinity
     for (int64_t i = 0; i < kBlock; ++i) {
-      const auto value = static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
-      // int4 codes lie two to a byte: their low halves meet the even activations, their high halves the odd ones.
-      values[bits == 4 ? i / 2 + (i % 2) * (kBlock / 2) : i] = value;
-      sum += value;
+      largest = std::max(largest, std::fabs(x[i]));
+      poison += x[i] * 0;
     }
-    scales_[b] = scale;
-    sums_[b] = sum;
+    if (poison != 0 || largest < kSmallest) {
+      std::fill_n(values, kBlock, int8_t{0});
+      return poison;
+    }
+    const float inverse = 127 / largest;
+    int32_t rounded[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) {
+      // Adding 1.5 * 2^23 leaves no room for a fraction: the nearest integer, without a call for every number.
+      rounded[i] = static_cast<int32_t>((x[i] * inverse + 12582912.0f) - 12582912.0f);
+    }
+    // int4 codes lie two to a byte: their low halves meet the even activations, their high halves the odd ones.
+    for (int64_t i = 0; i < kBlock; ++i) {
+      values[i] = static_cast<int8_t>(rounded[packed_ ? 2 * (i % 16) + i / 16 : i]);
+    }
+    return largest / 127;
   }
 
+  // Codes of int4 count from 8: lane by lane, 8 * sum of the activations is too much.
+  static void count_excess(const int8_t* values, int32_t* excess) {
+    for (int l = 0; l < kLanes; ++l, values += 4) excess[l] = 8 * (values[0] + values[1] + values[2] + values[3]);
+  }
+
+  int64_t inputs_, blocks_;
+  bool packed_;
   std::vector<int8_t> values_;
   std::vector<float> scales_;
-  std::vector<int32_t> sums_;
+  std::vector<int32_t> excess_;
 };
 
 // One (row, chosen expert) of a call.
@@ -50,61 +77,78 @@ struct Pair {
   float weight;
 };
 
-void multiply(const ExpertWeights& w, int64_t expert, int bits, const float* x, Rounding& rounding, float* out) {
-  const int64_t size = w.outputs * w.inputs;
-  if (bits == 32) {
-    products().float32(static_cast<const float*>(w.codes) + expert * size, w.outputs, w.inputs, x, out);
-    return;
+void select(const ExpertShape& shape, int64_t row, const float* logits, const float* bias, std::vector<Pair>& pairs) {
+  // The best so far, best first. Few of the experts ever enter, so one pass costs little more than the comparisons.
+  std::vector<std::pair<float, int64_t>> best;
+  best.reserve(shape.top_k + 1);
+  for (int64_t e = 0; e < shape.experts; ++e) {
+    const float biased = logits[e] + bias[e];
+    const bool full = static_cast<int64_t>(best.size()) == shape.top_k;
+    if (full && !(biased > best.back().first)) continue;
+    if (full) best.pop_back();
+    auto place = best.end();
+    while (place != best.begin() && std::prev(place)->first < biased) --place;
+    best.insert(place, {biased, e});
   }
-  const auto* codes = static_cast<const uint8_t*>(w.codes) + expert * size * bits / 8;
-  const uint16_t* scales = w.scales + expert * size / w.group;
-  const auto product = bits == 8 ? products().int8 : products().int4;
-  product(codes, scales, w.outputs, w.inputs, w.group, rounding(x, bits), out);
+  float largest = logits[best[0].second];
+  for (const auto& [_, e] : best) largest = std::max(largest, logits[e]);
+  float sum = 0;
+  for (const auto& [_, e] : best) sum += std::exp(logits[e] - largest);
+  for (int64_t s = 0; s < shape.top_k; ++s) {
+    const int64_t e = best[s].second;
+    pairs.push_back({row, s, e, std::exp(logits[e] - largest) / sum});
+  }
 }
 
-void select(const ExpertShape& shape, int64_t row, const float* logits, const float* bias, std::vector<Pair>& pairs) {
-  std::vector<int64_t> order(shape.experts);
-  std::vector<float> biased(shape.experts);
-  for (int64_t e = 0; e < shape.experts; ++e) {
-    order[e] = e;
-    biased[e] = logits[e] + bias[e];
-  }
-  std::partial_sort(order.begin(), order.begin() + shape.top_k, order.end(), [&](int64_t a, int64_t b) {
-    return biased[a] != biased[b] ? biased[a] > biased[b] : a < b;
-  });
-  float largest = logits[order[0]];
-  for (int64_t s = 1; s < shape.top_k; ++s) largest = std::max(largest, logits[order[s]]);
-  float sum = 0;
-  for (int64_t s = 0; s < shape.top_k; ++s) sum += std::exp(logits[order[s]] - largest);
-  for (int64_t s = 0; s < shape.top_k; ++s) {
-    pairs.push_back({row, s, order[s], std::exp(logits[order[s]] - largest) / sum});
-  }
+void multiply_float(const ExpertWeights& w, int64_t expert, const float* x, float* out) {
+  const auto* weights = static_cast<const float*>(w.codes) + expert * w.outputs * w.inputs;
+  products().float32(weights, w.outputs, w.inputs, x, out);
+}
+
+void multiply_integers(const ExpertWeights& w, int64_t expert, int bits, const RoundedRow& x, float* out) {
+  const int64_t size = w.outputs * w.inputs;
+  const auto* codes = static_cast<const uint8_t*>(w.codes) + expert * size * bits / 8;
+  const uint16_t* scales = w.scales + expert * size / w.group;
+  (bits == 8 ? products().int8 : products().int4)(codes, scales, w.outputs, w.inputs, w.group, x, out);
 }
 
 }  // namespace
 
 void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* bias, const bool* active,
                     const ExpertWeights& gate_up, const ExpertWeights& down, float* out) {
+  const bool integers = shape.bits != 32;
   std::vector<Pair> pairs;
   pairs.reserve(shape.rows * shape.top_k);
+  RoundedRows wide(integers ? shape.rows : 0, shape.width, shape.bits);
   for (int64_t r = 0; r < shape.rows; ++r) {
-    if (active[r]) select(shape, r, logits + r * shape.experts, bias, pairs);
+    if (!active[r]) continue;
+    select(shape, r, logits + r * shape.experts, bias, pairs);
+    if (integers) wide.round(r, x + r * shape.width);
   }
   // Rows that chose the same expert follow each other: its weights then come from the cache.
   std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.expert < b.expert; });
   std::vector<float> results(shape.rows * shape.top_k * shape.width);
   executorch::extension::parallel_for(0, static_cast<int64_t>(pairs.size()), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> hidden(gate_up.outputs);
-    Rounding wide(shape.bits == 32 ? 0 : gate_up.inputs), narrow(shape.bits == 32 ? 0 : down.inputs);
+    RoundedRows narrow(integers ? 1 : 0, down.inputs, shape.bits);
     for (int64_t p = begin; p < end; ++p) {
       const Pair& pair = pairs[p];
-      multiply(gate_up, pair.expert, shape.bits, x + pair.row * shape.width, wide, hidden.data());
+      float* result = results.data() + (pair.row * shape.top_k + pair.slot) * shape.width;
+      if (integers) {
+        multiply_integers(gate_up, pair.expert, shape.bits, wide[pair.row], hidden.data());
+      } else {
+        multiply_float(gate_up, pair.expert, x + pair.row * shape.width, hidden.data());
+      }
       for (int64_t i = 0; i < down.inputs; ++i) {  // gate and up interleaved; written behind what is read
         const float gate = hidden[2 * i];
         hidden[i] = gate / (1 + std::exp(-gate)) * hidden[2 * i + 1] * pair.weight;
       }
-      float* result = results.data() + (pair.row * shape.top_k + pair.slot) * shape.width;
-      multiply(down, pair.expert, shape.bits, hidden.data(), narrow, result);
+      if (integers) {
+        narrow.round(0, hidden.data());
+        multiply_integers(down, pair.expert, shape.bits, narrow[0], result);
+      } else {
+        multiply_float(down, pair.expert, hidden.data(), result);
+      }
     }
   });
   for (int64_t r = 0; r < shape.rows; ++r, out += shape.width) {

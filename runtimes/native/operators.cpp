@@ -14,6 +14,7 @@
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/backend/options.h>
 #include <executorch/runtime/core/evalue.h>
+#include <executorch/runtime/core/event_tracer_hooks.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 #include <executorch/runtime/kernel/operator_registry.h>
 #include <executorch/runtime/platform/platform.h>
@@ -29,6 +30,7 @@ using executorch::runtime::EValue;
 using executorch::runtime::Kernel;
 using executorch::runtime::KernelRuntimeContext;
 using executorch::runtime::Span;
+using executorch::runtime::internal::EventTracerProfileOpScope;
 
 bool is(const Tensor& t, ScalarType type, ssize_t dims) { return t.scalar_type() == type && t.dim() == dims; }
 
@@ -38,7 +40,8 @@ bool read(const Tensor& codes, const Tensor* scales, int bits, rmse::ExpertWeigh
   weights.outputs = codes.size(1);
   weights.inputs = bits == 4 ? 2 * codes.size(2) : codes.size(2);
   if (scales == nullptr) return is(codes, ScalarType::Float, 3);
-  if (!is(*scales, ScalarType::BFloat16, 3) || scales->size(0) != codes.size(0) || scales->size(1) != codes.size(1)) {
+  if (!is(*scales, ScalarType::BFloat16, 3) || scales->size(0) != codes.size(0) || scales->size(1) != codes.size(1) ||
+      scales->size(2) == 0 || !is(codes, bits == 4 ? ScalarType::Byte : ScalarType::Char, 3)) {
     return false;
   }
   weights.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
@@ -47,6 +50,8 @@ bool read(const Tensor& codes, const Tensor* scales, int bits, rmse::ExpertWeigh
 }
 
 void run(KernelRuntimeContext& context, Span<EValue*> args, bool quantized) {
+  const EventTracerProfileOpScope timed(
+      context.internal_event_tracer(), quantized ? "native_call_quantized_experts.out" : "native_call_sparse_experts.out");
   size_t next = 0;
   const Tensor& x = args[next++]->toTensor();
   const Tensor& logits = args[next++]->toTensor();

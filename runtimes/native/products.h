@@ -1,4 +1,4 @@
-// Dot products of a matrix's rows with one vector of activations, in float32, int8 and int4.
+// Products of a matrix with one vector of activations, in float32, int8 and int4.
 #pragma once
 
 #include <cstdint>
@@ -6,12 +6,13 @@
 namespace rmse {
 
 constexpr int64_t kBlock = 32;  // activations that share a scale
+constexpr int kLanes = 8;       // of a float sum: lane l has the products 4 l .. 4 l + 3 of every block
 
-// One row of activations, rounded to int8 in blocks: a[i] ~ scale[i / 32] * value[i].
+// One row of activations, rounded to int8 in blocks: a[i] ~ scales[i / 32] * values[i].
 struct RoundedRow {
   const int8_t* values;   // (inputs,): as given for int8; in every block the even ones, then the odd ones, for int4
   const float* scales;    // (inputs / 32,)
-  const int32_t* sums;    // (inputs / 32,) of the block's values
+  const int32_t* excess;  // (inputs / 32, 8): for int4, what every lane has too much because codes have their zero at 8
 };
 
 // out[i] = weights[i] . x for i in 0..outputs
@@ -30,12 +31,10 @@ struct Products {
 // The best that this processor can do; RMSE_PRODUCTS=portable in the environment forces the plain C++ ones.
 const Products& products();
 
-inline float from_bfloat16(uint16_t bits) {
-  union {
-    uint32_t u;
-    float f;
-  } value{static_cast<uint32_t>(bits) << 16};
-  return value.f;
-}
+// One set for each instruction set; those of other processors are not compiled.
+Products portable_products();
+Products avx2_products();
+Products neon_products();
+Products dotprod_products();
 
 }  // namespace rmse

@@ -1,0 +1,445 @@
+#include "bench.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <thread>
+
+#include "json.h"
+#include "model.h"
+#include "package.h"
+#include "tokenizer.h"
+
+namespace rmse {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kContext = kSegment;  // tokens fed before decoding is timed
+constexpr double kLoopSeconds = 0.02;   // of one repetition of a loop row at least: single calls are too short to time
+constexpr size_t kCopied = 128 << 20;   // bytes: far beyond the caches of phones and most desktops
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+double deviation(const std::vector<double>& x) {  // of a sample
+  if (x.size() < 2) return 0;
+  const double middle = mean(x);
+  const auto add = [&](double sum, double value) { return sum + (value - middle) * (value - middle); };
+  return std::sqrt(std::accumulate(x.begin(), x.end(), 0.0, add) / (std::ssize(x) - 1));
+}
+
+double median(std::vector<double> x) {
+  std::sort(x.begin(), x.end());
+  return (x[x.size() / 2] + x[(x.size() - 1) / 2]) / 2;
+}
+
+// ---------------------------------------------------------------------------------------------------- the machine
+
+// A field of /proc/self/status in bytes; null where the system does not tell.
+Json memory_in_use(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with(field + ":")) return 1024 * std::stoll(line.substr(field.size() + 1));
+  }
+  return {};
+}
+
+// Bytes per second that `threads` threads read and write together while copying, the median of five.
+double copy_bandwidth(int64_t threads) {
+  std::vector<char> source(kCopied, 1), target(kCopied, 0);
+  std::vector<double> seconds;
+  for (int repeat = 0; repeat <= 5; ++repeat) {
+    const auto start = Clock::now();
+    std::vector<std::jthread> running;
+    for (int64_t t = 0; t < threads; ++t) {
+      const size_t begin = kCopied * t / threads, end = kCopied * (t + 1) / threads;
+      running.emplace_back([&, begin, end] { std::memcpy(target.data() + begin, source.data() + begin, end - begin); });
+    }
+    running.clear();
+    if (repeat > 0) seconds.push_back(seconds_since(start));  // the first one warms up: pages are mapped
+  }
+  return 2 * kCopied / median(seconds);
+}
+
+// --------------------------------------------------------------------------------------------------------- a model
+
+// Bytes of weights that decoding one token multiplies with, an estimate (rmse_edge/costs.py): every weight of the
+// active experts and of the dense parts once per loop that ran, what is outside the loop once.
+double weight_bytes_per_token(const ModelInfo& info, double loops) {
+  // Of a weight in memory: fp16 is widened when loaded, scales of groups of 32 count as part of int4.
+  static const std::map<std::string, double> kWeightBytes = {{"fp32", 4}, {"fp16", 4}, {"int8", 1}, {"int4", 0.625}};
+  const auto value = [&](const char* key) { return info.config.at(key).number(); };
+  const double d = value("d_model"), wide = value("n_heads") * value("head_dim");
+  const double kv = 2 * value("n_kv_heads") * value("head_dim"), head = d * value("vocab_size");
+  const bool elementwise = info.config.at("attention_gate").is("elementwise");
+  double loop = d * wide + d * kv + d * (elementwise ? wide : value("n_heads")) + wide * d;
+  loop += d * value("n_experts") + value("top_k") * 3 * d * value("expert_width");
+  loop += value("n_shared_experts") * 3 * d * value("shared_width") + d;
+  if (info.entropy_rule) loop += head;
+  double once = d * d + head + d * kv;  // of the keys' and values' projection all loops share the weights
+  if (const Json& memory = info.config.at("memory"); !memory.is("none")) {
+    const bool titans = memory.is("titans");
+    const double size = value("memory_dim"), narrow = value("memory_key_dim"), keys = titans ? size : narrow;
+    // ATLAS reads keys with all products of two channels added.
+    const double first = (titans ? size : narrow + narrow * (narrow + 1) / 2) * value("memory_hidden");
+    const double second = value("memory_hidden") * size;
+    loop += d * keys + first + second + size * d + d;
+    // Keys, values and rates; M on the keys; the gradient, which Titans takes with two sets of weights.
+    once += d * (keys + size + (titans ? 3 : 4)) + first + second + (titans ? 2 : 1) * (first + 2 * second);
+  }
+  return kWeightBytes.at(info.quant) * (loops * loop + once);
+}
+
+bool exits_disabled(const Dials& dials) {
+  return dials.exit_threshold >= 1 && dials.exit_epsilon == 0 && dials.exit_entropy == 0;
+}
+
+int64_t third(int64_t full) { return std::max<int64_t>(1, full / 3); }
+
+// One line of the table: what is timed, and the speed of each repetition.
+struct Row {
+  std::string test, mode;  // "pp512", "tg128", "loop1", ...; "fixed" or "adaptive"
+  Dials dials;
+  double (*work)(Model&, const std::vector<int64_t>& ids, int64_t count, Row&);  // tokens/s, or ms for the loop rows
+  int64_t count;                                                                 // tokens, or rows of a loop call
+  std::vector<double> speeds = {};
+  std::vector<int64_t> depth = {}, iterations = {};  // of the timed positions, of the timed calls
+
+  bool adaptive() const { return mode == "adaptive"; }
+
+  Json summary() const {
+    Json result = Json::object({{"test", test}, {"mode", mode}, {"max_loops", dials.max_loops}});
+    if (!depth.empty()) {
+      result.add("mean_loops", mean(depth));
+      result.add("mean_iterations", mean(iterations));
+    }
+    result.add(depth.empty() ? "ms" : "tok_per_s", Json::object({{"mean", mean(speeds)},
+                                                                 {"sd", deviation(speeds)},
+                                                                 {"median", median(speeds)}}));
+    return result;
+  }
+};
+
+// Tokens per second of one prompt.
+double prefill(Model& model, const std::vector<int64_t>& ids, int64_t count, Row& row) {
+  model.reset();
+  const auto start = Clock::now();
+  Fed fed = model.feed(std::span(ids).first(count), row.dials);
+  const double seconds = seconds_since(start);
+  row.depth = std::move(fed.depth);
+  row.iterations = std::move(fed.iterations);
+  return count / seconds;
+}
+
+// Tokens per second after a prompt of `kContext` tokens that is not timed.
+double decode(Model& model, const std::vector<int64_t>& ids, int64_t count, Row& row) {
+  model.reset();
+  model.feed(std::span(ids).first(kContext), row.dials);
+  row.depth.clear();
+  row.iterations.clear();
+  const auto start = Clock::now();
+  for (int64_t i = 0; i < count; ++i) {
+    const Fed fed = model.feed(std::span(ids).subspan(kContext + i, 1), row.dials);
+    row.depth.push_back(fed.depth[0]);
+    row.iterations.push_back(fed.iterations[0]);
+  }
+  return count / seconds_since(start);
+}
+
+// Milliseconds of one loop, averaged over as many as fill `kLoopSeconds`.
+double loop(Model& model, const std::vector<int64_t>& ids, int64_t count, Row& row) {
+  model.reset();
+  Calls& calls = model.prepare(std::span(ids).first(count), row.dials);
+  const auto start = Clock::now();
+  int64_t ran = 0;
+  double seconds = 0;
+  for (; seconds < kLoopSeconds; ++ran) {
+    calls.loop();
+    seconds = seconds_since(start);
+  }
+  return 1000 * seconds / ran;
+}
+
+// Fixed depths as asked for, or full, a half and a third of it.
+std::vector<int64_t> chosen_depths(const Options& options, int64_t full) {
+  const std::vector<int64_t> usual = {full, std::max<int64_t>(1, full / 2), third(full)};
+  std::vector<int64_t> depths;
+  for (const int64_t depth : options.depths.empty() ? usual : options.depths) {
+    if (std::find(depths.begin(), depths.end(), depth) == depths.end()) depths.push_back(depth);
+    Dials{.max_loops = depth}.check(full);
+  }
+  return depths;
+}
+
+std::vector<Row> token_rows(const Options& options, const ModelInfo& info, const std::optional<Dials>& adaptive) {
+  const std::vector<int64_t> depths = chosen_depths(options, info.max_loops);
+  std::vector<Row> rows;
+  const auto add = [&](const char* kind, int64_t count, auto work) {
+    if (count == 0) return;
+    const std::string test = kind + std::to_string(count);
+    for (const int64_t depth : depths) rows.push_back({test, "fixed", {.max_loops = depth}, work, count});
+    if (adaptive) rows.push_back({test, "adaptive", *adaptive, work, count});
+  };
+  add("pp", options.prefill, prefill);
+  add("tg", options.decode, decode);
+  return rows;
+}
+
+std::vector<Row> loop_rows(const Options& options, const ModelInfo& info) {
+  // Full depth and a third are always among them: their ratio says what stopping early saves.
+  std::set<int64_t, std::greater<>> depths = {info.max_loops, third(info.max_loops)};
+  for (const int64_t depth : chosen_depths(options, info.max_loops)) depths.insert(depth);
+  std::vector<Row> rows;
+  for (const int64_t chunk : info.chunks) {
+    for (const int64_t depth : depths) {
+      rows.push_back({"loop" + std::to_string(chunk), "fixed", {.max_loops = depth}, loop, chunk});
+    }
+  }
+  return rows;
+}
+
+std::vector<int64_t> read_ids(const Package& package, const Options& options) {
+  const int64_t needed = std::max({options.prefill, options.decode > 0 ? kContext + options.decode : 0, kSegment});
+  std::vector<int64_t> ids = options.prompt_tokens;
+  if (ids.empty()) {
+    const std::string path = options.text.empty() ? package.folder() + "/sample.txt" : options.text;
+    const std::string text = read_file(path);
+    const size_t invalid = find_invalid_utf8(text);
+    if (invalid != text.npos) throw std::runtime_error(path + ": not UTF-8 at byte " + std::to_string(invalid));
+    ids = Tokenizer::open(package.path("tokenizer.json")).encode(text, needed);
+  }
+  if (std::ssize(ids) < needed) {
+    throw std::runtime_error("the text has " + std::to_string(ids.size()) + " tokens, this bench needs " +
+                             std::to_string(needed) + "; lower -p or -n");
+  }
+  return ids;
+}
+
+// ---------------------------------------------------------------------------------------------------- the document
+
+Json summary_of_loops(const std::vector<Row>& rows, int64_t full) {
+  std::map<std::pair<std::string, int64_t>, double> ms;
+  for (const Row& row : rows) ms[{row.test, row.dials.max_loops}] = median(row.speeds);
+  Json ratio = Json::object({{"max_loops", third(full)}, {"of", full}});
+  for (const Row& row : rows) {
+    if (ratio.find(row.test) == nullptr) ratio.add(row.test, ms[{row.test, third(full)}] / ms[{row.test, full}]);
+  }
+  return ratio;
+}
+
+Json speedups(const std::vector<Row>& rows, int64_t full) {
+  Json found = Json::object();
+  for (const Row& row : rows) {
+    const auto fixed = std::find_if(rows.begin(), rows.end(), [&](const Row& other) {
+      return other.test == row.test && !other.adaptive() && other.dials.max_loops == full;
+    });
+    if (row.adaptive() && fixed != rows.end()) found.add(row.test, median(row.speeds) / median(fixed->speeds));
+  }
+  return found;
+}
+
+template <typename Items, typename Function>
+Json list_of(const Items& items, Function function) {
+  std::vector<Json> list;
+  std::transform(items.begin(), items.end(), std::back_inserter(list), function);
+  return Json::array(std::move(list));
+}
+
+void add_results(Json& document, const std::vector<Row>& rows, const std::vector<Row>& loops, const ModelInfo& info) {
+  document.add("rows", list_of(rows, [&](const Row& row) {
+    // Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
+    Json result = row.summary();
+    const double moved = weight_bytes_per_token(info, mean(row.depth)) * median(row.speeds) / 1e9;
+    result.add("gb_per_s", row.test.starts_with("tg") ? Json(moved) : Json());
+    return result;
+  }));
+  document.add("loop_rows", list_of(loops, [](const Row& row) { return row.summary(); }));
+  document.add("loop_time_ratio", summary_of_loops(loops, info.max_loops));
+  document.add("adaptive_speedup", speedups(rows, info.max_loops));
+  const Row* adaptive = nullptr;  // the one with the most positions
+  for (const Row& row : rows) {
+    if (row.adaptive() && (adaptive == nullptr || row.depth.size() > adaptive->depth.size())) adaptive = &row;
+  }
+  document.add("histogram", adaptive ? Json::array(histogram(adaptive->depth, info.max_loops)) : Json());
+  document.add("work_skipped", adaptive ? Json(1 - mean(adaptive->depth) / info.max_loops) : Json());
+}
+
+// ------------------------------------------------------------------------------------------------------- Markdown
+
+std::string format(const char* form, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, form, value);
+  return text;
+}
+
+std::string with_commas(int64_t value) {
+  std::string digits = std::to_string(value);
+  for (int64_t i = std::ssize(digits) - 3; i > 0; i -= 3) digits.insert(i, 1, ',');
+  return digits;
+}
+
+std::string mebibytes(const Json& count) {
+  return count.is_null() ? "unknown" : format("%.1f MiB", count.number() / (1 << 20));
+}
+
+size_t characters(const std::string& text) {
+  return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; });
+}
+
+// A table with aligned columns, the first one to the left, numbers to the right.
+std::string table(const std::vector<std::vector<std::string>>& rows) {
+  std::vector<size_t> widths(rows[0].size());
+  for (const auto& row : rows) {
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], characters(row[i]));
+  }
+  std::string lines;
+  for (const auto& row : rows) {
+    for (size_t i = 0; i < row.size(); ++i) {
+      const std::string space(widths[i] - characters(row[i]), ' ');
+      lines += "| " + (i == 0 ? row[i] + space : space + row[i]) + " ";
+    }
+    lines += "|\n";
+    if (&row != &rows[0]) continue;
+    for (size_t i = 0; i < widths.size(); ++i) {
+      lines += "|";
+      lines.append(widths[i] + 1, '-').append(i == 0 ? "-" : ":");
+    }
+    lines += "|\n";
+  }
+  return lines;
+}
+
+std::vector<std::string> cells(const Json& row, const char* unit, int digits) {
+  const Json& speed = row.at(unit);
+  const std::string depth = row.at("max_loops").dump(), form = "%." + std::to_string(digits) + "f";
+  const auto value = [&](const char* key) { return format(form.c_str(), speed.at(key).number()); };
+  return {row.at("test").string(), row.at("mode").is("fixed") ? depth : "adaptive, at most " + depth,
+          value("mean") + " ± " + value("sd"), value("median")};
+}
+
+// Depths as bars. Depths above the deepest one seen are left out.
+std::string bars(const std::vector<Json>& histogram) {
+  std::vector<int64_t> counts;
+  for (const Json& count : histogram) counts.push_back(count.integer());
+  while (!counts.empty() && counts.back() == 0) counts.pop_back();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const int64_t top = *std::max_element(counts.begin(), counts.end());
+  std::string lines;
+  for (size_t k = 0; k < counts.size(); ++k) {
+    lines += format("%3.0f loops ", k + 1.0) + format("%5.1f%%", 100.0 * counts[k] / total);
+    for (int64_t i = 0; i < (40 * counts[k] + top - 1) / top; ++i) lines += i == 0 ? " █" : "█";
+    lines += "\n";
+  }
+  return lines;
+}
+
+std::string memory_lines(const Json& d) {
+  const Json &now = d.at("rss_bytes"), &baseline = d.at("baseline_rss_bytes"), &package = d.at("package_bytes");
+  std::string lines = "memory: " + mebibytes(d.at("peak_rss_bytes")) + " at most, " + mebibytes(now) +
+                      " now; artifact " + mebibytes(package) + ", state " +
+                      with_commas(d.at("state_bytes").integer()) + " bytes\n";
+  if (now.is_null() || baseline.is_null()) return lines;
+  const int64_t added = now.integer() - baseline.integer();
+  return lines + "without a model the engine takes " + mebibytes(baseline) + ": this one adds " +
+         mebibytes(added) + format(", %.2f × the artifact\n", added / package.number());
+}
+
+std::string markdown(const Json& d) {
+  std::vector<std::vector<std::string>> rows = {
+      {"test", "loops", "mean loops", "tokens/s", "median", "GB/s of weights"}};
+  for (const Json& row : d.at("rows").items()) {
+    std::vector<std::string> line = cells(row, "tok_per_s", 1);
+    line.insert(line.begin() + 2, format("%.2f", row.at("mean_loops").number()));
+    line.push_back(row.at("gb_per_s").is_null() ? "" : format("%.2f", row.at("gb_per_s").number()));
+    rows.push_back(std::move(line));
+  }
+  std::vector<std::vector<std::string>> loops = {{"test", "loops", "ms", "median"}};
+  for (const Json& row : d.at("loop_rows").items()) loops.push_back(cells(row, "ms", 3));
+  const Json& ratio = d.at("loop_time_ratio");
+  std::string measured;
+  for (const auto& [test, value] : ratio.members()) {
+    if (test.starts_with("loop")) {
+      measured += (measured.empty() ? "" : ", ") + format("%.2f", value.number()) + " (" + test + ")";
+    }
+  }
+  std::string text = table(rows) + "\n" + table(loops) + "\nloop stopped at " + ratio.at("max_loops").dump() + " of " +
+                     ratio.at("of").dump() + ": " + measured + " of the time of full depth\n";
+  for (const auto& [test, times] : d.at("adaptive_speedup").members()) {
+    text += test + format(": adaptive exit is %.2f × as fast as full depth\n", times.number());
+  }
+  if (!d.at("histogram").is_null()) {
+    const double percent = 100 * d.at("work_skipped").number();
+    text += format("adaptive exit skips %.1f%% of the iterations of full depth:\n", percent);
+    text += bars(d.at("histogram").items());
+  }
+  text += format("memory bandwidth %.1f GB/s", d.at("memory_gb_per_s").number()) + " (copying, threads: " +
+          d.at("memory_threads").dump() + "); looped weights may come faster, from the cache\n" + memory_lines(d);
+  text += d.at("model").string() + " on " + d.at("runtime").string() + ", " + d.at("quant").string() + ", " +
+          with_commas(d.at("parameters").integer()) + " parameters, " + d.at("repetitions").dump() + " repetitions";
+  for (const Json& note : d.at("notes").items()) text += "\nnote: " + note.string();
+  return text;
+}
+
+}  // namespace
+
+std::vector<int64_t> histogram(const std::vector<int64_t>& depth, int64_t full) {
+  std::vector<int64_t> counts(full);
+  for (const int64_t k : depth) ++counts[k - 1];
+  return counts;
+}
+
+std::string bench(const Options& options) {
+  const Json baseline = memory_in_use("VmRSS");  // with the engine started and no model
+  const Package package = Package::open(options.package);
+  const ModelInfo& info = package.info();
+  const Dials dials = options.dials(info);
+  const std::optional<Dials> adaptive = exits_disabled(dials) ? std::nullopt : std::optional(dials);
+  std::vector<Row> rows = token_rows(options, info, adaptive), loops = loop_rows(options, info);
+  const std::vector<int64_t> ids = read_ids(package, options);
+  Model model(package, options.packed_weights);
+  // One warm-up and then the repetitions, round robin over all rows: drift of the machine meets all alike.
+  for (int64_t repetition = 0; repetition <= options.repetitions; ++repetition) {
+    for (std::vector<Row>* kind : {&rows, &loops}) {
+      for (Row& row : *kind) {
+        const double speed = row.work(model, ids, row.count, row);
+        if (repetition > 0) row.speeds.push_back(speed);
+      }
+    }
+  }
+  // Before the bandwidth is measured, which needs memory of its own.
+  const Json peak = memory_in_use("VmHWM"), resident = memory_in_use("VmRSS");
+  const int64_t threads = options.threads > 0 ? options.threads : std::max(1u, std::thread::hardware_concurrency());
+  Json document = Json::object({{"model", info.name},
+                                {"runtime", "executorch-native"},
+                                {"quant", info.quant},
+                                {"parameters", info.parameters},
+                                {"package_bytes", package.nbytes()},
+                                {"state_bytes", model.state_bytes()},
+                                {"peak_rss_bytes", peak},
+                                {"rss_bytes", resident},
+                                {"baseline_rss_bytes", baseline},
+                                {"threads", options.threads > 0 ? Json(options.threads) : Json()},
+                                {"memory_gb_per_s", copy_bandwidth(threads) / 1e9},
+                                {"memory_threads", threads},
+                                {"dials", dials.to_json()},
+                                {"repetitions", options.repetitions}});
+  add_results(document, rows, loops, info);
+  Json notes = Json::array();
+  if (!adaptive) {
+    notes = Json::array(
+        {"the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)"});
+  }
+  document.add("notes", notes);
+  return options.output == "json" ? document.dump() : markdown(document);
+}
+
+}  // namespace rmse

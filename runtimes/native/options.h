@@ -1,0 +1,48 @@
+// The command line: rmse-run's, or with --bench rmse-bench's.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "package.h"
+#include "sampler.h"
+
+namespace rmse {
+
+struct Options {
+  std::string package;
+  bool help = false;
+  bool bench = false;
+  int64_t threads = 0;  // 0: the engine's own choice
+  std::string output;   // text, md or json
+  std::string packed_weights;
+  std::vector<int64_t> prompt_tokens;
+  std::optional<int64_t> max_loops, min_loops;
+  std::optional<double> exit_threshold, exit_epsilon, exit_entropy;
+
+  // Writing text.
+  std::optional<std::string> prompt;
+  int64_t max_new_tokens = 256;
+  Sampling sampling;
+  std::vector<std::string> stop;
+  bool ignore_eos = false;
+  bool no_memory = false;
+  bool show_depth = false;
+  std::string logits;  // file
+
+  // Measuring.
+  int64_t prefill = 512, decode = 128, repetitions = 5;
+  std::vector<int64_t> depths;
+  std::string text;  // file
+
+  // Throws std::runtime_error naming the flag and what it expects.
+  static Options parse(int argc, const char* const* argv);
+  static std::string usage();
+
+  // The model's dials with those of the command line put in. Throws std::runtime_error where one is out of range.
+  Dials dials(const ModelInfo& info) const;
+};
+
+}  // namespace rmse

@@ -1,0 +1,280 @@
+#include "package.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <set>
+#include <stdexcept>
+
+#include "sha256.h"
+
+namespace rmse {
+namespace {
+
+namespace fs = std::filesystem;
+using executorch::aten::ScalarType;
+
+constexpr char kFormat[] = "rmse-edge package";
+constexpr int64_t kFormatVersion = 1;
+constexpr char kTarget[] = "executorch";
+constexpr char kManifest[] = "manifest.json";
+constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
+constexpr int64_t kLargest = INT32_MAX;  // of sizes and counts: a manifest with larger ones is not to be believed
+
+struct Type {
+  const char* name;
+  ScalarType type;
+  size_t nbytes;
+};
+
+constexpr Type kTypes[] = {
+    {"float32", ScalarType::Float, 4}, {"float16", ScalarType::Half, 2}, {"bfloat16", ScalarType::BFloat16, 2},
+    {"int64", ScalarType::Long, 8},    {"int32", ScalarType::Int, 4},    {"int8", ScalarType::Char, 1},
+    {"uint8", ScalarType::Byte, 1},    {"bool", ScalarType::Bool, 1},
+};
+
+[[noreturn]] void refuse(const fs::path& path, const std::string& what) {
+  throw std::runtime_error(path.string() + ": " + what);
+}
+
+// ------------------------------------------------------------------------------------------- reading the manifest
+
+TensorSpec tensor(const std::string& name, const Json& shape, const Json& type) {
+  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return type.is(t.name); });
+  if (known == std::end(kTypes)) throw JsonError(name + ": a tensor of " + type.dump());
+  TensorSpec spec{name, known->type, {}};
+  int64_t elements = 1;
+  for (const Json& size : shape.items()) {
+    const int64_t n = size.integer();
+    if (n < 1 || n > kLargest / elements) throw JsonError(name + ": a tensor of shape " + shape.dump());
+    elements *= n;
+    spec.shape.push_back(static_cast<int32_t>(n));
+  }
+  return spec;
+}
+
+std::vector<TensorSpec> tensors(const Json& list) {
+  std::vector<TensorSpec> specs;
+  for (const Json& t : list.items()) specs.push_back(tensor(t.at("name").string(), t.at("shape"), t.at("dtype")));
+  return specs;
+}
+
+// {name: [shape, type]}: state and memory.
+std::vector<TensorSpec> kept_tensors(const Json& kept) {
+  std::vector<TensorSpec> specs;
+  for (const auto& [name, value] : kept.members()) {
+    const std::vector<Json>& pair = value.items();
+    if (pair.size() != 2) throw JsonError(name + ": got " + value.dump() + ", expected a shape and a type");
+    specs.push_back(tensor(name, pair[0], pair[1]));
+  }
+  return specs;
+}
+
+int64_t count(const Json& object, const char* key, int64_t least = 1) {
+  const int64_t value = object.at(key).integer();
+  if (value < least || value > kLargest) throw JsonError(std::string(key) + ": got " + std::to_string(value));
+  return value;
+}
+
+std::optional<int64_t> optional_count(const Json& object, const char* key) {
+  const Json* found = object.find(key);
+  return found == nullptr || found->is_null() ? std::nullopt : std::optional(count(object, key, 0));
+}
+
+std::vector<int64_t> call_rows(const Json& list) {
+  std::vector<int64_t> rows;
+  for (const Json& n : list.items()) rows.push_back(n.integer());
+  const bool ascending = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
+  if (rows.empty() || rows.front() != 1 || rows.back() > kSegment || !ascending) {
+    throw JsonError("chunks: got " + list.dump() + ", expected numbers of rows from 1 to 64, the first of them 1");
+  }
+  return rows;
+}
+
+Dials own_dials(const Json& values) {
+  return {.max_loops = count(values, "max_loops"),
+          .min_loops = count(values, "min_loops"),
+          .exit_threshold = values.at("exit_threshold").number(),
+          .exit_epsilon = values.at("exit_epsilon").number(),
+          .exit_entropy = values.at("exit_entropy").number()};
+}
+
+ModelInfo model_info(const Json& manifest) {
+  const Json &model = manifest.at("model"), &config = model.at("config");
+  ModelInfo info;
+  info.name = model.at("name").string();
+  info.quant = model.at("quant").string();
+  info.vocab_size = count(model, "vocab_size");
+  info.width = count(config, "d_model");
+  info.max_loops = count(model, "max_loops");
+  info.window = count(model, "window");
+  info.rotary_dims = count(model, "rotary_dims", 2);
+  info.parameters = model.at("parameters").integer();
+  info.rope_theta = model.at("rope_theta").number();
+  info.dials = own_dials(model.at("dials"));
+  info.chunks = call_rows(model.at("chunks"));
+  info.state = kept_tensors(model.at("state"));
+  for (const auto& [ring, source] : model.at("rings").members()) {
+    const auto kept = std::find_if(info.state.begin(), info.state.end(), [&](const auto& t) { return t.name == ring; });
+    const bool fits = kept != info.state.end() && kept->shape.size() >= 2 && kept->shape.rbegin()[1] == info.window;
+    if (!fits) throw JsonError(ring + ": there is no such state of " + std::to_string(info.window) + " positions");
+    info.rings[ring] = source.string();
+  }
+  if (const Json* memory = model.find("memory")) info.memory = kept_tensors(*memory);
+  info.max_seq_len = optional_count(model, "max_seq_len");
+  info.bos_token = optional_count(config, "bos_token_id");
+  info.eos_token = optional_count(config, "eos_token_id");
+  const std::vector<Json>& rules = config.at("exit_rules").items();
+  info.entropy_rule = std::any_of(rules.begin(), rules.end(), [](const Json& rule) { return rule.is("entropy"); });
+  info.config = config;
+  for (const auto& [name, method] : manifest.at("methods").members()) {
+    info.methods[name] = {tensors(method.at("inputs")), tensors(method.at("outputs"))};
+  }
+  return info;
+}
+
+// ------------------------------------------------------------------------------------------------ checking files
+
+std::set<std::string> files_in(const fs::path& folder) {
+  std::set<std::string> found;
+  for (const fs::directory_entry& entry : fs::recursive_directory_iterator(folder)) {
+    if (!entry.is_directory()) found.insert(entry.path().lexically_relative(folder).generic_string());
+  }
+  found.erase(kManifest);
+  return found;
+}
+
+void check_magic(const std::string& path) {
+  char start[8] = {};
+  std::ifstream(path, std::ios::binary).read(start, sizeof start);
+  if (std::memcmp(start + 4, kMagic, 4) != 0) {
+    refuse(path, std::string("is not an ExecuTorch program (") + kMagic + "); export the package again");
+  }
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------- package
+
+Package Package::open(const std::string& folder) {
+  if (!fs::is_directory(folder)) {
+    refuse(folder, std::string(fs::exists(folder) ? "a file, expected a package folder" : "no such package folder") +
+                       "; make one with rmse-export");
+  }
+  Package package;
+  package.folder_ = folder;
+  package.read_manifest();
+  try {
+    package.check_files();
+    const std::string& target = package.manifest_.at("target").string();
+    if (target != kTarget) refuse(folder, "made for " + target + "; this runner takes packages made for " + kTarget);
+    package.info_ = model_info(package.manifest_);
+    package.program_ = package.path(package.manifest_.at("lowering").at("program").string());
+  } catch (const JsonError& error) {
+    refuse(fs::path(folder) / kManifest, std::string(error.what()) + "; export the package again");
+  }
+  check_magic(package.program_);
+  return package;
+}
+
+void Package::read_manifest() {
+  const fs::path path = fs::path(folder_) / kManifest;
+  if (!fs::is_regular_file(path)) refuse(path, "missing; " + folder_ + " is not a package");
+  try {
+    manifest_ = Json::parse(read_file(path.string()));
+  } catch (const JsonError& error) {
+    refuse(path, std::string("not readable as JSON (") + error.what() + "); export the package again");
+  }
+  const Json* format = manifest_.find("format");
+  if (format == nullptr || !format->is(kFormat)) refuse(path, std::string("not the manifest of an ") + kFormat);
+  const Json* version = manifest_.find("format_version");
+  const std::string known = std::to_string(kFormatVersion);
+  if (version == nullptr || version->dump() != known) {
+    refuse(path, "format version " + (version == nullptr ? "None" : version->dump()) + ", this runner reads " + known +
+                     "; export the package again");
+  }
+  const Json *files = manifest_.find("files"), *digest = manifest_.find("sha256");
+  const bool own = digest != nullptr && digest->is(sha256(manifest_.without("sha256").canonical()));
+  if (files == nullptr || !files->is_object() || !own) {
+    refuse(path, "was edited after the export (its own SHA-256 does not fit); export again");
+  }
+}
+
+void Package::check_files() {
+  const fs::path folder = folder_;
+  const Json& files = manifest_.at("files");
+  const std::set<std::string> present = files_in(folder);
+  std::set<std::string> listed;
+  for (const auto& [name, _] : files.members()) listed.insert(name);
+  for (const std::string& name : listed) {
+    if (!present.contains(name)) refuse(folder / name, "missing from the package; export it again");
+  }
+  for (const std::string& name : present) {
+    if (listed.contains(name)) continue;
+    refuse(folder / name, "not listed in the package's manifest; remove it or export again");
+  }
+  nbytes_ = fs::file_size(folder / kManifest);
+  for (const auto& [name, entry] : files.members()) {
+    const fs::path path = folder / name;
+    const auto size = static_cast<int64_t>(fs::file_size(path)), expected = entry.at("bytes").integer();
+    if (size != expected) {
+      refuse(path, std::to_string(size) + " bytes, the manifest says " + std::to_string(expected) +
+                       "; truncated? export again");
+    }
+    if (sha256_of_file(path.string()) != entry.at("sha256").string()) {
+      refuse(path, "its SHA-256 is not the manifest's; the file is damaged, export again");
+    }
+    nbytes_ += size;
+  }
+}
+
+std::string Package::path(const std::string& name) const {
+  const bool listed = manifest_.at("files").find(name) != nullptr;
+  if (!listed) refuse(folder_, "the package holds no " + name + "; export it again");
+  return (fs::path(folder_) / name).string();
+}
+
+std::string read_file(const std::string& path) {
+  if (fs::is_directory(path)) refuse(path, "is a folder, expected a file");
+  std::ifstream file(path, std::ios::binary);
+  if (!file) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")");
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// ------------------------------------------------------------------------------------------------ specs and dials
+
+size_t TensorSpec::nbytes() const {
+  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return t.type == type; });
+  size_t bytes = known->nbytes;
+  for (const int32_t n : shape) bytes *= n;
+  return bytes;
+}
+
+void Dials::check(int64_t trained_depth) const {
+  const auto fail = [](const char* flag, const Json& got, const std::string& expected) {
+    throw std::runtime_error(std::string(flag) + ": got " + got.dump() + ", expected " + expected);
+  };
+  if (max_loops < 1 || max_loops > trained_depth) {
+    fail("--max-loops", max_loops, "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
+  }
+  if (min_loops < 1 || min_loops > max_loops) {
+    fail("--min-loops", min_loops, "1..max-loops (" + std::to_string(max_loops) + ")");
+  }
+  if (!(exit_threshold > 0)) fail("--exit-threshold", exit_threshold, "a positive number (1 disables it)");
+  if (!(exit_epsilon >= 0)) fail("--exit-epsilon", exit_epsilon, "0 (off) or more");
+  if (!(exit_entropy >= 0)) fail("--exit-entropy", exit_entropy, "0 (off) or more");
+}
+
+Json Dials::to_json() const {
+  return Json::object({{"max_loops", max_loops},
+                       {"min_loops", min_loops},
+                       {"exit_threshold", exit_threshold},
+                       {"exit_epsilon", exit_epsilon},
+                       {"exit_entropy", exit_entropy}});
+}
+
+}  // namespace rmse

@@ -1,0 +1,89 @@
+// A package: the folder NAME.rmse/ whose manifest.json names every other file with its size and SHA-256.
+//
+// All of it is checked before the runtime sees a byte: ExecuTorch ends the process over some damaged files and computes
+// with others.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <executorch/runtime/core/exec_aten/exec_aten.h>
+
+#include "json.h"
+
+namespace rmse {
+
+constexpr int64_t kSegment = 64;  // tokens between two writes of the memory; no call crosses a multiple of it
+
+// The quality dial of one call. Loops count from 1; rmse_edge/exit.py has the rules.
+struct Dials {
+  int64_t max_loops = 1;
+  int64_t min_loops = 1;
+  double exit_threshold = 1;  // >= 1 disables the gate
+  double exit_epsilon = 0;    // 0 disables the delta rule
+  double exit_entropy = 0;    // 0 disables the entropy rule
+
+  void check(int64_t trained_depth) const;  // throws std::runtime_error naming the dial and its range
+  Json to_json() const;
+};
+
+// A tensor as a method takes or gives it.
+struct TensorSpec {
+  std::string name;
+  executorch::aten::ScalarType type;
+  std::vector<int32_t> shape;
+
+  size_t nbytes() const;
+  bool fits(const TensorSpec& other) const { return type == other.type && shape == other.shape; }
+};
+
+struct MethodSpec {
+  std::vector<TensorSpec> inputs, outputs;
+};
+
+// What the manifest says about the model.
+struct ModelInfo {
+  std::string name, quant;
+  int64_t vocab_size, width, max_loops, window, rotary_dims, parameters;
+  double rope_theta;
+  Dials dials;                               // the checkpoint's own settings
+  std::vector<int64_t> chunks;               // rows of the calls that exist, ascending; the first is 1
+  std::vector<TensorSpec> state;             // (K, ...), ring axis -2
+  std::map<std::string, std::string> rings;  // state name -> the result of commit that fills it
+  std::vector<TensorSpec> memory;            // empty: the model has none
+  std::optional<int64_t> max_seq_len, bos_token, eos_token;
+  bool entropy_rule;  // whether exits can look at the entropy
+  Json config;        // of the checkpoint
+  std::map<std::string, MethodSpec> methods;
+};
+
+class Package {
+ public:
+  // Throws std::runtime_error: one line saying what is wrong with which file, and what to do.
+  static Package open(const std::string& folder);
+
+  const std::string& folder() const { return folder_; }
+  const ModelInfo& info() const { return info_; }
+  uint64_t nbytes() const { return nbytes_; }              // of all files, the manifest included
+  const std::string& program() const { return program_; }  // path of the ExecuTorch program
+  std::string path(const std::string& name) const;         // of a listed file; std::runtime_error where it is none
+
+ private:
+  void read_manifest();
+  void check_files();
+
+  std::string folder_;
+  Json manifest_;
+  ModelInfo info_;
+  uint64_t nbytes_ = 0;
+  std::string program_;
+};
+
+// The whole file; std::runtime_error where it cannot be read.
+std::string read_file(const std::string& path);
+
+}  // namespace rmse

@@ -1,0 +1,343 @@
+// rmse-runner: a package made for ExecuTorch writes text, token by token, each with the loops it needs; or is timed.
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bench.h"
+#include "model.h"
+#include "options.h"
+#include "package.h"
+#include "sampler.h"
+#include "tokenizer.h"
+
+namespace rmse {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kUserError = 2, kInterrupted = 130;
+
+volatile std::sig_atomic_t interrupted = 0;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// --------------------------------------------------------------------------------------------------------- writing
+
+// Text with the depth of the token that it comes from.
+struct Span {
+  std::string text;
+  int64_t depth;
+};
+
+// Writes spans as they come, with --show-depth as runs of one depth in brackets: [ROM/5][EO/3].
+class Writer {
+ public:
+  explicit Writer(const Options& options) : silent_(options.output == "json"), brackets_(options.show_depth) {}
+
+  void add(const Span& span) {
+    text_ += span.text;
+    if (silent_) return;
+    if (brackets_ && span.depth != open_) {
+      close();
+      std::fputc('[', stdout);
+      open_ = span.depth;
+    }
+    std::fwrite(span.text.data(), 1, span.text.size(), stdout);
+    std::fflush(stdout);
+  }
+
+  void close() {
+    if (open_ != 0) std::fprintf(stdout, "/%lld]", static_cast<long long>(open_));
+    open_ = 0;
+  }
+
+  const std::string& text() const { return text_; }
+
+ private:
+  bool silent_, brackets_;
+  int64_t open_ = 0;  // depth of the run being written
+  std::string text_;
+};
+
+// Holds text back that may yet become a stop text; of a stop text nothing is ever given out.
+class StopFilter {
+ public:
+  explicit StopFilter(const std::vector<std::string>& stop) : stop_(stop) {
+    if (std::find(stop.begin(), stop.end(), "") != stop.end()) {
+      throw std::runtime_error("--stop: got an empty string, expected the text to stop at");
+    }
+  }
+
+  bool stopped() const { return stopped_; }
+
+  // Takes a token's text and gives what can be shown now.
+  std::vector<Span> push(Span span) {
+    held_.push_back(std::move(span));
+    std::string text;
+    for (const Span& s : held_) text += s.text;
+    size_t shown = text.size();
+    for (const std::string& stop : stop_) shown = std::min(shown, text.find(stop));
+    stopped_ = shown < text.size();
+    if (!stopped_) shown -= longest_beginning(text);
+    return take(shown);
+  }
+
+  // What was held back and nothing will follow.
+  std::vector<Span> finish() { return stopped_ ? std::vector<Span>() : std::move(held_); }
+
+ private:
+  // The length of the longest beginning of a stop text that `text` ends with.
+  size_t longest_beginning(const std::string& text) const {
+    size_t longest = 0;
+    for (const std::string& stop : stop_) {
+      for (size_t n = longest + 1; n < stop.size(); ++n) {
+        if (text.ends_with(std::string_view(stop).substr(0, n))) longest = n;
+      }
+    }
+    return longest;
+  }
+
+  std::vector<Span> take(size_t count) {
+    std::vector<Span> taken;
+    while (count > 0) {
+      Span& first = held_.front();
+      const size_t n = std::min(count, first.text.size());
+      taken.push_back({first.text.substr(0, n), first.depth});
+      first.text.erase(0, n);
+      if (first.text.empty()) held_.erase(held_.begin());
+      count -= n;
+    }
+    return taken;
+  }
+
+  std::vector<std::string> stop_;
+  std::vector<Span> held_;
+  bool stopped_ = false;
+};
+
+// -------------------------------------------------------------------------------------------------------- the text
+
+// One run of the model on one prompt.
+struct Generation {
+  std::vector<int64_t> prompt, prompt_depth;
+  std::vector<int64_t> tokens, depth;  // with those that made a stop text, and the end token
+  std::string finish_reason = "interrupted";
+  double first_token_s = 0;  // from the start to the first token
+  double decode_s = 0;       // spent on all further tokens
+
+  void run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials, Writer& writer);
+  Json statistics(int64_t full) const;
+};
+
+void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials,
+                     Writer& writer) {
+  const int64_t eos = options.ignore_eos ? -1 : model.info().eos_token.value_or(-1);
+  const std::optional<int64_t> limit = model.info().max_seq_len;
+  Sampler sampler(options.sampling);
+  StopFilter filter(options.stop);
+  std::vector<int64_t> fed = prompt;
+  while (!interrupted) {
+    if (std::ssize(tokens) == options.max_new_tokens) {
+      finish_reason = "length";
+    } else if (!tokens.empty() && tokens.back() == eos) {
+      finish_reason = "eos";
+    } else if (filter.stopped()) {
+      finish_reason = "stop";
+    } else if (!tokens.empty() && limit && model.position() >= *limit) {
+      finish_reason = "max_seq_len";
+    }
+    if (finish_reason != "interrupted") break;
+    const auto start = Clock::now();
+    const Fed result = model.feed(fed, dials);
+    const int64_t token = sampler.pick(result.logits);
+    (tokens.empty() ? first_token_s : decode_s) += seconds_since(start);
+    if (tokens.empty()) prompt_depth = result.depth;
+    const bool first = tokens.empty() && !tokenizer.reads_text();  // text goes on from the prompt, numbers start anew
+    tokens.push_back(token);
+    depth.push_back(result.depth.back());
+    fed = {token};
+    if (token == eos) continue;
+    for (const Span& span : filter.push({tokenizer.decode(token, first), depth.back()})) writer.add(span);
+  }
+  for (const Span& span : filter.finish()) writer.add(span);
+}
+
+// Counts, speeds (tokens/s), time to the first token (s) and loops; null where there was nothing to measure.
+Json Generation::statistics(int64_t full) const {
+  const auto known = [](bool there, double value) { return there ? Json(value) : Json(); };
+  const bool any = !tokens.empty();
+  const double prompt_size = std::ssize(prompt), decoded = std::ssize(tokens) - 1, loops = any ? mean(depth) : 0;
+  return Json::object({{"prompt_tokens", prompt.size()},
+                       {"prompt_mean_loops", known(any, any ? mean(prompt_depth) : 0)},
+                       {"prompt_tokens_per_s", known(any, prompt_size / first_token_s)},
+                       {"time_to_first_token_s", known(any, first_token_s)},
+                       {"generated_tokens", tokens.size()},
+                       {"tokens_per_s", known(decode_s > 0, decoded / decode_s)},
+                       {"mean_loops", known(any, loops)},
+                       {"max_loops", full},
+                       {"iterations_saved", known(any, 1 - loops / full)},
+                       {"histogram", Json::array(histogram(depth, full))},
+                       {"finish_reason", finish_reason}});
+}
+
+void print_statistics(const Json& s, bool show_depth) {
+  const auto value = [&](const char* key) { return s.at(key).number(); };
+  const std::string prompt = s.at("prompt_tokens").dump(), generated = s.at("generated_tokens").dump();
+  if (s.at("mean_loops").is_null()) {
+    std::fprintf(stderr, "prompt %s tokens; stopped before the first new token\n", prompt.c_str());
+    return;
+  }
+  std::fprintf(stderr, "prompt %s tokens at %.1f tokens/s, %.2f loops on average; first token after %.0f ms\n",
+               prompt.c_str(), value("prompt_tokens_per_s"), value("prompt_mean_loops"),
+               1000 * value("time_to_first_token_s"));
+  std::fprintf(stderr, "generated %s tokens", generated.c_str());
+  if (!s.at("tokens_per_s").is_null()) std::fprintf(stderr, " at %.1f tokens/s", value("tokens_per_s"));
+  const Json& reason = s.at("finish_reason");
+  std::fprintf(stderr, ", %.2f of %s loops on average, %.0f%% of the iterations saved%s\n", value("mean_loops"),
+               s.at("max_loops").dump().c_str(), 100 * value("iterations_saved"),
+               reason.is("eos")           ? "; ended by the model"
+               : reason.is("stop")        ? "; ended at a stop text"
+               : reason.is("interrupted") ? "; interrupted"
+               : reason.is("max_seq_len") ? "; ended at the package's --max-seq-len"
+                                          : "");
+  if (!show_depth) return;
+  std::fprintf(stderr, "tokens by loops:");
+  const std::vector<Json>& counts = s.at("histogram").items();
+  for (size_t k = 0; k < counts.size(); ++k) {
+    if (counts[k].integer() > 0) std::fprintf(stderr, " %zu:%s", k + 1, counts[k].dump().c_str());
+  }
+  std::fprintf(stderr, "\n");
+}
+
+Json document(const Generation& generation, const std::string& text, const std::string& prompt, const Model& model,
+              const Dials& dials, const Sampling& sampling) {
+  Json result = Json::object({{"text", text},
+                              {"tokens", Json::array(generation.tokens)},
+                              {"depth", Json::array(generation.depth)},
+                              {"prompt", prompt}});
+  const Json statistics = generation.statistics(model.info().max_loops);
+  for (const auto& [key, value] : statistics.members()) result.add(key, value);
+  result.add("model", model.info().name);
+  result.add("runtime", "executorch-native");
+  result.add("state_bytes", model.state_bytes());
+  result.add("dials", dials.to_json());
+  result.add("sampling", Json::object({{"temperature", sampling.temperature},
+                                       {"top_k", sampling.top_k},
+                                       {"top_p", sampling.top_p},
+                                       {"seed", sampling.seed}}));
+  return result;
+}
+
+// --------------------------------------------------------------------------------------------------- the command
+
+std::string read_stdin() {
+  if (isatty(STDIN_FILENO)) throw std::runtime_error("no prompt; give --prompt TEXT or pipe text into stdin");
+  const std::string text(std::istreambuf_iterator<char>(std::cin), {});
+  const size_t invalid = find_invalid_utf8(text);
+  if (invalid != text.npos) {
+    throw std::runtime_error("stdin: not UTF-8 at byte " + std::to_string(invalid) +
+                             "; convert it first (iconv -t UTF-8)");
+  }
+  return text;
+}
+
+// What an empty prompt starts from.
+std::vector<int64_t> begin_of_text(const ModelInfo& info) {
+  if (!info.bos_token) {
+    throw std::runtime_error(
+        "the prompt is empty and the model has no begin-of-text token; give at least one character");
+  }
+  return {*info.bos_token};
+}
+
+// --logits: what tests compare between processors.
+int write_logits(const Options& options) {
+  if (options.prompt_tokens.empty()) throw std::runtime_error("--logits: needs --prompt-tokens");
+  const Package package = Package::open(options.package);
+  const Dials dials = options.dials(package.info());
+  Model model(package, options.packed_weights);
+  const Fed fed = model.feed(options.prompt_tokens, dials, /*all_logits=*/true);
+  std::ofstream file(options.logits, std::ios::binary);
+  file.write(reinterpret_cast<const char*>(fed.logits.data()), fed.logits.size() * sizeof(float));
+  if (!file.flush()) throw std::runtime_error(options.logits + ": cannot be written");
+  for (const int64_t depth : fed.depth) std::printf("%lld ", static_cast<long long>(depth));
+  std::printf("\n");
+  return 0;
+}
+
+int generate(const Options& options) {
+  options.sampling.check();
+  if (!options.prompt_tokens.empty() && options.prompt) {
+    throw std::runtime_error("--prompt-tokens: leave out --prompt, or the other way round");
+  }
+  std::string text;
+  if (options.prompt_tokens.empty()) text = options.prompt ? *options.prompt : read_stdin();
+  const Package package = Package::open(options.package);
+  const Dials dials = options.dials(package.info());
+  if (options.no_memory && package.info().memory.empty()) {
+    throw std::runtime_error("--no-memory: " + package.info().name + " has no memory");
+  }
+  const Tokenizer tokenizer = Tokenizer::open(package.path("tokenizer.json"));
+  Generation generation;
+  generation.prompt = options.prompt_tokens.empty() ? tokenizer.encode(text) : options.prompt_tokens;
+  if (generation.prompt.empty()) generation.prompt = begin_of_text(package.info());
+  Writer writer(options);
+  Model model(package, options.packed_weights);
+  if (options.no_memory) model.leave_memory_blank();
+  struct sigaction once = {};  // Ctrl-C ends the text; a second one the program
+  once.sa_handler = [](int) { interrupted = 1; };
+  once.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigaction(SIGINT, &once, nullptr);
+  generation.run(model, tokenizer, options, dials, writer);
+  if (options.output == "json") {
+    std::puts(document(generation, writer.text(), text, model, dials, options.sampling).dump().c_str());
+  } else {
+    writer.close();
+    if (options.show_depth || !writer.text().ends_with('\n')) std::puts("");
+    std::fflush(stdout);
+    print_statistics(generation.statistics(model.info().max_loops), options.show_depth);
+  }
+  return generation.finish_reason == "interrupted" ? kInterrupted : 0;
+}
+
+int run(int argc, char** argv) {
+  const Options options = Options::parse(argc, argv);
+  if (options.help) {
+    std::fputs(Options::usage().c_str(), stdout);
+    return 0;
+  }
+  start_engine(options.threads);
+  if (!options.logits.empty()) return write_logits(options);
+  if (!options.bench) return generate(options);
+  std::puts(bench(options).c_str());
+  return 0;
+}
+
+}  // namespace
+}  // namespace rmse
+
+int main(int argc, char** argv) {
+  try {
+    const int code = rmse::run(argc, argv);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout)) {
+      throw std::runtime_error("the output cannot be written; is the disk full?");
+    }
+    return code;
+  } catch (const std::exception& error) {
+    std::string line = error.what();
+    std::replace(line.begin(), line.end(), '\n', ' ');
+    std::fprintf(stderr, "rmse-runner: error: %s\n", line.c_str());
+    return rmse::kUserError;
+  }
+}

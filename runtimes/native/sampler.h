@@ -1,0 +1,51 @@
+// The sampler of every runtime: the same seed and logits give the same token, here and in runtimes/sampling.py.
+//
+// It works in float64 and owns its random numbers, those of NumPy's Generator(PCG64(seed)).
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace rmse {
+
+// How a token is chosen from logits.
+struct Sampling {
+  double temperature = 0.8;  // 0: the largest logit, always
+  int64_t top_k = 0;         // keep the k largest; 0 keeps all
+  double top_p = 1;          // keep the smallest set of tokens with at least this probability; 1 keeps all
+  uint64_t seed = 0;
+
+  void check() const;  // throws std::runtime_error naming the flag and its range
+};
+
+// PCG XSL RR 128/64 (O'Neill 2014), seeded by NumPy's SeedSequence.
+class Pcg64 {
+ public:
+  explicit Pcg64(uint64_t seed);
+  double next();  // uniform in [0, 1)
+
+ private:
+  void advance();
+
+  unsigned __int128 state_ = 0, increment_ = 0;
+};
+
+// Draws tokens. One random number per token, whatever the options, so that they do not shift the stream.
+class Sampler {
+ public:
+  explicit Sampler(const Sampling& sampling);
+
+  // Throws std::runtime_error where the logits hold NaN or no finite maximum; the model that made them is damaged.
+  int64_t pick(std::span<const float> logits);
+
+ private:
+  void weigh(std::span<const float> logits, double largest);
+
+  Sampling sampling_;
+  Pcg64 random_;
+  std::vector<double> weights_;  // probabilities of the tokens, then their running sum
+  std::vector<int64_t> order_;   // tokens by falling logit
+};
+
+}  // namespace rmse

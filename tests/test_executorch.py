@@ -1,0 +1,499 @@
+"""ExecuTorch packages: what is in the file, what the runtime makes of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_one_line, mixed_model, random_tokens, remembering_model
+from small_models import small_config
+
+pytest.importorskip("executorch")
+
+from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.cli.bench import main as rmse_bench
+from rmse_edge.cli.export import main as rmse_export
+from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.errors import ExportError, PackageError, UserError
+from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.export.executorch import check_weights
+from rmse_edge.export.executorch_ops import check_format, prepare, stored_codes
+from rmse_edge.export.parity import compare_methods
+from rmse_edge.export.pipeline import _methods
+from rmse_edge.export.program import trace
+from rmse_edge.export.targets import LowerOptions, get_target
+from rmse_edge.model import RMSE
+from rmse_edge.package import MANIFEST, Package, seal
+from rmse_edge.quantize import Format, Quantized, QuantizeRequest, Scheme, quantize
+from rmse_edge.quantize.tensors import round_to_nearest
+from rmse_edge.runtimes import Dials, kernels, open_runtime
+from rmse_edge.runtimes.executorch import ExecutorchMethods, ExecutorchRuntime
+from rmse_edge.runtimes.session import restore_session, save_session
+from rmse_edge.runtimes.torch import TorchRuntime
+
+FULL = Dials(4)
+FEW = 4  # tokens of a small vocabulary
+METHODS = [f"{name}_{rows}" for rows in (1, 64) for name in ("prelude", "begin", "step", "head", "commit")]
+
+
+@pytest.fixture(scope="module")
+def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint through `rmse-export --target executorch`, the parity gate included. Read only."""
+    folder = tmp_path_factory.mktemp("executorch") / "tiny.rmse"
+    assert rmse_export(["--target", "executorch", "-m", str(checkpoint), "-o", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Quantized:
+    """A model with a memory, a retrieval head and an int8 cache, in int4.
+
+    With random weights, what rounding activations does grows from loop to loop, and of many tokens the two likeliest are
+    often as good as tied. So here the branches are small and the tokens few, as decided as a trained model's.
+    """
+    model = remembering_model(vocab_size=FEW)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("post_norm.weight"):
+                p.mul_(0.3)
+    request = QuantizeRequest(Scheme("int4"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=128)
+    return quantize(model, request, random_tokens(4000, 5, FEW), "f")
+
+
+@pytest.fixture(scope="module")
+def int4(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`quantized` exported, the parity gate included. Read only."""
+    folder = tmp_path_factory.mktemp("int4") / "int4.rmse"
+    export_package(quantized.model, folder, ExportRequest("executorch", "int4"), quantized=quantized)
+    return folder
+
+
+def runtime_of(folder: Path) -> ExecutorchRuntime:
+    runtime = open_runtime(folder, threads=1)
+    assert isinstance(runtime, ExecutorchRuntime)
+    return runtime
+
+
+# ------------------------------------------------------------------------------------------------------ the package
+
+
+def test_the_gate_ran_and_the_package_holds_what_it_should(fp32: Path) -> None:
+    """Exact rule at all settings and for all methods; one program, and the methods that the host calls."""
+    package = Package.open(fp32)
+    assert {p.name for p in fp32.iterdir()} == {MANIFEST, "program.pte", "tokenizer.json", "sample.txt"}
+    assert list(package.manifest["methods"]) == package.manifest["lowering"]["methods"] == METHODS
+    parity = package.manifest["parity"]
+    assert parity["rule"] == "exact" and list(parity["settings"]) == ["full depth", "gate", "delta"]
+    assert all(s["positions"] >= 200 and s["same_depth"] == 1 for s in parity["settings"].values())
+    assert set(parity["methods"]) == {*METHODS, "loop_1", "loop_64"}
+
+
+def test_metadata_methods_say_what_a_runner_needs(fp32: Path, tiny: RMSE) -> None:
+    program = runtime_of(fp32).methods._program  # type: ignore[attr-defined]
+    found = {name: program.load_method(name)([])[0] for name in ("get_vocab_size", "get_max_loops", "get_window")}
+    assert found == {"get_vocab_size": 65, "get_max_loops": 4, "get_window": 64}
+    assert program.load_method("get_bos_id")([]) == [-1]
+    assert program.load_method("get_max_context_len")([]) == [2**31 - 1]
+
+
+def test_weights_are_there_once_and_as_integers(int4: Path, quantized: Quantized) -> None:
+    """Every method of both sizes shares them; what was quantised is nowhere as floats."""
+    content = (int4 / "program.pte").read_bytes()
+    for name, q in quantized.tensors.items():
+        once = [content.count(form) for form in (stored_codes(q).numpy().tobytes(), swapped(stored_codes(q)))]
+        assert sum(once) == 1, name
+        assert q.dequantize().numpy().tobytes() not in content
+    table = quantized.model.get_parameter("block.experts.router.weight")
+    assert content.count(table.detach().numpy().tobytes()) == 1
+
+
+def swapped(codes: torch.Tensor) -> bytes:
+    return ((codes << 4) | (codes >> 4)).numpy().tobytes()
+
+
+def test_a_file_with_other_integers_is_refused(int4: Path, quantized: Quantized) -> None:
+    """One nibble of one expert is enough."""
+    name = "block.experts.down_proj"
+    planted = dict(quantized.tensors)
+    codes = planted[name].codes.clone()
+    codes[3, 5, 7] ^= 1
+    planted[name] = type(planted[name])(planted[name].format, codes, planted[name].scales)
+    check_weights(int4 / "program.pte", quantized.tensors)
+    with pytest.raises(ExportError, match=r"^block\.experts\.down_proj: ExecuTorch did not store the integers"):
+        check_weights(int4 / "program.pte", planted)
+
+
+def test_int4_passes_the_rounded_rule_with_memory_and_int8_cache(int4: Path) -> None:
+    parity = Package.open(int4).manifest["parity"]
+    assert parity["rule"] == "rounded"
+    for setting in parity["settings"].values():
+        assert setting["positions"] >= 200 and setting["same_top_token"] >= 0.98 and setting["same_depth"] >= 0.97
+    assert parity["memory"]["writes"]["memory_up"] <= 1e-2
+    runtime = runtime_of(int4)
+    assert all(array.dtype == np.int8 for array in runtime.state.values())
+
+
+# ------------------------------------------------------------------------------------------------------ the runtime
+
+
+@pytest.mark.parametrize("dials", [FULL, Dials(4, 1, 0.6), Dials(2), Dials(4, 3, 0.3)])
+def test_the_loop_stops_for_real(fp32: Path, tiny: RMSE, dials: Dials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine runs `step` as often as the deepest position needs and not once more; depths are PyTorch's."""
+    runtime = runtime_of(fp32)
+    calls: Counter[str] = Counter()
+    plain = ExecutorchMethods._call
+
+    def counted(self: ExecutorchMethods, name: str, given: Any) -> Any:
+        calls[name] += 1
+        return plain(self, name, given)
+
+    monkeypatch.setattr(ExecutorchMethods, "_call", counted)
+    tokens = random_tokens(80, seed=12)
+    expected = TorchRuntime(tiny, "tiny").feed(tokens, dials)
+    fed = runtime.feed(tokens, dials)
+    np.testing.assert_array_equal(fed.depth, expected.depth)
+    assert fed.iterations == expected.iterations
+    singles = [n for n, rows in zip(fed.iterations, fed.chunks) if rows == 1]
+    assert calls["step_1"] == sum(singles) and calls["step_64"] == sum(fed.iterations) - sum(singles)
+
+
+def test_one_token_at_a_time_reads_what_long_calls_left(fp32: Path) -> None:
+    """Chunked and single calls of the same text agree, over the window's end and with early exits."""
+    runtime = runtime_of(fp32)
+    tokens = random_tokens(150, seed=12)
+    dials = Dials(4, 1, 0.6)
+    at_once = runtime.feed(tokens, dials)
+    runtime.reset()
+    singly = [runtime.feed(tokens[i : i + 1], dials) for i in range(len(tokens))]
+    np.testing.assert_array_equal(at_once.depth, np.concatenate([f.depth for f in singly]))
+    np.testing.assert_allclose(at_once.logits, np.concatenate([f.logits for f in singly]), atol=1e-4)
+
+
+def test_rmse_run_writes_what_pytorch_writes(fp32: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = []
+    for folder in (checkpoint, fp32):
+        assert rmse_run([str(folder), "-p", "HELLO", "-n", "90", "--temperature", "0", "-o", "json"]) == 0
+        documents.append(json.loads(capsys.readouterr().out))
+    assert documents[0]["tokens"] == documents[1]["tokens"] and documents[0]["depth"] == documents[1]["depth"]
+    assert documents[1]["runtime"] == "executorch"
+
+
+def test_sessions_go_from_one_runtime_to_the_other(fp32: Path, tiny: RMSE, tmp_path: Path) -> None:
+    """The host keeps the state, so a text begun by PyTorch goes on here."""
+    tokens = random_tokens(100, seed=12)
+    reference = TorchRuntime(tiny, "tiny")
+    reference.feed(tokens[:70], FULL)
+    save_session(reference, tmp_path / "s.session", [])
+    runtime = runtime_of(fp32)
+    restore_session(runtime, tmp_path / "s.session")
+    assert runtime.position == 70
+    np.testing.assert_allclose(
+        runtime.feed(tokens[70:], FULL).logits, reference.feed(tokens[70:], FULL).logits, atol=1e-4
+    )
+
+
+def test_memory_and_hits_take_part(int4: Path, quantized: Quantized) -> None:
+    """The memory learns at the segment's end and hits change what follows, as in PyTorch with the same integers."""
+    ours, theirs = runtime_of(int4), TorchRuntime(quantized.model, "mem")
+    tokens = random_tokens(200, vocab=FEW)
+    hits = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
+    found = []
+    for runtime in (ours, theirs):
+        runtime.feed(tokens[:130], FULL)
+        runtime.inject(hits)
+        found.append(runtime.feed(tokens[130:], FULL))
+    assert len(found[0].surprises) == len(found[1].surprises) == 1
+    assert found[0].surprises[0].value == pytest.approx(found[1].surprises[0].value, rel=0.05)
+    assert (found[0].logits.argmax(-1) == found[1].logits.argmax(-1)).mean() > 0.9
+    ours.reset()
+    ours.feed(tokens[:130], FULL)
+    assert np.abs(ours.feed(tokens[130:], FULL).logits - found[0].logits).max() > 0.1  # without hits
+
+
+def test_bench_and_profile(fp32: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same rows as for any package, and the time of every operator."""
+    flags = ["-p", "64", "-n", "8", "-r", "1", "-t", "1", "-o", "json"]
+    assert rmse_bench([str(fp32), *flags]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["test"] for row in document["rows"]} == {"pp64", "tg8"}
+    assert document["runtime"] == "executorch" and document["baseline_rss_bytes"] > 0
+    assert rmse_bench([str(fp32), "--profile", "-o", "json", "-t", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["operators"]
+    for test in ("pp256", "tg32"):
+        mine = {row["operator"]: row for row in rows if row["test"] == test}
+        assert sum(row["share"] for row in mine.values()) == pytest.approx(1)
+        assert any(name.startswith("xnnpack: Fully Connected") for name in mine)
+    runtime = runtime_of(fp32)
+    iterations = sum(runtime.feed([int(t)], runtime.info.dials).iterations[0] for t in sample_ids(fp32)[:32])
+    experts = next(row for row in rows if row["test"] == "tg32" and row["operator"] == "sparse_experts")
+    assert experts["calls"] == iterations
+    assert rmse_bench([str(fp32), "--profile", "-t", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "| operator" in shown and "sparse_experts" in shown and "tg32: " in shown
+
+
+def sample_ids(folder: Path) -> list[int]:
+    from rmse_edge.text import Tokenizer
+
+    return Tokenizer(folder / "tokenizer.json").encode((folder / "sample.txt").read_text())
+
+
+def test_profile_of_another_runtime_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rmse_bench([str(checkpoint), "--profile"]) == 2
+    assert_one_line(capsys.readouterr().err, "--profile", "torch", "--target executorch")
+
+
+# ---------------------------------------------------------------------------------------------- any looped model
+
+
+def test_a_puzzle_solver_is_lowered_too(tmp_path: Path) -> None:
+    """No context, no state, nothing emitted, no commit: nothing here is about text."""
+    from puzzle import CELLS, MAX_LOOPS, Puzzle
+
+    torch.manual_seed(0)
+    model = Puzzle().eval()
+    target = get_target("executorch")
+    program = trace(target.prepare(model, {}), (CELLS,), host_loop=True)  # type: ignore[misc, arg-type]
+    made = target.lower(program, tmp_path, LowerOptions())
+    assert made["methods"] == ["prelude_16", "begin_16", "step_16", "head_16"]
+    methods = ExecutorchMethods(tmp_path / made["program"], _methods(program, True), MAX_LOOPS)
+    dials = {"max_loops": MAX_LOOPS, "min_loops": 1, "exit_threshold": 0.5}
+    worst = compare_methods(program, methods, dials, 1e-5)
+    assert set(worst) == {"prelude_16", "begin_16", "step_16", "head_16", "loop_16"}
+
+
+# ------------------------------------------------------------------------------------------------------ the kernels
+
+KERNEL_CASES = [(32, 64, 32), (8, 64, 32), (4, 64, 32), (4, 96, 64), (8, 160, 96)]  # bits, width, expert width
+
+
+class Experts(torch.nn.Module):
+    """The operator alone, with its weights as constants."""
+
+    def __init__(self, bits: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.draw = torch.Generator().manual_seed(bits)
+        self.bits = bits
+        self.up, self.down = (self._random(12, *shape) for shape in ((2 * hidden, width), (width, hidden)))
+        self.bias = torch.nn.Buffer(self._random(12))
+        if bits == 32:
+            self.weights = [torch.nn.Buffer(self.up), torch.nn.Buffer(self.down)]
+            self.names = ("a", "b")
+        else:
+            fmt = Format(bits, 32 if bits == 4 else None)
+            both = [round_to_nearest(w, fmt) for w in (self.up, self.down)]
+            self.up, self.down = (q.dequantize() for q in both)
+            self.weights = [t for q in both for t in (stored_codes(q), q.scales.to(torch.bfloat16))]
+            self.names = ("a", "as_", "b", "bs")
+        for name, weight in zip(self.names, self.weights):
+            self.register_buffer(name, weight)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.draw) * 0.3
+
+    def forward(self, x: torch.Tensor, logits: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        weights = [getattr(self, name) for name in self.names]
+        operator = torch.ops.rmse_edge.sparse_experts if self.bits == 32 else torch.ops.rmse_edge.quantized_experts
+        return operator(x, logits, self.bias, active, *weights, 3)
+
+
+def kernel_program(folder: Path, case: tuple[int, int, int]) -> tuple[Path, Experts, list[torch.Tensor]]:
+    from executorch.exir import ExecutorchBackendConfig, to_edge
+    from executorch.exir.passes import MemoryPlanningPass
+
+    module = Experts(*case).eval()
+    draw = torch.Generator().manual_seed(7)
+    inputs = [torch.randn(9, case[1], generator=draw), torch.randn(9, 12, generator=draw), torch.arange(9) % 3 != 1]
+    config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
+    program = to_edge(torch.export.export(module, tuple(inputs), strict=False)).to_executorch(config)
+    path = folder / f"{case[0]}-{case[1]}.pte"
+    path.write_bytes(program.buffer)
+    return path, module, inputs
+
+
+RUN_KERNEL = """
+import sys, torch
+from executorch.extension.pybindings import portable_lib
+from rmse_edge.runtimes.kernels import load_kernels
+load_kernels()
+for path in sys.argv[1:]:
+    inputs = torch.load(path + ".inputs")
+    torch.save(portable_lib._load_program(path).load_method("forward")(inputs)[0], path + ".out")
+print(load_kernels().rmse_instruction_set().decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[int, int, int], Any]]:
+    """Every case through the runtime, with the processor's own instructions and in plain C++."""
+    folder = tmp_path_factory.mktemp("kernels")
+    made = {case: kernel_program(folder, case) for case in KERNEL_CASES}
+    for path, _, inputs in made.values():
+        torch.save(inputs, f"{path}.inputs")
+    found: dict[str, dict[tuple[int, int, int], Any]] = {}
+    for way in ("", "portable"):
+        environment = os.environ | {"RMSE_PRODUCTS": way}
+        command = [sys.executable, "-c", RUN_KERNEL, *(str(path) for path, _, _ in made.values())]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout.split()[-1] == "portable") == (way == "portable")
+        found[way] = {case: (torch.load(f"{path}.out"), made[case]) for case, (path, _, _) in made.items()}
+    return found
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_kernels_agree_with_pytorch(kernels_run: dict[str, dict[Any, Any]], case: tuple[int, int, int]) -> None:
+    """Selection with bias, weights without it, SwiGLU, stopped rows; int8 and int4 within what rounding activations does."""
+    from rmse_edge.experts import gathered_experts, select
+
+    out, (_, module, (x, logits, active)) = kernels_run[""][case]
+    expected = gathered_experts(x, select(logits, module.bias, 3), module.up, module.down)
+    assert (out[~active] == 0).all()
+    difference = (out - expected)[active].square().mean().sqrt() / expected[active].square().mean().sqrt()
+    assert difference < (1e-6 if case[0] == 32 else 0.015)
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_all_instruction_sets_give_the_same_bits(kernels_run: dict[str, dict[Any, Any]], case: Any) -> None:
+    assert torch.equal(kernels_run[""][case][0], kernels_run["portable"][case][0])
+
+
+def test_without_a_compiler_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMSE_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError) as caught:
+        kernels.compiled()
+    assert_one_line(str(caught.value), "C++ compiler", "no-such-compiler", "set CXX")
+    monkeypatch.setenv("CXX", "false")  # a compiler that fails
+    with pytest.raises(UserError) as caught:
+        kernels.compiled()
+    assert_one_line(str(caught.value), "false cannot compile")
+    assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RMSE_EDGE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError) as caught:
+        kernels.compiled()
+    assert_one_line(str(caught.value), "cannot be written", "RMSE_EDGE_CACHE")
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--quant", "fp16"], ["--quant fp16", "executorch takes fp32, int8, int4"]),
+        (["--quant", "int4", "--calibrate", "x", "--accuracy-level", "0"], ["--accuracy-level 0", "export to onnx"]),
+        (["--quant", "int4", "--calibrate", "x", "--asymmetric"], ["--asymmetric", "executorch"]),
+        (["--quant", "int3"], ["--quant", "int3"]),
+    ],
+)
+def test_what_the_target_cannot_do_is_one_line(
+    checkpoint: Path, tmp_path: Path, flags: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "x" in flags:
+        (tmp_path / "text").write_text("A" * 100)
+        flags[flags.index("x")] = str(tmp_path / "text")
+    target = ["--target", "executorch", "-m", str(checkpoint), "-o", str(tmp_path / "p.rmse")]
+    assert rmse_export([*target, *flags]) == 2
+    assert_one_line(capsys.readouterr().err, *parts)
+    assert not (tmp_path / "p.rmse").exists()
+
+
+def test_groups_that_xnnpack_has_not_are_refused() -> None:
+    model = mixed_model()
+    made = quantize(model, QuantizeRequest(Scheme("int4", group_size=16), method="rtn"))
+    with pytest.raises(ExportError) as caught:
+        prepare(made.model, made.tensors)
+    assert_one_line(str(caught.value), "groups of 16", "--group-size 32")
+    check_format("w", Format(4, 64), 64)
+    narrow = RMSE(small_config(d_model=48)).eval()
+    made = quantize(narrow, QuantizeRequest(Scheme("int8"), method="rtn"))
+    with pytest.raises(ExportError) as caught:
+        prepare(made.model, made.tensors)
+    assert_one_line(str(caught.value), "block.experts.gate_up_proj", "48 inputs")
+
+
+def reseal(folder: Path) -> None:
+    """Give a changed package the hashes that fit, as if it had been made like that."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in ("format", "format_version", "files", "sha256"):
+        manifest.pop(name)
+    seal(folder, manifest)
+
+
+def overwrite(content: bytes) -> Any:
+    return lambda folder: (folder / "program.pte").write_bytes(content)
+
+
+def cut_in_half(folder: Path) -> None:
+    os.truncate(folder / "program.pte", (folder / "program.pte").stat().st_size // 2)
+
+
+def promise_a_method(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["methods"]["think_1"] = manifest["methods"]["head_1"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def other_target(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["target"] = "coreml"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+DAMAGE = {
+    "random bytes": (overwrite(np.random.default_rng(0).bytes(5000)), ["program.pte", "not an ExecuTorch program"]),
+    "random behind the magic": (overwrite(b"\x30\0\0\0ET12" + np.random.default_rng(0).bytes(5000)), ["program.pte", "cannot load it"]),
+    "empty": (overwrite(b""), ["program.pte", "not an ExecuTorch program"]),
+    "cut in half": (cut_in_half, ["program.pte", "cannot load it"]),
+    "a method that is not there": (promise_a_method, ["holds no think for 1 rows"]),
+    "another target": (other_target, ["made for coreml"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bad_program_with_good_hashes_is_one_line(fp32: Path, tmp_path: Path, damage: str) -> None:
+    """Even what the hashes cannot catch does not bring the process down."""
+    folder = tmp_path / "bad.rmse"
+    shutil.copytree(fp32, folder)
+    change, parts = DAMAGE[damage]
+    change(folder)
+    reseal(folder)
+    command = [sys.executable, "-m", "rmse_edge.cli.run", str(folder), "-p", "A", "-n", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("rmse-run: error")]
+    assert len(lines) == 1 and done.stdout == ""
+    assert_one_line(lines[0], *parts)
+
+
+def test_a_flipped_weight_byte_is_caught_before_the_runtime(fp32: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad.rmse"
+    shutil.copytree(fp32, folder)
+    content = bytearray((folder / "program.pte").read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    (folder / "program.pte").write_bytes(content)
+    with pytest.raises(PackageError, match=r"program\.pte: its SHA-256 is not the manifest's"):
+        open_runtime(folder)
+
+
+def test_threads_that_the_engine_does_not_have(fp32: Path) -> None:
+    with pytest.raises(UserError, match=r"^--threads"):
+        open_runtime(fp32, threads=10**6)
+
+
+def test_load_checkpoint_is_left_alone(checkpoint: Path, fp32: Path, tiny: RMSE) -> None:
+    """Preparing for the target changes a copy."""
+    assert all(
+        torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), load_checkpoint(checkpoint).state_dict().values())
+    )
