@@ -69,6 +69,9 @@ class DelegatedNorm(nn.Module):
     The mean of the squares is a product with 1/d, a linear layer of one output whose bias is epsilon.
     """
 
+    mean: Tensor  # (1, d)
+    eps: Tensor  # (1,)
+
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight = norm.weight
@@ -82,6 +85,11 @@ class DelegatedNorm(nn.Module):
 
 class IntegerExperts(SparseExperts):
     """Experts that trace to `quantized_experts`."""
+
+    gate_up_codes: Tensor  # see there
+    gate_up_scales: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
 
     def __init__(self, config: RMSEConfig, gate_up: QuantizedTensor, down: QuantizedTensor) -> None:
         super().__init__(config)

@@ -361,8 +361,8 @@ def compare_methods(
             carry, invariants = ({k: v.numpy() for k, v in part.items()} for part in program.model.begin(tensors))
         if any(m.name == "begin" for m in program.methods):
             got = candidate.run("begin", chunk, feeds)
-            for name, expected in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
-                note(f"begin_{chunk}", name, expected, got[name])
+            for key, value in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
+                note(f"begin_{chunk}", key, value, got[key])
         carry["depth"] = np.zeros(spec.active.shape, np.int64)
         last, emits = drive_step(candidate, spec, carry, feeds | invariants, dials)
         note(f"step_{chunk}", "h", results["loop"]["h"], last["h"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from helpers import Memo
 
     from rmse_edge.model import RMSE
+    from rmse_edge.quantize import Quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,3 +100,50 @@ def remembering_package(remembering: Path, memo: Memo, tmp_path_factory: pytest.
         memo.install(monkeypatch)
         export_package(load_checkpoint(remembering), folder, ExportRequest(), remembering)
     return folder
+
+
+# ------------------------------------------------------------------------------------------------------ ExecuTorch
+
+
+def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of all processes of a test run makes, and the others find: such an export takes a minute."""
+    base = factory.getbasetemp()
+    root = base.parent if base.name.startswith("popen-") else base
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def executorch_package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`checkpoint` through `rmse-export --target executorch`, fp32, the parity gate included. Read only."""
+    pytest.importorskip("executorch")
+    from rmse_edge.cli.export import main
+
+    def make(folder: Path) -> None:
+        assert main(["--target", "executorch", "-m", str(checkpoint), "-o", str(folder)]) == 0
+
+    return made_once("executorch.rmse", tmp_path_factory, make)
+
+
+@pytest.fixture(scope="session")
+def executorch_quantized() -> Quantized:
+    """The model of `executorch_int4`: a memory, a retrieval head, an int8 cache, int4 weights."""
+    from helpers import calm_quantized
+
+    return calm_quantized()
+
+
+@pytest.fixture(scope="session")
+def executorch_int4(executorch_quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`executorch_quantized` exported, the parity gate included; without tokenizer and text. Read only."""
+    pytest.importorskip("executorch")
+    from rmse_edge.export import ExportRequest, export_package
+
+    def make(folder: Path) -> None:
+        request = ExportRequest("executorch", "int4")
+        export_package(executorch_quantized.model, folder, request, quantized=executorch_quantized)
+
+    return made_once("executorch-int4.rmse", tmp_path_factory, make)

@@ -22,6 +22,7 @@ from rmse_edge.export import pipeline
 from rmse_edge.export.parity import MARGIN, Margins, made_up_hits
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.model import RMSE
+from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import Dials
 from rmse_edge.runtimes.torch import TorchRuntime
 from rmse_edge.text import train_character_tokenizer
@@ -77,6 +78,24 @@ def remembering_model(memory: str = "titans", seed: int = 0, **changes: Any) -> 
         model.memory.rates_proj.bias.copy_(torch.tensor(RATES[memory]))
         model.memory.surprise_prior.copy_(torch.tensor([0.5, 0.01, 16.0]))  # so that the first segment is judged
     return model
+
+
+FEW = 4  # tokens of a small vocabulary
+
+
+def calm_quantized() -> Quantized:
+    """`remembering_model` with an int8 cache, in int4, made to be held against packages that round activations.
+
+    With random weights, what such a rounding does grows from loop to loop, and of many tokens the two likeliest are often
+    as good as tied. So here the branches are small and the tokens few, as decided as a trained model's.
+    """
+    model = remembering_model(vocab_size=FEW)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("post_norm.weight"):
+                p.mul_(0.3)
+    request = QuantizeRequest(Scheme("int4"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=128)
+    return quantize(model, request, random_tokens(4000, 5, FEW), "f")
 
 
 def random_tokens(count: int, seed: int = 0, vocab: int = 65) -> np.ndarray:

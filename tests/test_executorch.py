@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line, mixed_model, random_tokens, remembering_model
+from helpers import FEW, assert_one_line, mixed_model, random_tokens
 from small_models import small_config
 
 pytest.importorskip("executorch")
@@ -24,7 +24,6 @@ from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ExportError, PackageError, UserError
-from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.executorch import check_weights
 from rmse_edge.export.executorch_ops import check_format, prepare, stored_codes
 from rmse_edge.export.parity import compare_methods
@@ -41,40 +40,7 @@ from rmse_edge.runtimes.session import restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
 
 FULL = Dials(4)
-FEW = 4  # tokens of a small vocabulary
 METHODS = [f"{name}_{rows}" for rows in (1, 64) for name in ("prelude", "begin", "step", "head", "commit")]
-
-
-@pytest.fixture(scope="module")
-def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint through `rmse-export --target executorch`, the parity gate included. Read only."""
-    folder = tmp_path_factory.mktemp("executorch") / "tiny.rmse"
-    assert rmse_export(["--target", "executorch", "-m", str(checkpoint), "-o", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def quantized() -> Quantized:
-    """A model with a memory, a retrieval head and an int8 cache, in int4.
-
-    With random weights, what rounding activations does grows from loop to loop, and of many tokens the two likeliest are
-    often as good as tied. So here the branches are small and the tokens few, as decided as a trained model's.
-    """
-    model = remembering_model(vocab_size=FEW)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("post_norm.weight"):
-                p.mul_(0.3)
-    request = QuantizeRequest(Scheme("int4"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=128)
-    return quantize(model, request, random_tokens(4000, 5, FEW), "f")
-
-
-@pytest.fixture(scope="module")
-def int4(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`quantized` exported, the parity gate included. Read only."""
-    folder = tmp_path_factory.mktemp("int4") / "int4.rmse"
-    export_package(quantized.model, folder, ExportRequest("executorch", "int4"), quantized=quantized)
-    return folder
 
 
 def runtime_of(folder: Path) -> ExecutorchRuntime:
@@ -86,10 +52,10 @@ def runtime_of(folder: Path) -> ExecutorchRuntime:
 # ------------------------------------------------------------------------------------------------------ the package
 
 
-def test_the_gate_ran_and_the_package_holds_what_it_should(fp32: Path) -> None:
+def test_the_gate_ran_and_the_package_holds_what_it_should(executorch_package: Path) -> None:
     """Exact rule at all settings and for all methods; one program, and the methods that the host calls."""
-    package = Package.open(fp32)
-    assert {p.name for p in fp32.iterdir()} == {MANIFEST, "program.pte", "tokenizer.json", "sample.txt"}
+    package = Package.open(executorch_package)
+    assert {p.name for p in executorch_package.iterdir()} == {MANIFEST, "program.pte", "tokenizer.json", "sample.txt"}
     assert list(package.manifest["methods"]) == package.manifest["lowering"]["methods"] == METHODS
     parity = package.manifest["parity"]
     assert parity["rule"] == "exact" and list(parity["settings"]) == ["full depth", "gate", "delta"]
@@ -97,22 +63,22 @@ def test_the_gate_ran_and_the_package_holds_what_it_should(fp32: Path) -> None:
     assert set(parity["methods"]) == {*METHODS, "loop_1", "loop_64"}
 
 
-def test_metadata_methods_say_what_a_runner_needs(fp32: Path, tiny: RMSE) -> None:
-    program = runtime_of(fp32).methods._program  # type: ignore[attr-defined]
+def test_metadata_methods_say_what_a_runner_needs(executorch_package: Path, tiny: RMSE) -> None:
+    program = runtime_of(executorch_package).methods._program  # type: ignore[attr-defined]
     found = {name: program.load_method(name)([])[0] for name in ("get_vocab_size", "get_max_loops", "get_window")}
     assert found == {"get_vocab_size": 65, "get_max_loops": 4, "get_window": 64}
     assert program.load_method("get_bos_id")([]) == [-1]
     assert program.load_method("get_max_context_len")([]) == [2**31 - 1]
 
 
-def test_weights_are_there_once_and_as_integers(int4: Path, quantized: Quantized) -> None:
+def test_weights_are_there_once_and_as_integers(executorch_int4: Path, executorch_quantized: Quantized) -> None:
     """Every method of both sizes shares them; what was quantised is nowhere as floats."""
-    content = (int4 / "program.pte").read_bytes()
-    for name, q in quantized.tensors.items():
+    content = (executorch_int4 / "program.pte").read_bytes()
+    for name, q in executorch_quantized.tensors.items():
         once = [content.count(form) for form in (stored_codes(q).numpy().tobytes(), swapped(stored_codes(q)))]
         assert sum(once) == 1, name
         assert q.dequantize().numpy().tobytes() not in content
-    table = quantized.model.get_parameter("block.experts.router.weight")
+    table = executorch_quantized.model.get_parameter("block.experts.router.weight")
     assert content.count(table.detach().numpy().tobytes()) == 1
 
 
@@ -120,25 +86,25 @@ def swapped(codes: torch.Tensor) -> bytes:
     return ((codes << 4) | (codes >> 4)).numpy().tobytes()
 
 
-def test_a_file_with_other_integers_is_refused(int4: Path, quantized: Quantized) -> None:
+def test_a_file_with_other_integers_is_refused(executorch_int4: Path, executorch_quantized: Quantized) -> None:
     """One nibble of one expert is enough."""
     name = "block.experts.down_proj"
-    planted = dict(quantized.tensors)
+    planted = dict(executorch_quantized.tensors)
     codes = planted[name].codes.clone()
     codes[3, 5, 7] ^= 1
     planted[name] = type(planted[name])(planted[name].format, codes, planted[name].scales)
-    check_weights(int4 / "program.pte", quantized.tensors)
+    check_weights(executorch_int4 / "program.pte", executorch_quantized.tensors)
     with pytest.raises(ExportError, match=r"^block\.experts\.down_proj: ExecuTorch did not store the integers"):
-        check_weights(int4 / "program.pte", planted)
+        check_weights(executorch_int4 / "program.pte", planted)
 
 
-def test_int4_passes_the_rounded_rule_with_memory_and_int8_cache(int4: Path) -> None:
-    parity = Package.open(int4).manifest["parity"]
+def test_int4_passes_the_rounded_rule_with_memory_and_int8_cache(executorch_int4: Path) -> None:
+    parity = Package.open(executorch_int4).manifest["parity"]
     assert parity["rule"] == "rounded"
     for setting in parity["settings"].values():
         assert setting["positions"] >= 200 and setting["same_top_token"] >= 0.98 and setting["same_depth"] >= 0.97
     assert parity["memory"]["writes"]["memory_up"] <= 1e-2
-    runtime = runtime_of(int4)
+    runtime = runtime_of(executorch_int4)
     assert all(array.dtype == np.int8 for array in runtime.state.values())
 
 
@@ -146,9 +112,11 @@ def test_int4_passes_the_rounded_rule_with_memory_and_int8_cache(int4: Path) -> 
 
 
 @pytest.mark.parametrize("dials", [FULL, Dials(4, 1, 0.6), Dials(2), Dials(4, 3, 0.3)])
-def test_the_loop_stops_for_real(fp32: Path, tiny: RMSE, dials: Dials, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_stops_for_real(
+    executorch_package: Path, tiny: RMSE, dials: Dials, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine runs `step` as often as the deepest position needs and not once more; depths are PyTorch's."""
-    runtime = runtime_of(fp32)
+    runtime = runtime_of(executorch_package)
     calls: Counter[str] = Counter()
     plain = ExecutorchMethods._call
 
@@ -166,9 +134,9 @@ def test_the_loop_stops_for_real(fp32: Path, tiny: RMSE, dials: Dials, monkeypat
     assert calls["step_1"] == sum(singles) and calls["step_64"] == sum(fed.iterations) - sum(singles)
 
 
-def test_one_token_at_a_time_reads_what_long_calls_left(fp32: Path) -> None:
+def test_one_token_at_a_time_reads_what_long_calls_left(executorch_package: Path) -> None:
     """Chunked and single calls of the same text agree, over the window's end and with early exits."""
-    runtime = runtime_of(fp32)
+    runtime = runtime_of(executorch_package)
     tokens = random_tokens(150, seed=12)
     dials = Dials(4, 1, 0.6)
     at_once = runtime.feed(tokens, dials)
@@ -178,22 +146,24 @@ def test_one_token_at_a_time_reads_what_long_calls_left(fp32: Path) -> None:
     np.testing.assert_allclose(at_once.logits, np.concatenate([f.logits for f in singly]), atol=1e-4)
 
 
-def test_rmse_run_writes_what_pytorch_writes(fp32: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rmse_run_writes_what_pytorch_writes(
+    executorch_package: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     documents = []
-    for folder in (checkpoint, fp32):
+    for folder in (checkpoint, executorch_package):
         assert rmse_run([str(folder), "-p", "HELLO", "-n", "90", "--temperature", "0", "-o", "json"]) == 0
         documents.append(json.loads(capsys.readouterr().out))
     assert documents[0]["tokens"] == documents[1]["tokens"] and documents[0]["depth"] == documents[1]["depth"]
     assert documents[1]["runtime"] == "executorch"
 
 
-def test_sessions_go_from_one_runtime_to_the_other(fp32: Path, tiny: RMSE, tmp_path: Path) -> None:
+def test_sessions_go_from_one_runtime_to_the_other(executorch_package: Path, tiny: RMSE, tmp_path: Path) -> None:
     """The host keeps the state, so a text begun by PyTorch goes on here."""
     tokens = random_tokens(100, seed=12)
     reference = TorchRuntime(tiny, "tiny")
     reference.feed(tokens[:70], FULL)
     save_session(reference, tmp_path / "s.session", [])
-    runtime = runtime_of(fp32)
+    runtime = runtime_of(executorch_package)
     restore_session(runtime, tmp_path / "s.session")
     assert runtime.position == 70
     np.testing.assert_allclose(
@@ -201,9 +171,9 @@ def test_sessions_go_from_one_runtime_to_the_other(fp32: Path, tiny: RMSE, tmp_p
     )
 
 
-def test_memory_and_hits_take_part(int4: Path, quantized: Quantized) -> None:
+def test_memory_and_hits_take_part(executorch_int4: Path, executorch_quantized: Quantized) -> None:
     """The memory learns at the segment's end and hits change what follows, as in PyTorch with the same integers."""
-    ours, theirs = runtime_of(int4), TorchRuntime(quantized.model, "mem")
+    ours, theirs = runtime_of(executorch_int4), TorchRuntime(executorch_quantized.model, "mem")
     tokens = random_tokens(200, vocab=FEW)
     hits = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
     found = []
@@ -219,24 +189,26 @@ def test_memory_and_hits_take_part(int4: Path, quantized: Quantized) -> None:
     assert np.abs(ours.feed(tokens[130:], FULL).logits - found[0].logits).max() > 0.1  # without hits
 
 
-def test_bench_and_profile(fp32: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_and_profile(executorch_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same rows as for any package, and the time of every operator."""
     flags = ["-p", "64", "-n", "8", "-r", "1", "-t", "1", "-o", "json"]
-    assert rmse_bench([str(fp32), *flags]) == 0
+    assert rmse_bench([str(executorch_package), *flags]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {row["test"] for row in document["rows"]} == {"pp64", "tg8"}
     assert document["runtime"] == "executorch" and document["baseline_rss_bytes"] > 0
-    assert rmse_bench([str(fp32), "--profile", "-o", "json", "-t", "1"]) == 0
+    assert rmse_bench([str(executorch_package), "--profile", "-o", "json", "-t", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)["operators"]
     for test in ("pp256", "tg32"):
         mine = {row["operator"]: row for row in rows if row["test"] == test}
         assert sum(row["share"] for row in mine.values()) == pytest.approx(1)
         assert any(name.startswith("xnnpack: Fully Connected") for name in mine)
-    runtime = runtime_of(fp32)
-    iterations = sum(runtime.feed([int(t)], runtime.info.dials).iterations[0] for t in sample_ids(fp32)[:32])
+    runtime = runtime_of(executorch_package)
+    iterations = sum(
+        runtime.feed([int(t)], runtime.info.dials).iterations[0] for t in sample_ids(executorch_package)[:32]
+    )
     experts = next(row for row in rows if row["test"] == "tg32" and row["operator"] == "sparse_experts")
     assert experts["calls"] == iterations
-    assert rmse_bench([str(fp32), "--profile", "-t", "1"]) == 0
+    assert rmse_bench([str(executorch_package), "--profile", "-t", "1"]) == 0
     shown = capsys.readouterr().out
     assert "| operator" in shown and "sparse_experts" in shown and "tg32: " in shown
 
@@ -462,10 +434,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_bad_program_with_good_hashes_is_one_line(fp32: Path, tmp_path: Path, damage: str) -> None:
+def test_a_bad_program_with_good_hashes_is_one_line(executorch_package: Path, tmp_path: Path, damage: str) -> None:
     """Even what the hashes cannot catch does not bring the process down."""
     folder = tmp_path / "bad.rmse"
-    shutil.copytree(fp32, folder)
+    shutil.copytree(executorch_package, folder)
     change, parts = DAMAGE[damage]
     change(folder)
     reseal(folder)
@@ -477,9 +449,9 @@ def test_a_bad_program_with_good_hashes_is_one_line(fp32: Path, tmp_path: Path, 
     assert_one_line(lines[0], *parts)
 
 
-def test_a_flipped_weight_byte_is_caught_before_the_runtime(fp32: Path, tmp_path: Path) -> None:
+def test_a_flipped_weight_byte_is_caught_before_the_runtime(executorch_package: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bad.rmse"
-    shutil.copytree(fp32, folder)
+    shutil.copytree(executorch_package, folder)
     content = bytearray((folder / "program.pte").read_bytes())
     content[len(content) * 3 // 4] ^= 1
     (folder / "program.pte").write_bytes(content)
@@ -487,12 +459,12 @@ def test_a_flipped_weight_byte_is_caught_before_the_runtime(fp32: Path, tmp_path
         open_runtime(folder)
 
 
-def test_threads_that_the_engine_does_not_have(fp32: Path) -> None:
+def test_threads_that_the_engine_does_not_have(executorch_package: Path) -> None:
     with pytest.raises(UserError, match=r"^--threads"):
-        open_runtime(fp32, threads=10**6)
+        open_runtime(executorch_package, threads=10**6)
 
 
-def test_load_checkpoint_is_left_alone(checkpoint: Path, fp32: Path, tiny: RMSE) -> None:
+def test_load_checkpoint_is_left_alone(checkpoint: Path, executorch_package: Path, tiny: RMSE) -> None:
     """Preparing for the target changes a copy."""
     assert all(
         torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), load_checkpoint(checkpoint).state_dict().values())

@@ -3,7 +3,9 @@
 //   rmse_edge::sparse_experts.out       (x, logits, bias, active, gate_up, down, top_k, out)
 //   rmse_edge::quantized_experts.out    (x, logits, bias, active, gate_up codes, scales, down codes, scales, top_k, out)
 //
-// and gives hosts that have no headers of the runtime (Python) its options as C functions.
+// and gives hosts the C functions of operators.h.
+#include "operators.h"
+
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -120,10 +122,8 @@ int set_xnnpack(const char* name, Value value) {
 
 extern "C" {
 
-// One packed copy of a weight for all methods that are loaded from now on; 0 where that worked.
 int rmse_share_packed_weights(int on) { return set_xnnpack("weight_cache_enabled", on != 0); }
 
-// From now on the runtime's messages go nowhere, but for the last error.
 void rmse_take_messages() {
   std::fflush(stderr);
   const int kept = dup(STDERR_FILENO), nowhere = open("/dev/null", O_WRONLY);
@@ -136,8 +136,9 @@ void rmse_take_messages() {
   close(nowhere);
 }
 
-// What the runtime last complained about in this thread; empty where it did not.
 const char* rmse_last_error() { return last_error().c_str(); }
+
+void rmse_clear_error() { last_error().clear(); }
 
 const char* rmse_instruction_set() { return rmse::instruction_set(); }
 }

@@ -1,0 +1,147 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include <executorch/runtime/backend/interface.h>
+
+#include "operators.h"
+
+// The wheel brings the thread pool, but not its header.
+namespace executorch::extension::threadpool {
+class ThreadPool {
+ public:
+  bool _unsafe_reset_threadpool(uint32_t threads);
+};
+ThreadPool* get_threadpool();
+}  // namespace executorch::extension::threadpool
+
+namespace rmse {
+namespace {
+
+using executorch::extension::Module;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kSlack = 128;  // bytes: XNNPACK reads a few beyond the end
+constexpr char kXnnpack[] = "XnnpackBackend";
+constexpr size_t kLongestOption = executorch::runtime::kMaxOptionValueLength - 1;
+
+}  // namespace
+
+void start_engine(int64_t threads) {
+  rmse_take_messages();
+  auto* pool = executorch::extension::threadpool::get_threadpool();
+  if (threads > 0 && (pool == nullptr || !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads)))) {
+    throw std::runtime_error("--threads: executorch cannot run " + std::to_string(threads) + " threads");
+  }
+}
+
+// --------------------------------------------------------------------------------------------- memory of a tensor
+
+Buffer::Buffer(const TensorSpec& spec)
+    : spec_(spec),
+      nbytes_(spec.nbytes()),
+      bytes_(new (std::align_val_t{kAlignment}) std::byte[nbytes_ + kSlack]()) {}
+
+void Buffer::Free::operator()(std::byte* bytes) const { operator delete[](bytes, std::align_val_t{kAlignment}); }
+
+void Buffer::copy(const Buffer& other) { std::memcpy(data(), other.data(), nbytes_); }
+
+void Buffer::clear() { std::memset(data(), 0, nbytes_); }
+
+// ------------------------------------------------------------------------------------------------- the program
+
+Program::Program(const std::string& path, const std::string& packed_weights)
+    : path_(path),
+      // Methods run one after the other: they can have one piece of working memory between them.
+      module_(path, Module::LoadMode::Mmap, nullptr, nullptr, nullptr, /*share_memory_arenas=*/true) {
+  executorch::runtime::BackendOptions<2> options;
+  Error error = options.set_option("weight_cache_enabled", true);  // one packed copy of a weight for all methods
+  if (!packed_weights.empty()) {
+    // The engine would go on without a word, and pack the weights again at every launch.
+    if (!std::filesystem::is_directory(std::filesystem::absolute(packed_weights).parent_path())) {
+      throw std::runtime_error(packed_weights + ": there is no such folder to write it into; make it first");
+    }
+    if (packed_weights.size() > kLongestOption) {
+      throw std::runtime_error(packed_weights + ": the path is longer than the " + std::to_string(kLongestOption) +
+                               " bytes that ExecuTorch takes; choose another");
+    }
+    executorch::runtime::BackendOptions<1> saving;
+    if (error == Error::Ok) error = options.set_option("packed_cache_path", packed_weights.c_str());
+    if (error == Error::Ok) error = saving.set_option("save_weight_cache_on_disk", true);
+    if (error == Error::Ok) error = executorch::runtime::set_option(kXnnpack, saving.view());
+  }
+  executorch::runtime::LoadBackendOptionsMap map;
+  if (error == Error::Ok) error = map.set_options(kXnnpack, options.view());
+  constexpr auto kVerification = executorch::runtime::Program::Verification::InternalConsistency;
+  if (error == Error::Ok) error = module_.load(map, kVerification);
+  if (error != Error::Ok) refuse("executorch cannot load it");
+  auto names = module_.method_names();
+  if (!names.ok()) refuse("executorch cannot list its methods");
+  methods_ = std::move(*names);
+}
+
+void Program::refuse(const std::string& what) const {
+  const std::string complaint = rmse_last_error();
+  throw std::runtime_error(path_ + ": " + what + (complaint.empty() ? "" : " (" + complaint + ")") +
+                           "; export the package again");
+}
+
+// --------------------------------------------------------------------------------------------------- one method
+
+Method::Method(Program& program, const ModelInfo& info, const std::string& name, int64_t rows)
+    : program_(program), name_(name + "_" + std::to_string(rows)) {
+  const auto known = info.methods.find(name_);
+  if (known == info.methods.end() || !program.has(name_)) {
+    program.refuse("holds no " + name + " for " + std::to_string(rows) + " rows");
+  }
+  spec_ = known->second;
+  if (program.module().load_method(name_) != Error::Ok) program.refuse("executorch cannot load " + name_);
+  const auto meta = program.module().method_meta(name_);
+  const auto agree = [](const TensorSpec& spec, const auto& tensor) {
+    if (!tensor.ok() || tensor->scalar_type() != spec.type) return false;
+    const auto sizes = tensor->sizes();
+    return std::equal(sizes.begin(), sizes.end(), spec.shape.begin(), spec.shape.end());
+  };
+  bool agreed = meta.ok() && meta->num_inputs() == spec_.inputs.size() && meta->num_outputs() == spec_.outputs.size();
+  for (size_t i = 0; agreed && i < spec_.inputs.size(); ++i) {
+    agreed = agree(spec_.inputs[i], meta->input_tensor_meta(i));
+  }
+  for (size_t i = 0; agreed && i < spec_.outputs.size(); ++i) {
+    agreed = agree(spec_.outputs[i], meta->output_tensor_meta(i));
+  }
+  if (!agreed) refuse("is not the method that the manifest describes");
+  const auto holder = [](const TensorSpec& spec) {
+    return executorch::extension::from_blob(nullptr, spec.shape, spec.type);
+  };
+  std::transform(spec_.inputs.begin(), spec_.inputs.end(), std::back_inserter(inputs_), holder);
+  std::transform(spec_.outputs.begin(), spec_.outputs.end(), std::back_inserter(outputs_), holder);
+}
+
+void Method::read(size_t input, std::byte* data) {
+  inputs_[input]->unsafeGetTensorImpl()->set_data(data);
+  if (program_.module().set_input(name_, EValue(*inputs_[input]), input) != Error::Ok) {
+    refuse("does not take " + spec_.inputs[input].name);
+  }
+}
+
+void Method::write(size_t output, std::byte* data) {
+  outputs_[output]->unsafeGetTensorImpl()->set_data(data);
+  if (program_.module().set_output(name_, EValue(*outputs_[output]), output) != Error::Ok) {
+    refuse("does not give " + spec_.outputs[output].name);
+  }
+}
+
+void Method::run() {
+  if (!program_.module().execute(name_).ok()) refuse("failed");
+}
+
+void Method::refuse(const std::string& what) const { program_.refuse(name_ + " " + what); }
+
+}  // namespace rmse
