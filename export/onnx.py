@@ -66,7 +66,7 @@ def weight_names(model: nn.Module) -> dict[bytes, str]:
     return names
 
 
-@target("onnx", any_rows=True, asymmetric=True)
+@target("onnx", any_rows=True, asymmetric=True, scale_bytes=4, compacts=True)
 def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
     """Write METHOD.onnx and weights.bin into `folder`.
 

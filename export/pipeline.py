@@ -54,6 +54,8 @@ class ExportRequest:
             raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
         if self.quant not in target.quants:
             raise UserError(f"--quant {self.quant}: {self.target} takes {', '.join(target.quants)}")
+        if not self.compact and not target.compacts:
+            raise UserError(f"--no-compact: {self.target} never computes the experts of stopped rows; leave it out")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
         if self.accuracy_level not in ACCURACY_LEVELS:
@@ -243,8 +245,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def weight_bytes(model: RMSE, quant: str, formats: Mapping[str, Format]) -> int:
-    """Bytes of all weights as stored: integers with float32 scales, and what stays float in float32."""
+def weight_bytes(model: RMSE, quant: str, formats: Mapping[str, Format], scale_bytes: int) -> int:
+    """Bytes of all weights as stored: integers with their scales, and what stays float in float32."""
     parameters = sum(p.numel() for p in model.parameters())
     if quant not in BITS:
         return parameters * {"fp32": 4, "fp16": 2}[quant]
@@ -252,7 +254,7 @@ def weight_bytes(model: RMSE, quant: str, formats: Mapping[str, Format]) -> int:
     for name, fmt in formats.items():
         weight = model.get_parameter(name)
         groups = weight.numel() // weight.shape[-1] * fmt.groups(weight.shape[-1])
-        total += weight.numel() * fmt.bits // 8 + groups * (4 if fmt.symmetric else 5) - 4 * weight.numel()
+        total += weight.numel() * fmt.bits // 8 + groups * (scale_bytes + (not fmt.symmetric)) - 4 * weight.numel()
     return total
 
 
@@ -263,13 +265,14 @@ def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] 
         formats: for int8 and int4, the format of every tensor that is quantised.
     """
     specs = {chunk: model.spec(chunk) for chunk in CHUNKS}
-    host_loop = get_target(request.target).host_loop
+    target = get_target(request.target)
+    host_loop = target.host_loop
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "target": request.target,
         "quantization": request.quant,
         "parameters": parameters,
-        "weight_bytes": weight_bytes(model, request.quant, formats or {}),
+        "weight_bytes": weight_bytes(model, request.quant, formats or {}, target.scale_bytes),
         "state_bytes": sum(t.nbytes for t in (*specs[1].state, *specs[1].memory, *specs[1].inputs[1:]))
         + (SEGMENT * model.config.d_model * 4 if specs[1].memory else 0),
         "max_loops": model.config.max_loops,

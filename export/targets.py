@@ -48,6 +48,8 @@ class Target:
     quants: tuple[str, ...] = QUANTIZATIONS  # how it can store weights
     accuracy_levels: tuple[int, ...] = ACCURACY_LEVELS  # of quantised weights' activations, see `LowerOptions`
     asymmetric: bool = False  # takes quantised weights with zero points
+    scale_bytes: int = 2  # of a quantised weight's scales, as stored
+    compacts: bool = False  # knows `LowerOptions.compact`; others never compute the experts of stopped rows
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
     prepare: Prepare | None = None

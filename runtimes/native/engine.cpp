@@ -30,7 +30,6 @@ using executorch::runtime::EValue;
 constexpr size_t kAlignment = 64;
 constexpr size_t kSlack = 128;  // bytes: XNNPACK reads a few beyond the end
 constexpr char kXnnpack[] = "XnnpackBackend";
-constexpr size_t kLongestOption = executorch::runtime::kMaxOptionValueLength - 1;
 
 }  // namespace
 
@@ -64,14 +63,6 @@ Program::Program(const std::string& path, const std::string& packed_weights)
   executorch::runtime::BackendOptions<2> options;
   Error error = options.set_option("weight_cache_enabled", true);  // one packed copy of a weight for all methods
   if (!packed_weights.empty()) {
-    // The engine would go on without a word, and pack the weights again at every launch.
-    if (!std::filesystem::is_directory(std::filesystem::absolute(packed_weights).parent_path())) {
-      throw std::runtime_error(packed_weights + ": there is no such folder to write it into; make it first");
-    }
-    if (packed_weights.size() > kLongestOption) {
-      throw std::runtime_error(packed_weights + ": the path is longer than the " + std::to_string(kLongestOption) +
-                               " bytes that ExecuTorch takes; choose another");
-    }
     executorch::runtime::BackendOptions<1> saving;
     if (error == Error::Ok) error = options.set_option("packed_cache_path", packed_weights.c_str());
     if (error == Error::Ok) error = saving.set_option("save_weight_cache_on_disk", true);
@@ -80,17 +71,25 @@ Program::Program(const std::string& path, const std::string& packed_weights)
   executorch::runtime::LoadBackendOptionsMap map;
   if (error == Error::Ok) error = map.set_options(kXnnpack, options.view());
   constexpr auto kVerification = executorch::runtime::Program::Verification::InternalConsistency;
-  if (error == Error::Ok) error = module_.load(map, kVerification);
-  if (error != Error::Ok) refuse("executorch cannot load it");
-  auto names = module_.method_names();
-  if (!names.ok()) refuse("executorch cannot list its methods");
+  if (error == Error::Ok) error = engine().load(map, kVerification);
+  if (error != Error::Ok) fail("executorch cannot load it");
+  auto names = engine().method_names();
+  if (!names.ok()) fail("executorch cannot list its methods");
   methods_ = std::move(*names);
 }
 
-void Program::refuse(const std::string& what) const {
+Module& Program::engine() {
+  rmse_clear_error();
+  return module_;
+}
+
+void Program::fail(const std::string& what) const {
   const std::string complaint = rmse_last_error();
-  throw std::runtime_error(path_ + ": " + what + (complaint.empty() ? "" : " (" + complaint + ")") +
-                           "; export the package again");
+  refuse(complaint.empty() ? what : what + " (" + complaint + ")");
+}
+
+void Program::refuse(const std::string& what) const {
+  throw std::runtime_error(path_ + ": " + what + "; export the package again");
 }
 
 // --------------------------------------------------------------------------------------------------- one method
@@ -102,8 +101,8 @@ Method::Method(Program& program, const ModelInfo& info, const std::string& name,
     program.refuse("holds no " + name + " for " + std::to_string(rows) + " rows");
   }
   spec_ = known->second;
-  if (program.module().load_method(name_) != Error::Ok) program.refuse("executorch cannot load " + name_);
-  const auto meta = program.module().method_meta(name_);
+  if (program.engine().load_method(name_) != Error::Ok) program.fail("executorch cannot load " + name_);
+  const auto meta = program.engine().method_meta(name_);
   const auto agree = [](const TensorSpec& spec, const auto& tensor) {
     if (!tensor.ok() || tensor->scalar_type() != spec.type) return false;
     const auto sizes = tensor->sizes();
@@ -126,21 +125,23 @@ Method::Method(Program& program, const ModelInfo& info, const std::string& name,
 
 void Method::read(size_t input, std::byte* data) {
   inputs_[input]->unsafeGetTensorImpl()->set_data(data);
-  if (program_.module().set_input(name_, EValue(*inputs_[input]), input) != Error::Ok) {
-    refuse("does not take " + spec_.inputs[input].name);
+  if (program_.engine().set_input(name_, EValue(*inputs_[input]), input) != Error::Ok) {
+    fail("does not take " + spec_.inputs[input].name);
   }
 }
 
 void Method::write(size_t output, std::byte* data) {
   outputs_[output]->unsafeGetTensorImpl()->set_data(data);
-  if (program_.module().set_output(name_, EValue(*outputs_[output]), output) != Error::Ok) {
-    refuse("does not give " + spec_.outputs[output].name);
+  if (program_.engine().set_output(name_, EValue(*outputs_[output]), output) != Error::Ok) {
+    fail("does not give " + spec_.outputs[output].name);
   }
 }
 
 void Method::run() {
-  if (!program_.module().execute(name_).ok()) refuse("failed");
+  if (!program_.engine().execute(name_).ok()) fail("failed");
 }
+
+void Method::fail(const std::string& what) const { program_.fail(name_ + " " + what); }
 
 void Method::refuse(const std::string& what) const { program_.refuse(name_ + " " + what); }
 

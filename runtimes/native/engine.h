@@ -53,9 +53,10 @@ class Program {
   Program(const std::string& path, const std::string& packed_weights);
 
   bool has(const std::string& method) const { return methods_.contains(method); }
-  // The engine, to be asked one thing: what `refuse` quotes is about that.
+  // The engine, to be asked one thing: what `fail` quotes is about that.
   executorch::extension::Module& engine();
-  [[noreturn]] void refuse(const std::string& what) const;  // with the engine's own complaint, if there is one
+  [[noreturn]] void fail(const std::string& what) const;    // with the engine's own complaint, if it had one
+  [[noreturn]] void refuse(const std::string& what) const;  // where it was this runner that found out
 
  private:
   std::string path_;
@@ -76,6 +77,8 @@ class Method {
   [[noreturn]] void refuse(const std::string& what) const;
 
  private:
+  [[noreturn]] void fail(const std::string& what) const;
+
   Program& program_;
   std::string name_;
   MethodSpec spec_;

@@ -58,10 +58,13 @@ void release_mapped(const std::string& path) {
 }  // namespace
 
 Model::Model(const Package& package, const std::string& packed_weights)
-    : info_(package.info()), program_(package.program(), packed_weights) {
+    : info_(package.info()),
+      packed_weights_(packed_weights, package.program_digest()),
+      program_(package.program(), packed_weights_.path()) {
   make_shared();
   for (const int64_t rows : info_.chunks) calls_.push_back(std::make_unique<Calls>(program_, info_, rows, shared_));
   if (!info_.memory.empty()) make_memory();
+  packed_weights_.seal();
   release_mapped(package.program());
   reset();
 }

@@ -99,7 +99,7 @@ std::vector<Flag> common_flags(Options& o) {
        [&](const std::string& v) { o.exit_entropy = non_negative(v); }},
       {"--threads", "-t", "N", "the engine's own choice without it",
        [&](const std::string& v) { o.threads = thread_count(v); }},
-      {"--packed-weights", "", "FILE", "keep the weights as the engine packs them: later launches are faster",
+      {"--packed-weights", "", "FILE", "a cache, made if it is not there: the weights as the engine packs them",
        [&](const std::string& v) { o.packed_weights = v; }},
       {"--help", "-h", "", "show this", [&](const std::string&) { o.help = true; }},
   };
@@ -143,7 +143,7 @@ std::vector<Flag> bench_flags(Options& o) {
        [&](const std::string& v) { o.depths = list(v, 1); }},
       {"--repetitions", "-r", "N", "after one warm-up (5)",
        [&](const std::string& v) { o.repetitions = whole<int64_t>(v, 1); }},
-      {"--text", "", "FILE", "what is read; the package's sample.txt without it",
+      {"--text", "", "FILE", "what is read; without it the package's sample.txt, or made-up tokens",
        [&](const std::string& v) { o.text = v; }},
       {"--output", "-o", "md|json", "a table, or for programs",
        [&](const std::string& v) { choose(o.output, v, "md", "json"); }},

@@ -173,7 +173,9 @@ Package Package::open(const std::string& folder) {
     const std::string& target = package.manifest_.at("target").string();
     if (target != kTarget) refuse(folder, "made for " + target + "; this runner takes packages made for " + kTarget);
     package.info_ = model_info(package.manifest_);
-    package.program_ = package.path(package.manifest_.at("lowering").at("program").string());
+    const std::string& program = package.manifest_.at("lowering").at("program").string();
+    package.program_ = package.path(program);
+    package.program_digest_ = package.manifest_.at("files").at(program).at("sha256").string();
   } catch (const JsonError& error) {
     refuse(fs::path(folder) / kManifest, std::string(error.what()) + "; export the package again");
   }

@@ -70,6 +70,7 @@ class Package {
   const ModelInfo& info() const { return info_; }
   uint64_t nbytes() const { return nbytes_; }              // of all files, the manifest included
   const std::string& program() const { return program_; }  // path of the ExecuTorch program
+  const std::string& program_digest() const { return program_digest_; }  // SHA-256 of it
   std::string path(const std::string& name) const;         // of a listed file; std::runtime_error where it is none
 
  private:
@@ -80,7 +81,7 @@ class Package {
   Json manifest_;
   ModelInfo info_;
   uint64_t nbytes_ = 0;
-  std::string program_;
+  std::string program_, program_digest_;
 };
 
 // The whole file; std::runtime_error where it cannot be read.

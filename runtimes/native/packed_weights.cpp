@@ -1,0 +1,107 @@
+#include "packed_weights.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <string_view>
+
+#include <executorch/runtime/backend/options.h>
+
+#include "sha256.h"
+
+namespace rmse {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kLongestPath = executorch::runtime::kMaxOptionValueLength - 1;
+constexpr std::string_view kMagic = "CWPX";  // XNNPACK's, eight bytes before the end, in front of its version
+
+std::string seal_of(const std::string& path) { return path + ".sha256"; }
+
+[[noreturn]] void refuse(const std::string& path, const std::string& what) {
+  throw std::runtime_error("--packed-weights: " + path + ": " + what);
+}
+
+std::string content(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// While a process uses the file, the engine holds it locked; others do without, as the engine itself would.
+bool in_use(const std::string& path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  const bool locked = flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+  close(file);
+  return locked;
+}
+
+// Whether it is empty or ends as the engine ends such files: then it may be removed.
+bool made_by_engine(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (file.tellg() == 0) return true;
+  char magic[kMagic.size()] = {};
+  file.seekg(-8, std::ios::end).read(magic, sizeof magic);
+  return std::string_view(magic, sizeof magic) == kMagic;
+}
+
+}  // namespace
+
+PackedWeights::PackedWeights(const std::string& file, const std::string& program_digest)
+    : path_(file), program_digest_(program_digest) {
+  if (path_.empty()) return;
+  if (path_.size() > kLongestPath) {
+    refuse(path_, "the path is longer than the " + std::to_string(kLongestPath) +
+                      " bytes that ExecuTorch takes; choose another");
+  }
+  if (in_use(path_)) {
+    path_.clear();
+    return;
+  }
+  fits_ = fs::is_regular_file(path_) && content(seal_of(path_)) == content_of_seal();
+  if (!fits_) make_way();
+}
+
+// As sha256sum writes and checks it.
+std::string PackedWeights::content_of_seal() const {
+  const std::string name = fs::path(path_).filename().string();
+  return "# weights of the program " + program_digest_ + "\n" + sha256_of_file(path_) + "  " + name + "\n";
+}
+
+void PackedWeights::make_way() const {
+  if (fs::exists(path_) && !fs::is_regular_file(path_)) refuse(path_, "is no file; choose another name");
+  if (fs::exists(path_) && !fs::exists(seal_of(path_)) && !made_by_engine(path_)) {
+    refuse(path_, "holds something else than packed weights; remove it or choose another name");
+  }
+  // Removed, not overwritten: another process may just have mapped it.
+  std::error_code failed;
+  fs::remove(path_, failed);
+  if (failed) refuse(path_, "cannot be removed, to make it anew (" + failed.message() + ")");
+  // The engine would go on without a word, and pack the weights again at every launch.
+  const int made = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (made < 0) refuse(path_, std::string("cannot be written (") + std::strerror(errno) + ")");
+  close(made);
+}
+
+void PackedWeights::seal() const {
+  if (fits_) return;
+  // A launch that is interrupted, or cannot write, leaves no seal or one that does not fit: the next one starts anew.
+  const std::string seal = seal_of(path_), unfinished = seal + "." + std::to_string(getpid());
+  std::error_code failed;
+  if ((std::ofstream(unfinished, std::ios::binary) << content_of_seal()).flush()) {
+    fs::rename(unfinished, seal, failed);
+  } else {
+    failed = std::make_error_code(std::errc::io_error);
+  }
+  if (failed) fs::remove(unfinished, failed);
+}
+
+}  // namespace rmse

@@ -1,0 +1,440 @@
+"""rmse-runner: what the Python runtime says, without Python; on another processor, too; and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ALPHABET, FEW, assert_one_line, random_tokens
+
+pytest.importorskip("executorch")
+
+from rmse_edge.cli.bench import main as rmse_bench
+from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.package import MANIFEST, seal
+from rmse_edge.runtimes import open_runtime
+from rmse_edge.runtimes.kernels import executorch_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "runtimes" / "native"
+ARM = ROOT / "build" / "native-aarch64"
+QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
+CPUS = ("cortex-a72", "neoverse-n1")  # without and with instructions for dot products
+
+# Of logits of about 10, over all processors. fp32: sums in another order. int4: what is rounded to int8 differently.
+ACROSS_PROCESSORS = {"fp32": 1e-3, "int4": 0.2}
+
+GREEDY = ("--temperature", "0")
+LETTERS = "".join(ALPHABET[i] for i in random_tokens(100, seed=3))  # more than one call of 64 rows
+
+
+def make(executorch: Path, build: Path, *variables: str) -> Path:
+    command = ["make", "-C", str(NATIVE), f"EXECUTORCH={executorch}", f"BUILD={build}", *variables]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return build / "rmse-runner"
+
+
+@pytest.fixture(scope="module")
+def runner() -> Path:
+    """Built against this interpreter's ExecuTorch; what is up to date is kept from one run of the tests to the next."""
+    for tool in ("make", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    folder = executorch_folder()
+    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+
+
+class Runner:
+    """A command that starts the runner on one package."""
+
+    def __init__(self, command: Sequence[str | Path], package: Path) -> None:
+        self.command = [*map(str, command), str(package)]
+
+    def __call__(self, *flags: str, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([*self.command, "-t", "1", *flags], capture_output=True, text=True, **options)
+        assert done.returncode == code, done.stderr
+        return done
+
+    def refusal(self, *flags: str, **options: Any) -> str:
+        """The line that says why this is not possible: all there is."""
+        done = self(*flags, code=2, **options)
+        assert done.stdout == "" and done.stderr.startswith("rmse-runner: error: ")
+        assert_one_line(done.stderr)
+        return done.stderr
+
+    def document(self, *flags: str) -> dict[str, Any]:
+        return json.loads(self(*flags, "-o", "json").stdout)
+
+    def feed(self, tokens: np.ndarray, file: Path, *flags: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and depths of all tokens."""
+        ids = ",".join(map(str, tokens))
+        depth = self("--prompt-tokens", ids, "--logits", str(file), *flags, **options).stdout.split()
+        return np.fromfile(file, np.float32).reshape(len(tokens), -1), np.array(depth, np.int64)
+
+
+@pytest.fixture
+def fp32(runner: Path, executorch_package: Path) -> Runner:
+    return Runner([runner], executorch_package)
+
+
+@pytest.fixture
+def int4(runner: Path, executorch_int4: Path) -> Runner:
+    return Runner([runner], executorch_int4)
+
+
+# ----------------------------------------------------------------------------------------------- as Python does it
+
+TEXTS = {
+    "greedy": ("-p", "HELLO", *GREEDY),
+    "a long prompt": ("-p", LETTERS, *GREEDY),
+    "two loops": ("-p", "HELLO", "--max-loops", "2", *GREEDY),
+    "gate": ("-p", LETTERS, "--exit-threshold", "0.3", "--min-loops", "2", "--seed", "1"),
+    "no exits": ("-p", "HELLO", "--exit-threshold", "1", "--seed", "2"),
+    "delta": ("-p", "HELLO", "--exit-epsilon", "0.9", "--seed", "3"),
+    "a large seed": ("-p", "HELLO", "--temperature", "1.3", "--seed", str(2**63 + 11)),
+    "top-k, top-p": ("-p", "HELLO", "--temperature", "1.3", "--top-k", "20", "--top-p", "0.9", "--seed", "4"),
+    "one token": ("-p", "A", "-n", "1"),
+}
+TIMES = {"prompt_tokens_per_s", "time_to_first_token_s", "tokens_per_s"}
+
+
+@pytest.mark.parametrize("flags", TEXTS.values(), ids=TEXTS)
+def test_documents_are_those_of_rmse_run(
+    fp32: Runner, executorch_package: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text, tokens, depths, statistics and settings; under the same names, in the same order."""
+    every = ("-n", "60", *flags)
+    assert rmse_run([str(executorch_package), *every, "-t", "1", "-o", "json"]) == 0
+    expected, found = json.loads(capsys.readouterr().out), fp32.document(*every)
+    assert list(found) == list(expected)
+    assert found.pop("runtime") == "executorch-native" and expected.pop("runtime") == "executorch"
+    for name in TIMES:
+        assert type(found.pop(name)) is type(expected.pop(name))
+    assert found == expected
+
+
+@pytest.mark.parametrize("flags", [(), ("--show-depth",), ("--stop", "("), ("--stop", "(", "--show-depth")])
+def test_what_is_shown_is_what_rmse_run_shows(
+    fp32: Runner, executorch_package: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = ("-p", "HELLO", "-n", "40", *GREEDY, *flags)
+    assert rmse_run([str(executorch_package), *every, "-t", "1"]) == 0
+    expected, found = capsys.readouterr(), fp32(*every)
+    speeds = re.compile(r"\d+(\.\d)? (?=tokens/s|ms)")
+    assert found.stdout == expected.out
+    assert speeds.sub("", found.stderr) == speeds.sub("", expected.err)
+
+
+def test_prompts_come_from_stdin_too(fp32: Runner) -> None:
+    assert fp32("-n", "20", *GREEDY, input="HELLO").stdout == fp32("-n", "20", *GREEDY, "-p", "HELLO").stdout
+
+
+def test_text_is_written_as_it_comes_and_ctrl_c_ends_it(fp32: Runner) -> None:
+    command = [*fp32.command, "-p", "HELLO", "-n", str(10**9)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130 and b"; interrupted" in err and out.endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "dials", [{}, {"max_loops": 3}, {"exit_threshold": 0.3, "min_loops": 2}, {"exit_epsilon": 0.9}]
+)
+@pytest.mark.parametrize("quant", ["fp32", "int4"])
+def test_logits_and_depths_are_the_python_runtimes(
+    request: pytest.FixtureRequest, quant: str, dials: dict[str, float], tmp_path: Path
+) -> None:
+    """int4 with a memory that is written three times, and an int8 cache."""
+    ours: Runner = request.getfixturevalue(quant)
+    package = request.getfixturevalue({"fp32": "executorch_package", "int4": "executorch_int4"}[quant])
+    tokens = random_tokens(210, seed=12, vocab=65 if quant == "fp32" else FEW)
+    reference = open_runtime(package, threads=1)
+    expected = reference.feed(tokens, reference.info.dials_with(**dials))
+    flags = [part for name, value in dials.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    logits, depth = ours.feed(tokens, tmp_path / "logits", *flags)
+    np.testing.assert_array_equal(depth, expected.depth)
+    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-5)
+
+
+def test_threads_change_nothing(fp32: Runner, int4: Runner, tmp_path: Path) -> None:
+    for run, vocab in ((fp32, 65), (int4, FEW)):
+        tokens = random_tokens(100, seed=12, vocab=vocab)
+        one, two = (run.feed(tokens, tmp_path / "logits", "-t", count) for count in ("1", "2"))
+        np.testing.assert_array_equal(one[1], two[1])
+        np.testing.assert_allclose(one[0], two[0], rtol=0, atol=1e-5)
+
+
+def test_portable_products_give_the_same_bits(fp32: Runner, int4: Runner, tmp_path: Path) -> None:
+    for run, vocab in ((fp32, 65), (int4, FEW)):
+        tokens = random_tokens(100, seed=12, vocab=vocab)
+        fast = run.feed(tokens, tmp_path / "logits")
+        plain = run.feed(tokens, tmp_path / "logits", env={**os.environ, "RMSE_PRODUCTS": "portable"})
+        assert fast[0].tobytes() == plain[0].tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------- the bench
+
+BENCH = ("-p", "64", "-n", "8", "-r", "1", "-t", "1")
+
+
+def form(value: Any) -> Any:
+    """Names, and what identifies a row; not what was measured."""
+    if isinstance(value, dict):
+        return {k: v if k in ("test", "mode", "max_loops", "mean_loops") else form(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [form(v) for v in value]
+    return None
+
+
+def test_bench_documents_are_those_of_rmse_bench(
+    fp32: Runner, executorch_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rmse_bench([str(executorch_package), *BENCH, "-o", "json"]) == 0
+    expected, found = json.loads(capsys.readouterr().out), fp32.document("--bench", *BENCH)
+    assert json.dumps(form(found)) == json.dumps(form(expected))  # in the same order
+    same = ("quant", "parameters", "package_bytes", "state_bytes", "threads", "dials", "histogram", "notes")
+    assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+    assert 0 < found["baseline_rss_bytes"] < found["rss_bytes"] <= found["peak_rss_bytes"]
+
+
+def test_bench_tables_are_those_of_rmse_bench(
+    fp32: Runner, executorch_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for run in (
+        lambda *a: rmse_bench([str(executorch_package), *a]),
+        lambda *a: print(fp32("--bench", *a).stdout, end=""),
+    ):
+        run(*BENCH)
+        numbers = re.sub(r"[\d.,]+", "9", capsys.readouterr().out).replace("executorch-native", "executorch")
+        shown.append(re.sub(r" +|-+", " ", numbers))
+    assert shown[0] == shown[1]
+
+
+def test_without_a_text_the_bench_reads_made_up_tokens(int4: Runner, tmp_path: Path) -> None:
+    """Exits mean nothing on them: there are no adaptive rows. With a text's tokens there are."""
+    document = int4.document("--bench", *BENCH)
+    assert {row["mode"] for row in document["rows"]} == {"fixed"} and document["histogram"] is None
+    assert len(document["notes"]) == 1 and "made-up tokens" in document["notes"][0]
+    ids = ",".join(map(str, random_tokens(200, vocab=FEW)))
+    document = int4.document("--bench", "--prompt-tokens", ids, *BENCH)
+    assert {row["mode"] for row in document["rows"]} == {"fixed", "adaptive"} and document["notes"] == []
+    (tmp_path / "text").write_text("abc")
+    assert "holds no tokenizer.json" in int4.refusal("--bench", "--text", str(tmp_path / "text"), *BENCH)
+
+
+# -------------------------------------------------------------------------------------------------- packed weights
+
+
+def flip(at: float) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[int(at * (len(content) - 1))] ^= 1
+        file.write_bytes(content)
+
+    return change
+
+
+SPOILED = {
+    "flipped at the start": flip(0),
+    "flipped in the middle": flip(0.5),
+    "flipped at the end": flip(1),
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: os.truncate(file, 0),
+    "without a seal": lambda file: Path(f"{file}.sha256").unlink(),
+    "of another program": lambda file: flip(0.3)(Path(f"{file}.sha256")),
+}
+
+
+def test_packed_weights_are_kept_and_made_anew_where_they_are_spoiled(fp32: Runner, tmp_path: Path) -> None:
+    """The engine itself would compute with what it finds."""
+    file = tmp_path / "cache" / "packed"
+    file.parent.mkdir()
+    tokens = random_tokens(80, seed=12)
+    expected, _ = fp32.feed(tokens, tmp_path / "logits")
+    flags = ("--packed-weights", str(file))
+    assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes()
+    made = file.read_bytes(), file.stat().st_ino
+    assert {p.name for p in file.parent.iterdir()} == {"packed", "packed.sha256"} and len(made[0]) > 10_000
+    assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes()
+    assert (file.read_bytes(), file.stat().st_ino) == made  # used, not made again
+    for name, spoil in SPOILED.items():
+        spoil(file)
+        assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes(), name
+        assert len(file.read_bytes()) == len(made[0]) and Path(f"{file}.sha256").is_file(), name
+    (tmp_path / "diary").write_text("not to be lost")
+    line = fp32.refusal("-p", "A", "--packed-weights", str(tmp_path / "diary"))
+    assert "holds something else" in line and (tmp_path / "diary").read_text() == "not to be lost"
+
+
+def test_launches_at_the_same_time_share_packed_weights(fp32: Runner, tmp_path: Path) -> None:
+    command = [*fp32.command, "-p", "HELLO", "-n", "20", *GREEDY]
+    expected = subprocess.run(command, capture_output=True).stdout
+    command += ["--packed-weights", str(tmp_path / "packed")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    assert [process.communicate()[0] for process in running] == [expected] * 5
+    assert subprocess.run(command, capture_output=True).stdout == expected
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """Give a changed package the hashes that fit, as if it had been made like that."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in ("format", "format_version", "files", "sha256"):
+        manifest.pop(name)
+    change(manifest)
+    seal(folder, manifest)
+
+
+def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda folder: reseal(folder, change)
+
+
+def written(name: str, content: bytes, fits: bool = False) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        if fits:
+            reseal(folder)
+
+    return change
+
+
+def model(**values: Any) -> Callable[[Path], None]:
+    return resealed(lambda manifest: manifest["model"].update(values))
+
+
+def cut_in_half(folder: Path) -> None:
+    program = folder / "program.pte"
+    os.truncate(program, program.stat().st_size // 2)
+    reseal(folder)
+
+
+def first_input(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["methods"]["step_1"]["inputs"][0]
+
+
+NOISE = np.random.default_rng(0).bytes(5000)
+BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no such package folder"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json: missing"),
+    "no JSON": (written(MANIFEST, b'{"a":'), "not readable as JSON"),
+    "nested deeply": (written(MANIFEST, b"[" * 10**6), "nested too deeply"),
+    "no UTF-8": (written(MANIFEST, b'{"\xff": 1}'), "not UTF-8 at byte 2"),
+    "another manifest": (written(MANIFEST, b"{}"), "not the manifest of an rmse-edge package"),
+    "an edited manifest": (lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace("0.6", "0.5")), "edited"),
+    "another target": (resealed(lambda m: m.update(target="onnx")), "made for onnx"),
+    "a file that is missing": (lambda f: (f / "sample.txt").unlink(), "sample.txt: missing"),
+    "a file that is not listed": (written("notes", b""), "notes: not listed"),
+    "a program that is cut": (lambda f: os.truncate(f / "program.pte", 5000), "program.pte: 5000 bytes"),
+    "a flipped weight": (lambda f: flip(0.7)(f / "program.pte"), "program.pte: its SHA-256 is not the manifest's"),
+    "noise as program": (written("program.pte", NOISE, True), "not an ExecuTorch program"),
+    "noise behind the magic": (written("program.pte", b"\x30\0\0\0ET12" + NOISE, True), "cannot load it"),
+    "a fitting hash of half a program": (cut_in_half, "cannot load it"),
+    "a method that is not there": (resealed(lambda m: m["methods"].pop("step_64")), "holds no step for 64 rows"),
+    "another shape": (resealed(lambda m: first_input(m).update(shape=[1, 1, 63])), "not the method that the manifest"),
+    "a huge shape": (resealed(lambda m: first_input(m).update(shape=[2**40, 2**40])), "a tensor of shape"),
+    "an unknown type": (resealed(lambda m: first_input(m).update(dtype="float19")), 'a tensor of "float19"'),
+    "an unknown tensor": (resealed(lambda m: first_input(m).update(name="zz")), "zz"),
+    "no model": (resealed(lambda m: m.pop("model")), 'there is no "model"'),
+    "another window": (model(window=32), "state of 32 positions"),
+    "another vocabulary": (model(vocab_size=64), "in another form"),
+    "another depth": (model(max_loops=5), "in another form"),
+    "calls of 100 rows": (model(chunks=[1, 100]), "chunks: got [1, 100]"),
+    "no dials": (model(dials={}), 'there is no "max_loops"'),
+    "no tokenizer": (written("tokenizer.json", b"{}", True), "not a tokenizer.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", BAD_PACKAGES)
+def test_a_bad_package_is_one_line(runner: Path, executorch_package: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "bad.rmse"
+    shutil.copytree(executorch_package, folder)
+    change, part = BAD_PACKAGES[damage]
+    change(folder)
+    line = Runner([runner], folder).refusal("-p", "A", "-n", "1")
+    assert part in line and "bad.rmse" in line
+
+
+BAD_FLAGS = {
+    "--bogus": "--bogus", "extra": "extra", "--prompt": "--prompt: expected one argument",
+    "-n 0": "-n: got '0'", "-n 99999999999999999999": "-n: got", "--seed -1": "--seed: got", "--temperature nan": "--temperature",
+    "--temperature -1": "--temperature", "--top-p 0": "--top-p", "--top-p 1.5": "--top-p", "--top-k -1": "--top-k",
+    "--max-loops 5": "--max-loops: got 5, expected 1..4", "--max-loops 0": "--max-loops",
+    "--max-loops 2 --min-loops 3": "--min-loops: got 3", "--exit-threshold 0": "--exit-threshold",
+    "--exit-epsilon -1": "--exit-epsilon", "--exit-entropy 0.5": "--exit-entropy", "--no-memory": "--no-memory",
+    "-o xml": "-o: got 'xml'", "--help=3": "--help: takes no value", "-t 0": "-t: got '0'", "-t 100000": "at most 1024",
+    "--stop=": "--stop: got an empty string", "--prompt-tokens 1": "--prompt-tokens", "--logits x": "--logits: needs",
+    "--depths 3": "--depths", "--packed-weights /nowhere/x": "--packed-weights: /nowhere/x: cannot be written",
+    f"--packed-weights {'x' * 300}": "longer than the 255 bytes", "--packed-weights /": "is no file",
+    "--bench --seed 3": "--seed", "--bench -d 5": "--max-loops: got 5", "--bench -r 0": "-r: got '0'",
+    "--bench -p 9999": "this bench needs 9999; lower -p or -n", "--bench --text /nowhere": "/nowhere",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_bad_flag_is_one_line(fp32: Runner, flags: str) -> None:
+    prompt = () if "--bench" in flags else ("-p", "A")
+    assert BAD_FLAGS[flags] in fp32.refusal(*prompt, *flags.split())
+
+
+def test_bad_tokens_and_texts_are_one_line(fp32: Runner, tmp_path: Path) -> None:
+    assert "token 65 is outside the vocabulary (0..64)" in fp32.refusal("--prompt-tokens", "1,65")
+    assert "--prompt-tokens: got ''" in fp32.refusal("--prompt-tokens", "1,,2")
+    assert "no token for '~'" in fp32.refusal("-p", "~")
+    assert "UTF-8" in fp32.refusal(stdin=(_file(tmp_path / "latin", b"\xe9")).open("rb"))
+    line = fp32.refusal("--prompt-tokens", "1", "--logits", str(tmp_path / "no" / "file"))
+    assert "cannot be written" in line
+
+
+def _file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- ARM
+
+
+@pytest.fixture(scope="module")
+def arm_runner() -> Path:
+    if shutil.which("aarch64-linux-gnu-g++") is None or shutil.which(QEMU[0]) is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    if not (ARM / "wheel" / "executorch").is_dir():
+        pytest.skip("needs build/native-aarch64/wheel, from make runner-aarch64")
+    return make(ARM / "wheel" / "executorch", ARM, "CXX=aarch64-linux-gnu-g++")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("quant", ACROSS_PROCESSORS)
+def test_arm_processors_say_the_same(
+    request: pytest.FixtureRequest, arm_runner: Path, quant: str, cpu: str, tmp_path: Path
+) -> None:
+    """Logits within a tolerance, and the top token wherever it does not decide."""
+    here: Runner = request.getfixturevalue(quant)
+    there = Runner([*QEMU, cpu, arm_runner], Path(here.command[-1]))
+    tokens = random_tokens(140, seed=12, vocab=65 if quant == "fp32" else FEW)
+    full = ("--exit-threshold", "1")
+    (ours, _), (theirs, _) = (run.feed(tokens, tmp_path / "logits", *full) for run in (here, there))
+    tolerance = ACROSS_PROCESSORS[quant]
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=tolerance)
+    top = np.sort(ours, axis=-1)
+    decided = top[:, -1] - top[:, -2] > 2 * tolerance
+    assert decided.mean() > 0.5
+    np.testing.assert_array_equal(ours.argmax(-1)[decided], theirs.argmax(-1)[decided])
+    # Experts give the same bits through all instruction sets.
+    plain, _ = there.feed(tokens, tmp_path / "logits", *full, env={**os.environ, "RMSE_PRODUCTS": "portable"})
+    assert plain.tobytes() == theirs.tobytes()
