@@ -8,10 +8,7 @@ are no faster, several times slower as exported by default, and out of the host'
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..config import RMSEConfig
-from ..errors import ExportError
+from ..errors import ExportError, quiet
 from ..quantize import QuantizedTensor
 from .executorch_ops import prepare, stored_codes
 from .executorch_passes import EDGE_PASSES
@@ -45,7 +42,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """
     methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
     options.progress("lowering to XNNPACK")
-    with _quiet():
+    with quiet():
         partitioners = {name: [] if name.split("_")[0] in PLAIN else [XnnpackPartitioner()] for name in methods}
         try:
             edge = to_edge_transform_and_lower(
@@ -115,15 +112,3 @@ def stored_forms(q: QuantizedTensor) -> list[Tensor]:
 
 def _delegates(program: ExportedProgram) -> int:
     return sum("executorch_call_delegate" in str(n.target) for n in program.graph.nodes)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporting warns about much that is its own business; errors still come as exceptions."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +89,8 @@ def get_target(name: str) -> Target:
         raise UserError(f"--target: got {name!r}, expected one of {', '.join(target_names())}")
     if name not in _TARGETS:
         try:
-            importlib.import_module(f".{name}", __package__)  # registers itself
+            with quiet():
+                importlib.import_module(f".{name}", __package__)  # registers itself
         except ImportError as error:
             if (error.name or "").split(".")[0] not in MODULES[name]:
                 raise

@@ -4,6 +4,24 @@ A `UserError` (bad input, bad file, bad flag) is shown as one line that names th
 turns it into exit code 2. Anything else is a defect and keeps its traceback.
 """
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Packages that export or inspect warn about much that is their own business; errors still come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
 
 class UserError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, and what to do about it."""

@@ -14,23 +14,15 @@ from ..errors import PackageError, UserError
 from ..package import Package
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
-from .kernels import executorch_folder, load_kernels
+from .kernels import bindings, load_kernels
 from .machine import DONTNEED, release_mapped
 
 MOST_THREADS = 256
 MAGIC = b"ET12"  # at byte 4 of a program; the runtime ends the process over other bytes
 
 
-def _portable_lib() -> Any:
-    executorch_folder()  # says so where it is not installed
-    from executorch.extension.pybindings import portable_lib
-
-    return portable_lib
-
-
 def start_engine() -> None:
     """Load the runtime and the kernels, so that what the engine itself takes is in memory."""
-    _portable_lib()
     load_kernels()
 
 
@@ -43,7 +35,7 @@ def load_program(path: Path, profile: bool = False) -> Any:
     with path.open("rb") as file:
         if file.read(8)[4:] != MAGIC:
             raise PackageError(f"{path}: is not an ExecuTorch program ({MAGIC.decode()}); export the package again")
-    engine = _portable_lib()
+    engine = bindings()
     try:
         return engine._load_program(
             str(path), enable_etdump=profile, program_verification=engine.Verification.InternalConsistency
@@ -190,4 +182,4 @@ def set_threads(threads: int | None) -> None:
         return
     if threads > MOST_THREADS:
         raise UserError(f"--threads: got {threads}, expected at most {MOST_THREADS}")
-    _portable_lib()._unsafe_reset_threadpool(threads)
+    bindings()._unsafe_reset_threadpool(threads)

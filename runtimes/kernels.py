@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
@@ -51,6 +52,21 @@ def executorch_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def bindings() -> Any:
+    """The wheel's Python bindings of the runtime.
+
+    Not through `executorch.runtime`, which imports the exporter too: seconds, and its warnings.
+
+    Raises:
+        UserError: the wheel is not installed.
+    """
+    executorch_folder()
+    import torch  # noqa: F401  (the bindings use its libraries)
+    from executorch.extension.pybindings import _C
+
+    return _C
+
+
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
     """Register the operators with the ExecuTorch runtime of this process; compiles them first where that was not done.
@@ -58,8 +74,7 @@ def load_kernels() -> ctypes.CDLL:
     Raises:
         UserError: there is no compiler, or it fails.
     """
-    from executorch.extension.pybindings import portable_lib  # noqa: F401  (the runtime must be there before)
-
+    bindings()  # the runtime must be there before
     library = ctypes.CDLL(str(compiled()))
     library.rmse_instruction_set.restype = ctypes.c_char_p
     library.rmse_last_error.restype = ctypes.c_char_p

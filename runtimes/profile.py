@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import tempfile
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import SEGMENT
+from ..errors import quiet
 from ..package import Package
 from .base import Dials
 from .executorch import ExecutorchMethods, ExecutorchRuntime
@@ -60,18 +60,14 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
 
 def events(dump: Path) -> dict[str, list[float]]:
     """Name -> milliseconds of every event in an ETDump."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # the inspector warns of what an ETDump without debug data does not have
-    try:
+    found: dict[str, list[float]] = defaultdict(list)
+    with quiet():  # it warns of what an ETDump without debug data does not have
         from executorch.devtools import Inspector
 
-        found: dict[str, list[float]] = defaultdict(list)
         for block in Inspector(etdump_path=str(dump)).event_blocks:
             for event in block.events:
                 if event.perf_data is not None:
                     found[event.name] += event.perf_data.raw
-    finally:
-        logging.disable(disabled)
     return found
 
 

@@ -294,12 +294,12 @@ def kernel_program(folder: Path, case: tuple[int, int, int]) -> tuple[Path, Expe
 
 RUN_KERNEL = """
 import sys, torch
-from executorch.extension.pybindings import portable_lib
-from rmse_edge.runtimes.kernels import load_kernels
+from rmse_edge.runtimes.kernels import bindings, load_kernels
+
 load_kernels()
 for path in sys.argv[1:]:
     inputs = torch.load(path + ".inputs")
-    torch.save(portable_lib._load_program(path).load_method("forward")(inputs)[0], path + ".out")
+    torch.save(bindings()._load_program(path).load_method("forward")(inputs)[0], path + ".out")
 print(load_kernels().rmse_instruction_set().decode())
 """
 

@@ -1,4 +1,4 @@
-"""rmse-runner: what the Python runtime says, without Python; on another processor, too; and one line for what is wrong."""
+"""rmse-runner: what the Python runtime says, without Python, on ARM, too; and one line for all that is wrong."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ ARM = ROOT / "build" / "native-aarch64"
 QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
 CPUS = ("cortex-a72", "neoverse-n1")  # without and with instructions for dot products
 
-# Of logits of about 10, over all processors. fp32: sums in another order. int4: what is rounded to int8 differently.
-ACROSS_PROCESSORS = {"fp32": 1e-3, "int4": 0.2}
+# Of logits of about 10, over all processors. fp32: products are summed in another order. int4: here and there an
+# activation is rounded to the neighbouring integer, and later loops build on that.
+ACROSS_PROCESSORS = {"fp32": 1e-4, "int4": 0.5}
 
 GREEDY = ("--temperature", "0")
 LETTERS = "".join(ALPHABET[i] for i in random_tokens(100, seed=3))  # more than one call of 64 rows
@@ -317,6 +318,11 @@ def model(**values: Any) -> Callable[[Path], None]:
     return resealed(lambda manifest: manifest["model"].update(values))
 
 
+def edited(folder: Path) -> None:
+    manifest = folder / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"exit_threshold": 0.6', '"exit_threshold": 0.5'))
+
+
 def cut_in_half(folder: Path) -> None:
     program = folder / "program.pte"
     os.truncate(program, program.stat().st_size // 2)
@@ -335,7 +341,7 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nested deeply": (written(MANIFEST, b"[" * 10**6), "nested too deeply"),
     "no UTF-8": (written(MANIFEST, b'{"\xff": 1}'), "not UTF-8 at byte 2"),
     "another manifest": (written(MANIFEST, b"{}"), "not the manifest of an rmse-edge package"),
-    "an edited manifest": (lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace("0.6", "0.5")), "edited"),
+    "an edited manifest": (edited, "was edited after the export"),
     "another target": (resealed(lambda m: m.update(target="onnx")), "made for onnx"),
     "a file that is missing": (lambda f: (f / "sample.txt").unlink(), "sample.txt: missing"),
     "a file that is not listed": (written("notes", b""), "notes: not listed"),
@@ -371,8 +377,9 @@ def test_a_bad_package_is_one_line(runner: Path, executorch_package: Path, tmp_p
 
 BAD_FLAGS = {
     "--bogus": "--bogus", "extra": "extra", "--prompt": "--prompt: expected one argument",
-    "-n 0": "-n: got '0'", "-n 99999999999999999999": "-n: got", "--seed -1": "--seed: got", "--temperature nan": "--temperature",
-    "--temperature -1": "--temperature", "--top-p 0": "--top-p", "--top-p 1.5": "--top-p", "--top-k -1": "--top-k",
+    "-n 0": "-n: got '0'", "-n 99999999999999999999": "-n: got", "--seed -1": "--seed: got",
+    "--temperature nan": "--temperature", "--temperature -1": "--temperature",
+    "--top-p 0": "--top-p", "--top-p 1.5": "--top-p", "--top-k -1": "--top-k",
     "--max-loops 5": "--max-loops: got 5, expected 1..4", "--max-loops 0": "--max-loops",
     "--max-loops 2 --min-loops 3": "--min-loops: got 3", "--exit-threshold 0": "--exit-threshold",
     "--exit-epsilon -1": "--exit-epsilon", "--exit-entropy 0.5": "--exit-entropy", "--no-memory": "--no-memory",
@@ -423,18 +430,17 @@ def arm_runner() -> Path:
 def test_arm_processors_say_the_same(
     request: pytest.FixtureRequest, arm_runner: Path, quant: str, cpu: str, tmp_path: Path
 ) -> None:
-    """Logits within a tolerance, and the top token wherever it does not decide."""
+    """Logits within a tolerance, and the same top token wherever it leads by as much."""
     here: Runner = request.getfixturevalue(quant)
     there = Runner([*QEMU, cpu, arm_runner], Path(here.command[-1]))
     tokens = random_tokens(140, seed=12, vocab=65 if quant == "fp32" else FEW)
-    full = ("--exit-threshold", "1")
+    full = ("--exit-threshold", "1")  # a position that stops a loop earlier is compared with nothing
     (ours, _), (theirs, _) = (run.feed(tokens, tmp_path / "logits", *full) for run in (here, there))
     tolerance = ACROSS_PROCESSORS[quant]
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=tolerance)
-    top = np.sort(ours, axis=-1)
-    decided = top[:, -1] - top[:, -2] > 2 * tolerance
-    assert decided.mean() > 0.5
-    np.testing.assert_array_equal(ours.argmax(-1)[decided], theirs.argmax(-1)[decided])
+    ranked = np.sort(ours, axis=-1)
+    same = theirs.argmax(-1) == ours.argmax(-1)
+    assert same.mean() > 0.95 and same[ranked[:, -1] - ranked[:, -2] > tolerance].all()
     # Experts give the same bits through all instruction sets.
     plain, _ = there.feed(tokens, tmp_path / "logits", *full, env={**os.environ, "RMSE_PRODUCTS": "portable"})
     assert plain.tobytes() == theirs.tobytes()

@@ -37,10 +37,10 @@ std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t co
   return calls;
 }
 
-// Gives the pages of a file that this process has mapped back to the system; they return when they are read. XNNPACK
-// has packed its weights into memory of its own by now, and experts are read from the file one by one.
+// Gives the pages of a file that this process has mapped back to the system; they return when they are read, from the
+// system's cache. XNNPACK has packed its weights into memory of its own by now, and experts are read one by one.
 void release_mapped(const std::string& path) {
-#if defined(MADV_PAGEOUT)
+#if defined(MADV_DONTNEED)
   std::error_code ignored;
   const std::string name = std::filesystem::canonical(path, ignored).string();
   std::ifstream maps("/proc/self/maps");
@@ -49,7 +49,7 @@ void release_mapped(const std::string& path) {
     int at = 0;  // of the name
     const int found = std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %n", &start, &end, &at);
     if (found == 2 && line.compare(at, line.npos, name) == 0) {
-      madvise(reinterpret_cast<void*>(start), end - start, MADV_PAGEOUT);  // a refusal costs nothing but memory
+      madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);  // a refusal costs nothing but memory
     }
   }
 #endif

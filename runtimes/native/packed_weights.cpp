@@ -35,11 +35,11 @@ std::string content(const std::string& path) {
   return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
-// While a process uses the file, the engine holds it locked; others do without, as the engine itself would.
+// While a process uses the file, its engine keeps it locked; others do without, as their engines would.
 bool in_use(const std::string& path) {
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) return false;
-  const bool locked = flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+  const bool locked = flock(file, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
   close(file);
   return locked;
 }
@@ -62,11 +62,13 @@ PackedWeights::PackedWeights(const std::string& file, const std::string& program
     refuse(path_, "the path is longer than the " + std::to_string(kLongestPath) +
                       " bytes that ExecuTorch takes; choose another");
   }
-  if (in_use(path_)) {
+  const bool there = fs::exists(path_);
+  if (there && !fs::is_regular_file(path_)) refuse(path_, "is no file; choose another name");
+  if (there && in_use(path_)) {
     path_.clear();
     return;
   }
-  fits_ = fs::is_regular_file(path_) && content(seal_of(path_)) == content_of_seal();
+  fits_ = there && content(seal_of(path_)) == content_of_seal();
   if (!fits_) make_way();
 }
 
@@ -77,7 +79,6 @@ std::string PackedWeights::content_of_seal() const {
 }
 
 void PackedWeights::make_way() const {
-  if (fs::exists(path_) && !fs::is_regular_file(path_)) refuse(path_, "is no file; choose another name");
   if (fs::exists(path_) && !fs::exists(seal_of(path_)) && !made_by_engine(path_)) {
     refuse(path_, "holds something else than packed weights; remove it or choose another name");
   }
