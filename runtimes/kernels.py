@@ -30,7 +30,7 @@ SOURCES = (
     "experts.cpp",
     "operators.cpp",
 )
-HEADERS = ("products.h", "matrix_product.h", "neon_rows.h", "experts.h")
+HEADERS = ("products.h", "matrix_product.h", "neon_rows.h", "experts.h", "operators.h")
 # Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
 FLAGS = (
     "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS",
