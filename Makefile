@@ -2,7 +2,7 @@
 # make runner   build the native runner of ExecuTorch packages
 # make test     lint, types and tests
 #
-# Both set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
+# All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
 # On Linux the default torch brings CUDA. For the smaller CPU build give the address of an index of CPU wheels, once:
 #   make demo TORCH_INDEX=<address>
 

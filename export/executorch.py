@@ -8,10 +8,13 @@ are no faster, several times slower as exported by default, and out of the host'
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
@@ -21,7 +24,7 @@ from torch.export import ExportedProgram
 from ..config import RMSEConfig
 from ..errors import ExportError, quiet
 from ..quantize import QuantizedTensor
-from .executorch_ops import prepare, stored_codes
+from .executorch_ops import check_format, prepare, stored_codes
 from .executorch_passes import EDGE_PASSES
 from .program import LoopProgram
 from .targets import LowerOptions, target
@@ -31,7 +34,14 @@ UNLIMITED = 2**31 - 1  # of get_max_context_len: a window and a memory hold any 
 PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate would only cost
 
 
-@target("executorch", quants=("fp32", "int8", "int4"), accuracy_levels=(4,), host_loop=True, prepare=prepare)
+@target(
+    "executorch",
+    quants=("fp32", "int8", "int4"),
+    accuracy_levels=(4,),
+    host_loop=True,
+    check_format=check_format,
+    prepare=prepare,
+)
 def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
     """Write program.pte into `folder`.
 
@@ -92,22 +102,42 @@ def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
 
 
 def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
-    """Fail unless the file holds the codes of every quantised weight, byte for byte.
+    """Fail unless the file holds the codes and the scales of every quantised weight, byte for byte.
+
+    Also where two weights differ in their scales only: XNNPACK's cache of packed weights takes them for one.
 
     Raises:
         ExportError: naming the weight.
     """
-    content = path.read_bytes()
-    for name, q in tensors.items():
-        if not any(form.contiguous().numpy().tobytes() in content for form in stored_forms(q)):
-            raise ExportError(f"{name}: ExecuTorch did not store the integers it was given; export with --quant fp32")
+    alike: dict[bytes, str] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name, q in tensors.items():
+            for what, forms in (
+                ("integers", stored_codes_forms(q)),
+                ("scales", [q.scales, q.scales.to(torch.bfloat16)]),
+            ):
+                if all(content.find(_bytes(form)) < 0 for form in forms):
+                    raise ExportError(
+                        f"{name}: ExecuTorch did not store the {what} it was given; export with --quant fp32"
+                    )
+            codes = hashlib.sha256(_bytes(q.codes)).digest()
+            other = tensors[alike.setdefault(codes, name)]
+            if not torch.equal(other.scales, q.scales):
+                raise ExportError(
+                    f"{name}: has the integers of {alike[codes]} with other scales, which XNNPACK cannot tell apart; "
+                    "export with --quant fp32"
+                )
 
 
-def stored_forms(q: QuantizedTensor) -> list[Tensor]:
+def stored_codes_forms(q: QuantizedTensor) -> list[Tensor]:
     """What a weight's codes may be stored as: for XNNPACK and the experts' kernels, or for looking up rows."""
     if q.format.bits == 8:
         return [stored_codes(q)]
     return [stored_codes(q), (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _delegates(program: ExportedProgram) -> int:

@@ -20,6 +20,7 @@ from ..config import RMSEConfig
 from ..errors import ExportError
 from ..experts import SparseExperts
 from ..quantize import QuantizedTensor
+from ..quantize.scheme import EXPERTS
 from ..quantize.tensors import Format
 
 BLOCK = 32  # XNNPACK's groups, and the activations that share a scale in the experts' kernels
@@ -92,7 +93,8 @@ class IntegerExperts(SparseExperts):
     down_scales: Tensor
 
     def __init__(self, config: RMSEConfig, gate_up: QuantizedTensor, down: QuantizedTensor) -> None:
-        super().__init__(config)
+        with torch.device("meta"):  # everything of it is replaced
+            super().__init__(config)
         self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]
         for name, q in (("gate_up", gate_up), ("down", down)):
             self.register_buffer(f"{name}_codes", stored_codes(q))
@@ -119,15 +121,13 @@ def check_format(name: str, fmt: Format, inputs: int) -> None:
     Raises:
         ExportError: naming the tensor and the fix.
     """
-    if not fmt.symmetric:
-        raise ExportError(f"{name}: is asymmetric, and executorch takes symmetric weights only")
     if fmt.bits == 4 and (fmt.group is None or fmt.group % BLOCK):
         raise ExportError(
             f"{name}: has groups of {fmt.group}, and executorch takes multiples of {BLOCK}; quantise with --group-size "
             f"{BLOCK} --dense-group-size {BLOCK}, or to int8"
         )
-    if inputs % BLOCK and fmt.bits == 4:
-        raise ExportError(f"{name}: its {inputs} inputs make no whole groups of {BLOCK}; quantise to int8")
+    if inputs % BLOCK and name in EXPERTS:
+        raise ExportError(f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export with --quant fp32")
 
 
 def prepare(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> nn.Module:
@@ -160,10 +160,6 @@ def _replace_experts(model: nn.Module, path: str, module: SparseExperts, left: d
     up, down = (left.pop(name) for name in names)
     for name, q in zip(names, (up, down)):
         check_format(name, q.format, q.shape[-1])
-        if q.shape[-1] % BLOCK:
-            raise ExportError(
-                f"{name}: its {q.shape[-1]} inputs make no whole blocks of {BLOCK}; export with --quant fp32"
-            )
     new = IntegerExperts(module.config, up, down).eval()
     for name in ("router", "shared_gate_up_proj", "shared_down_proj", "step_logits", "balance_bias"):
         setattr(new, name, getattr(module, name))

@@ -90,6 +90,18 @@ class ExportRequest:
             )
 
 
+def check_formats(model: RMSE, formats: Mapping[str, Format], target: str) -> None:
+    """Fail, before anything is computed, where a target has no form for a weight.
+
+    Raises:
+        ExportError: naming the weight.
+    """
+    check = get_target(target).check_format
+    for name, fmt in formats.items():
+        if check is not None:
+            check(name, fmt, model.get_parameter(name).shape[-1])
+
+
 def rounded(model: RMSE, quant: str) -> RMSE:
     """The model a package of this precision is compared with: the same weights after the same rounding."""
     if quant != "fp16":
@@ -140,7 +152,7 @@ def export_package(
                 quant=request.quant,
                 tensors=tensors,
                 accuracy_level=request.accuracy_level,
-                exact_twin=rounds_activations and request.check,
+                exact_twin=rounds_activations and request.check and 0 in target.accuracy_levels,
                 compact=request.compact,
                 max_seq_len=request.max_seq_len,
                 progress=progress,

@@ -150,7 +150,7 @@ class Method(nn.Module):
         given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context, *self.spec.memory)}
         past = {t.name: tensors[t.name] for t in self.spec.state}
         names = [t.name for t in self.spec.invariants]
-        ready = all(name in tensors for name in names)
+        ready = bool(names) and all(name in tensors for name in names)
         invariants = {name: tensors[name] for name in names} if ready else self.model.begin(given)[1]
         new, emitted = self.model.step(tensors["k"], carry, past, given | invariants, self._dials(tensors))
         new["depth"] = carry["depth"] + carry["active"].to(torch.int64)
@@ -278,7 +278,7 @@ def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], N
         with torch.no_grad():
             program = torch.export.export(module, module.example(rows), strict=False, **options)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"{type(module.model).__name__}.{module.method} does not trace: {reason}") from error
     exported = ExportedMethod(module.method, chunks, module.takes, module.gives, program)
     check(exported)

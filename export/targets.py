@@ -13,7 +13,7 @@ from ..errors import UserError, quiet
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..quantize import QuantizedTensor
+    from ..quantize import Format, QuantizedTensor
     from .program import LoopProgram
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
@@ -28,7 +28,7 @@ class LowerOptions:
     # int8 and int4: the integers, by name of the weight; the program was traced with what they stand for.
     tensors: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     accuracy_level: int = 4  # activations of quantised weights: 4 rounds them to int8, 0 computes in float32
-    exact_twin: bool = False  # lower a second time with float activations, to prove the integers by the exact rule
+    exact_twin: bool = False  # at level 4: lower a second time at level 0, to prove the integers by the exact rule
     compact: bool = True  # compute experts of active rows only, in calls of many rows
     max_seq_len: int | None = None  # tokens that a text may have; None: any number
     progress: Callable[[str], None] = lambda _: None
@@ -36,6 +36,8 @@ class LowerOptions:
 
 # Lowers a program into files in a folder; returns what the target's runtime needs to know, for the manifest.
 Lowering = Callable[["LoopProgram", Path, LowerOptions], dict[str, Any]]
+# Fails with an ExportError where a target has no form for a weight: its name, its format, its number of inputs.
+CheckFormat = Callable[[str, "Format", int], None]
 # What a target makes of the model before it is traced, given the quantised weights; the model given stays as it is.
 Prepare = Callable[["nn.Module", Mapping[str, "QuantizedTensor"]], "nn.Module"]
 
@@ -52,6 +54,7 @@ class Target:
     compacts: bool = False  # knows `LowerOptions.compact`; others never compute the experts of stopped rows
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
+    check_format: CheckFormat | None = None
     prepare: Prepare | None = None
 
 

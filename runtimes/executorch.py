@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import PackageError, UserError
-from ..package import Package
+from ..package import Package, digest_file
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
 from .kernels import bindings, load_kernels
@@ -36,34 +37,50 @@ def load_program(path: Path, profile: bool = False) -> Any:
         if file.read(8)[4:] != MAGIC:
             raise PackageError(f"{path}: is not an ExecuTorch program ({MAGIC.decode()}); export the package again")
     engine = bindings()
+    strict = engine.Verification.InternalConsistency
+    load = partial(engine._load_program, str(path), enable_etdump=profile, program_verification=strict)
+    return _ask(path, "load it", load)
+
+
+def _ask(path: Path, what: str, ask: Callable[[], Any]) -> Any:
+    """What the engine answers; its complaint in one line where it refuses.
+
+    Raises:
+        PackageError: naming the file and what was asked of it.
+    """
+    kernels = load_kernels()
+    kernels.rmse_clear_error()
     try:
-        return engine._load_program(
-            str(path), enable_etdump=profile, program_verification=engine.Verification.InternalConsistency
-        )
+        return ask()
     except RuntimeError as error:
-        raise _refused(path, error) from None
-
-
-def _refused(path: Path, error: RuntimeError) -> PackageError:
-    reason = load_kernels().rmse_last_error().decode(errors="replace") or " ".join(str(error).split())
-    return PackageError(f"{path}: executorch cannot load it ({reason}); export the package again")
+        reason = " ".join((kernels.rmse_last_error().decode(errors="replace") or str(error)).split())
+        raise PackageError(f"{path}: executorch cannot {what} ({reason}); export the package again") from None
 
 
 class ExecutorchMethods:
     """`Methods` over a program. `loop` is `begin`, then `step` until nothing is active."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Any], max_loops: int, profile: bool = False) -> None:
+    _sharing: ClassVar[str | None] = None  # digest of the program whose packed weights this process shares
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Any], max_loops: int, profile: bool = False, digest: str | None = None
+    ) -> None:
         """
         Args:
             tensors: the manifest's "methods": what each takes and gives, in order.
             profile: keep the time of every operator; see `write_profile`.
+            digest: SHA-256 of the program, where it is known already.
         """
         self.path = path
         self.tensors = tensors
         self.max_loops = max_loops
-        self._library = load_kernels()
-        self._library.rmse_share_packed_weights(1)
+        # Methods of both sizes share one packed copy of a weight. The engine knows it by its codes, whatever their scales,
+        # and keeps it for the whole process: a second program must not find the weights of the first.
+        digest = digest or digest_file(path)
+        ExecutorchMethods._sharing = ExecutorchMethods._sharing or digest
+        self._shares = ExecutorchMethods._sharing == digest
         self._program = load_program(path, profile)
+        self._known = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
         self._methods: dict[str, Any] = {}
         self._stacks: dict[int, dict[str, Tensor]] = {}  # chunk -> the emits of all iterations
 
@@ -71,17 +88,23 @@ class ExecutorchMethods:
         """The engine's method METHOD_ROWS.
 
         Raises:
-            PackageError: the package has no such method, or the engine cannot load it.
+            PackageError: the package has no such method, the engine cannot load it, or it takes other tensors than the
+                manifest says.
         """
         if name not in self._methods:
             method, _, rows = name.rpartition("_")
-            known = [self._program.get_method_name(i) for i in range(self._program.num_methods())]
-            if name not in self.tensors or name not in known:
-                raise PackageError(f"{self.path}: holds no {method} for {rows} rows; it has {', '.join(self.tensors)}")
-            try:
-                self._methods[name] = self._program.load_method(name)
-            except RuntimeError as error:
-                raise _refused(self.path, error) from None
+            if name not in self.tensors or name not in self._known:
+                there = ", ".join(known for known in self.tensors if known in self._known)
+                raise PackageError(f"{self.path}: holds no {method} for {rows} rows; it has {there}")
+            load_kernels().rmse_share_packed_weights(int(self._shares))
+            loaded = _ask(self.path, f"load {name}", partial(self._program.load_method, name))
+            meta = loaded.method_meta()
+            inside = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
+            if inside != [tuple(t["shape"]) for t in self.tensors[name]["inputs"]]:
+                raise PackageError(
+                    f"{self.path}: {name} takes other tensors than the manifest says; export the package again"
+                )
+            self._methods[name] = loaded
         return self._methods[name]
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
@@ -109,8 +132,9 @@ class ExecutorchMethods:
 
     def _call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run METHOD_ROWS on checked tensors."""
-        inputs: Sequence[Tensor] = [given[t["name"]] for t in self.tensors[name]["inputs"]]
-        return dict(zip((t["name"] for t in self.tensors[name]["outputs"]), self.load(name)(inputs)))
+        inputs = [given[t["name"]] for t in self.tensors[name]["inputs"]]
+        outputs = _ask(self.path, f"run {name}", partial(self.load(name), inputs))
+        return dict(zip((t["name"] for t in self.tensors[name]["outputs"]), outputs))
 
     def _loop(self, chunk: int, feeds: Arrays) -> Arrays:
         begun = self._call(f"begin_{chunk}", self._given(f"begin_{chunk}", feeds))
@@ -124,15 +148,15 @@ class ExecutorchMethods:
         k, limit = 0, int(feeds["max_loops"])
         start = {name: row[0] for name, row in rows.items()}
         given = self._given(step, feeds | begun | first | start | {"k": torch.tensor(0)})
-        while k < limit:
+        running = bool(given["active"].any())
+        while running and k < limit:
             out = self._call(step, given)
             for name, stack in stacks.items():
                 stack[k].copy_(out[name])
             k += 1
             given |= {name: out[f"next_{name}"] for name in carried}
-            if not out["any_active"]:
-                break
-            if k < limit:
+            running = bool(out["any_active"])
+            if running and k < limit:
                 given |= {name: row[k] for name, row in rows.items()} | {"k": torch.tensor(k)}
         result = {"h": given["h"], "depth": given["depth"], "iterations": torch.tensor(k)} | stacks
         return {name: value.numpy() for name, value in result.items()}
@@ -163,9 +187,11 @@ class ExecutorchRuntime(LoopRuntime):
         manifest = package.manifest
         self.package = package
         info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
-        path = package.path(manifest["lowering"]["program"])
+        name = manifest["lowering"]["program"]
+        path = package.path(name)
         set_threads(threads)
-        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile)
+        digest = manifest["files"][name]["sha256"]
+        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, digest)
         super().__init__(info, methods)
         for name in manifest["methods"]:  # now, so that the first token does not wait for it
             methods.load(name)

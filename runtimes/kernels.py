@@ -12,6 +12,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,7 @@ FLAGS = (
 )  # fmt: skip
 LIBRARIES = ("executorch", "executorch_threadpool", "executorch_kernels_quantized")  # the last one for embeddings
 COMPILERS = ("c++", "g++", "clang++")
+SIGNS = ("error:", "cannot find", "undefined reference")  # of the line that says why a compiler failed
 
 
 def executorch_folder() -> Path:
@@ -72,10 +75,14 @@ def load_kernels() -> ctypes.CDLL:
     """Register the operators with the ExecuTorch runtime of this process; compiles them first where that was not done.
 
     Raises:
-        UserError: there is no compiler, or it fails.
+        UserError: the wheel is not installed, there is no compiler, or it fails.
     """
     bindings()  # the runtime must be there before
-    library = ctypes.CDLL(str(compiled()))
+    path = compiled()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be loaded ({error}); remove it, it is made anew") from None
     library.rmse_instruction_set.restype = ctypes.c_char_p
     library.rmse_last_error.restype = ctypes.c_char_p
     library.rmse_take_messages()
@@ -85,7 +92,7 @@ def load_kernels() -> ctypes.CDLL:
 def compiled() -> Path:
     """The path of the compiled library, made if it is not there yet."""
     folder = executorch_folder()
-    made_from = [importlib.metadata.version("executorch"), str(folder), *FLAGS, *LIBRARIES]
+    made_from = [importlib.metadata.version("executorch"), str(folder), platform.machine(), *FLAGS, *LIBRARIES]
     digest = hashlib.sha256("\n".join(made_from).encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((NATIVE / name).read_bytes())
@@ -109,15 +116,15 @@ def compile_to(path: Path, folder: Path) -> None:
     Raises:
         UserError: no compiler, no place to write to, or an error in the compilation (its first line).
     """
-    named = os.environ.get("CXX")
-    compiler = next((c for c in ([named] if named else COMPILERS) if shutil.which(c)), None)
+    named = shlex.split(os.environ.get("CXX", ""))
+    compiler = next((c for c in ([named] if named else [[c] for c in COMPILERS]) if shutil.which(c[0])), None)
     if compiler is None:
         raise UserError(
-            f"ExecuTorch packages need a C++ compiler once ({named or ', '.join(COMPILERS)} not found); install one "
-            "(Debian: apt install g++; macOS: xcode-select --install) or set CXX"
+            f"ExecuTorch packages need a C++ compiler once ({' '.join(named) or ', '.join(COMPILERS)} not found); install "
+            "one (Debian: apt install g++) or set CXX"
         )
     include = folder / "include"
-    command = [compiler, *FLAGS]
+    command = [*compiler, *FLAGS]
     for where in (include, include / "executorch" / "runtime" / "core" / "portable_type" / "c10"):
         command += ["-isystem", str(where)]
     command += [str(NATIVE / name) for name in SOURCES]
@@ -130,8 +137,9 @@ def compile_to(path: Path, folder: Path) -> None:
             made = Path(scratch) / path.name
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
             if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no reason"]
-                raise UserError(f"{compiler} cannot compile the kernels for ExecuTorch packages: {lines[0]}")
+                lines = done.stderr.splitlines() or ["it gave no reason"]
+                reason = next((line for line in lines if any(sign in line for sign in SIGNS)), lines[0])
+                raise UserError(f"{' '.join(compiler)} cannot compile the kernels for ExecuTorch packages: {reason}")
             os.replace(made, path)
     except OSError as error:
         raise UserError(

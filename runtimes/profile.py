@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from collections import defaultdict
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..config import SEGMENT
-from ..errors import quiet
+from ..errors import UserError, quiet
 from ..package import Package
 from .base import Dials
 from .executorch import ExecutorchMethods, ExecutorchRuntime
 
 WHOLE = "Method::execute"
 PARTS = ("DELEGATE_CALL", "OPERATOR_CALL")  # of which the other events are details
+BETWEEN = "(between operators)"
 PREFILL, DECODE = 4 * SEGMENT, 32  # tokens
 
 
@@ -41,10 +43,15 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
 
     Args:
         ids: at least `PREFILL` tokens.
+    Raises:
+        UserError: there are fewer.
     """
+    if len(ids) < PREFILL:
+        raise UserError(f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one (--text)")
     rows = []
     for test, count in ((f"pp{PREFILL}", PREFILL), (f"tg{DECODE}", 1)):
         runtime = ExecutorchRuntime(package, threads, profile=True)
+        runtime.info = dataclasses.replace(runtime.info, max_seq_len=None)
         if count > 1:
             runtime.feed(ids[:count], dials, "last")
         else:
@@ -76,12 +83,12 @@ def summary(test: str, found: dict[str, list[float]]) -> list[Profile]:
     total = sum(found[WHOLE])
     grouped: dict[str, list[float]] = defaultdict(list)
     for name, times in found.items():
-        if name != WHOLE and name not in PARTS and name.startswith(("native_call_", "Method", "Program")) is False:
-            grouped[f"xnnpack: {_plain(name)}"] += times
-        elif name.startswith("native_call_"):
+        if name.startswith("native_call_"):
             grouped[_plain(name.removeprefix("native_call_"))] += times
+        elif name not in PARTS and not name.startswith(("Method", "Program")):
+            grouped[f"xnnpack: {_plain(name)}"] += times
     inside = sum(sum(times) for times in grouped.values())
-    grouped["(between operators)"] = [max(0.0, total - inside)]
+    grouped[BETWEEN] = [max(0.0, total - inside)]
     rows = [Profile(test, name, len(times), sum(times), sum(times) / total) for name, times in grouped.items()]
     return sorted(rows, key=lambda row: -row.ms)
 

@@ -102,6 +102,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     instead = "--profile" if args.profile else "--stream" if args.stream is not None else None
     if args.profile and args.stream is not None:
         raise UserError("--profile and --stream: give one of them")
+    if args.profile and args.config:
+        raise UserError("--profile: takes a package, not --config")
     if instead and len(args.model or args.quant) > 1:
         raise UserError(f"{instead}: takes one model")
     for flag in ("prompt", "generate", "depths", "repetitions"):
@@ -124,6 +126,10 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[list[LoopRuntime], int | 
         model = random_model(args.config)
         yield [TorchRuntime(model, args.config.stem, device=args.device)], None
     else:
+        from ..runtimes import RUNTIMES
+
+        if args.runtime not in (None, *RUNTIMES):
+            raise UserError(f"--runtime: got {args.runtime!r}, expected one of {', '.join(RUNTIMES)}")
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / f"{args.config.stem}-random-{quant}.rmse" for quant in args.quant]
             # In a process of its own, so that the memory reported is that of running, not of exporting. Ctrl-C reaches

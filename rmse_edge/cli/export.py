@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError("--model and --config: give one of them")
     from ..checkpoint import load_checkpoint
     from ..export import ExportRequest, describe, export_package
+    from ..export.pipeline import check_formats
     from ..model import RMSE
     from ..package import check_destination
     from ..quantize import is_quantized_checkpoint, load_quantized, quantize
@@ -90,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     else:
         model = stored.model if stored else load_checkpoint(folder)
         checkpoint, name = folder, folder.absolute().name
+    formats = how.scheme.formats(model) if how else {n: q.format for n, q in stored.tensors.items()} if stored else {}
+    check_formats(model, formats, request.target)
     if args.dry_run:
-        formats = {name: q.format for name, q in stored.tensors.items()} if stored else None
         if how:
-            formats = how.scheme.formats(model)
             model = RMSE(dataclasses.replace(model.config, kv_dtype=how.kv or model.config.kv_dtype))
         print_description(describe(model, request, formats), args.format)
         return 0

@@ -16,6 +16,7 @@ from .display import table
 if TYPE_CHECKING:
     from ..runtimes import Dials, LoopRuntime
 
+BETWEEN = "(between operators)"  # no operator, so no time of one
 SHOWN = 20  # operators of each table; the rest is one line
 
 
@@ -52,7 +53,12 @@ def as_markdown(d: dict[str, Any]) -> str:
     for test in dict.fromkeys(row["test"] for row in d["operators"]):
         rows = [row for row in d["operators"] if row["test"] == test]
         cells = [
-            (r["operator"], f"{r['calls']:,}", f"{1000 * r['ms'] / r['calls']:.1f}", f"{r['share']:.1%}")
+            (
+                r["operator"],
+                f"{r['calls']:,}",
+                "" if r["operator"] == BETWEEN else f"{1000 * r['ms'] / r['calls']:.1f}",
+                f"{r['share']:.1%}",
+            )
             for r in rows[:SHOWN]
         ]
         left = rows[SHOWN:]
