@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..attention import Attention, RMSNorm
 from ..config import RMSEConfig
 from ..errors import ExportError
-from ..experts import SparseExperts
+from ..experts import SparseExperts, gathered_experts, select
 from ..quantize import QuantizedTensor
 from ..quantize.scheme import EXPERTS
 from ..quantize.tensors import Format
@@ -44,14 +44,21 @@ def quantized_experts(
     down_scales: Tensor,
     top_k: int,
 ) -> Tensor:
-    """`rmse_edge::sparse_experts` on integers.
+    """`rmse_edge::sparse_experts` on integers; here with float activations, which the runtime's kernels round to int8.
 
     Args:
         gate_up_codes, down_codes: (E, outputs, inputs) int8, or (E, outputs, inputs / 2) uint8 with two int4 to a byte,
             the first in the low half, zero at 8.
         gate_up_scales, down_scales: (E, outputs, groups) bfloat16.
     """
-    raise NotImplementedError("this operator is traced, not run: its kernel belongs to the ExecuTorch runtime")
+    both = ((gate_up_codes, gate_up_scales), (down_codes, down_scales))
+    return gathered_experts(x, select(logits, bias, top_k), *(_unpacked(codes, scales) for codes, scales in both))
+
+
+def _unpacked(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weights (E, outputs, inputs) that codes and scales of `quantized_experts` stand for."""
+    plain = QuantizedTensor.unpack(codes, 4).to(torch.int8) - 8 if codes.dtype == torch.uint8 else codes
+    return (plain.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
 @quantized_experts.register_fake
