@@ -68,7 +68,7 @@ demo: $(STAMP)
 	$(BIN)/rmse-bench $(PACKAGE)
 
 runner: $(STAMP)
-	@$(MAKE) --no-print-directory -C runtimes/native EXECUTORCH=$(EXECUTORCH) BUILD=$(CURDIR)/build/native
+	@$(MAKE) --no-print-directory -j2 -C runtimes/native EXECUTORCH=$(EXECUTORCH) BUILD=$(CURDIR)/build/native
 
 # pip brings the wheel of the other platform, whose libraries the runner is linked with and run with.
 runner-aarch64: $(STAMP)

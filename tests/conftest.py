@@ -119,8 +119,11 @@ def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path],
 @pytest.fixture(scope="session")
 def executorch_package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`checkpoint` through `rmse-export --target executorch`, fp32, the parity gate included. Read only."""
-    pytest.importorskip("executorch")
+    from helpers import require_executorch
+
     from rmse_edge.cli.export import main
+
+    require_executorch()
 
     def make(folder: Path) -> None:
         assert main(["--target", "executorch", "-m", str(checkpoint), "-o", str(folder)]) == 0
@@ -139,8 +142,11 @@ def executorch_quantized() -> Quantized:
 @pytest.fixture(scope="session")
 def executorch_int4(executorch_quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`executorch_quantized` exported, the parity gate included; without tokenizer and text. Read only."""
-    pytest.importorskip("executorch")
+    from helpers import require_executorch
+
     from rmse_edge.export import ExportRequest, export_package
+
+    require_executorch()
 
     def make(folder: Path) -> None:
         request = ExportRequest("executorch", "int4")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.model import RMSE
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import Dials
+from rmse_edge.runtimes.kernels import COMPILERS
 from rmse_edge.runtimes.torch import TorchRuntime
 from rmse_edge.text import train_character_tokenizer
 
@@ -200,6 +202,13 @@ def same_model(a: Any, b: Any) -> bool:
         return False
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def require_executorch() -> None:
+    """Skip where ExecuTorch packages cannot run: without the wheel, or a compiler for the kernels."""
+    pytest.importorskip("executorch")
+    if not any(shutil.which(compiler) for compiler in COMPILERS):
+        pytest.skip(f"needs a C++ compiler ({', '.join(COMPILERS)})", allow_module_level=True)
 
 
 def assert_one_line(message: str, *parts: str) -> None:

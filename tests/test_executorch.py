@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FEW, assert_one_line, mixed_model, random_tokens
+from helpers import FEW, assert_one_line, mixed_model, random_tokens, require_executorch
 from small_models import small_config
 
 pytest.importorskip("executorch")
@@ -38,6 +38,8 @@ from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.executorch import ExecutorchMethods, ExecutorchRuntime
 from rmse_edge.runtimes.session import restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
+
+require_executorch()
 
 FULL = Dials(4)
 METHODS = [f"{name}_{rows}" for rows in (1, 64) for name in ("prelude", "begin", "step", "head", "commit")]

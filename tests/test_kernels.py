@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_one_line
+from helpers import assert_one_line, require_executorch
 
 pytest.importorskip("executorch")
 
@@ -20,6 +20,8 @@ from rmse_edge.export.executorch_ops import stored_codes
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import kernels
+
+require_executorch()
 
 KERNEL_CASES = [(32, 64, 32), (8, 64, 32), (4, 64, 32), (4, 96, 64), (8, 160, 96)]  # bits, width, expert width
 
