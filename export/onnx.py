@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import onnx
 import torch
 from torch import nn
 
-from ..errors import ExportError
+from ..errors import ExportError, quiet
 from .onnx_ops import translations
 from .onnx_passes import PASSES, WeightFile
 from .onnx_quantize import use_integers
@@ -37,7 +35,7 @@ def graph_file(program: LoopProgram, method: ExportedMethod) -> str:
 
 def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
     """One traced method as an ONNX model with its weights inline, after all passes."""
-    with _quiet():
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # it reports on every optional package it does not find
         exported = torch.onnx.export(
             method.program,
             (),
@@ -111,19 +109,3 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     if options.tensors:
         found["accuracy_level"] = options.accuracy_level
     return found | ({"exact_twin": found | {"graphs": twins, "accuracy_level": 0}} if options.exact_twin else {})
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The exporter reports on every optional package it does not find; errors still come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels, out = [logger.level for logger in loggers], io.StringIO()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(out):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

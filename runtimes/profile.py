@@ -49,14 +49,11 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
     if len(ids) < PREFILL:
         raise UserError(f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one (--text)")
     rows = []
-    for test, count in ((f"pp{PREFILL}", PREFILL), (f"tg{DECODE}", 1)):
+    for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
         runtime = ExecutorchRuntime(package, threads, profile=True)
         runtime.info = dataclasses.replace(runtime.info, max_seq_len=None)
-        if count > 1:
-            runtime.feed(ids[:count], dials, "last")
-        else:
-            for token in ids[:DECODE]:
-                runtime.feed([token], dials, "last")
+        for tokens in calls:
+            runtime.feed(tokens, dials, "last")
         assert isinstance(runtime.methods, ExecutorchMethods)
         with tempfile.TemporaryDirectory() as folder:
             dump = Path(folder) / "calls.etdp"
