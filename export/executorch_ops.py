@@ -9,8 +9,6 @@ in the mapped file, so that idle ones stay out of memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from ..experts import SparseExperts, gathered_experts, select
 from ..quantize import QuantizedTensor
 from ..quantize.scheme import EXPERTS
 from ..quantize.tensors import Format
+from .targets import LowerOptions
 
 BLOCK = 32  # XNNPACK's groups, and the activations that share a scale in the experts' kernels
 OUT_VARIANTS = (
@@ -137,14 +136,14 @@ def check_format(name: str, fmt: Format, inputs: int) -> None:
         raise ExportError(f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export with --quant fp32")
 
 
-def prepare(model: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> nn.Module:
+def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     """A copy of `model` that traces to what XNNPACK and the experts' kernels run.
 
     Raises:
         ExportError: a weight has a format that these do not read; names it.
     """
     model = copy.deepcopy(model)
-    left = dict(tensors)
+    left = dict(options.tensors)
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):
             model.set_submodule(path, DelegatedNorm(module))

@@ -350,6 +350,13 @@ def compare_methods(
             given = feeds | results.get("loop", {}) | dials
             expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
             got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
+            if name == "commit" and getattr(candidate, "rings", None):
+                # What the engine keeps is compared as a whole: what was to be written, and what was not.
+                held = {k: np.array(v) for k, v in candidate.read_states().items()}  # type: ignore[attr-defined]
+                for ring, whole in committed(spec, given, expected).items():
+                    note(f"{name}_{chunk}", ring, whole, held[ring])
+                results[name] = expected
+                continue
             for t in signature(spec, name)[1]:
                 ran = (
                     slice(int(expected["iterations"])) if name == "loop" and t in _stacked_names(spec) else slice(None)
@@ -371,6 +378,16 @@ def compare_methods(
         for t in spec.emits:
             note(f"step_{chunk}", t.name, results["loop"][t.name][: len(emits)], np.stack([e[t.name] for e in emits]))
     return worst
+
+
+def committed(spec: LoopSpec, feeds: Arrays, kept: Arrays) -> Arrays:
+    """The rings in `feeds` with what `commit` gave for the call's valid rows in their slots."""
+    n, window = int(feeds["n_valid"][0]), spec.notes["window"]
+    slots = (int(feeds["position"][0]) + np.arange(n)) % window
+    rings = {ring: feeds[ring].copy() for ring in spec.notes["rings"]}
+    for ring, source in spec.notes["rings"].items():
+        rings[ring][..., slots, :] = kept[source][..., :n, :]
+    return rings
 
 
 def compare_memory(reference: TorchRuntime, candidate: LoopRuntime, exact: bool) -> dict[str, Any]:

@@ -17,17 +17,16 @@ import torch
 
 from ..config import SEGMENT, RMSEConfig
 from ..errors import ExportError, UserError
-from ..loop import TensorSpec
 from ..model import RMSE
 from ..package import Package, seal, writing
 from ..quantize import Format, Quantized
 from ..quantize.scheme import BITS
 from ..runtimes import runtime_for
 from ..runtimes.host import LoopRuntime
-from ..runtimes.torch import TorchRuntime, model_info
+from ..runtimes.torch import TorchRuntime, fingerprint, model_info
 from ..text import Tokenizer, read_text
 from .parity import LEAST_POSITIONS, POSITIONS, gate
-from .program import LoopProgram, method_names, signature, trace
+from .program import LoopProgram, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, get_target
 
 CHUNKS = (1, SEGMENT)
@@ -46,7 +45,9 @@ class ExportRequest:
     max_seq_len: int | None = None
     overwrite: bool = False
     check: bool = True  # run the parity gate; only benches of random weights go without
-    accuracy_level: int = 4  # int8 and int4: activations rounded to int8 (4), or computed in float32 (0)
+    # int8 and int4: activations rounded to int8 (4), or computed in float (0); None: the target's own way
+    accuracy_level: int | None = None
+    compute: str | None = None  # where Core ML is to run it; None: the target's own way
 
     def __post_init__(self) -> None:
         target = get_target(self.target)
@@ -58,13 +59,25 @@ class ExportRequest:
             raise UserError(f"--no-compact: {self.target} never computes the experts of stopped rows; leave it out")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
-        if self.accuracy_level not in ACCURACY_LEVELS:
+        if self.accuracy_level not in (None, *ACCURACY_LEVELS):
             raise UserError(f"--accuracy-level: got {self.accuracy_level}, expected 0 or 4")
-        if self.quant in BITS and self.accuracy_level not in target.accuracy_levels:
+        if self.quant in BITS and self.level not in target.accuracy_levels:
+            way = "rounds" if 4 in target.accuracy_levels else "does not round"
             raise UserError(
-                f"--accuracy-level {self.accuracy_level}: {self.target} rounds the activations of quantised weights to "
-                "int8 (level 4); leave it out, or export to onnx"
+                f"--accuracy-level {self.accuracy_level}: {self.target} {way} the activations of quantised weights to "
+                f"int8 (level {target.accuracy_levels[-1]}); leave it out, or export to onnx"
             )
+        if self.compute is not None and self.compute not in target.computes:
+            if not target.computes:
+                raise UserError(f"--compute {self.compute}: {self.target} packages are the same everywhere; leave it out")
+            raise UserError(f"--compute: got {self.compute!r}, expected one of {', '.join(target.computes)}")
+
+    @property
+    def level(self) -> int:
+        """`accuracy_level`, or the target's own."""
+        if self.accuracy_level is None:
+            return get_target(self.target).accuracy_levels[-1]
+        return self.accuracy_level
 
     def check_integers(self, quantized: Quantized | None) -> None:
         """Fail unless `quantized` is what this request needs.
@@ -117,6 +130,18 @@ def rounded(model: RMSE, quant: str) -> RMSE:
     return twin
 
 
+def with_cache(model: RMSE, dtype: str) -> RMSE:
+    """A copy of `model` whose keys and values are stored in another type, "float32" or "float16"."""
+    twin = copy.deepcopy(model)
+    config = dataclasses.replace(model.config, kv_dtype=dtype)
+    for module in twin.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    if hasattr(twin.block.attention, "kv_scales"):  # of an int8 cache
+        del twin.block.attention.kv_scales
+    return twin
+
+
 def export_package(
     model: RMSE,
     destination: str | Path,
@@ -141,30 +166,32 @@ def export_package(
     request.check_integers(quantized)
     with writing(destination, request.overwrite) as folder:
         target = get_target(request.target)
-        rounds_activations = quantized is not None and request.accuracy_level != 0
-        tensors = quantized.tensors if quantized else {}
-        traced = target.prepare(model, tensors) if target.prepare else model
-        program = trace(traced, CHUNKS, progress, target.any_rows, target.host_loop)  # type: ignore[arg-type]
-        lowering = target.lower(
-            program,
-            folder,
-            LowerOptions(
-                quant=request.quant,
-                tensors=tensors,
-                accuracy_level=request.accuracy_level,
-                exact_twin=rounds_activations and request.check and 0 in target.accuracy_levels,
-                compact=request.compact,
-                max_seq_len=request.max_seq_len,
-                progress=progress,
-            ),
-        )
-        text = _carry_text(checkpoint, folder)
         source = quantized.fingerprint if quantized else None
+        if target.cache is not None:
+            cache = target.cache(request.quant, model.config.kv_dtype)
+            if cache != model.config.kv_dtype:
+                source = source or fingerprint(model)
+                model = with_cache(model, cache)
+        rounds_activations = quantized is not None and request.level != 0
+        options = LowerOptions(
+            quant=request.quant,
+            tensors=quantized.tensors if quantized else {},
+            accuracy_level=request.level,
+            exact_twin=rounds_activations and request.check and 0 in target.accuracy_levels,
+            compact=request.compact,
+            compute=request.compute or next(iter(target.computes), None),
+            max_seq_len=request.max_seq_len,
+            progress=progress,
+        )
+        traced = target.prepare(model, options) if target.prepare else model
+        program = trace(traced, CHUNKS, progress, target.any_rows, target.host_loop)  # type: ignore[arg-type]
+        lowering = target.lower(program, folder, options)
+        text = _carry_text(checkpoint, folder)
         info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target, source, request.quant)
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
-            "methods": _methods(program, target.host_loop),
+            "methods": lowering.pop("signatures", None) or _methods(program, target.host_loop),
             "quantization": _quantization(request, quantized),
             "lowering": lowering,
             "text": text,
@@ -184,9 +211,12 @@ def export_package(
                 found = gate(program, reference, candidate, tokens, float_cache, progress)
                 for file in set(twin["graphs"].values()):
                     (folder / file).unlink()
-            exact = request.quant != "fp16" and not rounds_activations and float_cache
+            rounded_activations = rounds_activations or request.quant in target.halves
+            exact = request.quant != "fp16" and not rounded_activations and float_cache
             candidate = sealed(folder, manifest)
-            manifest["parity"] = gate(program, reference, candidate, tokens, exact, progress, rounds_activations)
+            manifest["parity"] = gate(
+                program, reference, candidate, tokens[: target.positions], exact, progress, rounded_activations
+            )
             if found is not None:
                 manifest["parity"]["integers"] = found
         seal(folder, manifest)
@@ -230,26 +260,22 @@ def _quantization(request: ExportRequest, quantized: Quantized | None) -> dict[s
         return {"weights": request.quant}
     kept = ("tensors", "float_tensors", "request", "evaluation", "gate", "calibration_tokens")
     report = {name: quantized.report[name] for name in kept if name in quantized.report}
-    return {"weights": request.quant, "accuracy_level": request.accuracy_level, **report}
+    return {"weights": request.quant, "accuracy_level": request.level, **report}
 
 
 def _methods(program: LoopProgram, host_loop: bool) -> dict[str, Any]:
     """Every method's tensors in calls of each size, for the manifest."""
-
-    def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-        return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in specs]
-
     found = {}
     for chunk, spec in program.specs.items():
         for name in method_names(spec, host_loop):
             takes, gives = signature(spec, name, host_loop)
-            found[f"{name}_{chunk}"] = {"inputs": tensors(takes), "outputs": tensors(gives)}
+            found[f"{name}_{chunk}"] = {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
     return found
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("rmse-edge", "torch", "onnx", "onnxscript", "onnxruntime", "executorch", "torchao"):
+    for name in ("rmse-edge", "torch", "onnx", "onnxscript", "onnxruntime", "executorch", "torchao", "coremltools"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -257,6 +257,11 @@ def trace(
     return LoopProgram(model, specs, tuple(methods))
 
 
+def tensors_json(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """Names, shapes and types, for a manifest."""
+    return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in specs]
+
+
 def rows_text(chunks: tuple[int, ...]) -> str:
     return f"{' or '.join(str(chunk) for chunk in chunks)} rows"
 

@@ -30,6 +30,7 @@ class LowerOptions:
     accuracy_level: int = 4  # activations of quantised weights: 4 rounds them to int8, 0 computes in float32
     exact_twin: bool = False  # at level 4: lower a second time at level 0, to prove the integers by the exact rule
     compact: bool = True  # compute experts of active rows only, in calls of many rows
+    compute: str | None = None  # what the program is laid out for, one of `Target.computes`
     max_seq_len: int | None = None  # tokens that a text may have; None: any number
     progress: Callable[[str], None] = lambda _: None
 
@@ -38,8 +39,10 @@ class LowerOptions:
 Lowering = Callable[["LoopProgram", Path, LowerOptions], dict[str, Any]]
 # Fails with an ExportError where a target has no form for a weight: its name, its format, its number of inputs.
 CheckFormat = Callable[[str, "Format", int], None]
-# What a target makes of the model before it is traced, given the quantised weights; the model given stays as it is.
-Prepare = Callable[["nn.Module", Mapping[str, "QuantizedTensor"]], "nn.Module"]
+# What a target makes of the model before it is traced; the model given stays as it is.
+Prepare = Callable[["nn.Module", LowerOptions], "nn.Module"]
+# The type in which a package stores keys and values: of its precision, and of the model's own cache.
+CacheType = Callable[[str, str], str]
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,23 @@ class Target:
 
     lower: Lowering
     quants: tuple[str, ...] = QUANTIZATIONS  # how it can store weights
-    accuracy_levels: tuple[int, ...] = ACCURACY_LEVELS  # of quantised weights' activations, see `LowerOptions`
+    # Of quantised weights' activations, see `LowerOptions`; the last one is the default.
+    accuracy_levels: tuple[int, ...] = ACCURACY_LEVELS
     asymmetric: bool = False  # takes quantised weights with zero points
     scale_bytes: int = 2  # of a quantised weight's scales, as stored
     compacts: bool = False  # knows `LowerOptions.compact`; others never compute the experts of stopped rows
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
+    halves: tuple[str, ...] = ()  # precisions whose packages compute in float16
+    computes: tuple[str, ...] = ()  # values of `LowerOptions.compute`, the first is the default
+    positions: int | None = None  # compared by the parity gate's rounded rule, where the gate's own number takes too long
     check_format: CheckFormat | None = None
     prepare: Prepare | None = None
+    cache: CacheType | None = None  # None: as the model's
 
 
 # Where a target lives, and the packages whose absence it reports. Others register themselves when imported.
-MODULES = {"executorch": ("executorch", "torchao"), "onnx": ("onnx", "onnxscript")}
+MODULES = {"coreml": ("coremltools",), "executorch": ("executorch", "torchao"), "onnx": ("onnx", "onnxscript")}
 _TARGETS: dict[str, Target] = {}
 
 

@@ -14,7 +14,7 @@ from .host import LoopRuntime
 
 __all__ = ["Dials", "Fed", "LoopRuntime", "Methods", "ModelInfo", "Runtime", "Surprise", "open_runtime", "runtime_for"]
 
-RUNTIMES = ("torch", "onnx", "executorch")
+RUNTIMES = ("torch", "onnx", "executorch", "coreml")
 
 
 def runtime_for(package: Package, threads: int | None = None) -> Runtime:
@@ -31,6 +31,10 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
         from .executorch import ExecutorchRuntime
 
         return ExecutorchRuntime(package, threads)
+    if package.target == "coreml":
+        from .coreml import CoremlRuntime
+
+        return CoremlRuntime(package, threads=threads)
     known = ", ".join(name for name in RUNTIMES if name != "torch")
     raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
 
@@ -52,7 +56,7 @@ def open_runtime(
     """The runtime for a package folder or a checkpoint folder.
 
     Args:
-        runtime: "torch", "onnx" or "executorch"; by default whatever the folder was made for.
+        runtime: "torch", "onnx", "executorch" or "coreml"; by default whatever the folder was made for.
         device: "cpu" or "cuda", for the torch runtime.
         threads: threads of one call; by default the engine's own choice.
     Raises:

@@ -36,12 +36,19 @@ def plan_calls(position: int, count: int, chunks: tuple[int, ...]) -> list[tuple
 
 
 class LoopRuntime:
-    """`Runtime` on top of any target's `Methods`."""
+    """`Runtime` on top of any target's `Methods`.
+
+    It keeps the rings of keys and values itself, unless the engine does: then `kept_by_engine` says so, methods find
+    them where they are, and `read_engine` and `write_engine` are how sessions get at them.
+    """
+
+    loop = "loop"  # the method that iterates
 
     def __init__(self, info: ModelInfo, methods: Methods) -> None:
         self.info = info
         self.methods = methods
-        self.state = {name: np.zeros(shape, dtype) for name, (shape, dtype) in info.state.items()}
+        own = {} if self.kept_by_engine() else info.state
+        self.state = {name: np.zeros(shape, dtype) for name, (shape, dtype) in own.items()}
         self.memory = {name: np.zeros(shape, dtype) for name, (shape, dtype) in info.memory.items()}
         # Exit states since the last boundary: what the memory is going to be taught.
         self.segment = np.zeros((1, SEGMENT, info.config["d_model"]), np.float32) if info.memory else None
@@ -64,6 +71,8 @@ class LoopRuntime:
         # Slots are masked by position, so what they hold does not matter; zeroed all the same, to be reproducible.
         for array in self.state.values():
             array.fill(0)
+        if self.kept_by_engine():
+            self.write_engine({name: np.zeros(shape, dtype) for name, (shape, dtype) in self.info.state.items()})
         for name, array in self.memory.items():
             np.copyto(array, self._blank[name])
         if self.segment is not None:
@@ -73,8 +82,20 @@ class LoopRuntime:
         self.whole = True
 
     def tensors(self) -> Arrays:
-        """All that is kept between calls, but for the position; views, not copies."""
-        return self.state | self.memory | self.retrieved | ({} if self.segment is None else {"segment": self.segment})
+        """All that is kept between calls, but for the position; of what is not the engine's, views."""
+        rings = self.read_engine() if self.kept_by_engine() else self.state
+        return rings | self.memory | self.retrieved | ({} if self.segment is None else {"segment": self.segment})
+
+    def kept_by_engine(self) -> bool:
+        """Whether the engine keeps the rings, not this host."""
+        return False
+
+    def read_engine(self) -> Arrays:
+        """The rings that the engine keeps, by name."""
+        return {}
+
+    def write_engine(self, tensors: Arrays) -> None:
+        """Replace the rings that the engine keeps."""
 
     def restore(self, position: int, tensors: Arrays) -> None:
         """Go on from what `tensors` gave at `position`.
@@ -87,7 +108,10 @@ class LoopRuntime:
         if shapes[0] != shapes[1]:
             raise ValueError(f"state: got {shapes[1]}, expected {shapes[0]}")
         for name, array in own.items():
-            np.copyto(array, tensors[name])
+            if name not in self.info.state or not self.kept_by_engine():
+                np.copyto(array, tensors[name])
+        if self.kept_by_engine():
+            self.write_engine({name: tensors[name] for name in self.info.state})
         self._position = position
         self.whole = True
 
@@ -153,21 +177,26 @@ class LoopRuntime:
         tokens[0, :n] = ids
         context = self.context(chunk, n)
         prelude = self.methods.run("prelude", chunk, {"tokens": tokens} | self.retrieved)
-        looped = self.methods.run("loop", chunk, prelude | context | self.state | self.memory | dials.arrays())
+        looped = self.methods.run(self.loop, chunk, prelude | context | self.state | self.memory | dials.arrays())
         result = dict(looped)
         if head:
             result |= self.methods.run("head", chunk, {"h": looped["h"]})
         kept = self.methods.run("commit", chunk, prelude | context | looped)
-        window = self.info.window
-        first = max(0, n - window)
-        slots = (self._position + np.arange(first, n)) % window
-        for ring, source in self.info.rings.items():
-            self.state[ring][..., slots, :] = kept[source][..., first:n, :]
+        if not self.kept_by_engine():
+            self._into_rings(kept, n)
         if self.segment is not None:
             row = self._position % SEGMENT
             self.segment[:, row : row + n] = looped["h"][:, :n]
         self._position += n
         return result
+
+    def _into_rings(self, kept: Arrays, n: int) -> None:
+        """Put what `commit` gave for the call's `n` tokens into their slots."""
+        window = self.info.window
+        first = max(0, n - window)
+        slots = (self._position + np.arange(first, n)) % window
+        for ring, source in self.info.rings.items():
+            self.state[ring][..., slots, :] = kept[source][..., first:n, :]
 
     # ------------------------------------------------------------------------------------------ memory, retrieval
 
@@ -250,10 +279,11 @@ class LoopRuntime:
         padded = np.zeros((1, SEGMENT), np.int64)
         padded[0, : len(ids)] = ids
         context = self.context(SEGMENT, len(ids), position=0)
-        nothing = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.info.state.items()}
+        # What an engine keeps is not seen from position 0; what the host gives may be anything, too, but it is asked for.
+        nothing = {name: np.zeros_like(array) for name, array in self.state.items()}
         prelude = self.methods.run("prelude", SEGMENT, {"tokens": padded} | _no_hits(self.info))
         feeds = prelude | context | nothing | self._blank | self.info.dials.arrays()
-        h = self.methods.run("loop", SEGMENT, feeds)["h"]
+        h = self.methods.run(self.loop, SEGMENT, feeds)["h"]
         return self.methods.run("embed_segment", SEGMENT, {"segment": h, "n_valid": context["n_valid"]})
 
 

@@ -240,7 +240,7 @@ def test_a_puzzle_solver_is_lowered_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Puzzle().eval()
     target = get_target("executorch")
-    program = trace(target.prepare(model, {}), (CELLS,), host_loop=True)  # type: ignore[misc, arg-type]
+    program = trace(target.prepare(model, LowerOptions()), (CELLS,), host_loop=True)  # type: ignore[misc, arg-type]
     made = target.lower(program, tmp_path, LowerOptions())
     assert made["methods"] == ["prelude_16", "begin_16", "step_16", "head_16"]
     methods = ExecutorchMethods(tmp_path / made["program"], _methods(program, True), MAX_LOOPS)
@@ -299,13 +299,13 @@ def test_groups_that_xnnpack_has_not_are_refused() -> None:
     model = mixed_model()
     made = quantize(model, QuantizeRequest(Scheme("int4", group_size=16), method="rtn"))
     with pytest.raises(ExportError) as caught:
-        prepare(made.model, made.tensors)
+        prepare(made.model, LowerOptions(tensors=made.tensors))
     assert_one_line(str(caught.value), "groups of 16", "--group-size 32")
     check_format("w", Format(4, 64), 64)
     narrow = RMSE(small_config(d_model=48)).eval()
     made = quantize(narrow, QuantizeRequest(Scheme("int8"), method="rtn"))
     with pytest.raises(ExportError) as caught:
-        prepare(made.model, made.tensors)
+        prepare(made.model, LowerOptions(tensors=made.tensors))
     assert_one_line(str(caught.value), "block.experts.gate_up_proj", "48 inputs")
 
 
@@ -458,7 +458,7 @@ def test_threads_that_the_engine_does_not_have(executorch_package: Path) -> None
 def test_the_model_is_left_alone(checkpoint: Path) -> None:
     """Preparing for the target changes a copy."""
     model, untouched = load_checkpoint(checkpoint), load_checkpoint(checkpoint)
-    assert prepare(model, {}) is not model
+    assert prepare(model, LowerOptions()) is not model
     assert list(model.state_dict()) == list(untouched.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), untouched.state_dict().values()))
     assert model.block.attention.rotary_operator

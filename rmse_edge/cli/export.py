@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..quantize import QuantizeRequest
 
 DEFAULT_MODEL = "models/rmse-shakespeare"
-TARGETS = ("onnx", "executorch")
+TARGETS = ("onnx", "executorch", "coreml")
 BITS = ("int8", "int4")
 
 
@@ -35,8 +35,12 @@ def parser() -> Parser:
         "--quant", help="how weights are stored: fp32, fp16, int8, int4 (default: the checkpoint's, or fp32)"
     )
     p.add_argument(
-        "--accuracy-level", type=int, choices=(0, 4), default=4,
-        help="of int8 and int4: 4 rounds activations to int8, 0 computes in float32",
+        "--accuracy-level", type=int, choices=(0, 4),
+        help="of int8 and int4: 4 rounds activations to int8, 0 does not (default: what the target can; onnx: 4)",
+    )  # fmt: skip
+    p.add_argument(
+        "--compute", choices=("cpu", "gpu", "ane"),
+        help="coreml: lay the program out for the CPU (default), the GPU or the Neural Engine",
     )  # fmt: skip
     p.add_argument(
         "--max-seq-len", type=positive_int, metavar="N", help="refuse texts longer than N tokens (default: no limit)"
@@ -79,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         max_seq_len=args.max_seq_len,
         overwrite=args.force,
         accuracy_level=args.accuracy_level,
+        compute=args.compute,
     )
     if stored is not None:
         request.check_integers(stored)

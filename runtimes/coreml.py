@@ -1,0 +1,262 @@
+"""Core ML packages: run by Core ML on macOS, and elsewhere by the interpreter of runtimes/mil.py.
+
+Both are an `Engine`: functions on arrays, and states. What a function takes and gives is the LoopProgram's, in Core ML's
+types: 64-bit integers and flags are int32, scalars have one element.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import PackageError, UserError, quiet
+from ..package import Package
+from .base import Arrays, ModelInfo
+from .host import LoopRuntime
+
+ENGINES = ("coreml", "interpreter")
+SCALE = "scale"  # the input of `blank`, of which Core ML wants one: 1 for the memory as it was trained
+
+
+class Engine(Protocol):
+    """What runs the functions of a `.mlpackage`."""
+
+    def predict(self, function: str, feeds: Arrays) -> Arrays:
+        """Call a function; states are read and written where they are."""
+
+    def read(self, state: str) -> np.ndarray:
+        """What a state holds, float16. May be a view."""
+
+    def write(self, state: str, value: np.ndarray) -> None:
+        """Put a value into a state."""
+
+
+class InterpreterEngine:
+    """The saved program on NumPy."""
+
+    def __init__(self, path: Path) -> None:
+        from .mil import Interpreter
+
+        self.interpreter = Interpreter(path)
+        self._states: Arrays = {}
+        for function in self.interpreter.functions:
+            for name, array in self.interpreter.make_state(function).items():
+                self._states.setdefault(name, array)
+
+    def predict(self, function: str, feeds: Arrays) -> Arrays:
+        return self.interpreter.predict(feeds, self._states, function)
+
+    def read(self, state: str) -> np.ndarray:
+        return self._states[state]
+
+    def write(self, state: str, value: np.ndarray) -> None:
+        np.copyto(self._states[state], value)
+
+
+class CoreMLEngine:
+    """Core ML itself. The package is compiled once; its functions are loaded when they are first called."""
+
+    def __init__(self, path: Path, compute: str) -> None:
+        """
+        Args:
+            compute: cpu, gpu or ane: where Core ML may place operators, always with the CPU beside it.
+        Raises:
+            PackageError: Core ML does not compile the package.
+        """
+        self.path = path
+        with quiet():
+            import coremltools as ct
+
+            units = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
+            self._units = ct.ComputeUnit[units[compute]]
+            self._load = ct.models.CompiledMLModel
+            try:
+                self._compiled = ct.models.utils.compile_model(str(path))
+            except Exception as error:  # what it raises is not documented
+                reason = " ".join(str(error).split())
+                raise PackageError(f"{path}: Core ML cannot compile it ({reason}); export the package again") from None
+        self._functions: dict[str, Any] = {}
+        self._state: Any = None
+
+    def _function(self, name: str) -> Any:
+        if name not in self._functions:
+            try:
+                self._functions[name] = self._load(self._compiled, compute_units=self._units, function_name=name)
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise PackageError(f"{self.path}: Core ML cannot load {name} ({reason}); export it again") from None
+        return self._functions[name]
+
+    def attach(self, function: str) -> None:
+        """Make the states that `function` has, for it and all others: they are of the same names and shapes."""
+        self._state = self._function(function).make_state()
+
+    def predict(self, function: str, feeds: Arrays) -> Arrays:
+        return self._function(function).predict(feeds, state=self._state)
+
+    def read(self, state: str) -> np.ndarray:
+        return self._state.read_state(state)
+
+    def write(self, state: str, value: np.ndarray) -> None:
+        self._state.write_state(state, value)
+
+
+class CoremlMethods:
+    """`Methods` over an engine, and one more: `host_loop` is `loop` as `begin` and single steps."""
+
+    def __init__(self, engine: Engine, functions: Mapping[str, Any], rings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            functions: the manifest's "methods": what each takes and gives, as the LoopProgram has it.
+            rings: the manifest's "rings": of every state its Core ML shape (K, G, W', hd') and, under "held", the part
+                (K, 1, G, W, hd) of it that is used. Empty: rings are given and returned.
+        """
+        self.engine, self.functions, self.rings = engine, functions, rings
+        self._stacks: dict[int, Arrays] = {}
+
+    def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
+        for name in self.rings:
+            if name in feeds:  # only in comparisons: hosts leave the rings where they are
+                self._put(name, feeds[name], feeds.get("k"))
+        if method == "host_loop":
+            return self._host_loop(chunk, feeds)
+        return self.call(f"{method}_{chunk}", feeds)
+
+    def call(self, function: str, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """One function, in the LoopProgram's types.
+
+        Raises:
+            PackageError: the package has no such function.
+            ValueError: a tensor has another shape.
+        """
+        if function not in self.functions:
+            method, _, rows = function.rpartition("_")
+            raise PackageError(f"the package has no {method} for {rows} rows; it has {', '.join(self.functions)}")
+        table = self.functions[function]
+        feeds = {SCALE: np.ones(1, np.float32), **feeds}
+        given = {t["name"]: _to_core_ml(feeds[t["name"]], t) for t in table["inputs"]}
+        results = self.engine.predict(function, given)
+        return {t["name"]: _from_core_ml(results[t["name"]], t) for t in table["outputs"]}
+
+    def _host_loop(self, chunk: int, feeds: Arrays) -> Arrays:
+        """`begin`, then `step` until nothing is active."""
+        step = f"step_{chunk}"
+        begun = self.call(f"begin_{chunk}", feeds)
+        gives = [t["name"] for t in self.functions[step]["outputs"]]
+        carried = [name.removeprefix("next_") for name in gives if name.startswith("next_")]
+        emits = [t for t in self.functions[step]["outputs"] if t["name"] in self._emitted(gives)]
+        carry = {name: begun.pop(f"first_{name}") for name in carried if name != "depth"}
+        carry["depth"] = np.zeros(carry["active"].shape, np.int64)
+        inputs = {t["name"]: tuple(t["shape"]) for t in self.functions[step]["inputs"]}
+        depth = self._depth(chunk)
+        stacked = {name: v for name, v in feeds.items() if name in inputs and v.shape == (depth, *inputs[name])}
+        fixed = feeds | begun
+        if chunk not in self._stacks:
+            self._stacks[chunk] = {t["name"]: np.zeros((depth, *t["shape"]), t["dtype"]) for t in emits}
+        stacks = self._stacks[chunk]
+        k, limit, running = 0, int(feeds["max_loops"]), bool(carry["active"].any())
+        while running and k < limit:
+            rows = {name: value[k] for name, value in stacked.items()}
+            out = self.call(step, fixed | carry | rows | {"k": np.array(k)})
+            for name, stack in stacks.items():
+                stack[k] = out[name]
+            carry = {name: out[f"next_{name}"] for name in carried}
+            running = bool(out["any_active"])
+            k += 1
+        return {"h": carry["h"], "depth": carry["depth"], "iterations": np.array(k)} | stacks
+
+    @staticmethod
+    def _emitted(gives: list[str]) -> list[str]:
+        return [name for name in gives if not name.startswith("next_") and name != "any_active"]
+
+    def _depth(self, chunk: int) -> int:
+        """Iterations that the loop has at most, from what the loop in the graph stacks."""
+        outputs = {t["name"]: t["shape"] for t in self.functions[f"loop_{chunk}"]["outputs"]}
+        emitted = self._emitted([t["name"] for t in self.functions[f"step_{chunk}"]["outputs"]])
+        return outputs[emitted[0]][0] if emitted else 0
+
+    # ------------------------------------------------------------------------------------------------- states
+
+    def read_states(self) -> Arrays:
+        """What the rings hold, (K, 1, G, W, hd) each; of the interpreter, views."""
+        return {name: self._used(name, self.engine.read(name)) for name in self.rings}
+
+    def write_states(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Fill the rings with `tensors`, (K, 1, G, W, hd) each."""
+        for name, value in tensors.items():
+            self._put(name, value, None)
+
+    def _used(self, name: str, whole: np.ndarray) -> np.ndarray:
+        _, _, _, window, dims = self.rings[name]["held"]
+        return whole[:, None, :, :window, :dims]
+
+    def _put(self, name: str, value: np.ndarray, k: np.ndarray | None) -> None:
+        """Put all of a ring in place, or the row of loop `k` where `value` (1, G, W, hd) is that."""
+        whole = np.array(self.engine.read(name))
+        used = self._used(name, whole)
+        if value.shape == used.shape:
+            used[:] = value
+        elif k is not None and value.shape == used.shape[1:]:
+            used[int(np.asarray(k).reshape(()))] = value
+        else:
+            raise ValueError(f"{name}: got {value.shape}, expected {used.shape} or a row of it")
+        self.engine.write(name, whole)
+
+
+def _to_core_ml(value: np.ndarray, t: Mapping[str, Any]) -> np.ndarray:
+    if list(np.shape(value)) != t["shape"]:
+        raise ValueError(f"{t['name']}: got {np.shape(value)}, expected {tuple(t['shape'])}")
+    dtype = {"int64": "int32", "bool": "int32"}.get(t["dtype"], t["dtype"])
+    return np.ascontiguousarray(np.asarray(value, dtype).reshape(t["shape"] or (1,)))
+
+
+def _from_core_ml(value: np.ndarray, t: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(value, t["dtype"]).reshape(t["shape"])
+
+
+class CoremlRuntime(LoopRuntime):
+    """A package exported with `--target coreml`.
+
+    Where it keeps the rings in states, these are read and written by `tensors` and `restore` only.
+    """
+
+    methods: CoremlMethods
+
+    def __init__(self, package: Package, engine: str | None = None, threads: int | None = None) -> None:
+        """
+        Args:
+            engine: "coreml" (macOS only) or "interpreter"; by default the first where it exists.
+        """
+        if threads is not None:
+            raise UserError("--threads: neither Core ML nor its interpreter takes a number of threads; leave it out")
+        manifest = package.manifest
+        lowering = manifest["lowering"]
+        self.engine = engine or default_engine()
+        path = package.folder / lowering["program"]
+        info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
+        if self.engine == "coreml":
+            running: Engine = CoreMLEngine(path, lowering["compute"])
+            if lowering["rings"]:
+                running.attach(f"step_{info.chunks[0]}")  # type: ignore[attr-defined]
+        else:
+            running = InterpreterEngine(path)
+        # In the graph, the loop is one call, but nothing but the CPU runs it.
+        self.loop = "loop" if lowering["compute"] == "cpu" else "host_loop"
+        super().__init__(info, CoremlMethods(running, manifest["methods"], lowering["rings"]))
+
+    def kept_by_engine(self) -> bool:
+        return bool(self.methods.rings)
+
+    def read_engine(self) -> Arrays:
+        return self.methods.read_states()
+
+    def write_engine(self, tensors: Arrays) -> None:
+        self.methods.write_states(tensors)
+
+
+def default_engine() -> str:
+    return "coreml" if platform.system() == "Darwin" else "interpreter"
