@@ -18,6 +18,7 @@ import coremltools as ct
 import torch
 
 from ..errors import ExportError, quiet
+from .coreml_check import Expected, check, expected
 from .coreml_functions import OPSET, Assembly, Converted
 from .coreml_ops import DECOMPOSITIONS, check_format, prepare
 from .coreml_precision import Halving
@@ -62,13 +63,14 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     with quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         described = ct.utils.MultiFunctionDescriptor()
         signatures: dict[str, Any] = {}
+        wanted: dict[str, Expected] = {}
         rings: dict[str, Any] = {}
         for chunk, spec in program.specs.items():
+            traced = {method.name: method for method in program.methods if method.chunks == (chunk,)}
             methods = {}
-            for method in program.methods:
-                if method.chunks == (chunk,):
-                    options.progress(f"converting {method.label}")
-                    methods[method.name] = converted(method, halves, compute)
+            for name, method in traced.items():
+                options.progress(f"converting {method.label}")
+                methods[name] = converted(method, halves, compute)
             assembly = Assembly(spec, methods, states=halves)
             rings = {ring.name: {"shape": ring.shape, "held": ring.held} for ring in assembly.rings}
             for name in assembly.names():
@@ -86,12 +88,15 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
                 )
                 single.save(path)
                 described.add_function(path, src_function_name="main", target_function_name=label)
+                wanted[label] = expected(assembly, traced, name)
                 takes, gives = assembly.signature(name)
                 signatures[label] = {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
         described.default_function_name = f"step_{min(program.specs)}"
         options.progress("joining the functions")
         ct.utils.save_multifunction(described, str(folder / MODEL))
-    return {"program": MODEL, "compute": compute, "rings": rings, "signatures": signatures}
+    options.progress("checking the saved program")
+    counted = check(folder / MODEL, wanted, options.tensors, program.model, halves)
+    return {"program": MODEL, "compute": compute, "rings": rings, "structure": counted, "signatures": signatures}
 
 
 def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
@@ -118,6 +123,6 @@ def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
 
 
 def decides(method: ExportedMethod, name: str) -> bool:
-    """Whether a result of `step` only says how to go on: whatever is neither the state nor read by others."""
-    h = f"next_{method.gives[0].name}"
-    return method.name == "step" and (name == "any_active" or (name.startswith("next_") and name != h))
+    """Whether a result of `step` only says how to go on: whatever it carries beside the state."""
+    state = method.gives[0].name  # next_h
+    return method.name == "step" and (name == "any_active" or (name.startswith("next_") and name != state))

@@ -250,7 +250,12 @@ class Assembly:
 
     def _blank(self, given: Vars, held: Vars) -> Vars:
         results = self._method("blank", {}, {})
-        return {name: mb.mul(x=value, y=given[SCALE.name]) for name, value in results.items()}
+        # Nothing is not worth storing.
+        values = {
+            name: mb.fill(shape=value.shape, value=np.float32(0)) if not np.any(value.val) else value
+            for name, value in results.items()
+        }
+        return {name: mb.mul(x=value, y=given[SCALE.name]) for name, value in values.items()}
 
     def _loop(self, given: Vars, held: Vars) -> Vars:
         """begin, then step while something is active: the whole loop in the graph."""

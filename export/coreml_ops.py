@@ -136,8 +136,20 @@ def half(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float16)
 
 
-# Operators of a traced program that the converter does not know, in terms of those that it does.
+
+def _one_of_two(seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """where(seen, a, b) of two numbers: the converter would store both as tensors of the size of `seen`.
+
+    Exact for masks, which are 0 and a whole number.
+    """
+    if a.dim() or b.dim():
+        return NotImplemented
+    return b + (a - b) * seen.to(a.dtype)
+
+
+# Operators of a traced program that the converter does not know, or makes too much of, in terms of others.
 DECOMPOSITIONS = {
+    torch.ops.aten.where.self: _one_of_two,
     torch.ops.aten.__and__.Tensor: torch.logical_and,
     torch.ops.aten.__or__.Tensor: torch.logical_or,
     torch.ops.aten.log_sigmoid.default: lambda x: -F.relu(-x) - torch.log1p(torch.exp(-x.abs())),

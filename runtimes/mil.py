@@ -58,8 +58,9 @@ class _Block:
     steps: list[Step] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     results: list[list[tuple[int, TensorType]]] = field(default_factory=list)  # of every step, to be checked
-    inputs: list[int] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)  # -1: nothing asks for it
     outputs: list[int] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)  # places of those outputs that nothing outside knows
     checked: bool = False
 
     def run(self, run: _Run) -> None:
@@ -80,6 +81,18 @@ class _Block:
         except (ValueError, IndexError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise PackageError(f"{self.places[number]}: cannot be computed ({reason})") from error
+
+    def begin(self, values: Values, given: list[Any]) -> None:
+        for slot, value in zip(self.inputs, given):
+            if slot >= 0:
+                values[slot] = value
+
+    def end(self, values: Values) -> list[Any]:
+        """Its results; it keeps none of them."""
+        results = [values[s] for s in self.outputs]
+        for slot in self.own:
+            values[slot] = None
+        return results
 
     def _check(self, number: int, values: Values) -> None:
         for slot, declared in self.results[number]:
@@ -175,8 +188,8 @@ class Interpreter:
             its outputs, fp16 as float16.
 
         Raises:
-            UserError: there is no such function, an input or state is missing, unknown or of another shape or type, or an
-                index goes out of its tensor's range.
+            UserError: there is no such function, an input or state is missing, unknown or of another shape or type, or
+                an index goes out of its tensor's range.
             PackageError: the function cannot be prepared, or an operation does not give what the file declares.
         """
         name = function or self.default_function
@@ -242,7 +255,7 @@ class _Preparation:
         for name, declared in function.states.items():
             scope[name] = _Name(declared, state=name)
         found = [Operation(function.name, str(i), op) for i, op in enumerate(function.block.operations)]
-        block = self._block(found, scope, list(function.block.outputs))
+        block = self._block(found, scope, list(function.block.outputs), list(function.inputs))
         outputs = [(n, scope[n].type, self._place(scope[n]), scope[n].shared) for n in function.block.outputs]
         block.outputs = [slot for _, _, slot, _ in outputs]
         return _Prepared(function.signature, block, self.template, inputs, outputs)
@@ -270,7 +283,7 @@ class _Preparation:
                 self.template[name.slot] = self._fetch(name.constant)
         return name.slot
 
-    def _block(self, found: list[Operation], scope: dict[str, _Name], results: list[str]) -> _Block:
+    def _block(self, found: list[Operation], scope: dict[str, _Name], results: list[str], inputs: list[str]) -> _Block:
         """Args:
         scope: what the names of the block's inputs and of everything outside stand for; what it makes is added.
         """
@@ -279,7 +292,8 @@ class _Preparation:
         for name in results:
             last[name] = len(found)
             viewed.add(name)
-        made: dict[str, int] = {}  # names whose places this block empties
+        made = {name: scope[name].slot for name in inputs}  # names whose places this block empties
+        block.inputs = [scope[name].slot if name in last else -1 for name in inputs]
         for index, operation in enumerate(found):
             if operation.kind == "const" or operation.kind.startswith("constexpr_"):
                 self._constant(operation, scope)
@@ -294,6 +308,7 @@ class _Preparation:
             block.steps.append(_emptying(step, emptied) if emptied else step)
             block.places.append(operation.place)
             block.results.append([(scope[n].slot, t) for n, t in operation.outputs.items()])
+        block.own = [made[n] for n in dict.fromkeys(results) if n in made]
         return block
 
     def _names(self, operation: Operation, scope: dict[str, _Name]) -> dict[str, list[_Name]]:
@@ -398,12 +413,10 @@ class _Preparation:
 
     def _nested(self, operation: Operation, called: str, proto: Any, outer: dict[str, _Name]) -> _Block:
         scope = dict(outer)
-        inputs = []
         for given in proto.inputs:
             scope[given.name] = _Name(tensor_type(given.type), self._slot())
-            inputs.append(scope[given.name].slot)
-        block = self._block(operation.inside(called, proto), scope, list(proto.outputs))
-        block.inputs = inputs
+        inputs = [given.name for given in proto.inputs]
+        block = self._block(operation.inside(called, proto), scope, list(proto.outputs), inputs)
         missing = [n for n in proto.outputs if n not in scope]
         if missing:
             raise PackageError(f"{operation.place}: its {called} gives {missing[0]}, which nothing in it makes")
@@ -592,8 +605,7 @@ def _branch(pred: int, true: _Block, false: _Block, targets: list[int]) -> Step:
         values = run.values
         block = true if np.any(values[pred]) else false
         block.run(run)
-        results = [values[s] for s in block.outputs]
-        for target, value in zip(targets, results):
+        for target, value in zip(targets, block.end(values)):
             values[target] = value
 
     return step
@@ -605,15 +617,14 @@ def _loop(sources: list[int], condition: _Block, body: _Block, targets: list[int
         carried = [values[s] for s in sources]
         count = 0
         while True:
-            for slot, value in zip(condition.inputs, carried):
-                values[slot] = value
+            condition.begin(values, carried)
             condition.run(run)
-            if not np.any(values[condition.outputs[0]]):
+            if not np.any(condition.end(values)[0]):
                 break
-            for slot, value in zip(body.inputs, carried):
-                values[slot] = value
+            body.begin(values, carried)
+            carried = []
             body.run(run)
-            carried = [values[s] for s in body.outputs]
+            carried = body.end(values)
             count += 1
         for target, value in zip(targets, carried):
             values[target] = value

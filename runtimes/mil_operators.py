@@ -63,7 +63,7 @@ def compute_half(compute: np.ufunc, given: Sequence[np.ndarray], out: np.ndarray
     sources = [x.reshape(-1) for x in given]
     for start in range(0, out.size, PIECE):
         piece = flat[start : start + PIECE]
-        compute(*(x if x.size == 1 else x[start : start + PIECE] for x in sources), piece)
+        compute(*(x if x.size == 1 else x[start : start + PIECE] for x in sources), out=piece)
         _round_piece(piece, scratch)
     return out
 
@@ -79,7 +79,7 @@ def _round_piece(part: np.ndarray, scratch: np.ndarray) -> None:
     if np.maximum.reduce(bits) > SAFE:
         part[:] = part.astype(np.float16)
         return
-    np.maximum(step, LEAST, step)
+    np.maximum(step, LEAST, out=step)
     np.multiply(step, SHIFT, step)
     np.bitwise_and(whole, SIGN, sign)
     np.add(part, step, part)

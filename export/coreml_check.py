@@ -1,0 +1,236 @@
+"""What is checked on the saved `.mlpackage` itself, before its numbers are.
+
+A converter can leave out what it does not understand, and say nothing: a write to a state, an input that it took for a
+constant, a weight that it left as floats. All of that is seen in the file:
+
+- every function there is, of operators of iOS 18;
+- every input that the traced method reads is read, through to a result or a state;
+- states are written by `commit` and by nothing else, each once, and no result is what was written;
+- the last two axes of a state are multiples of 32, or the Neural Engine does not take it;
+- what picks experts is float32;
+- every quantised weight is there with its own integers and scales, as often as the traced method uses one;
+- no weight is stored twice, and all together take no more than 1.05 times their integers, scales and floats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+from torch import nn
+
+from ..errors import ExportError
+from ..quantize import QuantizedTensor
+from ..runtimes.mil_file import Function, ModelFile, Operation, operations
+from .coreml_functions import OPSET as IOS18
+from .coreml_functions import TILE, Assembly
+from .coreml_ops import half, packed_halves
+from .program import ExportedMethod
+
+OPSET = "CoreML8"  # of iOS 18, as files name it
+SLACK = 1.05  # of the weights' bytes
+SMALL = 1024  # bytes of a constant from which it counts as a weight
+CONSTEXPR = "constexpr_blockwise_shift_scale"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a function has to show."""
+
+    reads: frozenset[str]  # inputs
+    writes: frozenset[str]  # states
+    packed: int  # weights stored packed and used whole
+
+
+def expected(assembly: Assembly, methods: Mapping[str, ExportedMethod], name: str) -> Expected:
+    """What the function `name` of an assembly has to show, from the traced methods it is made of."""
+    parts = [methods[part] for part in (("begin", "step") if name == "loop" else (name,))]
+    takes = {t.name for t in assembly.signature(name)[0]}
+    reads = {read for part in parts for read in used_inputs(part)} & takes
+    writes: set[str] = set()
+    if name == "loop":
+        reads.add("max_loops")
+    if name == "commit" and assembly.rings:
+        reads |= {"position", "n_valid"}
+        writes = {ring.name for ring in assembly.rings}
+    if name == "step" and assembly.rings:
+        reads.add("k")
+    return Expected(frozenset(reads), frozenset(writes), sum(stored_weights(part) for part in parts))
+
+
+def used_inputs(method: ExportedMethod) -> set[str]:
+    """The tensors that a traced method reads."""
+    nodes = {node.name: node for node in method.program.graph.nodes}
+    placed = zip(method.takes, method.program.graph_signature.user_inputs, strict=True)
+    return {t.name for t, name in placed if isinstance(name, str) and nodes[name].users}
+
+
+def stored_weights(method: ExportedMethod) -> int:
+    """Different weights that a traced method unpacks whole."""
+    found = {n.args for n in method.program.graph.nodes if "stored_weight" in str(n.target)}
+    return len(found)
+
+
+def check(
+    path: Path, wanted: Mapping[str, Expected], tensors: Mapping[str, QuantizedTensor], model: nn.Module, halves: bool
+) -> dict[str, Any]:
+    """Check a saved package.
+
+    Args:
+        wanted: by name of the function.
+        tensors: the quantised weights by name.
+        model: whose other weights the package holds, in float16 where `halves` and they do not decide.
+    Returns:
+        What was counted, for the manifest: operators, constants stored packed, state writes, bytes of weights.
+    Raises:
+        ExportError: naming the function and what is wrong with it.
+    """
+    file = ModelFile(path)
+    if missing := sorted(set(wanted) - set(file.functions)):
+        raise ExportError(f"{path.name}: {missing[0]} is not in the saved program; it has {', '.join(file.functions)}")
+    known = {kind for kind, versions in SSAOpRegistry.core_ops.items() if IOS18 in versions}
+    known |= {"const", "read_state", "write_state"}
+    counted = {"operators": 0, "packed": 0, "state_writes": 0}
+    for name, want in wanted.items():
+        function = file.function(name)
+        ops = list(operations(function))
+        if function.opset != OPSET:
+            raise ExportError(f"{name}: is written for {function.opset}, expected {OPSET} (iOS 18)")
+        if strange := next((op for op in ops if op.kind not in known), None):
+            raise ExportError(f"{strange.place}: iOS 18 has no such operator")
+        _check_inputs(function, want)
+        _check_states(function, ops, want)
+        packed = [op for op in ops if op.kind == CONSTEXPR]
+        if len(packed) != want.packed:
+            raise ExportError(f"{name}: stores {len(packed)} weights packed, expected {want.packed}")
+        for op in ops:
+            if halves and op.kind == "topk" and _type_of(function, ops, op.inputs["x"][0]) != "float32":
+                raise ExportError(f"{op.place}: picks experts in float16, expected float32")
+        counted["operators"] += sum(op.kind != "const" for op in ops)
+        counted["packed"] += len(packed)
+        counted["state_writes"] += len(want.writes)
+    check_integers(file, tensors)
+    return counted | check_weights(file, ideal_bytes(model, tensors, halves))
+
+
+def _check_inputs(function: Function, want: Expected) -> None:
+    """Every input that was read when the method was traced leads to a result or a state."""
+    alive = set(function.block.outputs)
+    for op in reversed(list(operations(Function(function.name, function.block, "", {}, {})))):
+        nested = "." in op.number
+        if nested or op.kind == "write_state" or alive & set(op.outputs):
+            alive |= {name for names in op.inputs.values() for name in names}
+            for _, block in op.blocks():
+                alive |= set(block.outputs)
+    if lost := sorted(want.reads - alive):
+        raise ExportError(f"{function.name}: does not read {lost[0]}: the converter made it a constant")
+
+
+def _check_states(function: Function, ops: list[Operation], want: Expected) -> None:
+    written = [op for op in ops if op.kind == "write_state"]
+    names = [op.inputs["input"][0] for op in written]
+    if sorted(names) != sorted(want.writes):
+        raise ExportError(
+            f"{function.name}: writes {', '.join(names) or 'no state'}, expected {', '.join(sorted(want.writes)) or 'none'}"
+        )
+    results = set(function.block.outputs)
+    for op in written:
+        if results & set(op.inputs["data"]):
+            raise ExportError(f"{op.place}: a result of the function is what is written; Core ML may hand out either")
+    for name, kept in function.states.items():
+        if any(n is None or n % TILE for n in kept.shape[-2:]):
+            raise ExportError(f"{function.name}: state {name} is {kept}; its last two axes must be multiples of {TILE}")
+
+
+def _type_of(function: Function, ops: list[Operation], name: str) -> str:
+    made = {k: t for op in ops for k, t in op.outputs.items()} | function.inputs
+    return made[name].dtype
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor]) -> None:
+    """Fail unless every quantised weight is in the file, its integers and its scales, in one of the forms there are.
+
+    Raises:
+        ExportError: naming the weight.
+    """
+    there: set[str] = set()
+    for name in file.functions:
+        for op in operations(file.function(name)):
+            for _, value in op.values():
+                if value.WhichOneof("value") == "blobFileValue" or op.kind == CONSTEXPR:
+                    there.add(_digest(file.value(value)))  # type: ignore[arg-type]
+                elif op.kind == "const" and value.type.WhichOneof("type") == "tensorType":
+                    found = file.value(value)
+                    if isinstance(found, np.ndarray) and found.dtype != object:
+                        there.add(_digest(found))
+    for name, q in tensors.items():
+        forms = [(codes, scales, zeros) for codes, scales, zeros in stored_forms(q)]
+        if not any(all(part is None or _digest(part) in there for part in form) for form in forms):
+            raise ExportError(f"{name}: the saved program does not hold its integers and scales; export with --quant fp32")
+
+
+def stored_forms(q: QuantizedTensor) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """What a weight's codes, scales and zeros may be stored as: packed rows, or a matrix."""
+    bits = q.format.bits
+    zeros = None if q.zeros is None else q.zeros.numpy()
+    yield packed_halves(q.codes, bits).numpy(), half(q.scales.numpy()), zeros
+    matrices = [(q.codes, q.scales, q.zeros)]
+    if q.codes.dim() == 3:  # experts, computed as one matrix: gate and up, or down
+        parts = (q.codes, q.scales, q.zeros)
+        matrices = [tuple(None if t is None else t.flatten(0, 1) for t in parts),  # type: ignore[list-item]
+                    tuple(None if t is None else t.transpose(0, 1).flatten(1) for t in parts)]  # type: ignore[list-item]  # fmt: skip
+    for codes, scales, offset in matrices:
+        stored = codes.numpy() if offset is not None else (codes.numpy().astype(np.int16) - q.format.middle).astype(np.int8)
+        yield stored, half(scales.numpy()), None if offset is None else offset.numpy()
+
+
+def _digest(array: np.ndarray) -> str:
+    """Of the values and the shape; integers of less than a byte count as bytes."""
+    whole = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{whole.dtype.name} {whole.shape}".encode() + whole.tobytes()).hexdigest()
+
+
+def ideal_bytes(model: nn.Module, tensors: Mapping[str, QuantizedTensor], halves: bool) -> int:
+    """Bytes of all weights of a float model, stored once: integers with scales, floats in 2 bytes where the package
+    computes with them in float16."""
+    total = sum(q.nbytes for q in tensors.values())
+    for name, p in model.named_parameters():
+        if name not in tensors:
+            small = p.numel() * 4 < SMALL or any(part in name for part in ("router", "step_logits", "memory", "retrieval"))
+            total += p.numel() * (2 if halves and not small else 4)
+    return total
+
+
+def check_weights(file: ModelFile, ideal: int) -> dict[str, int]:
+    """Fail where a weight is stored twice or all of them are too many bytes.
+
+    Returns:
+        "weight_bytes" in the file and "ideal_bytes".
+    """
+    seen: dict[tuple[str, int], int] = {}
+    contents: dict[str, str] = {}
+    for name in file.functions:
+        for blob in file.blobs(file.function(name)):
+            if (blob.file, blob.offset) in seen:
+                continue
+            seen[blob.file, blob.offset] = blob.nbytes
+            if blob.nbytes >= SMALL:
+                bytes_ = file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type)
+                other = contents.setdefault(_digest(bytes_), blob.place)
+                if other != blob.place:
+                    raise ExportError(f"{blob.place}: stores {blob.name} again, which {other} has; weights are to be shared")
+    total = sum(seen.values())
+    if total > SLACK * ideal:
+        raise ExportError(
+            f"{file.path.name}: holds {total:,} bytes of weights, expected at most {SLACK} x {ideal:,}; "
+            "some are stored twice or were not quantised"
+        )
+    return {"weight_bytes": total, "ideal_bytes": ideal}
