@@ -8,21 +8,23 @@ states are float16.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import coremltools as ct
-import torch
+from coremltools.converters.mil.mil import Program
 
 from ..errors import ExportError, quiet
+from ..loop import TensorSpec
 from .coreml_check import Expected, check, expected
-from .coreml_functions import OPSET, Assembly, Converted
+from .coreml_functions import OPSET, Assembly, Converted, signatures
 from .coreml_ops import DECOMPOSITIONS, check_format, prepare
 from .coreml_precision import Halving
-from .program import ExportedMethod, LoopProgram, tensors_json
+from .program import ANY_ACTIVE, ExportedMethod, LoopProgram
 from .targets import LowerOptions, target
 
 MODEL = "model.mlpackage"
@@ -32,9 +34,14 @@ FULL_PRECISION = ("begin", "blank", "memorize", "embed_segment")
 
 def cache_type(quant: str, own: str) -> str:
     """Keys and values in float16 where they are kept in states; otherwise in a type that Core ML takes and gives."""
-    if quant != "fp32" or own == "float16":
+    if keeps_states(quant) or own == "float16":
         return "float16"
     return "float32"
+
+
+def keeps_states(quant: str) -> bool:
+    """Whether packages of this precision keep the rings: Core ML's states are float16."""
+    return quant != "fp32"
 
 
 @target(
@@ -46,6 +53,7 @@ def cache_type(quant: str, own: str) -> str:
     computes=("cpu", "gpu", "ane"),
     positions=512,  # the interpreter is no engine: these take it about a minute
     cache=cache_type,
+    signatures=lambda spec, quant: signatures(spec, keeps_states(quant)),
     check_format=check_format,
     prepare=prepare,
 )
@@ -54,15 +62,14 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
     Returns:
         "program": its name; "compute": what it is laid out for; "rings": of every state its shape and the part that is
-        used; "signatures": what every function takes and gives beside states, for the manifest.
+        used; "structure": what the checks counted.
     Raises:
         ExportError: Core ML has no form for a method, or the saved program fails its checks.
     """
-    halves = options.quant != "fp32"
+    halves = keeps_states(options.quant)
     compute = options.compute or "cpu"
     with quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         described = ct.utils.MultiFunctionDescriptor()
-        signatures: dict[str, Any] = {}
         wanted: dict[str, Expected] = {}
         rings: dict[str, Any] = {}
         for chunk, spec in program.specs.items():
@@ -70,33 +77,46 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
             methods = {}
             for name, method in traced.items():
                 options.progress(f"converting {method.label}")
-                methods[name] = converted(method, halves, compute)
+                with silenced_bars():
+                    methods[name] = converted(method, halves, compute)
             assembly = Assembly(spec, methods, states=halves)
             rings = {ring.name: {"shape": ring.shape, "held": ring.held} for ring in assembly.rings}
-            for name in assembly.names():
+            for name in assembly.signatures:
                 label = f"{name}_{chunk}"
                 options.progress(f"assembling {label}")
                 path = f"{scratch}/{label}.mlpackage"
-                single = ct.convert(
-                    assembly.program(name),
-                    source="milinternal",
-                    convert_to="mlprogram",
-                    minimum_deployment_target=OPSET,
-                    compute_precision=ct.precision.FLOAT32,  # what is to be float16 is by now
-                    pass_pipeline=ct.PassPipeline.EMPTY,
-                    skip_model_load=True,
-                )
-                single.save(path)
+                with silenced_bars():
+                    saved(assembly.program(name), path)
                 described.add_function(path, src_function_name="main", target_function_name=label)
                 wanted[label] = expected(assembly, traced, name)
-                takes, gives = assembly.signature(name)
-                signatures[label] = {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
         described.default_function_name = f"step_{min(program.specs)}"
         options.progress("joining the functions")
-        ct.utils.save_multifunction(described, str(folder / MODEL))
+        with silenced_bars():
+            ct.utils.save_multifunction(described, str(folder / MODEL))
     options.progress("checking the saved program")
-    counted = check(folder / MODEL, wanted, options.tensors, program.model, halves)
-    return {"program": MODEL, "compute": compute, "rings": rings, "structure": counted, "signatures": signatures}
+    counted = check(folder / MODEL, wanted, options.tensors, program.model, halves)  # type: ignore[arg-type]
+    return {"program": MODEL, "compute": compute, "rings": rings, "structure": counted}
+
+
+@contextlib.contextmanager
+def silenced_bars() -> Iterator[None]:
+    """coremltools draws a progress bar for every pass over every function."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def saved(program: Program, path: str) -> None:
+    """Write a program of one function as it is: no pass may change what was put together."""
+    model = ct.convert(
+        program,
+        source="milinternal",
+        convert_to="mlprogram",
+        minimum_deployment_target=OPSET,
+        compute_precision=ct.precision.FLOAT32,  # what is to be float16 is by now
+        pass_pipeline=ct.PassPipeline.EMPTY,
+        skip_model_load=True,
+    )
+    model.save(path)
 
 
 def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
@@ -107,7 +127,7 @@ def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
     """
     precision: Any = ct.precision.FLOAT32
     if halves and method.name not in FULL_PRECISION:
-        decisions = [i for i, t in enumerate(method.gives) if decides(method, t.name)]
+        decisions = [i for i, t in enumerate(method.gives) if decides(method, t)]
         precision = ct.transform.FP16ComputePrecision(op_selector=Halving(decisions, compute != "ane"))
     try:
         program = ct.convert(
@@ -122,7 +142,7 @@ def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
     return Converted(program.functions["main"], method.takes, method.gives)
 
 
-def decides(method: ExportedMethod, name: str) -> bool:
-    """Whether a result of `step` only says how to go on: whatever it carries beside the state."""
-    state = method.gives[0].name  # next_h
-    return method.name == "step" and (name == "any_active" or (name.startswith("next_") and name != state))
+def decides(method: ExportedMethod, t: TensorSpec) -> bool:
+    """Whether a result of `step` only says how to go on: one number for every flag, or for the whole call."""
+    flags = next((g.shape for g in method.gives if g.name == "next_active"), None)
+    return method.name == "step" and (t == ANY_ACTIVE or t.shape == flags)

@@ -50,7 +50,7 @@ class Expected:
 def expected(assembly: Assembly, methods: Mapping[str, ExportedMethod], name: str) -> Expected:
     """What the function `name` of an assembly has to show, from the traced methods it is made of."""
     parts = [methods[part] for part in (("begin", "step") if name == "loop" else (name,))]
-    takes = {t.name for t in assembly.signature(name)[0]}
+    takes = {t.name for t in assembly.signatures[name][0]}
     reads = {read for part in parts for read in used_inputs(part)} & takes
     writes: set[str] = set()
     if name == "loop":
@@ -174,7 +174,9 @@ def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor]) -> N
     for name, q in tensors.items():
         forms = [(codes, scales, zeros) for codes, scales, zeros in stored_forms(q)]
         if not any(all(part is None or _digest(part) in there for part in form) for form in forms):
-            raise ExportError(f"{name}: the saved program does not hold its integers and scales; export with --quant fp32")
+            raise ExportError(
+                f"{name}: the saved program does not hold its integers and scales; export with --quant fp32"
+            )
 
 
 def stored_forms(q: QuantizedTensor) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -188,7 +190,9 @@ def stored_forms(q: QuantizedTensor) -> Iterable[tuple[np.ndarray, np.ndarray, n
         matrices = [tuple(None if t is None else t.flatten(0, 1) for t in parts),  # type: ignore[list-item]
                     tuple(None if t is None else t.transpose(0, 1).flatten(1) for t in parts)]  # type: ignore[list-item]  # fmt: skip
     for codes, scales, offset in matrices:
-        stored = codes.numpy() if offset is not None else (codes.numpy().astype(np.int16) - q.format.middle).astype(np.int8)
+        stored = (
+            codes.numpy() if offset is not None else (codes.numpy().astype(np.int16) - q.format.middle).astype(np.int8)
+        )
         yield stored, half(scales.numpy()), None if offset is None else offset.numpy()
 
 
@@ -204,7 +208,9 @@ def ideal_bytes(model: nn.Module, tensors: Mapping[str, QuantizedTensor], halves
     total = sum(q.nbytes for q in tensors.values())
     for name, p in model.named_parameters():
         if name not in tensors:
-            small = p.numel() * 4 < SMALL or any(part in name for part in ("router", "step_logits", "memory", "retrieval"))
+            small = p.numel() * 4 < SMALL or any(
+                part in name for part in ("router", "step_logits", "memory", "retrieval")
+            )
             total += p.numel() * (2 if halves and not small else 4)
     return total
 
@@ -226,7 +232,9 @@ def check_weights(file: ModelFile, ideal: int) -> dict[str, int]:
                 bytes_ = file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type)
                 other = contents.setdefault(_digest(bytes_), blob.place)
                 if other != blob.place:
-                    raise ExportError(f"{blob.place}: stores {blob.name} again, which {other} has; weights are to be shared")
+                    raise ExportError(
+                        f"{blob.place}: stores {blob.name} again, which {other} has; weights are to be shared"
+                    )
     total = sum(seen.values())
     if total > SLACK * ideal:
         raise ExportError(

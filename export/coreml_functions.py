@@ -22,7 +22,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Program, Var, types
 
 from ..loop import LoopSpec, TensorSpec
-from .program import LOOP_INDEX, signature
+from .program import LOOP_INDEX, Signature, signature
 
 OPSET = ct.target.iOS18
 TILE = 32  # sizes that the Neural Engine takes for the last two axes of a state
@@ -154,6 +154,18 @@ def _again(op: Any, known: Mapping[int, Var], consts: Mapping[int, Var], prefix:
     return made if isinstance(made, (list, tuple)) else [made]
 
 
+def signatures(spec: LoopSpec, states: bool) -> dict[str, Signature]:
+    """What the functions of one number of rows take and give, beside states, by name."""
+    held = {t.name for t in spec.state} if states else set()
+    found: dict[str, Signature] = {}
+    for name in ("prelude", "begin", "step", "loop", "head", *(["commit"] if spec.commit else []), *spec.extra):
+        takes, gives = signature(spec, name, host_loop=name != "loop")
+        if name in ("step", "loop"):
+            takes = tuple(t for t in takes if t.name not in held)
+        found[name] = (takes or (SCALE,), (COMMITTED,) if held and name == "commit" else gives)
+    return found
+
+
 class Assembly:
     """Builds the functions of one number of rows from its converted methods."""
 
@@ -165,27 +177,7 @@ class Assembly:
         """
         self.spec, self.methods = spec, methods
         self.rings = [Ring.of(t) for t in spec.state] if states else []
-
-    def names(self) -> list[str]:
-        """The functions there are, in order."""
-        return [*(name for name in ("prelude", "begin", "step", "loop", "head", "commit") if self._has(name)),
-                *self.spec.extra]  # fmt: skip
-
-    def _has(self, name: str) -> bool:
-        return name in self.methods or name == "loop"
-
-    def signature(self, name: str) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        """What a function takes and gives, besides states."""
-        takes, gives = (list(side) for side in signature(self.spec, name, host_loop=name != "loop"))
-        if name == "blank":
-            takes = [SCALE]
-        if self.rings:
-            held = {ring.name for ring in self.rings}
-            if name in ("step", "loop"):
-                takes = [t for t in takes if t.name not in held]
-            if name == "commit":
-                gives = [COMMITTED]
-        return takes, gives
+        self.signatures = signatures(spec, states)
 
     def states(self, name: str) -> list[Ring]:
         """The states that a function reads or writes."""
@@ -193,7 +185,7 @@ class Assembly:
 
     def program(self, name: str) -> Program:
         """One function as a program of its own, which is called "main" there."""
-        takes, gives = self.signature(name)
+        takes, gives = self.signatures[name]
         inputs = {t.name: mb.TensorSpec(_at_least_one(t.shape), TYPES[t.dtype]) for t in takes}
         inputs |= {ring.name: mb.StateTensorSpec(ring.shape, types.fp16) for ring in self.states(name)}
         with Function(inputs, opset_version=OPSET) as function:
@@ -288,9 +280,7 @@ class Assembly:
                 rows = {t.name: _row(given[t.name], at) for t in spec.state}
             new = self.methods["step"].call(fixed | carry | rows | {LOOP_INDEX.name: at}, consts)
             moved = [_like(new[f"next_{name}"], old) for name, old in zip(carried, values)]
-            filled = [
-                _replaced(stack, new[t.name], at) for t, stack in zip(emits, values[len(carried) :], strict=True)
-            ]
+            filled = [_replaced(stack, new[t.name], at) for t, stack in zip(emits, values[len(carried) :], strict=True)]
             # Not `any_active`, a flag: loops carry numbers.
             still = mb.reduce_max(x=moved[carried.index("active")], keep_dims=False)
             return (mb.add(x=k, y=np.int32(1)), still, *moved, *filled)

@@ -136,7 +136,6 @@ def half(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float16)
 
 
-
 def _one_of_two(seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """where(seen, a, b) of two numbers: the converter would store both as tensors of the size of `seen`.
 
@@ -153,6 +152,8 @@ DECOMPOSITIONS = {
     torch.ops.aten.__and__.Tensor: torch.logical_and,
     torch.ops.aten.__or__.Tensor: torch.logical_or,
     torch.ops.aten.log_sigmoid.default: lambda x: -F.relu(-x) - torch.log1p(torch.exp(-x.abs())),
+    # The converter's own `inverse` adds 1e-4 to what it divides by.
+    torch.ops.aten.reciprocal.default: lambda x: torch.ones_like(x) / x,
     torch.ops.aten.clamp_max.default: lambda x, most: torch.minimum(x, torch.full_like(x, most)),
     torch.ops.aten.where.ScalarOther: lambda c, a, other: torch.where(c, a, torch.full_like(a, other)),
     torch.ops.aten.new_zeros.default: lambda x, size, **kwargs: torch.zeros(size, dtype=kwargs.get("dtype") or x.dtype),
@@ -231,6 +232,9 @@ class StatisticsNorm(nn.Module):
 class PortableExperts(SparseExperts):
     """Experts in operators that every engine has."""
 
+    stored_gate_up_proj: nn.Module
+    stored_down_proj: nn.Module
+
     def __init__(self, experts: SparseExperts, weights: Mapping[str, QuantizedTensor | Tensor], dense: bool) -> None:
         """
         Args:
@@ -265,9 +269,12 @@ class PortableExperts(SparseExperts):
 def _flat(weight: QuantizedTensor | Tensor, down: bool) -> QuantizedTensor | Tensor:
     """Weights of all experts as one matrix: (E, 2f, d) -> (E * 2f, d), or with `down` (E, d, f) -> (d, E * f)."""
     if isinstance(weight, QuantizedTensor):
-        parts = (_flat(t, down) for t in (weight.codes, weight.scales))
-        zeros = None if weight.zeros is None else _flat(weight.zeros, down)
-        return QuantizedTensor(weight.format, *parts, zeros)  # type: ignore[arg-type]
+        zeros = None if weight.zeros is None else _matrix(weight.zeros, down)
+        return QuantizedTensor(weight.format, _matrix(weight.codes, down), _matrix(weight.scales, down), zeros)
+    return _matrix(weight, down)
+
+
+def _matrix(weight: Tensor, down: bool) -> Tensor:
     return (weight.transpose(0, 1).flatten(1) if down else weight.flatten(0, 1)).contiguous()
 
 
@@ -294,8 +301,10 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     """A copy of `model` that traces to what Core ML runs well where it is to run.
 
     Raises:
-        ExportError: a weight has scales beyond float16; names it.
+        ExportError: a weight has scales beyond float16; names it. Or the Neural Engine is to compute in float32.
     """
+    if options.compute == "ane" and options.quant == "fp32":
+        raise ExportError("--compute ane: the Neural Engine has no float32; export with --quant fp16, int8 or int4")
     model = copy.deepcopy(model)
     tensors, on_ane = options.tensors, options.compute == "ane"
     for name, q in tensors.items():

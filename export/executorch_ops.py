@@ -9,6 +9,7 @@ in the mapped file, so that idle ones stay out of memory.
 from __future__ import annotations
 
 import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

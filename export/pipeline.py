@@ -17,6 +17,7 @@ import torch
 
 from ..config import SEGMENT, RMSEConfig
 from ..errors import ExportError, UserError
+from ..loop import LoopSpec
 from ..model import RMSE
 from ..package import Package, seal, writing
 from ..quantize import Format, Quantized
@@ -26,8 +27,8 @@ from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchRuntime, fingerprint, model_info
 from ..text import Tokenizer, read_text
 from .parity import LEAST_POSITIONS, POSITIONS, gate
-from .program import LoopProgram, method_names, signature, tensors_json, trace
-from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, get_target
+from .program import Signature, method_names, signature, tensors_json, trace
+from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
 
 CHUNKS = (1, SEGMENT)
 SAMPLE = "sample.txt"
@@ -69,7 +70,9 @@ class ExportRequest:
             )
         if self.compute is not None and self.compute not in target.computes:
             if not target.computes:
-                raise UserError(f"--compute {self.compute}: {self.target} packages are the same everywhere; leave it out")
+                raise UserError(
+                    f"--compute {self.compute}: {self.target} packages are the same everywhere; leave it out"
+                )
             raise UserError(f"--compute: got {self.compute!r}, expected one of {', '.join(target.computes)}")
 
     @property
@@ -130,13 +133,17 @@ def rounded(model: RMSE, quant: str) -> RMSE:
     return twin
 
 
-def with_cache(model: RMSE, dtype: str) -> RMSE:
-    """A copy of `model` whose keys and values are stored in another type, "float32" or "float16"."""
+def as_cached(model: RMSE, request: ExportRequest) -> RMSE:
+    """`model`, or a copy whose keys and values are stored in the type that the request's packages have, a float."""
+    cache = get_target(request.target).cache
+    dtype = cache(request.quant, model.config.kv_dtype) if cache else model.config.kv_dtype
+    if dtype == model.config.kv_dtype:
+        return model
     twin = copy.deepcopy(model)
     config = dataclasses.replace(model.config, kv_dtype=dtype)
     for module in twin.modules():
         if hasattr(module, "config"):
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     if hasattr(twin.block.attention, "kv_scales"):  # of an int8 cache
         del twin.block.attention.kv_scales
     return twin
@@ -167,11 +174,10 @@ def export_package(
     with writing(destination, request.overwrite) as folder:
         target = get_target(request.target)
         source = quantized.fingerprint if quantized else None
-        if target.cache is not None:
-            cache = target.cache(request.quant, model.config.kv_dtype)
-            if cache != model.config.kv_dtype:
-                source = source or fingerprint(model)
-                model = with_cache(model, cache)
+        cached = as_cached(model, request)
+        if cached is not model:
+            source = source or fingerprint(model)
+            model = cached
         rounds_activations = quantized is not None and request.level != 0
         options = LowerOptions(
             quant=request.quant,
@@ -191,7 +197,10 @@ def export_package(
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
-            "methods": lowering.pop("signatures", None) or _methods(program, target.host_loop),
+            "methods": {
+                name: {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
+                for name, (takes, gives) in signatures(program.specs, target, request.quant).items()
+            },
             "quantization": _quantization(request, quantized),
             "lowering": lowering,
             "text": text,
@@ -263,13 +272,15 @@ def _quantization(request: ExportRequest, quantized: Quantized | None) -> dict[s
     return {"weights": request.quant, "accuracy_level": request.level, **report}
 
 
-def _methods(program: LoopProgram, host_loop: bool) -> dict[str, Any]:
-    """Every method's tensors in calls of each size, for the manifest."""
-    found = {}
-    for chunk, spec in program.specs.items():
-        for name in method_names(spec, host_loop):
-            takes, gives = signature(spec, name, host_loop)
-            found[f"{name}_{chunk}"] = {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
+def signatures(specs: Mapping[int, LoopSpec], target: Target, quant: str) -> dict[str, Signature]:
+    """What every method of a package takes and gives, by METHOD_ROWS."""
+    found: dict[str, Signature] = {}
+    for chunk, spec in specs.items():
+        if target.signatures is not None:
+            own = target.signatures(spec, quant)
+        else:
+            own = {n: signature(spec, n, target.host_loop) for n in method_names(spec, target.host_loop)}
+        found |= {f"{name}_{chunk}": tensors for name, tensors in own.items()}
     return found
 
 
@@ -302,9 +313,9 @@ def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] 
     Args:
         formats: for int8 and int4, the format of every tensor that is quantised.
     """
-    specs = {chunk: model.spec(chunk) for chunk in CHUNKS}
     target = get_target(request.target)
-    host_loop = target.host_loop
+    cached = as_cached(model, request)
+    specs = {chunk: cached.spec(chunk) for chunk in CHUNKS}
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "target": request.target,
@@ -315,17 +326,10 @@ def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] 
         + (SEGMENT * model.config.d_model * 4 if specs[1].memory else 0),
         "max_loops": model.config.max_loops,
         "methods": {
-            f"{name}_{chunk}": {
-                "inputs": {
-                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
-                    for t in signature(spec, name, host_loop)[0]
-                },
-                "outputs": {
-                    t.name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
-                    for t in signature(spec, name, host_loop)[1]
-                },
+            name: {
+                side: {t["name"]: [t["shape"], t["dtype"]] for t in tensors_json(tensors)}
+                for side, tensors in zip(("inputs", "outputs"), both)
             }
-            for chunk, spec in specs.items()
-            for name in method_names(spec, host_loop)
+            for name, both in signatures(specs, target, request.quant).items()
         },
     }

@@ -13,8 +13,9 @@ from ..errors import UserError, quiet
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..loop import LoopSpec
     from ..quantize import Format, QuantizedTensor
-    from .program import LoopProgram
+    from .program import LoopProgram, Signature
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
 ACCURACY_LEVELS = (0, 4)
@@ -43,6 +44,8 @@ CheckFormat = Callable[[str, "Format", int], None]
 Prepare = Callable[["nn.Module", LowerOptions], "nn.Module"]
 # The type in which a package stores keys and values: of its precision, and of the model's own cache.
 CacheType = Callable[[str, str], str]
+# What a package's methods take and give, by name: of a spec, and the package's precision.
+Signatures = Callable[["LoopSpec", str], Mapping[str, "Signature"]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,11 @@ class Target:
     host_loop: bool = False  # the engine has no loop, see `trace`
     halves: tuple[str, ...] = ()  # precisions whose packages compute in float16
     computes: tuple[str, ...] = ()  # values of `LowerOptions.compute`, the first is the default
-    positions: int | None = None  # compared by the parity gate's rounded rule, where the gate's own number takes too long
+    positions: int | None = None  # compared by the parity gate at most; None: as many as the rule says
     check_format: CheckFormat | None = None
     prepare: Prepare | None = None
     cache: CacheType | None = None  # None: as the model's
+    signatures: Signatures | None = None  # None: those of the program's methods
 
 
 # Where a target lives, and the packages whose absence it reports. Others register themselves when imported.

@@ -45,6 +45,8 @@ def start_engine(target: str) -> None:
         from .onnx import start_engine as start
     elif target == "executorch":
         from .executorch import start_engine as start
+    elif target == "coreml":
+        from .coreml import start_engine as start
     else:
         return
     start()

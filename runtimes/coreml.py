@@ -6,6 +6,7 @@ types: 64-bit integers and flags are int32, scalars have one element.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,12 +36,28 @@ class Engine(Protocol):
         """Put a value into a state."""
 
 
+def start_engine() -> None:
+    """Load what reads packages, so that what it takes itself is in memory.
+
+    Raises:
+        UserError: coremltools is not installed.
+    """
+    try:
+        with quiet():
+            import coremltools.proto.Model_pb2  # noqa: F401
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "coremltools":
+            raise
+        raise UserError("coremltools is not installed; install it with: pip install 'rmse-edge[coreml]'") from None
+
+
 class InterpreterEngine:
     """The saved program on NumPy."""
 
     def __init__(self, path: Path) -> None:
         from .mil import Interpreter
 
+        start_engine()
         self.interpreter = Interpreter(path)
         self._states: Arrays = {}
         for function in self.interpreter.functions:
@@ -238,6 +255,8 @@ class CoremlRuntime(LoopRuntime):
         self.engine = engine or default_engine()
         path = package.folder / lowering["program"]
         info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
+        if self.engine == "interpreter":  # whoever reads a time must see what took it
+            info = dataclasses.replace(info, target="coreml (interpreted)")
         if self.engine == "coreml":
             running: Engine = CoreMLEngine(path, lowering["compute"])
             if lowering["rings"]:

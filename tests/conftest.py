@@ -132,16 +132,16 @@ def executorch_package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def executorch_quantized() -> Quantized:
-    """The model of `executorch_int4`: a memory, a retrieval head, an int8 cache, int4 weights."""
+def calm() -> Quantized:
+    """The model of `executorch_int4` and `coreml_int4`: a memory, a retrieval head, an int8 cache, int4 weights."""
     from helpers import calm_quantized
 
     return calm_quantized()
 
 
 @pytest.fixture(scope="session")
-def executorch_int4(executorch_quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`executorch_quantized` exported, the parity gate included; without tokenizer and text. Read only."""
+def executorch_int4(calm: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`calm` exported, the parity gate included; without tokenizer and text. Read only."""
     from helpers import require_executorch
 
     from rmse_edge.export import ExportRequest, export_package
@@ -150,6 +150,35 @@ def executorch_int4(executorch_quantized: Quantized, tmp_path_factory: pytest.Te
 
     def make(folder: Path) -> None:
         request = ExportRequest("executorch", "int4")
-        export_package(executorch_quantized.model, folder, request, quantized=executorch_quantized)
+        export_package(calm.model, folder, request, quantized=calm)
 
     return made_once("executorch-int4.rmse", tmp_path_factory, make)
+
+
+# --------------------------------------------------------------------------------------------------------- Core ML
+
+
+@pytest.fixture(scope="session")
+def coreml_package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`checkpoint` through `rmse-export --target coreml`, fp32, the parity gate included. Read only."""
+    from rmse_edge.cli.export import main
+
+    pytest.importorskip("coremltools")
+
+    def make(folder: Path) -> None:
+        assert main(["--target", "coreml", "-m", str(checkpoint), "-o", str(folder)]) == 0
+
+    return made_once("coreml.rmse", tmp_path_factory, make)
+
+
+@pytest.fixture(scope="session")
+def coreml_int4(calm: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a memory and a retrieval head in int4, its rings in states, the parity gate included. Read only."""
+    from rmse_edge.export import ExportRequest, export_package
+
+    pytest.importorskip("coremltools")
+
+    def make(folder: Path) -> None:
+        export_package(calm.model, folder, ExportRequest("coreml", "int4"), quantized=calm)
+
+    return made_once("coreml-int4.rmse", tmp_path_factory, make)

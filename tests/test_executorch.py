@@ -27,8 +27,8 @@ from rmse_edge.errors import ExportError, PackageError, UserError
 from rmse_edge.export.executorch import check_weights
 from rmse_edge.export.executorch_ops import check_format, prepare, stored_codes, torchao_weight
 from rmse_edge.export.parity import compare_methods
-from rmse_edge.export.pipeline import _methods
-from rmse_edge.export.program import trace
+from rmse_edge.export.pipeline import signatures
+from rmse_edge.export.program import tensors_json, trace
 from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.model import RMSE
 from rmse_edge.package import MANIFEST, Package, seal
@@ -73,14 +73,14 @@ def test_metadata_methods_say_what_a_runner_needs(executorch_package: Path) -> N
     assert program.load_method("get_max_context_len")([]) == [2**31 - 1]
 
 
-def test_weights_are_there_once_and_as_integers(executorch_int4: Path, executorch_quantized: Quantized) -> None:
+def test_weights_are_there_once_and_as_integers(executorch_int4: Path, calm: Quantized) -> None:
     """Every method of both sizes shares them; what was quantised is nowhere as floats."""
     content = (executorch_int4 / "program.pte").read_bytes()
-    for name, q in executorch_quantized.tensors.items():
+    for name, q in calm.tensors.items():
         once = [content.count(form) for form in (stored_codes(q).numpy().tobytes(), swapped(stored_codes(q)))]
         assert sum(once) == 1, name
         assert q.dequantize().numpy().tobytes() not in content
-    table = executorch_quantized.model.get_parameter("block.experts.router.weight")
+    table = calm.model.get_parameter("block.experts.router.weight")
     assert content.count(table.detach().numpy().tobytes()) == 1
 
 
@@ -88,15 +88,15 @@ def swapped(codes: torch.Tensor) -> bytes:
     return ((codes << 4) | (codes >> 4)).numpy().tobytes()
 
 
-def test_a_file_with_other_integers_is_refused(executorch_int4: Path, executorch_quantized: Quantized) -> None:
+def test_a_file_with_other_integers_is_refused(executorch_int4: Path, calm: Quantized) -> None:
     """One nibble of one expert is enough."""
     name = "block.experts.down_proj"
-    planted = dict(executorch_quantized.tensors)
+    planted = dict(calm.tensors)
     codes = planted[name].codes.clone()
     codes[3, 5, 7] ^= 1
     planted[name] = type(planted[name])(planted[name].format, codes, planted[name].scales)
-    check_weights(executorch_int4 / "program.pte", executorch_quantized.tensors)
-    scaled = dict(executorch_quantized.tensors)
+    check_weights(executorch_int4 / "program.pte", calm.tensors)
+    scaled = dict(calm.tensors)
     scaled[name] = type(scaled[name])(scaled[name].format, scaled[name].codes, 2 * scaled[name].scales)
     with pytest.raises(ExportError, match=r"^block\.experts\.down_proj: ExecuTorch did not store the scales"):
         check_weights(executorch_int4 / "program.pte", scaled)
@@ -177,9 +177,9 @@ def test_sessions_go_from_one_runtime_to_the_other(executorch_package: Path, tin
     )
 
 
-def test_memory_and_hits_take_part(executorch_int4: Path, executorch_quantized: Quantized) -> None:
+def test_memory_and_hits_take_part(executorch_int4: Path, calm: Quantized) -> None:
     """The memory learns at the segment's end and hits change what follows, as in PyTorch with the same integers."""
-    ours, theirs = runtime_of(executorch_int4), TorchRuntime(executorch_quantized.model, "mem")
+    ours, theirs = runtime_of(executorch_int4), TorchRuntime(calm.model, "mem")
     tokens = random_tokens(200, vocab=FEW)
     hits = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
     found = []
@@ -243,7 +243,9 @@ def test_a_puzzle_solver_is_lowered_too(tmp_path: Path) -> None:
     program = trace(target.prepare(model, LowerOptions()), (CELLS,), host_loop=True)  # type: ignore[misc, arg-type]
     made = target.lower(program, tmp_path, LowerOptions())
     assert made["methods"] == ["prelude_16", "begin_16", "step_16", "head_16"]
-    methods = ExecutorchMethods(tmp_path / made["program"], _methods(program, True), MAX_LOOPS)
+    tables = {n: {"inputs": tensors_json(t), "outputs": tensors_json(g)} for n, (t, g) in
+              signatures(program.specs, target, "fp32").items()}  # fmt: skip
+    methods = ExecutorchMethods(tmp_path / made["program"], tables, MAX_LOOPS)
     dials = {"max_loops": MAX_LOOPS, "min_loops": 1, "exit_threshold": 0.5}
     worst = compare_methods(program, methods, dials, 1e-5)
     assert set(worst) == {"prelude_16", "begin_16", "step_16", "head_16", "loop_16"}
