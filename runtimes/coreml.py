@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ from ..package import Package
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
 
-ENGINES = ("coreml", "interpreter")
+STATEFUL = ("step", "loop", "commit")  # methods that read or write the rings, where these are states
 SCALE = "scale"  # the input of `blank`, of which Core ML wants one: 1 for the memory as it was trained
 
 
@@ -77,49 +79,65 @@ class InterpreterEngine:
 class CoreMLEngine:
     """Core ML itself. The package is compiled once; its functions are loaded when they are first called."""
 
-    def __init__(self, path: Path, compute: str) -> None:
+    def __init__(self, path: Path, compute: str, stateful: Collection[str] = ()) -> None:
         """
         Args:
             compute: cpu, gpu or ane: where Core ML may place operators, always with the CPU beside it.
+            stateful: the functions that have states, of the same names and shapes in all of them: they share one set.
         Raises:
+            UserError: this is not macOS 15 or later.
             PackageError: Core ML does not compile the package.
         """
+        system = platform.mac_ver()[0]
+        if platform.system() != "Darwin" or int(system.partition(".")[0] or 0) < 15:
+            raise UserError("Core ML runs these packages on macOS 15 or later; elsewhere use the interpreter")
         self.path = path
+        self._stateful = frozenset(stateful)
+        self._scratch = tempfile.TemporaryDirectory()  # goes when the engine goes
         with quiet():
             import coremltools as ct
-
-            units = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
-            self._units = ct.ComputeUnit[units[compute]]
-            self._load = ct.models.CompiledMLModel
-            try:
-                self._compiled = ct.models.utils.compile_model(str(path))
-            except Exception as error:  # what it raises is not documented
-                reason = " ".join(str(error).split())
-                raise PackageError(f"{path}: Core ML cannot compile it ({reason}); export the package again") from None
+        units = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
+        self._units = ct.ComputeUnit[units[compute]]
+        self._load = ct.models.CompiledMLModel
+        self._compiled = f"{self._scratch.name}/model.mlmodelc"
+        self._ask("compile it", lambda: ct.models.utils.compile_model(str(path), self._compiled))
         self._functions: dict[str, Any] = {}
         self._state: Any = None
 
+    def _ask(self, what: str, ask: Callable[[], Any]) -> Any:
+        """What Core ML answers; its complaint in one line where it refuses: what it raises is not documented.
+
+        Raises:
+            PackageError: naming the package and what was asked.
+        """
+        try:
+            return ask()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise PackageError(f"{self.path}: Core ML cannot {what} ({reason}); export the package again") from None
+
     def _function(self, name: str) -> Any:
         if name not in self._functions:
-            try:
-                self._functions[name] = self._load(self._compiled, compute_units=self._units, function_name=name)
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                raise PackageError(f"{self.path}: Core ML cannot load {name} ({reason}); export it again") from None
+            load = partial(self._load, self._compiled, compute_units=self._units, function_name=name)
+            self._functions[name] = self._ask(f"load {name}", load)
         return self._functions[name]
 
-    def attach(self, function: str) -> None:
-        """Make the states that `function` has, for it and all others: they are of the same names and shapes."""
-        self._state = self._function(function).make_state()
+    def _states(self) -> Any:
+        if self._state is None:
+            first = min(self._stateful)
+            self._state = self._ask(f"make the states of {first}", self._function(first).make_state)
+        return self._state
 
     def predict(self, function: str, feeds: Arrays) -> Arrays:
-        return self._function(function).predict(feeds, state=self._state)
+        loaded = self._function(function)
+        state = self._states() if function in self._stateful else None
+        return self._ask(f"run {function}", lambda: loaded.predict(feeds, state=state))
 
     def read(self, state: str) -> np.ndarray:
-        return self._state.read_state(state)
+        return self._ask(f"read {state}", lambda: self._states().read_state(state))
 
     def write(self, state: str, value: np.ndarray) -> None:
-        self._state.write_state(state, value)
+        self._ask(f"write {state}", lambda: self._states().write_state(state, value))
 
 
 class CoremlMethods:
@@ -243,28 +261,31 @@ class CoremlRuntime(LoopRuntime):
 
     methods: CoremlMethods
 
-    def __init__(self, package: Package, engine: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, package: Package, engine: str | None = None, threads: int | None = None, compute: str | None = None
+    ) -> None:
         """
         Args:
             engine: "coreml" (macOS only) or "interpreter"; by default the first where it exists.
+            compute: "cpu", "gpu" or "ane", for Core ML; by default what the package is laid out for.
         """
         if threads is not None:
             raise UserError("--threads: neither Core ML nor its interpreter takes a number of threads; leave it out")
         manifest = package.manifest
         lowering = manifest["lowering"]
         self.engine = engine or default_engine()
+        compute = compute or lowering["compute"]
         path = package.folder / lowering["program"]
         info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
         if self.engine == "interpreter":  # whoever reads a time must see what took it
             info = dataclasses.replace(info, target="coreml (interpreted)")
         if self.engine == "coreml":
-            running: Engine = CoreMLEngine(path, lowering["compute"])
-            if lowering["rings"]:
-                running.attach(f"step_{info.chunks[0]}")  # type: ignore[attr-defined]
+            names = [n for n in manifest["methods"] if n.rpartition("_")[0] in STATEFUL] if lowering["rings"] else []
+            running: Engine = CoreMLEngine(path, compute, names)
         else:
             running = InterpreterEngine(path)
         # In the graph, the loop is one call, but nothing but the CPU runs it.
-        self.loop = "loop" if lowering["compute"] == "cpu" else "host_loop"
+        self.loop = "loop" if compute == "cpu" else "host_loop"
         super().__init__(info, CoremlMethods(running, manifest["methods"], lowering["rings"]))
 
     def kept_by_engine(self) -> bool:

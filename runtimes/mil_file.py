@@ -259,7 +259,9 @@ class WeightsFile:
     def _header(self, offset: int, nbytes: int) -> np.ndarray:
         found = np.array(self._bytes[offset : offset + nbytes])
         if found.size < nbytes:
-            raise PackageError(f"{self.path}: ends at {self._bytes.size} bytes, an entry at {offset} is cut off")
+            raise PackageError(
+                f"{self.path}: ends at {self._bytes.size} bytes, an entry at {offset} is cut off; export the package again"
+            )
         return found
 
     def entry(self, offset: int) -> tuple[str, int, int, int]:

@@ -232,7 +232,7 @@ def another_version(path: Path) -> None:
         (other_model, "model.mlmodel: holds no ML Program; export the package again"),
         (no_weights, "weight.bin: the weights' file is missing or empty; export the package again"),
         (cut_weights, "weight.bin: ends at 200 bytes, the entry at 64 needs 384"),
-        (shorter_weights, "weight.bin: ends at 100 bytes, an entry at 64 is cut off"),
+        (shorter_weights, "weight.bin: ends at 100 bytes, an entry at 64 is cut off; export the package again"),
         (no_sentinel, "weight.bin: no entry begins at 64: the file is damaged or another model's"),
         (another_type, r"weight.bin: the entry at 64 is 256 bytes of float16, the program says float32 \(8, 8\)"),
         (unknown_type, "weight.bin: the entry at 64 is of type 99, which is not known"),
