@@ -8,7 +8,7 @@
 
 PYTHON ?=
 TORCH_INDEX ?=
-EXTRAS ?= onnx,executorch,train,hf,knowledge,lancedb,dev
+EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,dev
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -22,7 +22,7 @@ from ..model import RMSE
 from ..package import Package, seal, writing
 from ..quantize import Format, Quantized
 from ..quantize.scheme import BITS
-from ..runtimes import runtime_for
+from ..runtimes import other_runtimes, runtime_for
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchRuntime, fingerprint, model_info
 from ..text import Tokenizer, read_text
@@ -222,10 +222,10 @@ def export_package(
                     (folder / file).unlink()
             rounded_activations = rounds_activations or request.quant in target.halves
             exact = request.quant != "fp16" and not rounded_activations and float_cache
-            candidate = sealed(folder, manifest)
-            manifest["parity"] = gate(
-                program, reference, candidate, tokens[: target.positions], exact, progress, rounded_activations
-            )
+            compared = tokens[: target.positions]
+            candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
+            reports = [gate(program, reference, c, compared, exact, progress, rounded_activations) for c in candidates]
+            manifest["parity"] = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
             if found is not None:
                 manifest["parity"]["integers"] = found
         seal(folder, manifest)
@@ -237,8 +237,13 @@ def sealed(folder: Path, manifest: dict[str, Any]) -> LoopRuntime:
     seal(folder, manifest)
     candidate = runtime_for(Package.open(folder))
     assert isinstance(candidate, LoopRuntime)
-    candidate.info = dataclasses.replace(candidate.info, max_seq_len=None)  # the gate's text may be longer
-    return candidate
+    return unlimited(candidate)
+
+
+def unlimited(runtime: LoopRuntime) -> LoopRuntime:
+    """`runtime`, which takes texts of any length: the gate's may be longer than the package is to take."""
+    runtime.info = dataclasses.replace(runtime.info, max_seq_len=None)
+    return runtime
 
 
 def parity_tokens(config: RMSEConfig, folder: Path, text: dict[str, str]) -> np.ndarray:

@@ -12,7 +12,18 @@ from ..package import MANIFEST, Package
 from .base import Dials, Fed, Methods, ModelInfo, Runtime, Surprise
 from .host import LoopRuntime
 
-__all__ = ["Dials", "Fed", "LoopRuntime", "Methods", "ModelInfo", "Runtime", "Surprise", "open_runtime", "runtime_for"]
+__all__ = [
+    "Dials",
+    "Fed",
+    "LoopRuntime",
+    "Methods",
+    "ModelInfo",
+    "Runtime",
+    "Surprise",
+    "open_runtime",
+    "other_runtimes",
+    "runtime_for",
+]
 
 RUNTIMES = ("torch", "onnx", "executorch", "coreml")
 
@@ -37,6 +48,15 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
         return CoremlRuntime(package, threads=threads)
     known = ", ".join(name for name in RUNTIMES if name != "torch")
     raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
+
+
+def other_runtimes(package: Package) -> list[LoopRuntime]:
+    """Runtimes beside `runtime_for`'s that a package must agree with PyTorch on: the interpreter, where Core ML is."""
+    if package.target != "coreml":
+        return []
+    from .coreml import CoremlRuntime, engines
+
+    return [CoremlRuntime(package, engine) for engine in engines()[1:]]
 
 
 def start_engine(target: str) -> None:

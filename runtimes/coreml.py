@@ -273,7 +273,7 @@ class CoremlRuntime(LoopRuntime):
             raise UserError("--threads: neither Core ML nor its interpreter takes a number of threads; leave it out")
         manifest = package.manifest
         lowering = manifest["lowering"]
-        self.engine = engine or default_engine()
+        self.engine = engine or engines()[0]
         compute = compute or lowering["compute"]
         path = package.folder / lowering["program"]
         info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
@@ -298,5 +298,6 @@ class CoremlRuntime(LoopRuntime):
         self.methods.write_states(tensors)
 
 
-def default_engine() -> str:
-    return "coreml" if platform.system() == "Darwin" else "interpreter"
+def engines() -> tuple[str, ...]:
+    """What runs packages here, the one that is used first. The interpreter is everywhere."""
+    return ("coreml", "interpreter") if platform.system() == "Darwin" else ("interpreter",)
