@@ -151,13 +151,13 @@ def test_every_file_of_a_package_is_protected(copied: Path) -> None:
 
 def test_a_package_for_another_engine_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is whole, so it opens, but no runtime is handed what it cannot run."""
-    edit(lambda m: m.update(target="coreml"), sign=True)(copied)
-    assert Package.open(copied).target == "coreml"
+    edit(lambda m: m.update(target="litert"), sign=True)(copied)
+    assert Package.open(copied).target == "litert"
     with pytest.raises(PackageError) as caught:
         open_runtime(copied)
-    assert_one_line(str(caught.value), str(copied), "made for coreml", "onnx")
+    assert_one_line(str(caught.value), str(copied), "made for litert", "onnx")
     assert rmse_run([str(copied), "-p", "HELLO"]) == 2
-    assert_one_line(capsys.readouterr().err, "made for coreml")
+    assert_one_line(capsys.readouterr().err, "made for litert")
 
 
 def test_a_runtime_that_does_not_fit_is_refused(package: Path, checkpoint: Path, tmp_path: Path) -> None:
