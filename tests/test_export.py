@@ -301,7 +301,10 @@ def test_bad_requests_are_one_line(
     (tmp_path / "file.rmse").write_text("mine")
     before = listing(tmp_path)
     for argv, said in (
-        (["-m", checkpoint, "--target", "tflite"], ["--target: got 'tflite', expected one of coreml, executorch, onnx"]),
+        (
+            ["-m", checkpoint, "--target", "tflite"],
+            ["--target: got 'tflite', expected one of coreml, executorch, onnx"],
+        ),
         (["-m", checkpoint, "--quant", "int3"], ["--quant: got 'int3', expected one of fp32, fp16"]),
         (["-m", checkpoint, "--max-seq-len", "0"], ["--max-seq-len", "at least 1"]),
         (["-m", checkpoint, "-o", "photos"], ["photos", "is not a package"]),
