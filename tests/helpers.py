@@ -24,7 +24,7 @@ from rmse_edge.export.parity import MARGIN, Margins, made_up_hits
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.model import RMSE
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
-from rmse_edge.runtimes import Dials
+from rmse_edge.runtimes import Dials, LoopRuntime
 from rmse_edge.runtimes.kernels import COMPILERS
 from rmse_edge.runtimes.torch import TorchRuntime
 from rmse_edge.text import train_character_tokenizer
@@ -216,3 +216,24 @@ def assert_one_line(message: str, *parts: str) -> None:
     assert message.strip() and len(message.strip().splitlines()) == 1, message
     for part in parts:
         assert part in message, message
+
+
+def assert_memory_and_hits_take_part(runtime: LoopRuntime, calm: Quantized) -> None:
+    """The memory learns at the segment's end and hits change what follows, as in PyTorch with the same integers.
+
+    Args:
+        runtime: of a package made of `calm`.
+    """
+    tokens, full = random_tokens(200, vocab=FEW), Dials(4)
+    hits = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
+    found = []
+    for each in (runtime, TorchRuntime(calm.model, "mem")):
+        each.feed(tokens[:130], full)
+        each.inject(hits)
+        found.append(each.feed(tokens[130:], full))
+    assert len(found[0].surprises) == len(found[1].surprises) == 1
+    assert abs(found[0].surprises[0].value / found[1].surprises[0].value - 1) < 0.05
+    assert (found[0].logits.argmax(-1) == found[1].logits.argmax(-1)).mean() > 0.9
+    runtime.reset()
+    runtime.feed(tokens[:130], full)
+    assert np.abs(runtime.feed(tokens[130:], full).logits - found[0].logits).max() > 0.1  # without hits

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FEW, assert_one_line, mixed_model, random_tokens, require_executorch
+from helpers import assert_memory_and_hits_take_part, assert_one_line, mixed_model, random_tokens, require_executorch
 from small_models import small_config
 
 pytest.importorskip("executorch")
@@ -178,21 +178,7 @@ def test_sessions_go_from_one_runtime_to_the_other(executorch_package: Path, tin
 
 
 def test_memory_and_hits_take_part(executorch_int4: Path, calm: Quantized) -> None:
-    """The memory learns at the segment's end and hits change what follows, as in PyTorch with the same integers."""
-    ours, theirs = runtime_of(executorch_int4), TorchRuntime(calm.model, "mem")
-    tokens = random_tokens(200, vocab=FEW)
-    hits = np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float32)
-    found = []
-    for runtime in (ours, theirs):
-        runtime.feed(tokens[:130], FULL)
-        runtime.inject(hits)
-        found.append(runtime.feed(tokens[130:], FULL))
-    assert len(found[0].surprises) == len(found[1].surprises) == 1
-    assert found[0].surprises[0].value == pytest.approx(found[1].surprises[0].value, rel=0.05)
-    assert (found[0].logits.argmax(-1) == found[1].logits.argmax(-1)).mean() > 0.9
-    ours.reset()
-    ours.feed(tokens[:130], FULL)
-    assert np.abs(ours.feed(tokens[130:], FULL).logits - found[0].logits).max() > 0.1  # without hits
+    assert_memory_and_hits_take_part(runtime_of(executorch_int4), calm)
 
 
 def test_bench_and_profile(executorch_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
