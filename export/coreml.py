@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import coremltools as ct
+import numpy as np
 from coremltools.converters.mil.mil import Program
 
-from ..errors import ExportError, quiet
-from ..loop import TensorSpec
-from .coreml_check import Expected, check, expected
+from ..errors import ExportError, UserError, quiet
+from .coreml_check import Expected, check, decides, expected
 from .coreml_functions import OPSET, Assembly, Converted, signatures
 from .coreml_ops import DECOMPOSITIONS, check_format, prepare
 from .coreml_precision import Halving
-from .program import ANY_ACTIVE, ExportedMethod, LoopProgram
-from .targets import LowerOptions, target
+from .program import ExportedMethod, LoopProgram
+from .targets import QUANTIZATIONS, LowerOptions, target
 
 MODEL = "model.mlpackage"
 # Methods that compute in float32 in every package: masks, and what a text's memory and its passages are made of.
@@ -50,7 +50,7 @@ def keeps_states(quant: str) -> bool:
     asymmetric=True,
     host_loop=True,
     halves=("fp16", "int8", "int4"),
-    computes=("cpu", "gpu", "ane"),
+    computes={"cpu": QUANTIZATIONS, "gpu": QUANTIZATIONS, "ane": ("fp16", "int8", "int4")},
     positions=512,  # the interpreter is no engine: these take it about a minute
     cache=cache_type,
     signatures=lambda spec, quant: signatures(spec, keeps_states(quant)),
@@ -68,7 +68,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """
     halves = keeps_states(options.quant)
     compute = options.compute or "cpu"
-    with quiet(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with quiet(), refusals(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         described = ct.utils.MultiFunctionDescriptor()
         wanted: dict[str, Expected] = {}
         rings: dict[str, Any] = {}
@@ -99,6 +99,18 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
 
 @contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What coremltools refuses, beyond a method: an `ExportError` of one line."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"Core ML does not take the program: {reason}") from error
+
+
+@contextlib.contextmanager
 def silenced_bars() -> Iterator[None]:
     """coremltools draws a progress bar for every pass over every function."""
     with contextlib.redirect_stderr(io.StringIO()):
@@ -106,14 +118,17 @@ def silenced_bars() -> Iterator[None]:
 
 
 def saved(program: Program, path: str) -> None:
-    """Write a program of one function as it is: no pass may change what was put together."""
+    """Write a program of one function as it is; the one pass tells apart what the builder may have named alike.
+
+    Files know values by their names: of two with one name, a reader takes the wrong one or fails.
+    """
     model = ct.convert(
         program,
         source="milinternal",
         convert_to="mlprogram",
         minimum_deployment_target=OPSET,
         compute_precision=ct.precision.FLOAT32,  # what is to be float16 is by now
-        pass_pipeline=ct.PassPipeline.EMPTY,
+        pass_pipeline=ct.PassPipeline(["common::dedup_op_and_var_names"], "names only"),
         skip_model_load=True,
     )
     model.save(path)
@@ -135,14 +150,10 @@ def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
             convert_to="milinternal",
             minimum_deployment_target=OPSET,
             compute_precision=precision,
+            # Or float results would be float16: survival, too, which is a sum of many small numbers.
+            outputs=[ct.TensorType(dtype=np.float32 if t.dtype.is_floating_point else np.int32) for t in method.gives],
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"Core ML does not take {method.label}: {reason}") from error
-    return Converted(program.functions["main"], method.takes, method.gives)
-
-
-def decides(method: ExportedMethod, t: TensorSpec) -> bool:
-    """Whether a result of `step` only says how to go on: one number for every flag, or for the whole call."""
-    flags = next((g.shape for g in method.gives if g.name == "next_active"), None)
-    return method.name == "step" and (t == ANY_ACTIVE or t.shape == flags)
+    return Converted(program.functions["main"], method.takes, method.gives, f"{method.name}_")

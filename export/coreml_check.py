@@ -3,11 +3,11 @@
 A converter can leave out what it does not understand, and say nothing: a write to a state, an input that it took for a
 constant, a weight that it left as floats. All of that is seen in the file:
 
-- every function there is, of operators of iOS 18;
+- every function there is, of operators of iOS 18, and no name stands for two values;
 - every input that the traced method reads is read, through to a result or a state;
 - states are written by `commit` and by nothing else, each once, and no result is what was written;
 - the last two axes of a state are multiples of 32, or the Neural Engine does not take it;
-- what picks experts is float32;
+- what picks experts, and what leads to flags and survival only, is float32, and comes from float32 products;
 - every quantised weight is there with its own integers and scales, as often as the traced method uses one;
 - no weight is stored twice, and all together take no more than 1.05 times their integers, scales and floats (or 16 KiB
   more than that, in toys).
@@ -26,12 +26,14 @@ from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 from torch import nn
 
 from ..errors import ExportError
+from ..loop import TensorSpec
 from ..quantize import QuantizedTensor
 from ..runtimes.mil_file import Function, ModelFile, Operation, operations
 from .coreml_functions import OPSET as IOS18
 from .coreml_functions import TILE, Assembly
+from .coreml_graph import deciding, moved_from, named_twice, operations_of, read_names
 from .coreml_ops import half, packed_halves
-from .program import ExportedMethod
+from .program import ANY_ACTIVE, ExportedMethod
 
 OPSET = "CoreML8"  # of iOS 18, as files name it
 SLACK = 1.05  # of the weights' bytes
@@ -47,6 +49,7 @@ class Expected:
     reads: frozenset[str]  # inputs
     writes: frozenset[str]  # states
     packed: int  # weights stored packed and used whole
+    decisions: frozenset[str] = frozenset()  # results that only say how to go on
 
 
 def expected(assembly: Assembly, methods: Mapping[str, ExportedMethod], name: str) -> Expected:
@@ -62,7 +65,15 @@ def expected(assembly: Assembly, methods: Mapping[str, ExportedMethod], name: st
         writes = {ring.name for ring in assembly.rings}
     if name == "step" and assembly.rings:
         reads.add("k")
-    return Expected(frozenset(reads), frozenset(writes), sum(stored_weights(part) for part in parts))
+    decisions = {t.name for t in parts[0].gives if decides(parts[0], t)} if name == "step" else set()
+    packed = sum(stored_weights(part) for part in parts)
+    return Expected(frozenset(reads), frozenset(writes), packed, frozenset(decisions))
+
+
+def decides(method: ExportedMethod, t: TensorSpec) -> bool:
+    """Whether a result of `step` only says how to go on: one number for every flag, or for the whole call."""
+    flags = next((g.shape for g in method.gives if g.name == "next_active"), None)
+    return method.name == "step" and (t == ANY_ACTIVE or t.shape == flags)
 
 
 def used_inputs(method: ExportedMethod) -> set[str]:
@@ -105,14 +116,16 @@ def check(
             raise ExportError(f"{name}: is written for {function.opset}, expected {OPSET} (iOS 18)")
         if strange := next((op for op in ops if op.kind not in known), None):
             raise ExportError(f"{strange.place}: iOS 18 has no such operator")
+        if again := named_twice(function):
+            raise ExportError(f"{again}; names must be of one value")
         _check_states(function, ops, want)
-        _check_inputs(function, want)
+        if lost := sorted(want.reads - read_names(operations_of(function), function.block.outputs)):
+            raise ExportError(f"{name}: does not read {lost[0]}: the converter made it a constant")
         packed = [op for op in ops if op.kind == CONSTEXPR]
         if len(packed) != want.packed:
             raise ExportError(f"{name}: stores {len(packed)} weights packed, expected {want.packed}")
-        for op in ops:
-            if halves and op.kind == "topk" and _type_of(function, ops, op.inputs["x"][0]) != "float32":
-                raise ExportError(f"{op.place}: picks experts in float16, expected float32")
+        if halves and want.decisions:
+            _check_decisions(function, want)
         counted["operators"] += sum(op.kind != "const" for op in ops)
         counted["packed"] += len(packed)
         counted["state_writes"] += len(want.writes)
@@ -120,17 +133,11 @@ def check(
     return counted | check_weights(file, ideal_bytes(model, tensors, halves))
 
 
-def _check_inputs(function: Function, want: Expected) -> None:
-    """Every input that was read when the method was traced leads to a result or a state."""
-    alive = set(function.block.outputs)
-    for op in reversed(list(operations(Function(function.name, function.block, "", {}, {})))):
-        nested = "." in op.number
-        if nested or op.kind == "write_state" or alive & set(op.outputs):
-            alive |= {name for names in op.inputs.values() for name in names}
-            for _, block in op.blocks():
-                alive |= set(block.outputs)
-    if lost := sorted(want.reads - alive):
-        raise ExportError(f"{function.name}: does not read {lost[0]}: the converter made it a constant")
+def _check_decisions(function: Function, want: Expected) -> None:
+    """What decides is float32; so is what it decides upon, but for what is read by others, too."""
+    for op in deciding(operations_of(function), function.block.outputs, want.decisions):
+        if any(t.dtype == "float16" for t in op.outputs.values()):
+            raise ExportError(f"{op.place}: decides in float16, expected float32")
 
 
 def _check_states(function: Function, ops: list[Operation], want: Expected) -> None:
@@ -140,18 +147,13 @@ def _check_states(function: Function, ops: list[Operation], want: Expected) -> N
         raise ExportError(
             f"{function.name}: writes {', '.join(names) or 'no state'}, expected {', '.join(sorted(want.writes)) or 'none'}"
         )
-    results = set(function.block.outputs)
+    results = {name for output in function.block.outputs for name in moved_from(ops, output)}
     for op in written:
-        if results & set(op.inputs["data"]):
+        if results & moved_from(ops, op.inputs["data"][0]):
             raise ExportError(f"{op.place}: a result of the function is what is written; Core ML may hand out either")
     for name, kept in function.states.items():
         if any(n is None or n % TILE for n in kept.shape[-2:]):
             raise ExportError(f"{function.name}: state {name} is {kept}; its last two axes must be multiples of {TILE}")
-
-
-def _type_of(function: Function, ops: list[Operation], name: str) -> str:
-    made = {k: t for op in ops for k, t in op.outputs.items()} | function.inputs
-    return made[name].dtype
 
 
 # ---------------------------------------------------------------------------------------------------- weights

@@ -112,11 +112,12 @@ class Converted:
     function: Function
     takes: tuple[TensorSpec, ...]
     gives: tuple[TensorSpec, ...]
+    prefix: str  # of the names of its values, so that two methods in one function do not share any
 
     def call(self, given: Mapping[str, Var], consts: dict[int, Var]) -> Vars:
-        """Emit the method here, on values by name; `consts` are those that `emit_constants` put at the top."""
+        """Emit the method here, once per function, on values by name; `consts` are those of `emit_constants`."""
         feeds = dict(zip(self.function.inputs.values(), (given[t.name] for t in self.takes), strict=True))
-        return dict(zip((t.name for t in self.gives), inline(self.function, feeds, consts), strict=True))
+        return dict(zip((t.name for t in self.gives), inline(self.function, feeds, consts, self.prefix), strict=True))
 
 
 def emit_constants(function: Function, consts: dict[int, Var], prefix: str) -> None:
@@ -128,7 +129,7 @@ def emit_constants(function: Function, consts: dict[int, Var], prefix: str) -> N
             consts[id(op.outputs[0])] = _again(op, {}, consts, prefix)[0]
 
 
-def inline(function: Function, feeds: Mapping[Var, Var], consts: dict[int, Var]) -> list[Var]:
+def inline(function: Function, feeds: Mapping[Var, Var], consts: dict[int, Var], prefix: str) -> list[Var]:
     """Emit the operators of `function` here, but for its constants. Returns its outputs."""
     known = {id(inside): outside for inside, outside in feeds.items()}
     for inside, outside in feeds.items():
@@ -136,7 +137,7 @@ def inline(function: Function, feeds: Mapping[Var, Var], consts: dict[int, Var])
             known[id(inside)] = mb.cast(x=outside, dtype=types.builtin_to_string(inside.dtype))
     for op in function.operations:
         if id(op.outputs[0]) not in consts:
-            for old, new in zip(op.outputs, _again(op, known, consts, "")):
+            for old, new in zip(op.outputs, _again(op, known, consts, prefix)):
                 known[id(old)] = new
     return [known.get(id(var)) or consts[id(var)] for var in function.outputs]
 
@@ -224,7 +225,7 @@ class Assembly:
     def _method(self, name: str, given: Vars, consts: dict[int, Var]) -> Vars:
         method = self.methods[name]
         if not consts:
-            emit_constants(method.function, consts, f"{name}_")
+            emit_constants(method.function, consts, method.prefix)
         return method.call(given, consts)
 
     def _step(self, given: Vars, held: Vars) -> Vars:
@@ -254,7 +255,7 @@ class Assembly:
         spec = self.spec
         begun = self._method("begin", given, {})
         consts: dict[int, Var] = {}
-        emit_constants(self.methods["step"].function, consts, "step_")
+        emit_constants(self.methods["step"].function, consts, self.methods["step"].prefix)
         rings = {ring.name: mb.read_state(input=held[ring.name]) for ring in self.rings}
         fixed = given | {t.name: begun[t.name] for t in spec.invariants}
         carried = [t.name for t in spec.carried]

@@ -301,10 +301,8 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     """A copy of `model` that traces to what Core ML runs well where it is to run.
 
     Raises:
-        ExportError: a weight has scales beyond float16; names it. Or the Neural Engine is to compute in float32.
+        ExportError: a weight has scales beyond float16; names it.
     """
-    if options.compute == "ane" and options.quant == "fp32":
-        raise ExportError("--compute ane: the Neural Engine has no float32; export with --quant fp16, int8 or int4")
     model = copy.deepcopy(model)
     tensors, on_ane = options.tensors, options.compute == "ane"
     for name, q in tensors.items():

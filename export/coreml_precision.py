@@ -3,7 +3,8 @@
 In float16 a router's logits are off by 1e-3, which flips experts, and a survival product rounds to nothing. So what only
 *decides* stays in float32: routing, from the router's product to the experts' weights; and everything that ends in a
 decision of the loop (active, survival, depth) and nowhere else. Both are found in the graph, by what the results are used
-for, so that it holds for any model. Off the Neural Engine the means of norms stay in float32, too: they cost a row each.
+for, so that it holds for any model. Wide products are no decisions, whatever they lead to: the entropy rule evaluates the
+head inside the loop, whose weights are float16 where it is read. Off the Neural Engine the means of norms stay in float32, too: they cost a row each.
 """
 
 from __future__ import annotations
@@ -40,15 +41,27 @@ def exclusive(block: Block, decisions: Collection[int], statistics: bool) -> dic
     results = {id(var) for i, var in enumerate(block.outputs) if i not in decisions}
     deciding = {id(var) for i, var in enumerate(block.outputs) if i in decisions}
     kept: dict[int, Operation] = {}
+    routing: set[int] = set()  # of these, what routes and what it alone needs
     for op in reversed(block.operations):
         outputs = op.outputs
         if op.op_type == "const" or any(id(var) in results for var in outputs):
             continue
         uses = [use for var in outputs for use in var.child_ops]
         ends = any(id(var) in deciding for var in outputs) or bool(uses)
-        if _routes(op) or (statistics and op.op_type == "rsqrt") or (ends and all(id(use) in kept for use in uses)):
+        if _routes(op) or (statistics and op.op_type == "rsqrt"):
             kept[id(op)] = op
+            routing.add(id(op))
+        elif ends and all(id(use) in kept for use in uses):
+            routed = bool(uses) and all(id(use) in routing for use in uses)
+            if routed or not _wide(op):
+                kept[id(op)] = op
+                routing |= {id(op)} if routed else set()
     return kept
+
+
+def _wide(op: Operation) -> bool:
+    """Whether an operator is a product with more than one result per row."""
+    return op.op_type in ("linear", "matmul") and op.outputs[0].shape[-1] != 1
 
 
 def _routes(op: Operation) -> bool:

@@ -8,7 +8,7 @@ and at two adaptive settings. Two rules:
   comparison restarts from an empty state; such positions are listed and may be 1 % at most.
 - rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
   (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
-  These are shares, so ten times as many positions are compared. Where the target can also compute with float activations
+  These are shares, so more positions are compared: 2,000, or what a target's runtime has time for. Where the target can also compute with float activations
   (ONNX), a package that rounds them to int8 is first held to the exact rule without that, on the same integers: what
   remains is the operators' own rounding. Otherwise (ExecuTorch) the lowering looks codes and scales up in the file.
 
@@ -472,16 +472,19 @@ def gate(
     exact: bool,
     progress: Callable[[str], None] = lambda _: None,
     rounded_activations: bool = False,
+    positions: int | None = None,
 ) -> dict[str, Any]:
     """The whole gate for a language model. Returns the report that goes into the manifest.
 
     Args:
         exact: the rule; see the module.
-        rounded_activations: the package rounds activations to int8, too.
+        rounded_activations: the package rounds activations, too: to int8, or computes in float16.
+        positions: to compare, if not the rule's own number; more, where the ring would not be wrapped by then.
     Raises:
         ParityError: the package must not ship.
     """
-    tokens = tokens[: POSITIONS[exact]]
+    least = reference.info.window + 2 * SEGMENT
+    tokens = tokens[: max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))]
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
     settings = adaptive_settings(reference, tokens)
     for name, dials in settings.items():

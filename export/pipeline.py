@@ -62,6 +62,10 @@ class ExportRequest:
             raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
         if self.accuracy_level not in (None, *ACCURACY_LEVELS):
             raise UserError(f"--accuracy-level: got {self.accuracy_level}, expected 0 or 4")
+        if self.accuracy_level is not None and self.quant not in BITS:
+            raise UserError(
+                f"--accuracy-level {self.accuracy_level}: --quant {self.quant} has no integers; leave it out"
+            )
         if self.quant in BITS and self.level not in target.accuracy_levels:
             way = "rounds" if 4 in target.accuracy_levels else "does not round"
             raise UserError(
@@ -74,6 +78,10 @@ class ExportRequest:
                     f"--compute {self.compute}: {self.target} packages are the same everywhere; leave it out"
                 )
             raise UserError(f"--compute: got {self.compute!r}, expected one of {', '.join(target.computes)}")
+        if self.compute is not None and self.quant not in target.computes[self.compute]:
+            raise UserError(
+                f"--compute {self.compute}: has no {self.quant}; export with --quant {', '.join(target.computes[self.compute])}"
+            )
 
     @property
     def level(self) -> int:
@@ -222,9 +230,11 @@ def export_package(
                     (folder / file).unlink()
             rounded_activations = rounds_activations or request.quant in target.halves
             exact = request.quant != "fp16" and not rounded_activations and float_cache
-            compared = tokens[: target.positions]
             candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
-            reports = [gate(program, reference, c, compared, exact, progress, rounded_activations) for c in candidates]
+            reports = [
+                gate(program, reference, c, tokens, exact, progress, rounded_activations, target.positions)
+                for c in candidates
+            ]
             manifest["parity"] = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
             if found is not None:
                 manifest["parity"]["integers"] = found

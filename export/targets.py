@@ -62,7 +62,8 @@ class Target:
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
     halves: tuple[str, ...] = ()  # precisions whose packages compute in float16
-    computes: tuple[str, ...] = ()  # values of `LowerOptions.compute`, the first is the default
+    # Values of `LowerOptions.compute`, the first is the default, each with the precisions that it has.
+    computes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     positions: int | None = None  # compared by the parity gate at most; None: as many as the rule says
     check_format: CheckFormat | None = None
     prepare: Prepare | None = None

@@ -204,7 +204,8 @@ class RMSE(nn.Module):
                 "rope_theta": c.rope_theta,
                 "rings": {"past_keys": "keys", "past_values": "values"},  # state <- the commit result that fills it
                 "ids": c.vocab_size,
-                "examples": {"position": [3 * c.window - chunk], "n_valid": [max(1, chunk - 3)]},  # a wrapped ring
+                # A wrapped ring, and a call of many rows over its end.
+                "examples": {"position": [3 * c.window - (chunk + 1) // 2], "n_valid": [max(1, chunk - 3)]},
             },
         )
 

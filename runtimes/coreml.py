@@ -44,13 +44,9 @@ def start_engine() -> None:
     Raises:
         UserError: coremltools is not installed.
     """
-    try:
-        with quiet():
-            import coremltools.proto.Model_pb2  # noqa: F401
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "coremltools":
-            raise
-        raise UserError("coremltools is not installed; install it with: pip install 'rmse-edge[coreml]'") from None
+    from .mil_file import protocol
+
+    protocol()
 
 
 class InterpreterEngine:
@@ -59,7 +55,6 @@ class InterpreterEngine:
     def __init__(self, path: Path) -> None:
         from .mil import Interpreter
 
-        start_engine()
         self.interpreter = Interpreter(path)
         self._states: Arrays = {}
         for function in self.interpreter.functions:
@@ -273,6 +268,10 @@ class CoremlRuntime(LoopRuntime):
             raise UserError("--threads: neither Core ML nor its interpreter takes a number of threads; leave it out")
         manifest = package.manifest
         lowering = manifest["lowering"]
+        if lacking := {"program", "compute", "rings"} - set(lowering):
+            raise PackageError(
+                f"{package.folder}: its manifest has no {min(lacking)} for Core ML; export the package again"
+            )
         self.engine = engine or engines()[0]
         compute = compute or lowering["compute"]
         path = package.folder / lowering["program"]

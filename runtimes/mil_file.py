@@ -303,6 +303,22 @@ class WeightsFile:
         return array
 
 
+def protocol() -> Any:
+    """coremltools' description of the files, a module.
+
+    Raises:
+        UserError: coremltools is not installed.
+    """
+    try:
+        with quiet():  # the import is slow, and says much
+            from coremltools.proto import Model_pb2
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "coremltools":
+            raise
+        raise UserError("coremltools is not installed; install it with: pip install 'rmse-edge[coreml]'") from None
+    return Model_pb2
+
+
 class ModelFile:
     """A parsed package."""
 
@@ -310,14 +326,13 @@ class ModelFile:
         """
         Raises:
             PackageError: the package lacks a file, a file is damaged, or it holds no ML Program.
+            UserError: coremltools is not installed.
         """
         self.path = Path(path)
         self.model_path = self._find_model()
-        with quiet():
-            from coremltools.proto import Model_pb2
+        self.spec: Any = protocol().Model()
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-        self.spec: Any = Model_pb2.Model()
         try:
             self.spec.ParseFromString(self.model_path.read_bytes())
         except OSError:
@@ -334,10 +349,13 @@ class ModelFile:
         try:
             values = json.loads(manifest.read_text())
             item = values["itemInfoEntries"][values["rootModelIdentifier"]]["path"]
+            model: Path = (self.path / "Data" / item).resolve()
         except OSError:
             raise PackageError(f"{manifest}: is missing; {self.path} is no Core ML package") from None
         except (ValueError, KeyError, TypeError):
             raise PackageError(f"{manifest}: does not say where the model is; export the package again") from None
+        if not model.is_relative_to(self.path.resolve()):
+            raise PackageError(f"{manifest}: names a model outside the package, {item}; export the package again")
         return self.path / "Data" / item
 
     @cached_property

@@ -257,7 +257,9 @@ def test_reading_a_passage_alone_leaves_the_text_as_it_was(coreml_int4: Path) ->
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--compute", "ane"], ["--compute ane", "no float32", "--quant fp16"]),
+        (["--compute", "ane"], ["--compute ane", "no fp32", "--quant fp16"]),
+        (["--compute", "ane", "--dry-run"], ["--compute ane", "no fp32"]),
+        (["--quant", "fp16", "--accuracy-level", "4"], ["--accuracy-level 4", "--quant fp16"]),
         (["--quant", "int8", "--calibrate", "x", "--accuracy-level", "4"], ["--accuracy-level 4", "does not round"]),
         (["--no-compact"], ["--no-compact", "coreml"]),
         (["--target", "onnx", "--compute", "gpu"], ["--compute gpu", "onnx"]),
@@ -346,6 +348,17 @@ def test_a_wrong_function_or_shape_is_one_line(coreml_package: Path) -> None:
         methods.run("head", 1, {"h": np.zeros((1, 2, 64), np.float32)})
     with pytest.raises(UserError, match="no function foo"):
         methods.engine.predict("foo", {})
+
+
+def test_a_manifest_of_another_target_is_one_line(coreml_package: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "p.rmse"
+    shutil.copytree(coreml_package, copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["lowering"]["rings"]
+    seal(copy, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    with pytest.raises(PackageError) as refused:
+        open_runtime(copy)
+    assert_one_line(str(refused.value), "has no rings for Core ML", "export the package again")
 
 
 def test_threads_are_refused(coreml_package: Path) -> None:

@@ -36,6 +36,7 @@ from rmse_edge.export.coreml_check import (
     ideal_bytes,
 )
 from rmse_edge.export.coreml_functions import OPSET, Assembly, Ring
+from rmse_edge.export.coreml_graph import deciding, named_twice, operations_of, read_names
 from rmse_edge.export.coreml_ops import prepare
 from rmse_edge.export.parity import committed, compare_methods, example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached, signatures
@@ -222,6 +223,10 @@ def test_commit_writes_the_valid_rows_into_their_slots(chunk: int, n_valid: int,
         assert (state[name][:, :, 80:] == 7).all()
 
 
+def twice(folder: Path, function: str) -> str | None:
+    return named_twice(ModelFile(folder / MODEL).function(function))
+
+
 @pytest.mark.parametrize("quant", ["fp32", "fp16"])
 def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
     """No context, no state, nothing emitted, no commit: nothing here is about text."""
@@ -237,6 +242,7 @@ def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
         name: {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
         for name, (takes, gives) in signatures(program.specs, target, quant).items()
     }
+    assert not [name for f in ModelFile(tmp_path / MODEL).functions if (name := twice(tmp_path, f))]
     assert list(tables) == ["prelude_16", "begin_16", "step_16", "loop_16", "head_16"]
     methods = CoremlMethods(InterpreterEngine(tmp_path / made["program"]), tables, made["rings"])
     dials = {"max_loops": 8, "min_loops": 1, "exit_threshold": 0.5}
@@ -351,11 +357,43 @@ def test_other_integers_or_scales_are_seen(int4: Quantized, part: str, tmp_path:
         commit.check({name: dataclasses.replace(q, **{part: tensor})})
 
 
-def test_a_router_in_float16_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coreml, "Halving", lambda *_: lambda op: True)
+@pytest.mark.parametrize(
+    "full",
+    [
+        {"topk", "add", "softmax", "gather_along_axis", "softplus", "sub", "select"},  # products in float16, then cast
+        {
+            "topk",
+            "linear",
+            "softplus",
+            "sub",
+            "select",
+            "softmax",
+            "gather_along_axis",
+        },  # the sum with the step's logits
+        {"topk", "linear", "add", "softmax", "gather_along_axis", "reduce_sum", "mul"},  # survival
+    ],
+)
+def test_decisions_in_float16_are_seen(full: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a cast to float32 stands before what picks; `full` are the operators that were left alone."""
+    monkeypatch.setattr(coreml, "Halving", lambda *_: lambda op: op.op_type not in full)
     step = built(mixed_model(), "step", tmp_path)
-    with pytest.raises(ExportError, match=r"\(topk\): picks experts in float16, expected float32"):
+    with pytest.raises(ExportError, match="decides in float16, expected float32"):
         step.check()
+
+
+def test_what_decides_is_float32_and_stays_it_on_the_way_out(tmp_path: Path) -> None:
+    """Also with the entropy rule, whose head is float16 as elsewhere: what follows it is not."""
+    model = mixed_model(exit_rules=("gate", "delta", "entropy"), exit_entropy=2.0)
+    step = built(model, "step", tmp_path)
+    assert step.wanted.decisions == {"next_active", "next_depth", "next_log_survival", "any_active"}
+    step.check()
+    function = ModelFile(step.path).function("main")
+    found = deciding(operations_of(function), function.block.outputs, step.wanted.decisions)
+    kinds = Counter(op.kind for op in found)
+    assert kinds["linear"] == 2 and kinds["topk"] == 1 and kinds["softplus"] == 1 and kinds["exp"] == 1
+    products = [op for op in operations(function) if op.kind == "linear"]
+    head = [op for op in products if next(iter(op.outputs.values())).shape[-1] == model.config.vocab_size]
+    assert [t.dtype for op in head for t in op.outputs.values()] == ["float16"]
 
 
 def program_of(inputs: dict[str, Any], body: Callable[..., Any], opset: Any = OPSET) -> Program:
@@ -386,6 +424,62 @@ def test_a_result_that_is_a_states_new_value_is_seen(tmp_path: Path) -> None:
     path = save(program_of(inputs, body), tmp_path)
     with pytest.raises(ExportError, match="a result of the function is what is written"):
         check(path, {"main": Expected(frozenset("x"), frozenset({"kept"}), 0)}, {}, torch.nn.Linear(99, 99), True)
+
+
+@pytest.mark.parametrize("moved", [lambda x: mb.identity(x=x), lambda x: mb.reshape(x=x, shape=(32, 32, 1))])
+def test_a_result_that_is_a_states_new_value_in_another_form_is_seen(
+    moved: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    def body(x: Any, kept: Any) -> Any:
+        new = mb.add(x=mb.read_state(input=kept), y=mb.cast(x=x, dtype="fp16"))
+        mb.coreml_update_state(state=kept, value=new)
+        return moved(new)
+
+    inputs = {"x": mb.TensorSpec((32, 32), types.fp32), "kept": mb.StateTensorSpec((32, 32), types.fp16)}
+    path = save(program_of(inputs, body), tmp_path)
+    with pytest.raises(ExportError, match="a result of the function is what is written"):
+        check(path, {"main": Expected(frozenset("x"), frozenset({"kept"}), 0)}, {}, torch.nn.Linear(99, 99), True)
+
+
+def test_an_input_that_a_loop_reads_in_vain_is_seen(tmp_path: Path) -> None:
+    """The body uses `y` for a value that it carries and nobody asks for, and `z` for how often it runs."""
+
+    def body(x: Any, y: Any, z: Any) -> Any:
+        zero = mb.mul(x=z, y=np.int32(0))
+        more = lambda k, a, b: mb.squeeze(x=mb.less(x=k, y=z))  # noqa: E731
+        again = lambda k, a, b: (mb.add(x=k, y=np.int32(1)), mb.mul(x=a, y=a), mb.add(x=b, y=y))  # noqa: E731
+        return mb.while_loop(_cond=more, _body=again, loop_vars=(zero, x, mb.mul(x=x, y=np.float32(2))))[1]
+
+    inputs = {name: mb.TensorSpec((4,), types.fp32) for name in "xy"} | {"z": mb.TensorSpec((1,), types.int32)}
+    file = ModelFile(save(program_of(inputs, body), tmp_path))
+    function = file.function("main")
+    assert read_names(operations_of(function), function.block.outputs) & set("xyz") == {"x", "z"}
+    carried = next(op for op in operations(function) if op.kind == "while_loop").proto.outputs[2].name
+    assert read_names(operations_of(function), [carried]) & set("xyz") == {"x", "y", "z"}
+
+
+def test_a_name_of_two_values_is_seen(tmp_path: Path) -> None:
+    """At one level, and where a nested block gives a name again that is known outside."""
+
+    def body(x: Any, z: Any) -> Any:
+        y = mb.mul(x=x, y=np.float32(2), name="y")
+        more = lambda k, a: mb.squeeze(x=mb.less(x=k, y=z))  # noqa: E731
+        again = lambda k, a: (mb.add(x=k, y=np.int32(1)), mb.add(x=a, y=y, name="inner"))  # noqa: E731
+        return mb.while_loop(_cond=more, _body=again, loop_vars=(mb.mul(x=z, y=np.int32(0)), mb.add(x=x, y=y)))[1]
+
+    inputs = {"x": mb.TensorSpec((4,), types.fp32), "z": mb.TensorSpec((1,), types.int32)}
+    path = save(program_of(inputs, body), tmp_path)
+    wanted = {"main": Expected(frozenset("xz"), frozenset(), 0)}
+    check(path, wanted, {}, torch.nn.Linear(9, 9), False)
+    file = ModelFile(path)
+    loop = next(op for op in operations(file.function("main")) if op.kind == "while_loop")
+    inner = next(op for op in loop.proto.blocks[1].operations if op.outputs[0].name == "inner")
+    inner.outputs[0].name = loop.proto.blocks[1].outputs[1] = "y"
+    file.model_path.write_bytes(file.spec.SerializeToString())
+    with pytest.raises(
+        ExportError, match=r"body\.\d+ \(add\): y is also made by main, operation \d+ \(mul\); names must"
+    ):
+        check(path, wanted, {}, torch.nn.Linear(9, 9), False)
 
 
 def test_a_state_that_the_neural_engine_does_not_take_is_seen(tmp_path: Path) -> None:

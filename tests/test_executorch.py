@@ -327,7 +327,7 @@ def change_a_shape(folder: Path) -> None:
 
 def other_target(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["target"] = "coreml"
+    manifest["target"] = "litert"
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -338,7 +338,7 @@ DAMAGE = {
     "cut in half": (cut_in_half, ["program.pte", "cannot load it"]),
     "a method that is not there": (promise_a_method, ["holds no think for 1 rows"]),
     "tensors of another model": (change_a_shape, ["step_1 takes other tensors than the manifest says"]),
-    "another target": (other_target, ["made for coreml"]),
+    "another target": (other_target, ["made for litert"]),
 }  # fmt: skip
 
 
