@@ -294,7 +294,14 @@ class _Preparation:
             viewed.add(name)
         made = {name: scope[name].slot for name in inputs}  # names whose places this block empties
         block.inputs = [scope[name].slot if name in last else -1 for name in inputs]
+        given: set[str] = set(inputs)
         for index, operation in enumerate(found):
+            names = [output.name for output in operation.proto.outputs]
+            if again := next((name for name in names if name in given), None):
+                raise PackageError(
+                    f"{operation.place}: gives {again}, a name that has a value; export the package again"
+                )
+            given |= set(names)
             if operation.kind == "const" or operation.kind.startswith("constexpr_"):
                 self._constant(operation, scope)
                 continue

@@ -23,7 +23,7 @@ pytest.importorskip("coremltools")
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Program, types
 
-from rmse_edge.errors import ExportError, ParityError, quiet
+from rmse_edge.errors import ExportError, PackageError, ParityError, quiet
 from rmse_edge.export import coreml, coreml_check
 from rmse_edge.export.coreml import converted, saved, silenced_bars
 from rmse_edge.export.coreml_check import (
@@ -221,6 +221,28 @@ def test_commit_writes_the_valid_rows_into_their_slots(chunk: int, n_valid: int,
     for name, wanted in committed(model.spec(chunk), feeds, kept).items():
         np.testing.assert_allclose(state[name][:, None, :, :80, :24], wanted, atol=2e-2, err_msg=name)
         assert (state[name][:, :, 80:] == 7).all()
+
+
+def test_a_loop_put_together_from_two_methods_computes_what_they_do(tmp_path: Path) -> None:
+    """A model whose step has values of the names of others in `begin` and around it (temporal_rope)."""
+    model = mixed_model(step_encoding="temporal_rope", step_dims=4)
+    ready = prepare(model, LowerOptions(compute="cpu"))
+    with quiet(), silenced_bars():
+        methods = {name: traced(ready, name, 1) for name in ("begin", "step")}  # type: ignore[arg-type]
+        assembly = Assembly(
+            model.spec(1), {name: converted(m, False, "cpu") for name, m in methods.items()}, states=False
+        )
+        path = tmp_path / "loop.mlpackage"
+        saved(assembly.program("loop"), str(path))
+    one = Built(path, expected(assembly, methods, "loop"), ready)  # type: ignore[arg-type]
+    one.check(halves=False)
+    feeds = example_feeds(model.spec(1), TorchMethods(model)) | {k: np.asarray(v) for k, v in FULL.items()}
+    for depth in (4, 2):
+        feeds["max_loops"] = np.array(depth)
+        found, wanted = run(one, feeds), TorchMethods(model).run("loop", 1, feeds)
+        assert found["iterations"].tolist() == [depth] and found["depth"].tolist() == wanted["depth"].tolist()
+        np.testing.assert_allclose(found["h"], wanted["h"], atol=1e-4)
+        np.testing.assert_allclose(found["new_keys"][:depth], wanted["new_keys"][:depth], atol=1e-4)
 
 
 def twice(folder: Path, function: str) -> str | None:
@@ -476,10 +498,17 @@ def test_a_name_of_two_values_is_seen(tmp_path: Path) -> None:
     inner = next(op for op in loop.proto.blocks[1].operations if op.outputs[0].name == "inner")
     inner.outputs[0].name = loop.proto.blocks[1].outputs[1] = "y"
     file.model_path.write_bytes(file.spec.SerializeToString())
+    feeds = {"x": np.ones(4, np.float32), "z": np.array([3], np.int32)}
+    assert Interpreter(path).predict(feeds)  # an inner value may hide an outer one, as the language has it
     with pytest.raises(
         ExportError, match=r"body\.\d+ \(add\): y is also made by main, operation \d+ \(mul\); names must"
     ):
         check(path, wanted, {}, torch.nn.Linear(9, 9), False)
+    other = next(op for op in operations(file.function("main")) if op.kind == "mul" and "y" not in op.outputs)
+    other.proto.outputs[0].name = "y"
+    file.model_path.write_bytes(file.spec.SerializeToString())
+    with pytest.raises(PackageError, match=r"main, operation \d+ \(mul\): gives y, a name that has a value"):
+        Interpreter(path).predict(feeds)
 
 
 def test_a_state_that_the_neural_engine_does_not_take_is_seen(tmp_path: Path) -> None:
