@@ -19,8 +19,9 @@ with quiet():
     from coremltools.converters.mil.mil import types
     from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter
 
-from rmse_edge.runtimes.mil import Interpreter, _Run
+from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_file import STORED, ModelFile, TensorType, WeightsFile, operations, unpack
+from rmse_edge.runtimes.mil_steps import Run
 
 W = np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32) / 3
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
@@ -436,7 +437,7 @@ def test_intermediate_values_are_dropped(package) -> None:
     fed = {name: FEEDS[name] for name in prepared.signature.inputs}
     for name, _, slot in prepared.inputs:
         values[slot] = fed[name]
-    prepared.block.run(_Run(values, interpreter.make_state(), []))
+    prepared.block.run(Run(values, interpreter.make_state(), []))
     constants = {i for i, v in enumerate(prepared.template) if v is not None}
     left = {i for i, v in enumerate(values) if v is not None} - constants
     assert left == {slot for _, _, slot, _ in prepared.outputs}
