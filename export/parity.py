@@ -35,9 +35,10 @@ from ..config import SEGMENT
 from ..errors import ParityError
 from ..experts import Routing
 from ..loop import LoopSpec
-from ..runtimes.base import Arrays, Dials, Methods, Surprise
+from ..runtimes.base import Arrays, Dials, Methods
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchMethods, TorchRuntime
+from .parity_memory import MEMORY_TOLERANCE, compare_memory
 from .program import LoopProgram, dial_specs, next_of, signature
 
 LOGITS_TOLERANCE = 1e-4
@@ -48,9 +49,7 @@ POSITIONS = {True: 256, False: 2000}  # tokens compared per setting at most; by 
 LEAST_POSITIONS = 256  # of a sample text that is used
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
-MEMORY_SEGMENTS = 32  # written one after the other, before the memories are compared
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
-MEMORY_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 SINGLES = 32  # of them fed one by one, from two thirds on: through the graphs that decode, over a segment's end
 
 
@@ -388,74 +387,6 @@ def committed(spec: LoopSpec, feeds: Arrays, kept: Arrays) -> Arrays:
     for ring, source in spec.notes["rings"].items():
         rings[ring][..., slots, :] = kept[source][..., :n, :]
     return rings
-
-
-def compare_memory(reference: TorchRuntime, candidate: LoopRuntime, exact: bool) -> dict[str, Any]:
-    """Both write the same 32 segments of exit states: each write by itself, and one after the other from a blank memory.
-
-    A memory may amplify what rounding does: 32 writes later a change of one millionth can have grown a thousandfold.
-    How much is measured on the reference, with segments changed by 1e-7 relative; ten times that is allowed where it is
-    more than the rule's own tolerance.
-
-    Returns:
-        The largest difference of every memory tensor and of the surprise, relative to the tensor's largest value: of
-        single writes ("writes"), after all of them ("after"), and what is allowed then.
-    Raises:
-        ParityError: naming the tensor.
-    """
-    tolerance = MEMORY_TOLERANCE[exact]
-    tokens = np.random.default_rng(1).integers(0, reference.info.vocab_size, MEMORY_SEGMENTS * SEGMENT)
-    segments: list[np.ndarray] = []
-
-    def keep(_: Surprise) -> None:
-        assert reference.segment is not None
-        segments.append(reference.segment.copy())
-
-    reference.reset()
-    reference.on_surprise = keep
-    try:
-        reference.feed(tokens, reference.info.full_depth, "last")
-    finally:
-        reference.on_surprise = None
-    ours = written(reference.methods, segments)
-    singly = [written(candidate.methods, [n], start)[0] for n, start in zip(segments, [None, *ours])]
-    draw = np.random.default_rng(2)
-    changed = [n * (1 + 1e-7 * draw.standard_normal(n.shape)).astype(np.float32) for n in segments]
-    drift = apart([ours[-1]], [written(reference.methods, changed)[-1]])
-    allowed = {name: max(tolerance, 10 * value) for name, value in drift.items()}
-    report = {
-        "writes": apart(ours, singly),
-        "after": apart([ours[-1]], [written(candidate.methods, segments)[-1]]),
-        "allowed": allowed,
-    }
-    for kind, limits in (("writes", dict.fromkeys(allowed, tolerance)), ("after", allowed)):
-        for name, value in report[kind].items():
-            if not value <= limits[name]:
-                when = "in one write" if kind == "writes" else f"after {len(segments)} segments"
-                raise ParityError(f"memory: {name} differs by {value:.1e} relative {when} (allowed {limits[name]:.0e})")
-    return report
-
-
-def written(methods: Methods, segments: list[np.ndarray], start: Arrays | None = None) -> list[Arrays]:
-    """The memory and its surprise after each of the segments, (1, 64, d), from a blank memory or from `start`."""
-    memory = {name: array.copy() for name, array in (start or methods.run("blank", SEGMENT, {})).items()}
-    memory.pop("surprise", None)
-    states = []
-    for segment in segments:
-        given = {"segment": segment, "n_valid": np.array([SEGMENT], np.int64)} | memory
-        out = methods.run("memorize", SEGMENT, given)
-        memory = {name: out[f"next_{name}"].copy() for name in memory}
-        states.append(memory | {"surprise": out["surprise"].copy()})
-    return states
-
-
-def apart(ours: list[Arrays], theirs: list[Arrays]) -> dict[str, float]:
-    """The largest difference of each tensor over a list of states, relative to its largest value; NaN where there is one."""
-    found = {}
-    for name in ours[0]:
-        sizes = [np.abs(a[name] - b[name]).max() / max(1e-3, np.abs(a[name]).max()) for a, b in zip(ours, theirs)]
-        found[name] = float(np.max(sizes))
-    return found
 
 
 def _stacked_names(spec: LoopSpec):

@@ -237,3 +237,12 @@ def assert_memory_and_hits_take_part(runtime: LoopRuntime, calm: Quantized) -> N
     runtime.reset()
     runtime.feed(tokens[:130], full)
     assert np.abs(runtime.feed(tokens[130:], full).logits - found[0].logits).max() > 0.1  # without hits
+
+
+def refused_export(target: str, checkpoint: Path, folder: Path, flags: list[str]) -> int | None:
+    """The exit code of `rmse-export --target` with `flags` into `folder`; in these, "x" stands for a text."""
+    from rmse_edge.cli.export import main
+
+    (folder / "text").write_text("A" * 100)
+    given = [str(folder / "text") if flag == "x" else flag for flag in flags]
+    return main(["--target", target, "-m", str(checkpoint), "-o", str(folder / "p.rmse"), *given])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FEW, assert_memory_and_hits_take_part, assert_one_line, decided_text, random_tokens
+from helpers import FEW, assert_memory_and_hits_take_part, assert_one_line, decided_text, random_tokens, refused_export
 
 pytest.importorskip("coremltools")
 
@@ -269,13 +269,9 @@ def test_reading_a_passage_alone_leaves_the_text_as_it_was(coreml_int4: Path) ->
 def test_what_the_target_cannot_do_is_one_line(
     checkpoint: Path, tmp_path: Path, flags: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "x" in flags:
-        (tmp_path / "text").write_text("A" * 100)
-        flags[flags.index("x")] = str(tmp_path / "text")
-    target = ["--target", "coreml", "-m", str(checkpoint), "-o", str(tmp_path / "p.rmse")]
-    assert rmse_export([*target, *flags]) == 2
+    assert refused_export("coreml", checkpoint, tmp_path, flags) == 2
     assert_one_line(capsys.readouterr().err, *parts)
-    assert not (tmp_path / "p.rmse").exists()
+    assert not list(tmp_path.glob("*.rmse"))
 
 
 def test_an_unknown_compute_unit_lists_those_there_are(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_memory_and_hits_take_part, assert_one_line, mixed_model, random_tokens, require_executorch
+from helpers import (
+    assert_memory_and_hits_take_part,
+    assert_one_line,
+    mixed_model,
+    random_tokens,
+    refused_export,
+    require_executorch,
+)
 from small_models import small_config
 
 pytest.importorskip("executorch")
@@ -253,13 +260,9 @@ def test_a_puzzle_solver_is_lowered_too(tmp_path: Path) -> None:
 def test_what_the_target_cannot_do_is_one_line(
     checkpoint: Path, tmp_path: Path, flags: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "x" in flags:
-        (tmp_path / "text").write_text("A" * 100)
-        flags[flags.index("x")] = str(tmp_path / "text")
-    target = ["--target", "executorch", "-m", str(checkpoint), "-o", str(tmp_path / "p.rmse")]
-    assert rmse_export([*target, *flags]) == 2
+    assert refused_export("executorch", checkpoint, tmp_path, flags) == 2
     assert_one_line(capsys.readouterr().err, *parts)
-    assert not (tmp_path / "p.rmse").exists()
+    assert not list(tmp_path.glob("*.rmse"))
 
 
 def test_groups_that_xnnpack_has_not_are_refused_before_quantising(
