@@ -19,7 +19,7 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Program
 
-from ..errors import ExportError, UserError, quiet
+from ..errors import ExportError, UserError, first_line, quiet
 from .coreml_check import Expected, check, decides, expected
 from .coreml_functions import OPSET, Assembly, Converted, signatures
 from .coreml_ops import DECOMPOSITIONS, check_format, prepare
@@ -68,7 +68,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """
     halves = keeps_states(options.quant)
     compute = options.compute or "cpu"
-    with quiet(), refusals(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with quiet(), refusals("the program"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         described = ct.utils.MultiFunctionDescriptor()
         wanted: dict[str, Expected] = {}
         rings: dict[str, Any] = {}
@@ -99,15 +99,14 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What coremltools refuses, beyond a method: an `ExportError` of one line."""
+def refusals(what: str) -> Iterator[None]:
+    """What coremltools refuses of `what` becomes an `ExportError` of one line."""
     try:
         yield
     except (UserError, OSError):
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"Core ML does not take the program: {reason}") from error
+        raise ExportError(f"Core ML does not take {what}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -144,7 +143,7 @@ def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
     if halves and method.name not in FULL_PRECISION:
         decisions = [i for i, t in enumerate(method.gives) if decides(method, t)]
         precision = ct.transform.FP16ComputePrecision(op_selector=Halving(decisions, compute != "ane"))
-    try:
+    with refusals(method.label):
         program = ct.convert(
             method.program.run_decompositions(DECOMPOSITIONS),
             convert_to="milinternal",
@@ -153,7 +152,4 @@ def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
             # Or float results would be float16: survival, too, which is a sum of many small numbers.
             outputs=[ct.TensorType(dtype=np.float32 if t.dtype.is_floating_point else np.int32) for t in method.gives],
         )
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"Core ML does not take {method.label}: {reason}") from error
     return Converted(program.functions["main"], method.takes, method.gives, f"{method.name}_")

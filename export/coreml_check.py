@@ -165,16 +165,21 @@ def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor]) -> N
     Raises:
         ExportError: naming the weight.
     """
+    if not tensors:
+        return
     there: set[str] = set()
+    read: set[tuple[str, int]] = set()  # functions share most of what lies in the weights' file
     for name in file.functions:
         for op in operations(file.function(name)):
             for _, value in op.values():
-                if value.WhichOneof("value") == "blobFileValue" or op.kind == CONSTEXPR:
-                    there.add(_digest(file.value(value)))  # type: ignore[arg-type]
-                elif op.kind == "const" and value.type.WhichOneof("type") == "tensorType":
-                    found = file.value(value)
-                    if isinstance(found, np.ndarray) and found.dtype != object:
-                        there.add(_digest(found))
+                if value.WhichOneof("value") == "blobFileValue":
+                    where = (value.blobFileValue.fileName, value.blobFileValue.offset)
+                    if where in read:
+                        continue
+                    read.add(where)
+                found = file.value(value)
+                if isinstance(found, np.ndarray) and found.dtype != object:
+                    there.add(_digest(found))
     for name, q in tensors.items():
         if not any(_held(there, *form) for form in stored_forms(q)):
             raise ExportError(

@@ -114,19 +114,20 @@ class Converted:
     gives: tuple[TensorSpec, ...]
     prefix: str  # of the names of its values, so that two methods in one function do not share any
 
+    def constants(self) -> dict[int, Var]:
+        """Emit all its constants here, weights that are stored packed among them: what each is now, by its id."""
+        consts: dict[int, Var] = {}
+        for op in self.function.operations:
+            if op.op_type == "const":
+                consts[id(op.outputs[0])] = mb.const(val=op.outputs[0].val, name=self.prefix + op.name)
+            elif op.op_type.startswith("constexpr_"):
+                consts[id(op.outputs[0])] = _again(op, {}, consts, self.prefix)[0]
+        return consts
+
     def call(self, given: Mapping[str, Var], consts: dict[int, Var]) -> Vars:
-        """Emit the method here, once per function, on values by name; `consts` are those of `emit_constants`."""
+        """Emit the method here, once per function, on values by name; `consts` are those of `constants`."""
         feeds = dict(zip(self.function.inputs.values(), (given[t.name] for t in self.takes), strict=True))
         return dict(zip((t.name for t in self.gives), inline(self.function, feeds, consts, self.prefix), strict=True))
-
-
-def emit_constants(function: Function, consts: dict[int, Var], prefix: str) -> None:
-    """Emit all constants of `function` here, weights that are stored packed among them."""
-    for op in function.operations:
-        if op.op_type == "const":
-            consts[id(op.outputs[0])] = mb.const(val=op.outputs[0].val, name=prefix + op.name)
-        elif op.op_type.startswith("constexpr_"):
-            consts[id(op.outputs[0])] = _again(op, {}, consts, prefix)[0]
 
 
 def inline(function: Function, feeds: Mapping[Var, Var], consts: dict[int, Var], prefix: str) -> list[Var]:
@@ -192,8 +193,8 @@ class Assembly:
         with Function(inputs, opset_version=OPSET) as function:
             given = {t.name: self._taken(function.inputs[t.name], t) for t in takes}
             held = {ring.name: function.inputs[ring.name] for ring in self.states(name)}
-            build: Callable[[Vars, Vars], Vars] = getattr(self, f"_{name}", None) or self._plain(name)
-            results = build(given, held)
+            build: Callable[[Vars, Vars], Vars] | None = getattr(self, f"_{name}", None)
+            results = build(given, held) if build else self._method(name, given)
             function.set_outputs([self._given(results[t.name], t) for t in gives])
         program = Program()
         program.add_function("main", function)
@@ -216,24 +217,16 @@ class Assembly:
 
     # ------------------------------------------------------------------------------------------ the functions
 
-    def _plain(self, name: str) -> Callable[[Vars, Vars], Vars]:
-        def build(given: Vars, held: Vars) -> Vars:
-            return self._method(name, given, {})
-
-        return build
-
-    def _method(self, name: str, given: Vars, consts: dict[int, Var]) -> Vars:
+    def _method(self, name: str, given: Vars) -> Vars:
         method = self.methods[name]
-        if not consts:
-            emit_constants(method.function, consts, method.prefix)
-        return method.call(given, consts)
+        return method.call(given, method.constants())
 
     def _step(self, given: Vars, held: Vars) -> Vars:
         rows = {ring.name: ring.row(mb.read_state(input=held[ring.name]), given["k"]) for ring in self.rings}
-        return self._method("step", given | rows, {})
+        return self._method("step", given | rows)
 
     def _commit(self, given: Vars, held: Vars) -> Vars:
-        results = self._method("commit", given, {})
+        results = self._method("commit", given)
         if not self.rings:
             return results
         for ring in self.rings:
@@ -242,7 +235,7 @@ class Assembly:
         return {COMMITTED.name: mb.add(x=given["position"], y=given["n_valid"])}
 
     def _blank(self, given: Vars, held: Vars) -> Vars:
-        results = self._method("blank", {}, {})
+        results = self._method("blank", {})
         # Nothing is not worth storing.
         values = {
             name: mb.fill(shape=value.shape, value=np.float32(0)) if not np.any(value.val) else value
@@ -253,9 +246,9 @@ class Assembly:
     def _loop(self, given: Vars, held: Vars) -> Vars:
         """begin, then step while something is active: the whole loop in the graph."""
         spec = self.spec
-        begun = self._method("begin", given, {})
-        consts: dict[int, Var] = {}
-        emit_constants(self.methods["step"].function, consts, self.methods["step"].prefix)
+        begun = self._method("begin", given)
+        step = self.methods["step"]
+        consts = step.constants()  # here, not in the body
         rings = {ring.name: mb.read_state(input=held[ring.name]) for ring in self.rings}
         fixed = given | {t.name: begun[t.name] for t in spec.invariants}
         carried = [t.name for t in spec.carried]
@@ -265,8 +258,7 @@ class Assembly:
         first |= {"active": active, "depth": mb.mul(x=active, y=np.int32(0))}
         running = mb.reduce_max(x=active, keep_dims=False)
         zero = mb.mul(x=running, y=np.int32(0))
-        stacks = [mb.fill(shape=(spec.max_loops, *t.shape), value=np.float32(0)) for t in emits]
-        stacks = [mb.identity(x=stack) for stack in stacks]
+        stacks = [mb.identity(x=mb.fill(shape=(spec.max_loops, *t.shape), value=np.float32(0))) for t in emits]
         limit = mb.squeeze(x=given["max_loops"])
 
         def going(k: Var, on: Var, *_: Var) -> Var:
@@ -279,7 +271,7 @@ class Assembly:
             rows = {ring.name: ring.row(rings[ring.name], at) for ring in self.rings}
             if not self.rings:
                 rows = {t.name: _row(given[t.name], at) for t in spec.state}
-            new = self.methods["step"].call(fixed | carry | rows | {LOOP_INDEX.name: at}, consts)
+            new = step.call(fixed | carry | rows | {LOOP_INDEX.name: at}, consts)
             moved = [_like(new[f"next_{name}"], old) for name, old in zip(carried, values)]
             filled = [_replaced(stack, new[t.name], at) for t, stack in zip(emits, values[len(carried) :], strict=True)]
             # Not `any_active`, a flag: loops carry numbers.

@@ -4,7 +4,8 @@ In float16 a router's logits are off by 1e-3, which flips experts, and a surviva
 *decides* stays in float32: routing, from the router's product to the experts' weights; and everything that ends in a
 decision of the loop (active, survival, depth) and nowhere else. Both are found in the graph, by what the results are used
 for, so that it holds for any model. Wide products are no decisions, whatever they lead to: the entropy rule evaluates the
-head inside the loop, whose weights are float16 where it is read. Off the Neural Engine the means of norms stay in float32, too: they cost a row each.
+head inside the loop, whose weights are float16 where it is read. Off the Neural Engine the means of norms stay in
+float32, too: they cost a row each.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..config import RMSEConfig
-from ..errors import ExportError, quiet
+from ..errors import ExportError, first_line, quiet
 from ..quantize import QuantizedTensor
 from .executorch_ops import check_format, prepare, stored_codes
 from .executorch_passes import EDGE_PASSES
@@ -71,8 +71,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
                 )
             )
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ExportError(f"ExecuTorch does not lower the program: {reason}") from error
+            raise ExportError(f"ExecuTorch does not lower the program: {first_line(error)}") from error
     path = folder / PROGRAM
     with path.open("wb") as file:
         lowered.write_to_file(file)

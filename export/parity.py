@@ -8,9 +8,10 @@ and at two adaptive settings. Two rules:
   comparison restarts from an empty state; such positions are listed and may be 1 % at most.
 - rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
   (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
-  These are shares, so more positions are compared: 2,000, or what a target's runtime has time for. Where the target can also compute with float activations
-  (ONNX), a package that rounds them to int8 is first held to the exact rule without that, on the same integers: what
-  remains is the operators' own rounding. Otherwise (ExecuTorch) the lowering looks codes and scales up in the file.
+  These are shares, so more positions are compared: 2,000, or what a target's runtime has time for. Where the target can
+  also compute with float activations (ONNX), a package that rounds them to int8 is first held to the exact rule without
+  that, on the same integers: what remains is the operators' own rounding. Otherwise the lowering looks codes and scales
+  up in the file.
 
 The tokens are fed as in a conversation: a prompt, single tokens, another prompt. A model with the entropy rule gets a
 third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.export import ExportedProgram
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..loop import DIALS, LoopModel, LoopSpec, TensorSpec, run_loop
 
 METHODS = ("prelude", "loop", "step", "head", "commit")
@@ -283,8 +283,9 @@ def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], N
         with torch.no_grad():
             program = torch.export.export(module, module.example(rows), strict=False, **options)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"{type(module.model).__name__}.{module.method} does not trace: {reason}") from error
+        raise ExportError(
+            f"{type(module.model).__name__}.{module.method} does not trace: {first_line(error)}"
+        ) from error
     exported = ExportedMethod(module.method, chunks, module.takes, module.gives, program)
     check(exported)
     return exported

@@ -23,6 +23,11 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of another package says first; its type, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, and what to do about it."""
 
