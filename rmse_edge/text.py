@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import TextError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Fast
 
 SPLITS = ("train", "validation", "all")
 TRAIN_SHARE = 0.9  # nanoGPT's split: the first 90 % trains, the last 10 % validates
@@ -35,7 +42,11 @@ def read_text(path: str | Path) -> str:
 
 
 class Tokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library, with errors in one line."""
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library, with errors in one line.
+
+    Truncation and padding that are stored in the file are left out: they belong to the call that some program made last
+    before it saved the tokenizer, and would cut texts short or fill them up unseen.
+    """
 
     def __init__(self, path: str | Path) -> None:
         from tokenizers import Tokenizer as Fast
@@ -47,21 +58,60 @@ class Tokenizer:
             raise TextError(f"{path}: no such file; expected the model's tokenizer.json") from None
         except Exception as error:  # tokenizers raises bare Exception on malformed files
             raise TextError(f"{path}: not a tokenizer.json ({error})") from None
+        self._fast.no_truncation()
+        self._fast.no_padding()
 
     @property
     def vocab_size(self) -> int:
         return self._fast.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`.
 
+        Args:
+            special: add the tokens that the tokenizer puts around a text, such as the one it begins with. Names of such
+                tokens that stand in `text` are tokens in any case.
         Raises:
             TextError: a character is outside the vocabulary; the message names the first one.
         """
+        return self._encode(self._fast, text, special)
+
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of `text` where it goes on from an earlier text: without what belongs to a text's beginning.
+
+        That is the tokens which the tokenizer puts around a text, and the space that many put before its first word.
+
+        Raises:
+            TextError: as `encode`.
+        """
+        if self._inner is None:
+            return self._encode(self._fast, text, special=False)
+        # After a token of the tokenizer's own (`</s>`) a piece of text begins as everywhere else.
+        first = self._added.search(text) if self._added else None
+        cut = first.start() if first else len(text)
+        rest = self._encode(self._fast, text[cut:], special=False) if cut < len(text) else []
+        return self._encode(self._inner, text[:cut], special=False) + rest
+
+    def decode(self, ids: list[int]) -> str:
+        return self._fast.decode(ids, skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str | None:
+        """The name of a token, None if there is no such token."""
+        return self._fast.id_to_token(token_id)
+
+    def leading_token(self, text: str) -> str | None:
+        """The token of the tokenizer's own, such as `</s>`, that `text` begins with."""
+        found = self._added.match(text) if self._added else None
+        return found[0] if found else None
+
+    def _encode(self, fast: Fast, text: str, special: bool) -> list[int]:
         try:
-            return self._fast.encode(text).ids
+            return fast.encode(text, add_special_tokens=special).ids
         except Exception:  # tokenizers raises bare Exception for a word without an [UNK]
-            vocab = self._fast.get_vocab()
+            lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if lone is not None:  # how Python holds bytes of the command line that are not UTF-8
+                raise TextError(f"the text is not UTF-8 at character {lone}; convert it first (iconv -t UTF-8)") from None
+            vocab = fast.get_vocab()
             characters = [word for word in vocab if len(word) == 1 and word.isprintable()]
             if 2 * len(characters) > len(vocab):
                 bad, known = next((c for c in text if c not in vocab), "?"), "".join(sorted(characters))
@@ -69,8 +119,35 @@ class Tokenizer:
                 bad, known = next((w for w in text.split() if w not in vocab), "?"), f"{len(vocab)} words"
             raise TextError(f"the tokenizer has no token for {bad!r}; it knows {known}") from None
 
-    def decode(self, ids: list[int]) -> str:
-        return self._fast.decode(ids, skip_special_tokens=False)
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        """Finds the tokens that are looked for before anything else is done to a text, the longest first."""
+        names = sorted((t.content for t in self._fast.get_added_tokens_decoder().values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+    @cached_property
+    def _inner(self) -> Fast | None:
+        """The tokenizer for text that stands in the middle of another, None where that is the same one."""
+        from tokenizers import Tokenizer as Fast
+
+        spec = json.loads(self._fast.to_str())
+        changed = copy.deepcopy(spec)
+        for part in _parts(changed["pre_tokenizer"], "pretokenizers"):
+            if part["type"] == "Metaspace":
+                part["prepend_scheme"] = "never"
+            elif part["type"] == "ByteLevel":
+                part["add_prefix_space"] = False
+        kept = [part for part in _parts(changed["normalizer"], "normalizers") if part["type"] != "Prepend"]
+        if len(kept) < len(_parts(changed["normalizer"], "normalizers")):
+            changed["normalizer"] = {"type": "Sequence", "normalizers": kept}
+        return None if changed == spec else Fast.from_str(json.dumps(changed))
+
+
+def _parts(component: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
+    """The members of a tokenizer's component, which may be a sequence of them, or itself, or nothing."""
+    if component is None:
+        return []
+    return component[members] if component["type"] == "Sequence" else [component]
 
 
 def train_character_tokenizer(text: str, path: str | Path) -> None:

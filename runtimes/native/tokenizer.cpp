@@ -70,8 +70,8 @@ Tokenizer::Kind Tokenizer::kind_of(const Json& file) {
   const auto type_of = [&](const char* part) {
     return file.at(part).is_null() ? "" : file.at(part).at("type").string();
   };
+  // Truncation and padding are left out on purpose: they are what some program asked for last before it saved the file.
   const bool plain = file.at("normalizer").is_null() && file.at("post_processor").is_null() &&
-                     file.at("truncation").is_null() && file.at("padding").is_null() &&
                      file.at("added_tokens").items().empty();
   if (!plain || type_of("model") != "WordLevel") return Kind::kOther;
   const Json& splitter = file.at("pre_tokenizer");
