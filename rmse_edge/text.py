@@ -110,7 +110,9 @@ class Tokenizer:
         except Exception:  # tokenizers raises bare Exception for a word without an [UNK]
             lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if lone is not None:  # how Python holds bytes of the command line that are not UTF-8
-                raise TextError(f"the text is not UTF-8 at character {lone}; convert it first (iconv -t UTF-8)") from None
+                raise TextError(
+                    f"the text is not UTF-8 at character {lone}; convert it first (iconv -t UTF-8)"
+                ) from None
             vocab = fast.get_vocab()
             characters = [word for word in vocab if len(word) == 1 and word.isprintable()]
             if 2 * len(characters) > len(vocab):

@@ -20,7 +20,8 @@ from .sampling import Sampler
 if TYPE_CHECKING:
     from .librarian import Librarian
 
-CONTEXT = 8  # tokens of the prompt that decoding the first generated ones takes into account
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are no character, or not yet
+PATIENCE = 64  # tokens without one whole character after which it is taken for certain that there is none
 
 
 class Decodes(Protocol):
@@ -36,51 +37,105 @@ class Span(NamedTuple):
     depth: int
 
 
+class Tail(NamedTuple):
+    """Where a stream of tokens stands in its text: all that another stream needs to go on from there."""
+
+    context: tuple[int, ...] = ()  # the tokens that became text last: decoders look at neighbours
+    open: tuple[int, ...] = ()  # the tokens after them, the beginning of a character
+
+
+BEGINNING = Tail()  # of a text
+
+
 class TextStream:
     """Turns tokens into text as early as it is certain.
 
     Tokens may be pieces of a UTF-8 character: such text is held back until the character is whole. Text that may yet
     become a stop string is held back too; of a stop string nothing is ever given out.
+
+    What is given out is what decoding all tokens at once gives, with one exception: a decoder with byte fallback turns
+    every byte of a run into U+FFFD where a part of it is no UTF-8, and characters that were shown stay.
+
+    (`tokenizers.decoders.DecodeStream` cannot be used here: it raises an exception on such a run, repeats all text before
+    when it starts inside a character, and neither gives out nor tells what it holds back at the end.)
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
-        """`context`: the tokens before the first, which decide whether it begins with a space."""
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), tail: Tail = BEGINNING) -> None:
+        """`tail`: of the stream that this one goes on from."""
         if "" in stop:
             raise UserError("--stop: got an empty string, expected the text to stop at")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids = list(context)  # the tokens that became text last, then the new ones: decoders look at neighbours
-        self._shown = len(self._ids)  # of them, those that became text
-        self._depth = 0  # the deepest of the new ones
+        self._ids = [*tail.context, *tail.open]
+        self._shown = len(tail.context)  # of `_ids`, those that became text
+        self._depth = 0  # the deepest of the others
         self._held: list[Span] = []
+
+    @property
+    def tail(self) -> Tail:
+        return Tail(tuple(self._ids[: self._shown]), tuple(self._ids[self._shown :]))
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Take tokens whose text is not wanted, such as a prompt's.
+
+        Only the last of them are decoded: nothing before a token of whole characters matters to what follows it.
+        """
+        first = len(tokens) - 1
+        while first > 0 and not self._is_whole(tokens[first]):
+            first -= 1
+        if len(tokens) and self._is_whole(tokens[first]):
+            self._ids, self._shown = [], 0
+        for token in tokens[max(first, 0) :]:
+            self._ids.append(token)
+            if not self._is_open(self._fresh_text()):
+                self._advance()
 
     def push(self, token: int, depth: int) -> list[Span]:
         """Take a token; returns what can be shown now."""
         self._ids.append(token)
         self._depth = max(self._depth, depth)
         text = self._fresh_text()
-        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):  # nothing, or the last character is not whole
-            return []
-        return self._release(text)
+        return [] if self._is_open(text) else self._release(text)
 
-    def finish(self) -> list[Span]:
-        """What was held back and is now certain not to be followed by more."""
-        text = self._fresh_text()
+    def finish(self, whole: bool = True) -> list[Span]:
+        """What was held back and is now certain not to be followed by more.
+
+        Args:
+            whole: the text ends here, so what was begun is broken; False leaves it to the stream that goes on from `tail`.
+        """
+        text = self._fresh_text() if whole else ""
         spans = self._release(text) if text and not self.stopped else []
         if not self.stopped:
             spans += self._held
         self._held = []
         return spans
 
+    def _is_whole(self, token: int) -> bool:
+        text = self._tokenizer.decode([token])
+        return bool(text) and BROKEN not in text
+
+    def _is_open(self, text: str) -> bool:
+        """Whether tokens to come may change `text`, that of the newest tokens: it is nothing, or no whole character yet."""
+        return (not text or text.endswith(BROKEN)) and len(self._ids) - self._shown < PATIENCE
+
     def _fresh_text(self) -> str:
         known = self._tokenizer.decode(self._ids[: self._shown]) if self._shown else ""
-        return self._tokenizer.decode(self._ids)[len(known) :]
+        text = self._tokenizer.decode(self._ids)
+        if text.startswith(known):
+            return text[len(known) :]
+        return self._tokenizer.decode(
+            self._ids[self._shown :]
+        )  # the newest broke a run of bytes, but not what was shown
+
+    def _advance(self) -> None:
+        """The newest tokens have become text."""
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
 
     def _release(self, text: str) -> list[Span]:
         """Move `text` into what is held, and out of it what no stop string can claim any more."""
-        self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
+        self._advance()
         self._held.append(Span(text, self._depth))
         self._depth = 0
         held = "".join(span.text for span in self._held)
@@ -117,6 +172,8 @@ class Generation:
     eos: int | None = None  # the token that ends the text; None to go on regardless
     stop: Sequence[str] = ()
     librarian: Librarian | None = None  # is asked before the prompt's last token
+    tail: Tail = BEGINNING  # of the text that the prompt goes on from
+    told: int = 0  # tokens at the prompt's beginning that are in `tail` already
 
     made: list[tuple[int, int]] = field(init=False, default_factory=list)  # (token, depth), see `tokens` and `depth`
     prompt_depth: list[int] = field(init=False, default_factory=list)
@@ -126,7 +183,9 @@ class Generation:
     decode_s: float = field(init=False, default=0.0)  # spent on all further tokens
 
     def __post_init__(self) -> None:
-        self._stream = TextStream(self.tokenizer, self.stop, self.prompt[-CONTEXT:])
+        self._stream = TextStream(self.tokenizer, self.stop, self.tail)
+        self._stream.skip(self.prompt[self.told :])
+        self._pushed = 0  # of `made`
 
     @property
     def tokens(self) -> list[int]:
@@ -174,26 +233,39 @@ class Generation:
 
         May be broken off at any point, by Ctrl-C too: `rest()` and the statistics hold for what was made until then.
         """
-        for token, depth in self.steps():
+        for _ in self.steps():
             if with_prompt and len(self.made) == 1:
                 yield from self.prompt_spans()
-            if token == self.eos:
-                continue
-            yield from self._given(self._stream.push(token, depth))
+            yield from self._fresh_spans()
             if self._stream.stopped:
                 self.finish_reason = "stop"
                 return
 
     def prompt_spans(self) -> Iterator[Span]:
-        """The prompt with the depths of its own positions; empty before the first step."""
-        stream = TextStream(self.tokenizer)
-        for token, depth in zip(self.prompt, self.prompt_depth):
-            yield from stream.push(token, depth)
-        yield from stream.finish()
+        """The prompt with the depths of its own positions, but for a character that only the new tokens complete.
 
-    def rest(self) -> Iterator[Span]:
-        """Text that was held back and that nothing more will follow."""
-        yield from self._given(self._stream.finish())
+        Empty before the first step.
+        """
+        stream = TextStream(self.tokenizer, tail=self.tail)
+        for token, depth in list(zip(self.prompt, self.prompt_depth))[self.told :]:
+            yield from stream.push(token, depth)
+
+    def rest(self, whole: bool = True) -> Iterator[Span]:
+        """Text that was held back and that nothing more will follow; `whole`: as of `TextStream.finish`."""
+        yield from self._fresh_spans()  # Ctrl-C may have come between a token and its text
+        yield from self._given(self._stream.finish(whole))
+
+    @property
+    def end(self) -> Tail:
+        """Where the text has got to, for `tail` of what goes on from here; read `rest(whole=False)` before."""
+        return self._stream.tail
+
+    def _fresh_spans(self) -> Iterator[Span]:
+        while self._pushed < len(self.made) and not self._stream.stopped:
+            token, depth = self.made[self._pushed]
+            self._pushed += 1
+            if token != self.eos:
+                yield from self._given(self._stream.push(token, depth))
 
     def _given(self, spans: list[Span]) -> Iterator[Span]:
         for span in spans:

@@ -1,8 +1,9 @@
 """A session on disk: everything a text has left behind, so that it can go on later, in another process or on a phone.
 
 One safetensors file: the KV ring, the neural memory, the segment it has not yet learned, the hits in force, and, in its
-header, format version, position, tokens not yet read, the model's fingerprint and a SHA-256 over all tensors. A session made on a checkpoint
-goes on in a package of it, and the other way round.
+header, format version, position, tokens not yet read, the last tokens of the text (a character may have begun), the
+conversation where it is one, the model's fingerprint and a SHA-256 over all tensors. A session made on a checkpoint goes on
+in a package of it, and the other way round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,21 +21,33 @@ from safetensors.numpy import save_file
 
 from ..errors import UserError
 from .base import Arrays
+from .generate import BEGINNING, Tail
 from .host import LoopRuntime
 
 FORMAT = "rmse-edge session"
-VERSION = "1"
+VERSION = "2"
 
 
 class SessionError(UserError):
     """A session file is missing, damaged, of another version, or of another model."""
 
 
-def save_session(runtime: LoopRuntime, path: str | Path, pending: Sequence[int] = ()) -> None:
+class Resumed(NamedTuple):
+    """What a session says beside the runtime's state."""
+
+    pending: list[int]  # tokens of the text that were not fed yet: what is fed next begins with them
+    tail: Tail  # where the text has got to, the pending tokens included
+    chat: str  # what `rmse_edge.chat` keeps of a conversation; empty: the text is none
+
+
+def save_session(
+    runtime: LoopRuntime, path: str | Path, pending: Sequence[int] = (), tail: Tail = BEGINNING, chat: str = ""
+) -> None:
     """Write the runtime's state to `path`, whole or not at all.
 
     Args:
         pending: tokens that belong to the text but were not fed yet, such as the last one generated.
+        tail, chat: as in `Resumed`.
     Raises:
         SessionError: the file cannot be written; what stood there before still does.
     """
@@ -46,7 +60,8 @@ def save_session(runtime: LoopRuntime, path: str | Path, pending: Sequence[int] 
         raise SessionError(f"{path}: is a folder, expected a file to write the session to")
     tensors = {name: np.ascontiguousarray(array) for name, array in runtime.tensors().items()}
     header = {"format": FORMAT, "version": VERSION, "model": runtime.info.fingerprint, "name": runtime.info.name,
-              "position": str(runtime.position), "pending": " ".join(map(str, pending))}  # fmt: skip
+              "position": str(runtime.position), "pending": " ".join(map(str, pending)),
+              "context": " ".join(map(str, tail.context)), "open": " ".join(map(str, tail.open)), "chat": chat}  # fmt: skip
     header["sha256"] = digest(tensors, header)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -62,11 +77,9 @@ def save_session(runtime: LoopRuntime, path: str | Path, pending: Sequence[int] 
             scratch.unlink(missing_ok=True)
 
 
-def restore_session(runtime: LoopRuntime, path: str | Path) -> list[int]:
+def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
     """Put a saved session into `runtime`, in place of what it was fed.
 
-    Returns:
-        The pending tokens: what is fed next begins with them.
     Raises:
         SessionError: the file is not a session of this version and this model, or it is damaged; nothing was changed.
     """
@@ -98,7 +111,8 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> list[int]:
         runtime.restore(int(position), tensors)
     except ValueError:
         raise SessionError(f"{path}: its tensors are not those of {runtime.info.name}; start a new session") from None
-    return [int(token) for token in header.get("pending", "").split()]
+    pending, context, begun = ([int(t) for t in header.get(k, "").split()] for k in ("pending", "context", "open"))
+    return Resumed(pending, Tail(tuple(context), tuple(begun)), header.get("chat", ""))
 
 
 def digest(tensors: Arrays, header: Mapping[str, str]) -> str:

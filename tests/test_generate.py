@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ALPHABET, mixed_model
 
-from rmse_edge.runtimes.generate import Generation, Span, TextStream
+from rmse_edge.runtimes.generate import Generation, Span, Tail, TextStream
 from rmse_edge.runtimes.sampling import Sampler, Sampling
 from rmse_edge.runtimes.torch import TorchRuntime
 
@@ -90,7 +90,7 @@ def test_a_tokenizer_sees_what_came_before():
 
     words = Words([" one", " two", " three"])
     assert shown(TextStream(words).push(1, 1)) == "two"
-    text = TextStream(words, context=[0])
+    text = TextStream(words, tail=Tail(context=(0,)))
     assert [shown(text.push(i, 1)) for i in (1, 2, 0)] == [" two", " three", " one"]
 
 

@@ -293,8 +293,8 @@ def test_one_wrong_byte_anywhere(busy: Any, saved: bytes, tmp_path: Path, flip: 
 
 def test_another_version(busy: Any, saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "text.session"
-    path.write_bytes(with_metadata(saved, version="2"))
-    assert_one_line(refused(busy, path), "version 2", f"reads {VERSION}", "start a new one")
+    path.write_bytes(with_metadata(saved, version="1"))
+    assert_one_line(refused(busy, path), "version 1", f"reads {VERSION}", "start a new one")
 
 
 @pytest.mark.parametrize(

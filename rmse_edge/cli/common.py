@@ -17,11 +17,13 @@ import argparse
 import difflib
 import errno
 import functools
+import io
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +57,30 @@ def run_verb(name: str, main: Main, argv: Sequence[str] | None = None) -> int:
         main's own code (None counts as 0); 2 after a `UserError`, a full disk or a path that cannot be used; 130 after
         Ctrl-C; 141 where the reader of the output went away. Every other exception passes: it is a defect.
     """
+    with every_character():
+        return _run_verb(name, main, argv)
+
+
+@contextmanager
+def every_character() -> Iterator[None]:
+    """Characters that a terminal or file cannot show are written as escapes (`\\u65e5`), instead of ending the command.
+
+    Which ones those are the system decides: Windows consoles and files have code pages, the C locale is ASCII. Documents
+    for programs are safe anyhow, JSON has only ASCII.
+    """
+    strict = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper) and s.errors != "backslashreplace"]
+    before = [stream.errors for stream in strict]
+    for stream in strict:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(strict, before):
+            with suppress(OSError, ValueError):  # what it still holds cannot be written: that was said already
+                stream.reconfigure(errors=errors)
+
+
+def _run_verb(name: str, main: Main, argv: Sequence[str] | None) -> int:
     try:
         code = main(argv) or 0
         sys.stdout.flush()  # a closed pipe must show here, not at the interpreter's exit

@@ -11,53 +11,68 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TextError, UserError
+from .chat import talk
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
 from .display import DepthWriter
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
 if TYPE_CHECKING:
+    from ..runtimes.conversation import Conversation
     from ..runtimes.generate import Generation, Span
+    from ..runtimes.session import Resumed
 
 
 @verb("rmse-run")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
 
+    from ..chat import ChatTemplate
     from ..runtimes import LoopRuntime
-    from ..runtimes.generate import Generation
+    from ..runtimes.conversation import Conversation
+    from ..runtimes.generate import BEGINNING, Generation, Tail
     from ..runtimes.sampling import Sampler, Sampling
     from ..runtimes.session import SessionError, restore_session, save_session
     from ..text import Tokenizer
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
-    text = read_stdin() if args.prompt is None else args.prompt
+    text = read_prompt(args)
     if args.save_session and not args.save_session.absolute().parent.is_dir():
         raise UserError(f"--save-session: no folder {args.save_session.absolute().parent}; make it first")
     if args.save_session and args.save_session.is_dir():
         raise UserError(f"--save-session: {args.save_session} is a folder; give a file name in it")
     if args.session and args.no_memory:
         raise UserError("--no-memory: the session brings its own memory; leave one of them out")
+    template = ChatTemplate.open(args.model) if args.chat else None
     runtime = open_model(args)
     assert isinstance(runtime, LoopRuntime)
     dials = chosen_dials(args, runtime.info)
     tokenizer = Tokenizer(args.model / "tokenizer.json")
     librarian = prepare_memory(runtime, args, warn)
-    prompt = tokenizer.encode(text)
-    if args.session:
-        prompt = restore_session(runtime, args.session) + prompt
-    if not prompt:
-        prompt = begin_of_text(runtime.info.config)
-    eos = None if args.ignore_eos else runtime.info.config.get("eos_token_id")
-    generation = Generation(
-        runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, args.stop or (), librarian
-    )
+    stop = list(args.stop or ())
+    if template is not None and not args.ignore_eos and (end := template.end_of_turn(tokenizer)):
+        stop.append(end)
+
+    def generate(prompt: Sequence[int], tail: Tail = BEGINNING, told: int = 0) -> Generation:
+        eos = None if args.ignore_eos else runtime.info.config.get("eos_token_id")
+        return Generation(
+            runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, stop, librarian, tail, told
+        )
+
+    resumed = restore_session(runtime, args.session) if args.session else None
+    if template is not None:
+        return converse(args, Conversation(runtime, tokenizer, template, generate), resumed, text)
+    assert text is not None
+    if resumed:
+        generation = generate(resumed.pending + tokenizer.encode_more(text), resumed.tail, len(resumed.pending))
+    else:
+        generation = generate(tokenizer.encode(text) or begin_of_text(runtime.info.config))
     base = runtime.position
     show(generation, args)
     finish(generation, text, args)
     if args.save_session:
         fed = runtime.position - base
         try:
-            save_session(runtime, args.save_session, [*prompt, *generation.tokens][fed:])
+            save_session(runtime, args.save_session, [*generation.prompt, *generation.tokens][fed:], generation.end)
         except SessionError as error:
             if generation.finish_reason != "interrupted":
                 raise
@@ -66,9 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="rmse-run", description="Continue a prompt. Text goes to stdout, statistics to stderr.")
+    parser = Parser(
+        prog="rmse-run",
+        description="Continue a prompt, or talk (--chat). Text goes to stdout, statistics to stderr.",
+    )
     parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without it, all of stdin")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without it, all of stdin")
+    given.add_argument(
+        "-f", "--file", metavar="FILE", help="the prompt is in a UTF-8 file, taken as it is; - for stdin"
+    )
     parser.add_argument("-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="at most")
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token, always")
@@ -77,6 +99,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="the same seed draws the same tokens on every runtime")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    group = parser.add_argument_group("chat")
+    group.add_argument(
+        "--chat", action="store_true",
+        help="talk, through the model's chat template: a line of stdin is a question; or only that of -p or -f",
+    )  # fmt: skip
+    group.add_argument("--system", metavar="TEXT", help="the conversation's system message")
     add_dial_flags(parser)
     add_memory_flags(parser)
     group = parser.add_argument_group("session")
@@ -91,17 +119,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--color", choices=("auto", "always", "never"), default="auto",
         help="of --show-depth; without colour, runs of one depth stand in brackets: [ROM/5][EO/3]",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.system is not None and not args.chat:
+        raise UserError("--system: is a message of a conversation; add --chat")
+    if args.system is not None and args.session:
+        raise UserError("--system: the session's conversation has begun already; leave one of them out")
+    return args
 
 
 def warn(message: str) -> None:
     print(f"rmse-run: {message}", file=sys.stderr)
 
 
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The text to continue, exactly as given; None where questions come from stdin.
+
+    Raises:
+        TextError: the file is missing, empty or not UTF-8.
+    """
+    if args.prompt is not None:
+        return args.prompt
+    if args.file not in (None, "-"):
+        from ..text import read_text
+
+        return read_text(args.file)
+    return None if args.chat and args.file is None else read_stdin()
+
+
 def read_stdin() -> str:
     """All of stdin, exactly as given."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UserError("no prompt; give --prompt TEXT or pipe text into stdin")
+        raise UserError("no prompt; give --prompt TEXT, --file FILE, or pipe text into stdin")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -114,6 +162,27 @@ def begin_of_text(config: dict[str, Any]) -> list[int]:
     if bos is None:
         raise UserError("the prompt is empty and the model has no begin-of-text token; give at least one character")
     return [bos]
+
+
+def converse(
+    args: argparse.Namespace, conversation: Conversation, resumed: Resumed | None, question: str | None
+) -> int | None:
+    """--chat: one question, or those of stdin; with a session before and after."""
+    from ..runtimes.session import save_session
+
+    if resumed is not None:
+        conversation.resume(resumed)
+    elif args.system is not None:
+        conversation.messages.append({"role": "system", "content": args.system})
+
+    def answer(generation: Generation, question: str) -> None:
+        show(generation, args)
+        finish(generation, question, args)
+
+    code = talk(conversation, question, answer)
+    if args.save_session:
+        save_session(conversation.runtime, args.save_session, *conversation.save())
+    return code
 
 
 def show(generation: Generation, args: argparse.Namespace) -> None:
@@ -132,7 +201,7 @@ def show(generation: Generation, args: argparse.Namespace) -> None:
 
     with suppress(KeyboardInterrupt):
         put(generation.spans(with_prompt=args.show_prompt))
-    put(generation.rest())
+    put(generation.rest(whole=args.chat or not args.save_session))  # a saved session goes on inside a character
     if marked:
         marked.close()
 
@@ -150,12 +219,12 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
             "dials": vars(generation.dials),
             "sampling": vars(generation.sampler.sampling),
         }
-        print(json.dumps(document))
+        print(json.dumps(document), flush=True)
         return
     if args.show_depth or not generation.text.endswith("\n"):
         print()
     sys.stdout.flush()
-    lines = statistics_lines(statistics)
+    lines = statistics_lines(statistics)[-1 if args.chat else 0 :]
     if args.show_depth:
         counts = (f"{k}:{count}" for k, count in enumerate(statistics["histogram"], 1) if count)
         lines.append(f"tokens by loops: {' '.join(counts)}")
