@@ -109,6 +109,8 @@ std::vector<Flag> run_flags(Options& o) {
   return {
       {"--prompt", "-p", "TEXT", "text to continue; without it, all of stdin",
        [&](const std::string& v) { o.prompt = utf8(v); }},
+      {"--file", "-f", "FILE", "the prompt is in a UTF-8 file, taken as it is; - for stdin",
+       [&](const std::string& v) { o.file = v; }},
       {"--max-new-tokens", "-n", "N", "at most (256)",
        [&](const std::string& v) { o.max_new_tokens = whole<int64_t>(v, 1); }},
       {"--temperature", "", "T", "0: the likeliest token, always (0.8)",
@@ -211,7 +213,8 @@ std::string Options::usage() {
          "(tg) and the loop alone, at fixed depths and adaptive, interleaved.\n\n"
          "text:\n" +
          lines_of(run_flags(unused)) + "\nbench:\n" + lines_of(bench_flags(unused)) + "\nboth:\n" +
-         lines_of(common_flags(unused)) + "\nLoops count from 1; the checkpoint's own dials hold unless given.\n";
+         lines_of(common_flags(unused)) + "\nLoops count from 1; the checkpoint's own dials hold unless given. Chat templates,\n"
+         "sessions and knowledge bases are rmse-run's.\n";
 }
 
 Dials Options::dials(const ModelInfo& info) const {

@@ -24,6 +24,7 @@ struct Options {
 
   // Writing text.
   std::optional<std::string> prompt;
+  std::string file;  // that holds the prompt; "-": stdin
   int64_t max_new_tokens = 256;
   Sampling sampling;
   std::vector<std::string> stop;

@@ -242,11 +242,21 @@ Json document(const Generation& generation, const std::string& text, const std::
 // --------------------------------------------------------------------------------------------------- the command
 
 std::string read_stdin() {
-  if (isatty(STDIN_FILENO)) throw std::runtime_error("no prompt; give --prompt TEXT or pipe text into stdin");
-  const std::string text(std::istreambuf_iterator<char>(std::cin), {});
+  if (isatty(STDIN_FILENO)) {
+    throw std::runtime_error("no prompt; give --prompt TEXT, --file FILE, or pipe text into stdin");
+  }
+  return std::string(std::istreambuf_iterator<char>(std::cin), {});
+}
+
+// The text to continue, exactly as given. Throws std::runtime_error where its file is missing, empty or not UTF-8.
+std::string read_prompt(const Options& options) {
+  if (options.prompt) return *options.prompt;
+  const bool piped = options.file.empty() || options.file == "-";
+  const std::string text = piped ? read_stdin() : read_file(options.file);
+  if (!piped && text.empty()) throw std::runtime_error(options.file + ": the file is empty");
   const size_t invalid = find_invalid_utf8(text);
   if (invalid != text.npos) {
-    throw std::runtime_error("stdin: not UTF-8 at byte " + std::to_string(invalid) +
+    throw std::runtime_error((piped ? "stdin" : options.file) + ": not UTF-8 at byte " + std::to_string(invalid) +
                              "; convert it first (iconv -t UTF-8)");
   }
   return text;
@@ -278,11 +288,13 @@ int write_logits(const Options& options) {
 
 int generate(const Options& options) {
   options.sampling.check();
-  if (!options.prompt_tokens.empty() && options.prompt) {
-    throw std::runtime_error("--prompt-tokens: leave out --prompt, or the other way round");
+  if (options.prompt && !options.file.empty()) {
+    throw std::runtime_error("--file: leave out --prompt, or the other way round");
   }
-  std::string text;
-  if (options.prompt_tokens.empty()) text = options.prompt ? *options.prompt : read_stdin();
+  if (!options.prompt_tokens.empty() && (options.prompt || !options.file.empty())) {
+    throw std::runtime_error("--prompt-tokens: leave out --prompt and --file, or the other way round");
+  }
+  const std::string text = options.prompt_tokens.empty() ? read_prompt(options) : "";
   const Package package = Package::open(options.package);
   const Dials dials = options.dials(package.info());
   if (options.no_memory && package.info().memory.empty()) {
