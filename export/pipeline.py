@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..chat import chat_files
 from ..config import SEGMENT, RMSEConfig
 from ..errors import ExportError, UserError
 from ..loop import LoopSpec
@@ -267,14 +268,16 @@ def parity_tokens(config: RMSEConfig, folder: Path, text: dict[str, str]) -> np.
 
 
 def _carry_text(checkpoint: Path | None, folder: Path) -> dict[str, str]:
-    """Copy the tokenizer and the text sample, where the checkpoint has them."""
-    text = {}
-    for key, name in (("tokenizer", TOKENIZER), ("sample", SAMPLE)):
-        if checkpoint is not None and (checkpoint / name).is_file():
+    """Copy the tokenizer, the chat template and the text sample, where the checkpoint has them."""
+    text: dict[str, str] = {}
+    if checkpoint is None:
+        return text
+    for name in (TOKENIZER, *chat_files(checkpoint), SAMPLE):
+        if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
-            text[key] = name
+            text[Path(name).stem] = name
     if "sample" in text and (folder / SAMPLE).stat().st_size > SAMPLE_LIMIT:
-        raise ExportError(f"{checkpoint / SAMPLE}: larger than {SAMPLE_LIMIT} bytes; shorten it")  # type: ignore[operator]
+        raise ExportError(f"{checkpoint / SAMPLE}: larger than {SAMPLE_LIMIT} bytes; shorten it")
     return text
 
 

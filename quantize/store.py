@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..chat import TEMPLATE_FILE
 from ..checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
@@ -37,7 +38,8 @@ from .tensors import Format, QuantizedTensor
 
 FORMAT = "rmse-edge quantized checkpoint"
 FORMAT_VERSION = 1
-CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "sample.txt")  # from the float checkpoint
+# From the float checkpoint.
+CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, "generation_config.json", "sample.txt")
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:

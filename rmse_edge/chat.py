@@ -34,9 +34,27 @@ def chat_files(folder: Path) -> tuple[str, ...]:
     Raises:
         TextError: one of them cannot be read.
     """
-    if _find(folder)[0] is None:
+    if template_source(folder) is None:
         return ()
     return tuple(name for name in (TOKENIZER_CONFIG_FILE, TEMPLATE_FILE) if (folder / name).is_file())
+
+
+def template_source(folder: Path) -> str | None:
+    """The chat template of a folder, None where it has none.
+
+    Raises:
+        TextError: a file that might hold it cannot be read.
+    """
+    return _find(folder)[0]
+
+
+def stored_templates(folder: Path) -> Any:
+    """What a folder's tokenizer_config.json has under `chat_template`: a text, several with names, or None.
+
+    Raises:
+        TextError: the file cannot be read.
+    """
+    return _tokenizer_config(folder).get("chat_template")
 
 
 class ChatTemplate:
@@ -72,7 +90,11 @@ class ChatTemplate:
                 f"{folder}: has no chat template ({TEMPLATE_FILE}, or chat_template in {TOKENIZER_CONFIG_FILE}); put one "
                 "there (and export again), or leave out --chat"
             )
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        named = {
+            k: v["content"] if isinstance(v, dict) and "content" in v else v
+            for k, v in config.items()
+            if k.endswith("_token")
+        }
         return cls(source, {k: v for k, v in named.items() if isinstance(v, str)}, where)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -110,24 +132,29 @@ class ChatTemplate:
 
 def _find(folder: Path) -> tuple[str | None, dict[str, Any], Path]:
     """The source of a folder's template, if there is one, the tokenizer's configuration, and the template's file."""
-    path = folder / TOKENIZER_CONFIG_FILE
-    config = {}
-    if path.is_file():
-        try:
-            config = json.loads(_read(path))
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise TextError(f"{path}: holds no JSON object")
-    own = folder / TEMPLATE_FILE
+    config = _tokenizer_config(folder)
+    own, path = folder / TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
     if own.is_file():
         return _read(own), config, own
     source = config.get("chat_template")
     if isinstance(source, list):  # of several, each with its name
-        source = next((t["template"] for t in source if isinstance(t, dict) and t.get("name") == DEFAULT), None)
+        source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == DEFAULT), None)
     if source is not None and not isinstance(source, str):
         raise TextError(f"{path}: chat_template is no text")
     return source, config, path
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / TOKENIZER_CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(_read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TextError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise TextError(f"{path}: holds no JSON object")
+    return config
 
 
 def _read(path: Path) -> str:

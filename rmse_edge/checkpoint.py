@@ -25,15 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .chat import TOKENIZER_CONFIG_FILE, stored_templates
 from .config import RMSEConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, TextError
 from .model import RMSE
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 QUANTIZATION_FILE = "quantization.json"  # marks a quantised checkpoint, see rmse_edge/quantize/store.py
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 PICKLED_FILES = ("pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
@@ -89,7 +89,10 @@ def save_checkpoint(
             source = folder / TOKENIZER_FILE if tokenizer is None else Path(tokenizer)
             if tokenizer is not None or source.is_file():
                 text = _read_tokenizer(source)
-                _write_text(scratch / TOKENIZER_CONFIG_FILE, _tokenizer_config(text, source, model.config))
+                values = _tokenizer_config(text, source, model.config)
+                if tokenizer is None and (templates := _kept_templates(folder)) is not None:
+                    values["chat_template"] = templates
+                _write_text(scratch / TOKENIZER_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
                 if tokenizer is not None:
                     _write_text(scratch / TOKENIZER_FILE, text)
     except (OSError, SafetensorError) as error:
@@ -130,8 +133,16 @@ def _read_tokenizer(path: Path) -> str:
         raise CheckpointError(f"{path}: not readable as a tokenizer.json ({_one_line(error)})") from None
 
 
-def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> str:
-    """The text of tokenizer_config.json: a fast tokenizer, padded on the left as generation needs it."""
+def _kept_templates(folder: Path) -> Any:
+    """The chat templates of the tokenizer_config.json that is replaced; a broken one is no reason to lose the weights."""
+    try:
+        return stored_templates(folder)
+    except TextError:
+        return None
+
+
+def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> dict[str, Any]:
+    """What tokenizer_config.json holds: a fast tokenizer, padded on the left as generation needs it."""
     from tokenizers import Tokenizer
 
     try:
@@ -153,7 +164,7 @@ def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> str:
         token_id = getattr(config, f"{role}_id")
         if token_id is not None:
             values[role] = tokenizer.id_to_token(token_id)
-    return json.dumps(values, indent=2) + "\n"
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------------- read

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..chat import TEMPLATE_FILE, template_source
 from ..config import RMSEConfig
 from ..errors import CheckpointError, ConfigError, TextError, UserError
 from ..model import RMSE
@@ -67,7 +68,8 @@ def train(
         tokenizer: a tokenizer.json; None makes one of the text's characters. A resumed run keeps its own.
         resume: go on from the state in `out`.
         stop_at: leave after this many steps in all, with the state saved and no checkpoint written.
-        start: a checkpoint folder to begin with the weights of, instead of random ones; its tokenizer is kept.
+        start: a checkpoint folder to begin with the weights of, instead of random ones; its tokenizer and chat template
+            are kept.
     Returns:
         What evaluation.json holds; None if the recipe is not done yet, and in every process but the first.
     Raises:
@@ -95,7 +97,10 @@ def train(
         examples = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
         trainer = Trainer(recipe, examples, out, device, mode, None if resume else start)
         words = source.read_text(encoding="utf-8")
-        weights = carry_out(trainer, recipe, resume, {TOKENIZER_FILE: words}, stop_at, save_every)
+        files = {TOKENIZER_FILE: words}
+        if start is not None and (template := template_source(start)) is not None:
+            files[TEMPLATE_FILE] = template
+        weights = carry_out(trainer, recipe, resume, files, stop_at, save_every)
     if weights is None:
         return None
     return publish(recipe, weights, validation_ids, out)
