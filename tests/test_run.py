@@ -85,6 +85,35 @@ def test_prompt_from_stdin(checkpoint: Path, capsys: pytest.CaptureFixture[str],
     assert (document["prompt"], document["tokens"]) == (TEXT + "\n", expected["tokens"])
 
 
+def test_prompt_from_a_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """As it is, the line end at its end too."""
+    (tmp_path / "prompt.txt").write_text(TEXT + "\n")
+    expected = json.loads(call(capsys, checkpoint, "-p", TEXT + "\n", "-n", 8, "-o", "json")[1])
+    document = json.loads(call(capsys, checkpoint, "-f", tmp_path / "prompt.txt", "-n", 8, "-o", "json")[1])
+    assert (document["prompt"], document["tokens"]) == (TEXT + "\n", expected["tokens"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((TEXT + "\n").encode())))
+    document = json.loads(call(capsys, checkpoint, "--file", "-", "-n", 8, "-o", "json")[1])
+    assert document["tokens"] == expected["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "no such file"), (b"", "the file is empty"), (b"ab\xff", "not UTF-8 at byte 2")]
+)
+def test_bad_prompt_files(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str
+):
+    if content is not None:
+        (tmp_path / "prompt.txt").write_bytes(content)
+    code, out, err = call(capsys, checkpoint, "-f", tmp_path / "prompt.txt")
+    assert (code, out) == (2, "")
+    assert_one_line(err, "rmse-run: error:", "prompt.txt", said)
+    code, _, err = call(capsys, checkpoint, "-f", tmp_path / "prompt.txt", "-p", TEXT)
+    assert code == 2
+    assert_one_line(err, "--prompt", "not allowed with")
+
+
 def test_stop_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     flags = (checkpoint, "-p", TEXT, "-n", 40)
     free = json.loads(call(capsys, *flags, "-o", "json")[1])["text"]

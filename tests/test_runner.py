@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import ALPHABET, FEW, assert_one_line, random_tokens
+from small_tokenizers import cut_short
 
 pytest.importorskip("executorch")
 
@@ -139,6 +140,31 @@ def test_what_is_shown_is_what_rmse_run_shows(
 
 def test_prompts_come_from_stdin_too(fp32: Runner) -> None:
     assert fp32("-n", "20", *GREEDY, input="HELLO").stdout == fp32("-n", "20", *GREEDY, "-p", "HELLO").stdout
+
+
+def test_prompts_come_from_files_too(fp32: Runner, tmp_path: Path) -> None:
+    expected = fp32("-n", "20", *GREEDY, "-p", "HELLO\n").stdout
+    (tmp_path / "prompt").write_text("HELLO\n")
+    assert fp32("-n", "20", *GREEDY, "-f", str(tmp_path / "prompt")).stdout == expected
+    assert fp32("-n", "20", *GREEDY, "--file", "-", input="HELLO\n").stdout == expected
+    assert "prompt: not UTF-8 at byte 1" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"A\xff")))
+    assert "prompt: the file is empty" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"")))
+    assert "none: cannot be read" in fp32.refusal("-f", str(tmp_path / "none"))
+    assert "--file: leave out --prompt" in fp32.refusal("-f", "x", "-p", "A")
+    assert "--prompt-tokens" in fp32.refusal("-f", "x", "--prompt-tokens", "1")
+
+
+def test_stored_truncation_and_padding_are_left_out(
+    fp32: Runner, runner: Path, executorch_package: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut.rmse"
+    shutil.copytree(executorch_package, folder)
+    cut_short(folder / "tokenizer.json")
+    reseal(folder)
+    flags = ("-p", LETTERS, "-n", "9", "-o", "json", *GREEDY)
+    found, expected = (json.loads(run(*flags).stdout) for run in (Runner([runner], folder), fp32))
+    assert found["tokens"] == expected["tokens"] and found["prompt_tokens"] == len(LETTERS) > 16
+    assert found["text"] == expected["text"]
 
 
 def test_text_is_written_as_it_comes_and_ctrl_c_ends_it(fp32: Runner) -> None:

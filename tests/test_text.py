@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import ALPHABET
+from small_models import small_recipe
+from small_tokenizers import BOS, byte_fallback, byte_level, cut_short, with_bos
 
 from rmse_edge.errors import TextError
 from rmse_edge.text import (
@@ -113,3 +120,100 @@ def test_words_are_tokens_and_unknown_ones_are_named(tmp_path: Path) -> None:
     assert tokenizer.encode("? Naga likes >") == [0, 2, 3, 1] and tokenizer.decode([2, 3, 4]) == "Naga likes senoon"
     with pytest.raises(TextError, match=r"^the tokenizer has no token for 'hates'; it knows 5 words$"):
         tokenizer.encode("Naga hates senoon")
+
+
+# ------------------------------------------------------------------------------- what the last call left in the file
+
+
+def test_stored_truncation_and_padding_are_left_out(tmp_path: Path) -> None:
+    train_character_tokenizer(ALPHABET, tmp_path / "tokenizer.json")
+    whole = Tokenizer(tmp_path / "tokenizer.json").encode(ALPHABET)
+    tokenizer = Tokenizer(cut_short(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode(ALPHABET) == tokenizer.encode_more(ALPHABET) == whole and len(whole) == 65
+    assert (
+        tokenizer.encode("AB") == Tokenizer(tmp_path / "tokenizer.json").encode("AB")
+        and len(tokenizer.encode("AB")) == 2
+    )
+
+
+@pytest.fixture
+def cut(checkpoint: Path, tmp_path: Path) -> Path:
+    """`checkpoint`, saved with a tokenizer that was called with `truncation=True, padding="max_length"`."""
+    folder = shutil.copytree(checkpoint, tmp_path / "cut")
+    cut_short(folder / "tokenizer.json")
+    return folder
+
+
+def test_prompts_are_read_whole(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rmse_edge.cli.run import main
+
+    assert main([str(cut), "-p", ALPHABET[1:] * 3, "-n", "1", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 64 * 3
+
+
+def test_texts_are_scored_whole(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rmse_edge.cli.evaluate import main
+
+    assert main([str(cut), "-o", "json", "--max-loops", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 1999
+
+
+def test_texts_are_indexed_whole(remembering: Path, tmp_path: Path) -> None:
+    pytest.importorskip("usearch", reason="needs usearch: pip install 'rmse-edge[knowledge]'")
+    from rmse_edge.cli.index import model_embedder
+    from rmse_edge.knowledge.building import cut_files
+
+    folder = shutil.copytree(remembering, tmp_path / "cut")
+    cut_short(folder / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("A" * 150 + "\n")
+    embedder = model_embedder(Namespace(model=folder, runtime=None, device="cpu", threads=1))
+    (passages,) = cut_files([tmp_path / "text.txt"], embedder).values()
+    assert [len(passage.text) for passage in passages] == [
+        64,
+        64,
+        22,
+    ]  # one of 150, were a passage cut short to 16 tokens
+
+
+def test_texts_are_trained_on_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rmse_edge.cli.train import main
+
+    train_character_tokenizer(ALPHABET, tmp_path / "tokenizer.json")
+    values: dict[str, Any] = json.loads(small_recipe(steps=3, gate_steps=1, exit_steps=1).to_json())
+    del values["model"]["vocab_size"]
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    (tmp_path / "text.txt").write_text(ALPHABET * 60)
+    paths = {"--text": "text.txt", "--recipe": "recipe.json", "--tokenizer": "tokenizer.json", "-o": "run"}
+    cut_short(tmp_path / "tokenizer.json")
+    argv = [part for flag, name in paths.items() for part in (flag, str(tmp_path / name))]
+    assert main([*argv, "--stop-at", "1"]) == 0, capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- where a text does not begin
+
+
+@pytest.mark.parametrize("kind", [byte_fallback, lambda: byte_fallback(metaspace=True), byte_level])
+def test_a_text_that_goes_on_has_no_beginning(tmp_path: Path, kind: Any) -> None:
+    with_bos(kind()).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    begin = tokenizer.encode("")
+    assert tokenizer.decode(begin) == BOS
+    whole = tokenizer.encode("to be x said 日本, he")
+    assert (
+        whole[: len(begin)] == begin and tokenizer.encode("to", special=False) == tokenizer.encode("to")[len(begin) :]
+    )
+    for cut in range(1, len("to be x said 日本, he")):
+        first, rest = "to be x said 日本, he"[:cut], "to be x said 日本, he"[cut:]
+        ids = tokenizer.encode(first) + tokenizer.encode_more(rest)
+        assert ids.count(begin[0]) == 1
+        assert tokenizer.decode(ids) == tokenizer.decode(whole)
+    named = "x</s> he said<|im_end|>"
+    assert tokenizer.encode("a" + named, special=False)[-6:] == tokenizer.encode_more(named)[-6:]
+    assert tokenizer.leading_token(named) is None and tokenizer.leading_token(named[1:]) == "</s>"
+
+
+def test_text_that_is_no_unicode_is_named(tmp_path: Path) -> None:
+    """How Python holds bytes of the command line that are not UTF-8."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TextError, match=r"^the text is not UTF-8 at character 1; convert it first"):
+        Tokenizer(tmp_path / "tokenizer.json").encode("a\udcff")
