@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from codecs import BOM_UTF8
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +34,21 @@ def read_text(path: str | Path) -> str:
         raise TextError(f"{path}: no such file") from None
     except OSError as error:
         raise TextError(f"{path}: cannot be read ({error.strerror})") from None
-    if not raw:
+    if not raw.removeprefix(BOM_UTF8):
         raise TextError(f"{path}: the file is empty")
+    return decode_utf8(raw, path)
+
+
+def decode_utf8(raw: bytes, where: object) -> str:
+    """The text that bytes stand for, without the mark that some editors and shells put before it.
+
+    Raises:
+        TextError: not UTF-8; the message names `where` and the byte.
+    """
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 at byte {error.start}; convert it first (iconv -t UTF-8)") from None
+        raise TextError(f"{where}: not UTF-8 at byte {error.start}; convert it first (iconv -t UTF-8)") from None
 
 
 class Tokenizer:
@@ -70,11 +80,14 @@ class Tokenizer:
 
         Args:
             special: add the tokens that the tokenizer puts around a text, such as the one it begins with. Names of such
-                tokens that stand in `text` are tokens in any case.
+                tokens that stand in `text` are tokens in any case, and one that `text` begins with itself is not
+                added again.
         Raises:
             TextError: a character is outside the vocabulary; the message names the first one.
         """
-        return self._encode(self._fast, text, special)
+        ids = self._encode(self._fast, text, special)
+        named = self.leading_token(text) if special and ids[:1] == ids[1:2] else None
+        return ids[1:] if named is not None and self._fast.token_to_id(named) == ids[0] else ids
 
     def encode_more(self, text: str) -> list[int]:
         """Token ids of `text` where it goes on from an earlier text: without what belongs to a text's beginning.

@@ -296,7 +296,7 @@ def test_ctrl_c_ends_an_answer_not_the_conversation(
     [
         (b"", ["--chat"], "no question"),
         (b"\n \n", ["--chat"], "no question"),
-        (b"he\n\xff\n", ["--chat", "-n", "1"], "stdin:2: not UTF-8 at byte 0 of the line"),
+        (b"he\n\xff\n", ["--chat", "-n", "1"], "stdin:2: not UTF-8 at byte 0"),
         (b"", ["-p", "a", "--system", "be brief"], "--system: is a message of a conversation; add --chat"),
     ],
 )

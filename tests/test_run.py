@@ -93,13 +93,19 @@ def test_prompt_from_a_file(
     expected = json.loads(call(capsys, checkpoint, "-p", TEXT + "\n", "-n", 8, "-o", "json")[1])
     document = json.loads(call(capsys, checkpoint, "-f", tmp_path / "prompt.txt", "-n", 8, "-o", "json")[1])
     assert (document["prompt"], document["tokens"]) == (TEXT + "\n", expected["tokens"])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((TEXT + "\n").encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((TEXT + "\n").encode("utf-8-sig"))))
     document = json.loads(call(capsys, checkpoint, "--file", "-", "-n", 8, "-o", "json")[1])
     assert document["tokens"] == expected["tokens"]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "no such file"), (b"", "the file is empty"), (b"ab\xff", "not UTF-8 at byte 2")]
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "the file is empty"),
+        (b"\xef\xbb\xbf", "the file is empty"),
+        (b"ab\xff", "not UTF-8 at byte 2"),
+    ],
 )
 def test_bad_prompt_files(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str

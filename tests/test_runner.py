@@ -146,7 +146,7 @@ def test_prompts_come_from_files_too(fp32: Runner, tmp_path: Path) -> None:
     expected = fp32("-n", "20", *GREEDY, "-p", "HELLO\n").stdout
     (tmp_path / "prompt").write_text("HELLO\n")
     assert fp32("-n", "20", *GREEDY, "-f", str(tmp_path / "prompt")).stdout == expected
-    assert fp32("-n", "20", *GREEDY, "--file", "-", input="HELLO\n").stdout == expected
+    assert fp32("-n", "20", *GREEDY, "--file", "-", input="\ufeffHELLO\n").stdout == expected
     assert "prompt: not UTF-8 at byte 1" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"A\xff")))
     assert "prompt: the file is empty" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"")))
     assert "none: cannot be read" in fp32.refusal("-f", str(tmp_path / "none"))

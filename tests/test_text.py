@@ -44,6 +44,11 @@ def test_unreadable_texts(tmp_path: Path, content: bytes | None, message: str) -
     assert str(path) in str(caught.value)
 
 
+def test_the_byte_order_mark_of_some_editors_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes("a\ufeffé\r\n".encode("utf-8-sig"))
+    assert read_text(tmp_path / "text.txt") == "a\ufeffé\r\n"
+
+
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="cannot be read"):
         read_text(tmp_path)
@@ -207,6 +212,8 @@ def test_a_text_that_goes_on_has_no_beginning(tmp_path: Path, kind: Any) -> None
         ids = tokenizer.encode(first) + tokenizer.encode_more(rest)
         assert ids.count(begin[0]) == 1
         assert tokenizer.decode(ids) == tokenizer.decode(whole)
+    named = BOS + "to be"
+    assert tokenizer.encode(named) == tokenizer.encode(named, special=False), "what it names itself is not added again"
     named = "x</s> he said<|im_end|>"
     assert tokenizer.encode("a" + named, special=False)[-6:] == tokenizer.encode_more(named)[-6:]
     assert tokenizer.leading_token(named) is None and tokenizer.leading_token(named[1:]) == "</s>"

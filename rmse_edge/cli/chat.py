@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..runtimes.conversation import Conversation
     from ..runtimes.generate import Generation
 
+NO_QUESTION = "no question; give --prompt TEXT or one a line on stdin"
 HINT = "Ctrl-C stops an answer, Ctrl-D ends"
 
 
@@ -89,18 +90,15 @@ def piped() -> Iterator[str]:
     Raises:
         UserError: there is none.
     """
+    from ..text import decode_utf8
+
     if sys.stdin is None:
-        raise UserError("no question; give --prompt TEXT or one a line on stdin")
+        raise UserError(NO_QUESTION)
     asked = False
     for number, raw in enumerate(sys.stdin.buffer, 1):
-        try:
-            line = raw.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise TextError(
-                f"stdin:{number}: not UTF-8 at byte {error.start} of the line; convert it first (iconv -t UTF-8)"
-            ) from None
+        line = decode_utf8(raw, f"stdin:{number}").rstrip("\r\n")
         if line.strip():
             asked = True
             yield line
     if not asked:
-        raise UserError("no question; give --prompt TEXT or one a line on stdin")
+        raise UserError(NO_QUESTION)

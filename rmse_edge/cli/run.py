@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TextError, UserError
+from ..errors import UserError
 from .chat import talk
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
 from .display import DepthWriter
@@ -150,10 +150,9 @@ def read_stdin() -> str:
     """All of stdin, exactly as given."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("no prompt; give --prompt TEXT, --file FILE, or pipe text into stdin")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"stdin: not UTF-8 at byte {error.start}; convert it first (iconv -t UTF-8)") from None
+    from ..text import decode_utf8
+
+    return decode_utf8(sys.stdin.buffer.read(), "stdin")
 
 
 def begin_of_text(config: dict[str, Any]) -> list[int]:

@@ -252,7 +252,8 @@ std::string read_stdin() {
 std::string read_prompt(const Options& options) {
   if (options.prompt) return *options.prompt;
   const bool piped = options.file.empty() || options.file == "-";
-  const std::string text = piped ? read_stdin() : read_file(options.file);
+  std::string text = piped ? read_stdin() : read_file(options.file);
+  if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // the mark that some editors and shells put before a text
   if (!piped && text.empty()) throw std::runtime_error(options.file + ": the file is empty");
   const size_t invalid = find_invalid_utf8(text);
   if (invalid != text.npos) {
