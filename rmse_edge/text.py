@@ -108,10 +108,6 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
 
-    def token(self, token_id: int) -> str | None:
-        """The name of a token, None if there is no such token."""
-        return self._fast.id_to_token(token_id)
-
     def leading_token(self, text: str) -> str | None:
         """The token of the tokenizer's own, such as `</s>`, that `text` begins with."""
         found = self._added.match(text) if self._added else None

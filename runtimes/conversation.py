@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ..chat import ChatTemplate, Message
 from ..text import Tokenizer
+from .base import Dials
 from .generate import BEGINNING, Generation, Tail, TextStream
 from .host import LoopRuntime
 from .session import Resumed, SessionError
@@ -25,6 +26,7 @@ class Conversation:
     runtime: LoopRuntime
     tokenizer: Tokenizer
     template: ChatTemplate
+    dials: Dials  # of what is read anew
     generate: Callable[..., Generation]  # takes a prompt, and `tail` and `told` by their names
     messages: list[Message] = field(default_factory=list)
 
@@ -68,6 +70,11 @@ class Conversation:
             whole, known = (text + self._text(generation, generation.tokens[:n]) for n in (None, fed))
             self._read = [(whole, unfed), (known, [])]
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was answered."""
+        return any(message["role"] == "assistant" for message in self.messages)
+
     def save(self) -> tuple[list[int], Tail, str]:
         """What a session keeps beside the runtime's state: `pending`, `tail` and `chat` of `save_session`.
 
@@ -78,7 +85,7 @@ class Conversation:
             tokens = self.tokenizer.encode(text, special=False)
             self.runtime.reset()
             if len(tokens) > 1:
-                self.runtime.feed(tokens[:-1], self.runtime.info.dials, logits="last")
+                self.runtime.feed(tokens[:-1], self.dials, logits="last")
             self._read, self._tail = [(text, tokens[-1:])], BEGINNING
         text, pending = self._read[0]
         return pending, self._tail, json.dumps({"messages": self.messages, "read": self._read})

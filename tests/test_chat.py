@@ -310,6 +310,22 @@ def test_mistaken_chats(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_was_said_before_a_mistake_is_kept(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder, session = with_template(base, tmp_path / "model", CHATML), tmp_path / "talk.session"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"he\n\xff\n")))
+    flags = ("-n", "5", "--temperature", "0", "--save-session", str(session))
+    assert main([str(folder), "--chat", *flags]) == 2
+    assert "stdin:2" in capsys.readouterr().err
+    (answer,) = chat(capsys, monkeypatch, folder, "why?\n", "--session", session)
+    assert answer["prompt_tokens"] > len("why?")
+    session.unlink()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert main([str(folder), "--chat", *flags]) == 2
+    assert "nothing was answered" in capsys.readouterr().err and not session.exists()
+
+
 def test_a_model_without_a_template(base: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(base), "--chat", "-p", "he"]) == 2
     assert_one_line(capsys.readouterr().err, "rmse-run: error:", "has no chat template", TEMPLATE_FILE)

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     resumed = restore_session(runtime, args.session) if args.session else None
     if template is not None:
-        return converse(args, Conversation(runtime, tokenizer, template, generate), resumed, text)
+        return converse(args, Conversation(runtime, tokenizer, template, dials, generate), resumed, text)
     assert text is not None
     if resumed:
         generation = generate(resumed.pending + tokenizer.encode_more(text), resumed.tail, len(resumed.pending))
@@ -178,9 +178,21 @@ def converse(
         show(generation, args)
         finish(generation, question, args)
 
-    code = talk(conversation, question, answer)
-    if args.save_session:
+    def keep() -> None:
+        if not args.save_session:
+            return
+        if not conversation.begun:
+            warn(f"{args.save_session}: not saved, nothing was answered")
+            return
         save_session(conversation.runtime, args.save_session, *conversation.save())
+
+    try:
+        code = talk(conversation, question, answer)
+    except UserError:  # such as a question too many for the package: what was said before is kept
+        with suppress(UserError):
+            keep()
+        raise
+    keep()
     return code
 
 
