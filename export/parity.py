@@ -26,91 +26,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..config import SEGMENT
 from ..errors import ParityError
-from ..experts import Routing
 from ..loop import LoopSpec
-from ..runtimes.base import Arrays, Dials, Methods
+from ..runtimes.base import Arrays, Dials, Methods, ModelInfo
 from ..runtimes.host import LoopRuntime
-from ..runtimes.torch import TorchMethods, TorchRuntime
+from ..runtimes.torch import TorchMethods
 from .parity_memory import MEMORY_TOLERANCE, compare_memory
+from .parity_reference import (
+    LEAST_POSITIONS,
+    SINGLES,
+    Course,
+    Reference,
+    conversation,
+    least_positions,
+    made_up_hits,
+)
 from .program import LoopProgram, dial_specs, next_of, signature
 
 LOGITS_TOLERANCE = 1e-4
 MARGIN = 1e-4  # below it the reference is undecided
 UNDECIDED_SHARE = 0.01
 SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
-POSITIONS = {True: 256, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
-LEAST_POSITIONS = 256  # of a sample text that is used
+POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
-SINGLES = 32  # of them fed one by one, from two thirds on: through the graphs that decode, over a segment's end
+LAST_ONLY = 40  # tokens of the call of which only the last logits are asked for: a padded one
 
 
-class Margins:
-    """Listens to the reference and keeps, for every position fed, its smallest distance to a different decision."""
-
-    def __init__(self, runtime: TorchRuntime, dials: Dials) -> None:
-        self.model, self.dials = runtime.model, dials
-        self.calls: list[np.ndarray] = []
-        self.brake: list[np.ndarray] = []  # per iteration: (k, brake score of active rows)
-        self.change: list[np.ndarray] = []
-        self.entropy: list[np.ndarray] = []  # only of models with the entropy rule
-
-    def __enter__(self) -> Margins:
-        self.model.observer = self.on_iteration
-        self.model.block.experts.observer = self.on_routing
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.model.observer = self.model.block.experts.observer = None
-
-    def on_routing(self, k: int, routing: Routing) -> None:
-        experts = self.model.block.experts
-        biased = (
-            (routing.logits + experts.balance_bias).topk(min(experts.config.top_k + 1, routing.logits.shape[1])).values
-        )
-        tight = biased.shape[1] > experts.config.top_k
-        self.routing = (biased[:, -2] - biased[:, -1]).cpu().numpy() if tight else np.full(len(biased), np.inf)
-
-    def on_iteration(self, k: int, active, before, after, log_survival) -> None:
-        live = active[0].cpu().numpy()
-        if k == 0:
-            self.calls.append(np.full(int(live.sum()), np.inf))  # rows in a call are its first ones
-        brake = -np.expm1(log_survival[0].cpu().numpy().astype(np.float64))
-        relative = ((after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30))[0].cpu().numpy()
-        margin = self.routing.copy()
-        decides = self.dials.min_loops <= k + 1 < self.dials.max_loops  # elsewhere no exit rule is asked
-        if decides and self.dials.exit_threshold < 1:
-            margin = np.minimum(margin, np.abs(brake - self.dials.exit_threshold))
-        if decides and self.dials.exit_epsilon > 0:
-            margin = np.minimum(margin, np.abs(relative - self.dials.exit_epsilon))
-        if "entropy" in self.model.config.exit_rules:
-            log_p = _log_softmax(self.model.head_proj(self.model.norm(after))[0].cpu().numpy())
-            entropy = -(np.exp(log_p) * log_p).sum(-1)
-            if decides and self.dials.exit_entropy > 0:
-                margin = np.minimum(margin, np.abs(entropy - self.dials.exit_entropy))
-            self.entropy.append(entropy[live])
-        rows = np.arange(len(self.calls[-1]))
-        kept = self.calls[-1]
-        kept[:] = np.where(live[rows], np.minimum(kept, margin[rows]), kept)
-        self.brake.append(brake[live])
-        self.change.append(relative[live])
-
-    @property
-    def positions(self) -> np.ndarray:
-        """(n,) the smallest margin of each position fed since the start."""
-        return np.concatenate(self.calls) if self.calls else np.zeros(0)
-
-
-def adaptive_settings(reference: TorchRuntime, tokens: np.ndarray) -> dict[str, Dials]:
+def adaptive_settings(reference: Reference, tokens: np.ndarray) -> dict[str, Dials]:
     """Full depth and adaptive settings at which this model's exits vary: by the gate, by the delta rule, and by the
     entropy rule where the model has it.
 
@@ -119,20 +68,17 @@ def adaptive_settings(reference: TorchRuntime, tokens: np.ndarray) -> dict[str, 
     """
     own, full = reference.info.dials, reference.info.full_depth
     middle = max(0, reference.info.max_loops // 2 - 1)
-    with Margins(reference, full) as seen:
-        reference.reset()
-        reference.feed(tokens, full, "last")
-    per_loop = reference.info.max_loops
-    brake = clear_threshold(np.concatenate(seen.brake[middle::per_loop]))
-    change = clear_threshold(np.concatenate(seen.change[middle::per_loop]))
-    gate = own.exit_threshold if own.exit_threshold < 1 else min(brake, 0.999)
+    scores = reference.course(tokens, full).scores
+    clear = {name: clear_threshold(of_loops[middle]) for name, of_loops in scores.items()}
+    gate = own.exit_threshold if own.exit_threshold < 1 else min(clear["exit_threshold"], 0.999)
+    delta = own.exit_epsilon or clear["exit_epsilon"]
     settings = {
         "full depth": full,
         "gate": dataclasses.replace(full, exit_threshold=float(np.float32(gate))),
-        "delta": dataclasses.replace(full, exit_epsilon=float(np.float32(own.exit_epsilon or change)), min_loops=1),
+        "delta": dataclasses.replace(full, exit_epsilon=float(np.float32(delta)), min_loops=1),
     }
-    if seen.entropy:
-        entropy = own.exit_entropy or clear_threshold(np.concatenate(seen.entropy[middle::per_loop]))
+    if "exit_entropy" in scores:
+        entropy = own.exit_entropy or clear["exit_entropy"]
         settings["entropy"] = dataclasses.replace(full, exit_entropy=float(np.float32(entropy)))
     return settings
 
@@ -148,50 +94,46 @@ def clear_threshold(values: np.ndarray) -> float:
     return float((central[widest] + central[widest + 1]) / 2)
 
 
-@dataclass(frozen=True)
-class Course:
-    """What one pass over n tokens gave."""
-
-    logits: np.ndarray  # (n, V)
-    depth: np.ndarray  # (n,)
-    surprise: np.ndarray  # (n,) at the last position of every segment, 0 elsewhere
-
-
 def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Course:
-    """Every token, fed from an empty state as a conversation is: a prompt, single tokens, a prompt.
+    """Every token, fed from an empty state as `conversation` says.
 
-    So large, padded and single-row calls all take part, and each kind reads what the others left in the ring. Made-up
-    hits are there from the first single token to the next boundary.
+    Made-up hits are there from the first single token to the next boundary. Amid the single tokens the text is
+    interrupted as a session is: what is kept is taken out, and put back into an empty runtime. One position's logits
+    come from a call that was asked for its last row only, as prompts of people are.
     """
-    first = len(tokens) * 2 // 3
-    last = first + SINGLES
-    parts = [tokens[:first], *tokens[first:last, None], tokens[last:]]
-    runtime.reset()
+    first, last = conversation(len(tokens), runtime.info)
     fed, surprise = [], np.zeros(len(tokens))
+    runtime.reset()
+    beginning = min(LAST_ONLY, first)
+    only = runtime.feed(tokens[:beginning], dials, "last").logits[-1] if beginning else None
+    runtime.reset()
+    parts = [tokens[:first], *tokens[first:last, None], tokens[last:]]
     for i, part in enumerate(parts):
-        if i == 1:
-            hits = made_up_hits(runtime)
-            runtime.inject(hits, None if hits is None else np.linspace(0.9, 0.3, len(hits)))
+        if i == 1 and (hits := made_up_hits(runtime.info)) is not None:
+            runtime.inject(*hits)
+        if i == SINGLES // 2:
+            interrupt(runtime)
         if len(part):
             fed.append(runtime.feed(part, dials))
             for found in fed[-1].surprises:
                 surprise[found.position - 1] = found.value
-    return Course(np.concatenate([f.logits for f in fed]), np.concatenate([f.depth for f in fed]), surprise)
+    logits = np.concatenate([f.logits for f in fed])
+    if only is not None:
+        logits[beginning - 1] = only
+    return Course(logits, np.concatenate([f.depth for f in fed]), surprise)
 
 
-def made_up_hits(runtime: LoopRuntime) -> np.ndarray | None:
-    """As many hits as the model takes but one, (n, slots, d) of mean square 1; None for a model without retrieval."""
-    space = runtime.info.retrieval
-    if space is None:
-        return None
-    shape = (max(1, int(space["hits"]) - 1), int(space["slots"]), runtime.info.config["d_model"])
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+def interrupt(runtime: LoopRuntime) -> None:
+    """Take out what is kept, forget everything, and put it back."""
+    kept = runtime.position, {name: array.copy() for name, array in runtime.tensors().items()}
+    runtime.reset()
+    runtime.restore(*kept)
 
 
 def compare(
-    reference: TorchRuntime, candidate: LoopRuntime, tokens: np.ndarray, dials: Dials, exact: bool
+    reference: Reference, candidate: LoopRuntime, tokens: np.ndarray, dials: Dials, exact: bool
 ) -> dict[str, Any]:
-    """Run both over `tokens` at one setting and measure.
+    """Run the candidate over `tokens` at one setting and measure how far it is from the reference.
 
     Raises:
         ParityError: they disagree beyond the rule; the message names the position and the numbers.
@@ -200,8 +142,7 @@ def compare(
     ours, theirs, depths = [], [], []
     surprises: list[np.ndarray] = []
     while start < len(tokens):
-        with Margins(reference, dials) as margins:
-            a = teacher_forced(reference, tokens[start:], dials)
+        a = reference.course(tokens[start:], dials)
         b = teacher_forced(candidate, tokens[start:], dials)
         difference = np.abs(a.logits - b.logits).max(1)
         surprise = np.abs(a.surprise - b.surprise) / np.maximum(1e-3, a.surprise)  # relative
@@ -210,12 +151,12 @@ def compare(
         n = len(wrong)
         if exact and wrong.any():
             first = int(np.argmax(wrong))
-            unsure = np.flatnonzero(margins.positions[: first + 1] < MARGIN)
+            unsure = np.flatnonzero(a.margin[: first + 1] < MARGIN)
             if not len(unsure):
                 raise ParityError(
                     f"position {start + first}: logits differ by {difference[first]:.1e} (allowed "
                     f"{LOGITS_TOLERANCE:.0e}), depth {b.depth[first]} instead of {a.depth[first]}, surprise by "
-                    f"{surprise[first]:.1e} relative, and the reference is decided (margin {margins.positions[: first + 1].min():.1e})"
+                    f"{surprise[first]:.1e} relative, and the reference is decided (margin {a.margin[: first + 1].min():.1e})"
                 )
             undecided.append(start + int(unsure[-1]))
             n = int(unsure[-1])
@@ -230,7 +171,7 @@ def compare(
     summary = _summary(
         np.concatenate(ours), np.concatenate(theirs), np.concatenate(depths, 1), undecided, len(tokens), exact
     )
-    if reference.memory:
+    if reference.info.memory:
         largest = float(np.concatenate(surprises).max())  # relative
         summary["max_surprise_difference"] = largest
         if not exact and not largest <= SURPRISE:  # NaN is wrong
@@ -398,7 +339,7 @@ def _stacked_names(spec: LoopSpec):
 
 def gate(
     program: LoopProgram,
-    reference: TorchRuntime,
+    reference: Reference,
     candidate: LoopRuntime,
     tokens: np.ndarray,
     exact: bool,
@@ -415,10 +356,9 @@ def gate(
     Raises:
         ParityError: the package must not ship.
     """
-    least = reference.info.window + 2 * SEGMENT
-    tokens = tokens[: max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))]
+    tokens = compared(tokens, reference.info, exact, positions)
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
-    settings = adaptive_settings(reference, tokens)
+    settings = adaptive_settings(reference, tokens[: least_positions(reference.info)])
     for name, dials in settings.items():
         progress(f"parity at {name}")
         try:
@@ -438,9 +378,15 @@ def gate(
         for label, difference in found.items():
             worst[label] = max(worst.get(label, 0.0), difference)
     report["methods"] = worst
-    if reference.memory:
+    if reference.info.memory:
         progress("parity of the memory")
-        report["memory"] = compare_memory(reference, candidate, exact)
-    reference.reset()
+        report["memory"] = compare_memory(reference, candidate.methods, exact)
     candidate.reset()
     return report
+
+
+def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | None = None) -> np.ndarray:
+    """The part of a text that the gate compares, by its rule; see `gate`. A text that is too short is read over again."""
+    least = least_positions(info)
+    count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))
+    return tokens[:count] if len(tokens) >= least else np.resize(tokens, least)

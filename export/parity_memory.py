@@ -8,15 +8,14 @@ import numpy as np
 
 from ..config import SEGMENT
 from ..errors import ParityError
-from ..runtimes.base import Arrays, Methods, Surprise
-from ..runtimes.host import LoopRuntime
-from ..runtimes.torch import TorchRuntime
+from ..runtimes.base import Arrays, Methods
+from .parity_reference import Reference
 
 MEMORY_SEGMENTS = 32  # written one after the other, before the memories are compared
 MEMORY_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 
 
-def compare_memory(reference: TorchRuntime, candidate: LoopRuntime, exact: bool) -> dict[str, Any]:
+def compare_memory(reference: Reference, candidate: Methods, exact: bool) -> dict[str, Any]:
     """Both write the same 32 segments of exit states: each write by itself, and one after the other from a blank memory.
 
     A memory may amplify what rounding does: 32 writes later a change of one millionth can have grown a thousandfold.
@@ -31,27 +30,16 @@ def compare_memory(reference: TorchRuntime, candidate: LoopRuntime, exact: bool)
     """
     tolerance = MEMORY_TOLERANCE[exact]
     tokens = np.random.default_rng(1).integers(0, reference.info.vocab_size, MEMORY_SEGMENTS * SEGMENT)
-    segments: list[np.ndarray] = []
-
-    def keep(_: Surprise) -> None:
-        assert reference.segment is not None
-        segments.append(reference.segment.copy())
-
-    reference.reset()
-    reference.on_surprise = keep
-    try:
-        reference.feed(tokens, reference.info.full_depth, "last")
-    finally:
-        reference.on_surprise = None
+    segments = reference.segments(tokens)
     ours = written(reference.methods, segments)
-    singly = [written(candidate.methods, [n], start)[0] for n, start in zip(segments, [None, *ours])]
+    singly = [written(candidate, [n], start)[0] for n, start in zip(segments, [None, *ours])]
     draw = np.random.default_rng(2)
     changed = [n * (1 + 1e-7 * draw.standard_normal(n.shape)).astype(np.float32) for n in segments]
     drift = apart([ours[-1]], [written(reference.methods, changed)[-1]])
     allowed = {name: max(tolerance, 10 * value) for name, value in drift.items()}
     report = {
         "writes": apart(ours, singly),
-        "after": apart([ours[-1]], [written(candidate.methods, segments)[-1]]),
+        "after": apart([ours[-1]], [written(candidate, segments)[-1]]),
         "allowed": allowed,
     }
     for kind, limits in (("writes", dict.fromkeys(allowed, tolerance)), ("after", allowed)):

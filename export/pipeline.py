@@ -25,9 +25,10 @@ from ..quantize import Format, Quantized
 from ..quantize.scheme import BITS
 from ..runtimes import other_runtimes, runtime_for
 from ..runtimes.host import LoopRuntime
-from ..runtimes.torch import TorchRuntime, fingerprint, model_info
+from ..runtimes.torch import fingerprint, model_info
 from ..text import Tokenizer, read_text
-from .parity import LEAST_POSITIONS, POSITIONS, gate
+from .parity import POSITIONS, compared, gate
+from .parity_reference import LEAST_POSITIONS, Reference
 from .program import Signature, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
 
@@ -218,10 +219,13 @@ def export_package(
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)
         if request.check:
-            reference = TorchRuntime(rounded(model, request.quant), info.name)
             tokens = parity_tokens(model.config, folder, text)
             # An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise.
             float_cache = model.config.kv_dtype == "float32"
+            rounded_activations = rounds_activations or request.quant in target.halves
+            exact = request.quant != "fp16" and not rounded_activations and float_cache
+            longest = compared(tokens, info, exact, target.positions)
+            reference = Reference(rounded(model, request.quant), info, longest)
             found = None
             if twin is not None:
                 progress("parity of the integers")
@@ -229,8 +233,6 @@ def export_package(
                 found = gate(program, reference, candidate, tokens, float_cache, progress)
                 for file in set(twin["graphs"].values()):
                     (folder / file).unlink()
-            rounded_activations = rounds_activations or request.quant in target.halves
-            exact = request.quant != "fp16" and not rounded_activations and float_cache
             candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
             reports = [
                 gate(program, reference, c, tokens, exact, progress, rounded_activations, target.positions)

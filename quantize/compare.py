@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..exit import delta_stops, entropy_stops, gate_stops
+from ..exit import stops
 from ..model import RMSE, Stop
 from ..train.losses import token_loss
 
@@ -22,13 +22,13 @@ def deployed_exit(model: RMSE) -> Stop | None:
     c = model.config
     if c.exit_threshold >= 1 and not c.exit_epsilon and not c.exit_entropy:
         return None
-    threshold, epsilon, entropy = (torch.tensor(v) for v in (c.exit_threshold, c.exit_epsilon, c.exit_entropy))
+    dials = {
+        name: torch.tensor(getattr(c, name)) for name in ("min_loops", "exit_threshold", "exit_epsilon", "exit_entropy")
+    }
 
     def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
-        found = gate_stops(log_survival, threshold) | delta_stops(before, after, epsilon)
-        if c.exit_entropy:
-            found = found | entropy_stops(model.head_proj(model.norm(after)), entropy)
-        return found & (k + 1 >= c.min_loops)
+        logits = model.head(after)["logits"] if c.exit_entropy else None
+        return stops(k, before, after, log_survival, dials, logits)
 
     return stop
 

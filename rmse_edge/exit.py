@@ -12,21 +12,55 @@ at once, and even in float32 a product loses a threshold close to 1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Dials(NamedTuple):
-    """The quality dial, given at run time. Scalars: int64 loops, float32 thresholds."""
+def stops(
+    k: int | Tensor,
+    before: Tensor,
+    after: Tensor,
+    log_survival: Tensor,
+    dials: Mapping[str, Tensor],
+    logits: Tensor | None = None,
+) -> Tensor:
+    """Which positions stop after iteration k (from 0), (B, C) bool: all rules of a model together.
 
-    max_loops: Tensor
-    min_loops: Tensor
-    exit_threshold: Tensor  # >= 1 disables the gate
-    exit_epsilon: Tensor  # 0 disables the delta rule
-    exit_entropy: Tensor  # 0 disables the entropy rule
+    Args:
+        before, after: states (B, C, d) on both sides of the iteration.
+        log_survival: (B, C), the iteration included.
+        dials: the scalars min_loops, exit_threshold, exit_epsilon and, with `logits`, exit_entropy.
+        logits: (B, C, V) of `after`, for models with the entropy rule.
+    """
+    found = gate_stops(log_survival, dials["exit_threshold"]) | delta_stops(before, after, dials["exit_epsilon"])
+    if logits is not None:
+        found = found | entropy_stops(logits, dials["exit_entropy"])
+    return found & (k + 1 >= dials["min_loops"])
+
+
+def scores(before: Tensor, after: Tensor, log_survival: Tensor, logits: Tensor | None = None) -> dict[str, Tensor]:
+    """What every rule compares with its dial, by the dial's name: (B, C) float64 each. Arguments as in `stops`."""
+    change = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)
+    found = {"exit_threshold": -torch.expm1(log_survival.double()), "exit_epsilon": change.double()}
+    return found if logits is None else found | {"exit_entropy": entropy(logits).double()}
+
+
+def margins(scores: Mapping[str, Tensor], dials: Mapping[str, Tensor]) -> Tensor:
+    """How far positions are from another decision of an exit rule, (K, n) like each of the `scores`.
+
+    Infinite where no rule is asked: before min_loops, at the last loop, and where all are off.
+    """
+    loops, count = next(iter(scores.values())).shape
+    loop = torch.arange(1, loops + 1)[:, None]
+    asked = (loop >= dials["min_loops"]) & (loop < dials["max_loops"])
+    found = torch.full((loops, count), torch.inf, dtype=torch.float64)
+    for name, score in scores.items():
+        on = dials[name] < 1 if name == "exit_threshold" else dials[name] > 0
+        found = torch.where(asked & on, torch.minimum(found, (score - dials[name]).abs()), found)
+    return found
 
 
 def gate_stops(log_survival: Tensor, threshold: Tensor) -> Tensor:
@@ -42,8 +76,13 @@ def delta_stops(before: Tensor, after: Tensor, epsilon: Tensor) -> Tensor:
 
 def entropy_stops(logits: Tensor, target: Tensor) -> Tensor:
     """True where the entropy of softmax(logits) is below `target` nats."""
+    return entropy(logits) < target
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) over the last axis, nats."""
     log_p = F.log_softmax(logits.float(), -1)
-    return -(log_p.exp() * log_p).sum(-1) < target
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def add_log_survival(log_survival: Tensor, gate_logit: Tensor, active: Tensor) -> Tensor:

@@ -144,6 +144,14 @@ class SparseExperts(nn.Module):
         weights = (self.gate_up_proj, self.down_proj)
         return sparse_experts(rows, logits, self.balance_bias, active, *weights, self.config.top_k)
 
+    def margin(self, routing: Routing) -> Tensor:
+        """By how much the last expert that was selected leads the next one, (N,); infinite where all are selected."""
+        top_k = self.config.top_k
+        if top_k == self.config.n_experts:
+            return torch.full_like(routing.logits[:, 0], torch.inf)
+        last, following = (routing.logits + self.balance_bias).topk(top_k + 1).values[:, -2:].unbind(-1)
+        return last - following
+
     @torch.no_grad()
     def balance(self, rate: float) -> float:
         """Raise the selection bias of experts that got less than their share, lower it for the others.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -124,6 +124,48 @@ class LoopModel(Protocol):
         """prelude, context, h, depth, iterations (0-d) and the stacked emits (K, ...) -> `spec.commit`.
 
         Rows of the stacked emits from `iterations` on are undefined: those loops did not run.
+        """
+
+
+class InjectedHits(NamedTuple):
+    """What was retrieved for a text: read by the positions from `since` on, up to the next multiple of 64."""
+
+    since: int
+    values: Tensor  # (n, slots, d), best first
+    scores: Tensor  # (n,) cosines by which they were found
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """What a model says of a text of T tokens that it was given at once."""
+
+    logits: Tensor  # (T, V)
+    depth: Tensor  # (T,) int64
+    h: Tensor  # (T, d) the state each position stopped with
+    surprise: Tensor  # of every whole segment of 64 tokens, in order; empty for a model without memory
+    # Dial -> what its exit rule compares with it after every iteration, (K, T); meaningless once a position has stopped.
+    scores: Mapping[str, Tensor]
+    # (T,) how far the position was from another decision, of an exit rule, a router or whatever else decides in the
+    # model: the smallest such distance over its iterations. Infinite where nothing was to be decided.
+    margin: Tensor
+
+
+@runtime_checkable
+class TextModel(LoopModel, Protocol):
+    """A looped model of texts, of which a package can be proved: it also knows its answer without a runtime."""
+
+    def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
+        """A text from an empty past, in one go.
+
+        The parity gate holds runtimes against it, their caches and calls included. So it must not be written on top of
+        what it judges: no cache that slots are written into, no calls of fixed size, no `commit`. A position's past is the
+        positions before it, as attention defines them. What a runtime rounds on purpose, such as keys and values kept in
+        float16, is rounded here too.
+
+        Args:
+            tokens: (T,) int64, positions 0 to T - 1.
+            dials: the scalars of `spec.dials`.
+            hits: None: nothing was retrieved.
         """
 
 

@@ -31,13 +31,15 @@ from .atlas import Atlas
 from .attention import MASKED, Attention, RMSNorm, table_row
 from .config import SEGMENT, RMSEConfig
 from .errors import ConfigError
-from .exit import add_log_survival, delta_stops, entropy_stops, gate_stops
+from .exit import add_log_survival, margins, scores, stops
 from .experts import SparseExperts
-from .loop import LoopSpec, Tensors, TensorSpec
+from .loop import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from .memory import Memory
 from .retrieval import Retrieval
 from .rope import rotary_angles
 from .titans import Titans
+
+WHOLE_TEXT_PIECE = 256  # positions of a whole text computed together, where the memory does not say how many
 
 MEMORIES: dict[str, Callable[[RMSEConfig], Memory]] = {"titans": Titans, "atlas": Atlas}
 
@@ -93,12 +95,30 @@ class Block(nn.Module):
 
 
 class Hits(NamedTuple):
-    """What was retrieved for the segments of a training sequence."""
+    """What was retrieved for the segments of a batch of sequences."""
 
     values: Tensor  # (B, segments, R, d)
     scores: Tensor  # (B, segments, R)
     valid: Tensor  # (B, segments, R) bool
     since: Tensor  # (B, segments) int64: the first position of the segment that sees them
+
+    @classmethod
+    def injected(cls, hits: InjectedHits, count: int) -> Hits:
+        """`hits` of one text of `count` positions."""
+        segments, width = -(-count // SEGMENT), hits.values.shape[-1]
+        at = hits.since // SEGMENT
+        values = hits.values.new_zeros(1, segments, hits.values.shape[0] * hits.values.shape[1], width)
+        found = cls(
+            values,
+            values[..., 0].clone(),
+            torch.zeros_like(values[..., 0], dtype=torch.bool),
+            torch.zeros(1, segments, dtype=torch.int64),
+        )
+        found.values[0, at] = hits.values.reshape(-1, width)
+        found.scores[0, at] = hits.scores.repeat_interleave(hits.values.shape[1])
+        found.valid[0, at] = True
+        found.since[0, at] = hits.since % SEGMENT
+        return found
 
     def of_segment(self, i: int, count: int) -> Tensors:
         """The inputs of prelude for segment i, of `count` positions: each sees the hits from its own row on."""
@@ -108,7 +128,7 @@ class Hits(NamedTuple):
 
 
 class RMSE(nn.Module):
-    """The model, as a `LoopModel` for runtimes and exporters and as a trajectory of states for training."""
+    """The model, as a `TextModel` for runtimes and exporters and as a trajectory of states for training."""
 
     def __init__(self, config: RMSEConfig) -> None:
         super().__init__()
@@ -124,8 +144,6 @@ class RMSE(nn.Module):
         self.gate = nn.Linear(config.d_model, 1)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        # Called as observer(k, active=, before=, after=, log_survival=) by every eager `step`; never exported.
-        self.observer: Callable[..., None] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -277,14 +295,10 @@ class RMSE(nn.Module):
         )
         normed = self.norm(after)
         log_survival = add_log_survival(carry["log_survival"], self.gate(normed).squeeze(-1), active)
-        stop = gate_stops(log_survival, dials["exit_threshold"]) | delta_stops(before, after, dials["exit_epsilon"])
-        if "entropy" in self.config.exit_rules:
-            stop = stop | entropy_stops(self.head_proj(normed), dials["exit_entropy"])
-        if self.observer is not None:
-            self.observer(int(k), active=active, before=before, after=after, log_survival=log_survival)
+        logits = self.head_proj(normed) if "entropy" in self.config.exit_rules else None
         new = {
             "h": torch.where(active.unsqueeze(-1), after, before),
-            "active": active & ~(stop & (k + 1 >= dials["min_loops"])),
+            "active": active & ~stops(k, before, after, log_survival, dials, logits),
             "log_survival": log_survival,
         }
         return new, {"new_keys": keys, "new_values": values}
@@ -344,6 +358,47 @@ class RMSE(nn.Module):
         keys, values = attention.keys_values(x, None, cos, sin)
         return keys.unflatten(0, (loops, -1)), values.unflatten(0, (loops, -1))
 
+    # ------------------------------------------------------------------------------------------------ whole texts
+
+    @torch.no_grad()
+    def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
+        """See `TextModel`: `trajectory`, told where to stop, and watched."""
+        loops, experts = int(dials["max_loops"]), self.block.experts
+        ends, surprises = [], []
+        found: list[Tensors] = []  # of every iteration of every piece of the text
+        routed: list[Tensor] = []
+
+        def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
+            logits = self.head(after)["logits"] if "entropy" in self.config.exit_rules else None
+            found.append(scores(before, after, log_survival, logits))
+            if k + 1 == loops:
+                ends.append(after)
+            return stops(k, before, after, log_survival, dials, logits)
+
+        observer, experts.observer = experts.observer, lambda k, routing: routed.append(experts.margin(routing))
+        try:
+            given = None if hits is None else Hits.injected(hits, len(tokens))
+            states, _, depth = self.trajectory(
+                tokens[None], loops, stop, hits=given, surprises=surprises, piece=WHOLE_TEXT_PIECE
+            )
+        finally:
+            experts.observer = observer
+        of_loops = {
+            name: torch.stack([torch.cat([f[name] for f in found[k::loops]], 1)[0] for k in range(loops)])
+            for name in found[0]
+        }
+        margin = torch.stack([torch.cat(routed[k::loops]) for k in range(loops)]).double()  # (K, T)
+        margin = torch.minimum(margin, margins(of_loops, dials))
+        running = torch.arange(loops)[:, None] < depth
+        return WholeText(
+            self.head_proj(states[-1])[0],
+            depth[0],
+            torch.cat(ends, 1)[0],
+            torch.cat([*surprises, tokens.new_zeros(0, dtype=torch.float32)]),
+            of_loops,
+            margin.masked_fill(~running, torch.inf).amin(0),
+        )
+
     # ------------------------------------------------------------------------------------------------ training
 
     def trajectory(
@@ -355,6 +410,7 @@ class RMSE(nn.Module):
         remember: bool = True,
         hits: Hits | None = None,
         surprises: list[Tensor] | None = None,
+        piece: int | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """All states of a whole sequence from an empty past, every iteration computed.
 
@@ -372,12 +428,14 @@ class RMSE(nn.Module):
             remember: False leaves the memory blank.
             hits: what was retrieved for each segment; None: nothing.
             surprises: a list to which the memory's surprise (B,) at every whole segment is added.
+            piece: positions computed together by a model without a memory, all by default: attention scores take
+                the square of that. With a memory it is always a segment.
         Returns:
             (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
         """
         batch, count = tokens.shape
         loops = self.config.max_loops if loops is None else loops
-        length = count if self.memory is None else SEGMENT
+        length = (piece or count) if self.memory is None else SEGMENT
         memory = {} if self.memory is None else self.memory.initial(batch)
         past: list[tuple[Tensor, Tensor] | None] = [None] * loops
         parts = []

@@ -184,9 +184,7 @@ class LoopRuntime:
         kept = self.methods.run("commit", chunk, prelude | context | looped)
         if not self.kept_by_engine():
             self._into_rings(kept, n)
-        if self.segment is not None:
-            row = self._position % SEGMENT
-            self.segment[:, row : row + n] = looped["h"][:, :n]
+        self._into_segment(looped["h"], n)
         self._position += n
         return result
 
@@ -197,6 +195,12 @@ class LoopRuntime:
         slots = (self._position + np.arange(first, n)) % window
         for ring, source in self.info.rings.items():
             self.state[ring][..., slots, :] = kept[source][..., first:n, :]
+
+    def _into_segment(self, h: np.ndarray, n: int) -> None:
+        """Put the exit states of the call's `n` tokens into their rows of the segment."""
+        if self.segment is not None:
+            row = self._position % SEGMENT
+            self.segment[:, row : row + n] = h[:, :n]
 
     # ------------------------------------------------------------------------------------------ memory, retrieval
 

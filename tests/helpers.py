@@ -20,13 +20,15 @@ from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.config import RMSEConfig
 from rmse_edge.export import onnx as onnx_target
 from rmse_edge.export import pipeline
-from rmse_edge.export.parity import MARGIN, Margins, made_up_hits
+from rmse_edge.export.parity import MARGIN
+from rmse_edge.export.parity_reference import Reference, made_up_hits
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
+from rmse_edge.loop import InjectedHits
 from rmse_edge.model import RMSE
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import Dials, LoopRuntime
 from rmse_edge.runtimes.kernels import COMPILERS
-from rmse_edge.runtimes.torch import TorchRuntime
+from rmse_edge.runtimes.torch import TorchRuntime, model_info
 from rmse_edge.text import train_character_tokenizer
 
 RATES = {"titans": [-3.0, 1.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # logits, as the memories' `learn` reads them
@@ -82,6 +84,11 @@ def remembering_model(memory: str = "titans", seed: int = 0, **changes: Any) -> 
     return model
 
 
+def reference_of(model: RMSE) -> Reference:
+    """What the parity gate would hold a package of `model` against."""
+    return Reference(model, model_info(model, "reference", 0))
+
+
 FEW = 4  # tokens of a small vocabulary
 
 
@@ -122,21 +129,17 @@ def decided_text(count: int) -> np.ndarray:
 
 @functools.cache
 def _remembered_text() -> np.ndarray:
-    reference = TorchRuntime(remembering_model(), "mem")
-    settings = (Dials(4), Dials(4, 1, 0.6))
+    model = remembering_model()
+    vectors, cosines = (torch.from_numpy(a) for a in made_up_hits(reference_of(model).info) or ())
+    settings = [{k: torch.from_numpy(v) for k, v in d.arrays().items()} for d in (Dials(4), Dials(4, 1, 0.6))]
     for seed in range(100):
-        tokens, margins = random_tokens(260, seed), []
-        for dials, hits in itertools.product(settings, (None, made_up_hits(reference))):
-            reference.reset()
-            with Margins(reference, dials) as seen:
-                reference.feed(tokens[:90], dials, "last")
-                reference.inject(hits)
-                reference.feed(tokens[90:], dials, "last")
-            margins.append(seen.positions.min())
-            if margins[-1] < 2 * MARGIN:
-                break
-        else:
-            return tokens
+        tokens = torch.from_numpy(random_tokens(260, seed))
+        courses = (
+            model.whole_text(tokens, dials, hits)
+            for dials, hits in itertools.product(settings, (None, InjectedHits(90, vectors, cosines)))
+        )
+        if all(course.margin.min() >= 2 * MARGIN for course in courses):
+            return tokens.numpy()
     raise AssertionError("no seed gives a decided text")
 
 

@@ -1,4 +1,8 @@
-"""Small models with lively gates, and the plain host loop that tests run them with, call by call."""
+"""Small models with lively gates, and the plain host loop that tests run them with, call by call.
+
+`RingHost` and the exit rules in `whole_sequence` are written a second time on purpose: tests hold the project's own
+hosts, `exit.stops` and `RMSE.whole_text` against them, so they must not be made of the same code.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import random_tokens, remembered_text, remembering_model
+from helpers import random_tokens, reference_of, remembered_text, remembering_model
 from small_models import dials as model_dials
 from small_models import whole_sequence
 
@@ -26,8 +26,8 @@ from rmse_edge.export.parity import (
     compare,
     compare_memory,
     gate,
-    made_up_hits,
 )
+from rmse_edge.export.parity_reference import Reference, made_up_hits
 from rmse_edge.export.pipeline import CHUNKS
 from rmse_edge.export.program import ExportedMethod, LoopProgram, Method, check
 from rmse_edge.model import RMSE
@@ -46,7 +46,12 @@ def model(remembering: Path) -> RMSE:
 
 
 @pytest.fixture(scope="module")
-def reference(model: RMSE) -> TorchRuntime:
+def reference(model: RMSE) -> Reference:
+    return reference_of(model)
+
+
+@pytest.fixture(scope="module")
+def in_torch(model: RMSE) -> TorchRuntime:
     return TorchRuntime(model, "mem")
 
 
@@ -70,11 +75,11 @@ def candidate(opened: LoopRuntime) -> Iterator[LoopRuntime]:
 # ----------------------------------------------------------------------------------------------------- a good package
 
 
-def test_the_report_tells_of_the_memory(remembering_package: Path, reference: TorchRuntime) -> None:
+def test_the_report_tells_of_the_memory(remembering_package: Path, in_torch: TorchRuntime) -> None:
     report = Package.open(remembering_package).manifest["parity"]
     assert report["rule"] == "exact"
     for kind in ("writes", "after"):
-        assert set(report["memory"][kind]) == {*reference.memory, "surprise"}
+        assert set(report["memory"][kind]) == {*in_torch.memory, "surprise"}
         assert max(report["memory"][kind].values()) <= MEMORY_TOLERANCE[True]
     for name, result in report["settings"].items():
         assert result["max_surprise_difference"] <= MEMORY_TOLERANCE[True]
@@ -89,19 +94,19 @@ def test_a_model_without_memory_reports_none(package: Path) -> None:
     assert all("max_surprise_difference" not in result for result in report["settings"].values())
 
 
-def test_the_loop_reads_the_memory_without_carrying_it(remembering_package: Path, reference: TorchRuntime) -> None:
+def test_the_loop_reads_the_memory_without_carrying_it(remembering_package: Path, in_torch: TorchRuntime) -> None:
     """What the loop carries is copied every iteration; the memory is an input of the graph that its body looks up."""
     graph = onnx.load(remembering_package / "loop.onnx", load_external_data=False)
     given = {i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.graph.input}
-    for name, array in reference.memory.items():
+    for name, array in in_torch.memory.items():
         assert given[name] == array.shape
     loop = find_loop(graph)
     assert loop is not None
     (body,) = subgraphs(loop)
     assert {"memory_up", "memory_down"} <= names_read(body)
-    assert not set(loop.input) & set(reference.memory)
+    assert not set(loop.input) & set(in_torch.memory)
     carried = [tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in body.input]
-    assert not set(carried) & {array.shape for array in reference.memory.values()}
+    assert not set(carried) & {array.shape for array in in_torch.memory.values()}
     assert len(loop.input) == 2 + 5  # trip count and condition; k, h, active, depth, log_survival
 
 
@@ -123,17 +128,17 @@ def test_chunks_on_onnx_are_the_full_forward(model: RMSE, candidate: LoopRuntime
     assert [s.position for s in surprises] == [64, 128, 192, 256]
 
 
-def test_embed_peek_and_query_agree(reference: TorchRuntime, candidate: LoopRuntime) -> None:
+def test_embed_peek_and_query_agree(in_torch: TorchRuntime, candidate: LoopRuntime) -> None:
     text = remembered_text(200)
     for count in (1, 30, 64):
-        found = [runtime.embed(text[:count]) for runtime in (reference, candidate)]
+        found = [runtime.embed(text[:count]) for runtime in (in_torch, candidate)]
         for ours, theirs in zip(*found):
             assert np.abs(ours - theirs).max() < 1e-4
         assert found[0][0].shape == (16,) and found[0][1].shape == (2, 64)
         assert np.linalg.norm(found[0][0]) == pytest.approx(1, abs=1e-4)
     for at in (1, 40, 64, 100, 128):
         told = []
-        for runtime in (reference, candidate):
+        for runtime in (in_torch, candidate):
             runtime.reset()
             runtime.feed(text[:at], DIALS, "last")
             told.append((runtime.peek(), runtime.query()))
@@ -146,7 +151,7 @@ def test_embed_peek_and_query_agree(reference: TorchRuntime, candidate: LoopRunt
             assert vars(theirs) == pytest.approx(vars(ours), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["reference", "candidate"])
+@pytest.mark.parametrize("name", ["in_torch", "candidate"])
 def test_looking_changes_nothing(name: str, request: pytest.FixtureRequest) -> None:
     """`peek`, `query` and `embed` in the middle of a segment with hits: state, position and what follows stay."""
     runtime: LoopRuntime = request.getfixturevalue(name)
@@ -155,7 +160,7 @@ def test_looking_changes_nothing(name: str, request: pytest.FixtureRequest) -> N
     for look in (False, True):
         runtime.reset()
         runtime.feed(text[:90], DIALS, "last")
-        runtime.inject(made_up_hits(runtime))
+        runtime.inject(*made_up_hits(runtime.info))
         runtime.feed(text[90:100], DIALS, "last")
         before = {k: v.copy() for k, v in runtime.tensors().items()}
         if look:
@@ -279,7 +284,7 @@ def program(model: RMSE) -> LoopProgram:
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_the_gate_notices(case: str, program: LoopProgram, reference: TorchRuntime, candidate: LoopRuntime) -> None:
+def test_the_gate_notices(case: str, program: LoopProgram, reference: Reference, candidate: LoopRuntime) -> None:
     fault, said = FAULTS[case]
     candidate.methods = Faulty(candidate.methods, fault)
     with pytest.raises(ParityError) as caught:
@@ -288,16 +293,16 @@ def test_the_gate_notices(case: str, program: LoopProgram, reference: TorchRunti
 
 
 def test_the_gate_passes_methods_without_a_fault(
-    program: LoopProgram, reference: TorchRuntime, candidate: LoopRuntime
+    program: LoopProgram, reference: Reference, candidate: LoopRuntime
 ) -> None:
     candidate.methods = Faulty(candidate.methods, lambda method, chunk, feeds, run: run(feeds))
     report = gate(program, reference, candidate, remembered_text(256), exact=True)
     assert all(result["undecided"] == [] for name, result in report["settings"].items() if name != "delta")
-    assert candidate.position == reference.position == 0  # and both are left blank
+    assert candidate.position == 0  # and it is left blank
 
 
 def test_a_write_after_the_wrong_call_is_noticed(
-    reference: TorchRuntime, candidate: LoopRuntime, monkeypatch: pytest.MonkeyPatch
+    reference: Reference, candidate: LoopRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that hands the new memory over one call late: the first call of a segment still reads the old one."""
     pending: list[Arrays] = []
@@ -323,7 +328,7 @@ def test_a_write_after_the_wrong_call_is_noticed(
 
 
 def test_hits_kept_beyond_the_boundary_are_noticed(
-    reference: TorchRuntime, candidate: LoopRuntime, monkeypatch: pytest.MonkeyPatch
+    reference: Reference, candidate: LoopRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that forgets to take the hits back: prompts after the boundary still read them."""
     candidate.reset()
@@ -334,11 +339,11 @@ def test_hits_kept_beyond_the_boundary_are_noticed(
 
 
 @pytest.mark.parametrize("name", ["memory_up", "memory_down", "momentum_up", "momentum_down", "surprise_stats"])
-def test_memories_that_drift_apart_are_noticed(reference: TorchRuntime, candidate: LoopRuntime, name: str) -> None:
+def test_memories_that_drift_apart_are_noticed(reference: Reference, candidate: LoopRuntime, name: str) -> None:
     """Each write is a little off, in a tensor that the settings and the comparison of methods may hardly feel."""
     candidate.methods = Faulty(candidate.methods, scaled("memorize", f"next_{name}", 1 + 2e-4))
     with pytest.raises(ParityError, match=r"memory: \w+ differs by .* relative in one write \(allowed 1e-04\)"):
-        compare_memory(reference, candidate, exact=True)
+        compare_memory(reference, candidate.methods, exact=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- ATLAS
@@ -379,26 +384,26 @@ def lowered(atlas: RMSE) -> SomeOnnx:
 
 
 @pytest.fixture
-def atlas_pair(atlas: RMSE, lowered: SomeOnnx) -> tuple[TorchRuntime, LoopRuntime]:
+def atlas_pair(atlas: RMSE, lowered: SomeOnnx) -> tuple[Reference, LoopRuntime]:
     candidate = TorchRuntime(atlas, "candidate")
     candidate.methods = lowered
-    return TorchRuntime(atlas, "reference"), candidate
+    return reference_of(atlas), candidate
 
 
-def test_atlas_on_onnx_says_what_pytorch_says(atlas_pair: tuple[TorchRuntime, LoopRuntime]) -> None:
+def test_atlas_on_onnx_says_what_pytorch_says(atlas_pair: tuple[Reference, LoopRuntime]) -> None:
     """At every setting of the gate and over 32 writes; its window of two segments is state too."""
     reference, candidate = atlas_pair
     text = remembered_text(256)
     for name, dials in adaptive_settings(reference, text).items():
         result = compare(reference, candidate, text, dials, exact=True)
         assert result["max_surprise_difference"] <= MEMORY_TOLERANCE[True], name
-    report = compare_memory(reference, candidate, exact=True)
+    report = compare_memory(reference, candidate.methods, exact=True)
     assert {"window_keys", "window_values", "window_gates", "memory_up"} <= set(report["after"])
 
 
 @pytest.mark.parametrize("lost", ["window_keys", "window_values", "window_gates", "momentum_up", "key_tail"])
-def test_what_atlas_forgets_is_noticed(atlas_pair: tuple[TorchRuntime, LoopRuntime], lost: str) -> None:
+def test_what_atlas_forgets_is_noticed(atlas_pair: tuple[Reference, LoopRuntime], lost: str) -> None:
     reference, candidate = atlas_pair
     candidate.methods = Faulty(candidate.methods, blanked({"memorize"}, lost))
     with pytest.raises(ParityError, match=r"^memory: "):
-        compare_memory(reference, candidate, exact=True)
+        compare_memory(reference, candidate.methods, exact=True)

@@ -114,7 +114,7 @@ def test_the_dial_is_at_most_the_trained_depth_and_counts_from_one() -> None:
 def test_the_loop_physically_stops() -> None:
     model = lively_model(small_config())
     seen: list[int] = []
-    model.observer = lambda k, **tensors: seen.append(k)
+    model.block.register_forward_pre_hook(lambda block, given: seen.append(int(given[1])))
     RingHost(model).call(tokens_for(model, 8), dials(model, exit_epsilon=1e9, min_loops=2))
     assert seen == [0, 1]
 

@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import Memo, decided_text, mixed_model
+from helpers import Memo, decided_text, mixed_model, reference_of
 from onnx import ModelProto, helper, numpy_helper
 
 from rmse_edge.errors import ExportError, ParityError
-from rmse_edge.export import ExportRequest, export_package, parity, targets
+from rmse_edge.export import ExportRequest, export_package, targets
 from rmse_edge.export import onnx as onnx_target
 from rmse_edge.export.onnx_passes import subgraphs
-from rmse_edge.export.parity import LOGITS_TOLERANCE, MARGIN, POSITIONS, Margins, compare
+from rmse_edge.export.parity import LOGITS_TOLERANCE, MARGIN, POSITIONS, compare
+from rmse_edge.export.parity_reference import Reference
 from rmse_edge.export.program import ExportedMethod
 from rmse_edge.model import RMSE
 from rmse_edge.package import Package
@@ -333,19 +334,14 @@ class AtThreshold(TorchRuntime):
         return super().feed(tokens, dataclasses.replace(dials, exit_threshold=self.threshold), logits)
 
 
-def knife_edge(reference: TorchRuntime, tokens: np.ndarray, near: float) -> tuple[int, float]:
-    """A position of the first call and the threshold, close to `near`, that is exactly its brake score at some loop."""
-    dials = dataclasses.replace(reference.info.full_depth, exit_threshold=near)
-    with Margins(reference, dials) as seen:
-        reference.reset()
-        reference.feed(tokens[:64], dials)
-    rows, best = np.arange(64), (np.inf, 0, 0.0)
-    active = rows
-    for brake in seen.brake[:-1]:  # of the rows still active, in order; the last loop ends all of them anyway
-        closest = int(np.argmin(np.abs(brake - near)))
-        best = min(best, (abs(brake[closest] - near), int(active[closest]), float(brake[closest])))
-        active = active[brake < near]
-    return best[1], float(np.float32(best[2]))
+def knife_edge(reference: Reference, tokens: np.ndarray, near: float) -> tuple[int, float]:
+    """One of the first 64 positions and the threshold, close to `near`, that is exactly its brake score at some loop."""
+    course = reference.course(tokens[:64], dataclasses.replace(reference.info.full_depth, exit_threshold=near))
+    brake = course.scores["exit_threshold"]
+    running = np.arange(len(brake))[:, None] < course.depth
+    brake = np.where(running, brake, np.inf)[:-1]  # the last loop ends all positions anyway
+    k, position = np.unravel_index(np.abs(brake - near).argmin(), brake.shape)
+    return int(position), float(np.float32(brake[k, position]))
 
 
 def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> None:
@@ -354,12 +350,11 @@ def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> No
     The reference is undecided at that position: the comparison goes on behind it from an empty state, everything else
     agrees, and the position is listed.
     """
-    reference, tokens = TorchRuntime(tiny, "reference"), TEXT
+    reference, tokens = reference_of(tiny), TEXT
     position, threshold = knife_edge(reference, tokens, 0.6)
     assert 0 < position < 64
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
-    reference.reset()
-    depth = reference.feed(tokens[:64], dials).depth
+    depth = reference.course(tokens[:64], dials).depth
     others = [AtThreshold(tiny, threshold + side * 1e-5) for side in (-1, 1)]
     flips = [r.feed(tokens[:64], dials).depth[position] != depth[position] for r in others]
     assert sum(flips) == 1
@@ -371,19 +366,18 @@ def test_a_decision_on_the_knifes_edge_restarts_the_comparison(tiny: RMSE) -> No
 
 def test_where_no_rule_is_asked_nothing_is_undecided(tiny: RMSE) -> None:
     """Before min_loops and at the last loop, a brake score at the threshold decides nothing, so it excuses nothing."""
-    reference = TorchRuntime(tiny, "reference")
+    reference = reference_of(tiny)
     position, threshold = knife_edge(reference, TEXT, 0.6)
     free = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
     for dials in (free, dataclasses.replace(free, min_loops=tiny.config.max_loops)):
-        with Margins(reference, dials) as margins:
-            parity.teacher_forced(reference, TEXT, dials)
-        assert (margins.positions[position] < 1e-6) == (dials is free)
-    assert margins.positions.min() > MARGIN
+        margin = reference.course(TEXT, dials).margin
+        assert (margin[position] < 1e-6) == (dials is free)
+    assert margin.min() > MARGIN
 
 
 def test_a_decided_position_is_no_excuse(tiny: RMSE) -> None:
     """The same candidate further off decides differently where the reference is decided, and fails."""
-    reference, tokens = TorchRuntime(tiny, "reference"), TEXT
+    reference, tokens = reference_of(tiny), TEXT
     _, threshold = knife_edge(reference, tokens, 0.6)
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=threshold)
     with pytest.raises(ParityError, match=r"depth \d instead of \d, .* and the reference is decided"):
@@ -392,17 +386,14 @@ def test_a_decided_position_is_no_excuse(tiny: RMSE) -> None:
 
 def test_a_router_on_the_knifes_edge_counts_as_undecided(tiny: RMSE) -> None:
     """A position whose last selected expert is tied with the next one: whichever is taken, the rest must agree."""
-    reference, tokens = TorchRuntime(tiny, "reference"), TEXT
+    reference, tokens = reference_of(tiny), TEXT
     full = reference.info.full_depth
-    with Margins(reference, full) as seen:
-        parity.teacher_forced(reference, tokens, full)
-    assert seen.positions.min() > MARGIN  # as it is, this model is decided everywhere
+    assert reference.course(tokens, full).margin.min() > MARGIN  # as it is, this model is decided everywhere
     position = 30
     routed: list[np.ndarray] = []
     tiny.block.experts.observer = lambda k, routing: routed.append((routing.logits + bias).numpy())
     bias = tiny.block.experts.balance_bias
-    reference.reset()
-    reference.feed(tokens[:64], full)
+    TorchRuntime(tiny, "candidate").feed(tokens[:64], full)
     tiny.block.experts.observer = None
     order = np.argsort(-routed[0][position])
     top_k = tiny.config.top_k
@@ -411,7 +402,7 @@ def test_a_router_on_the_knifes_edge_counts_as_undecided(tiny: RMSE) -> None:
     edge, other = mixed_model(), mixed_model()
     for model, nudge in ((edge, -1e-5), (other, 1e-5)):  # the next expert is just below, or just above
         model.block.experts.balance_bias[next_one] += gap + nudge
-    reference, candidate = TorchRuntime(edge, "reference"), TorchRuntime(other, "candidate")
+    reference, candidate = reference_of(edge), TorchRuntime(other, "candidate")
     result = compare(reference, candidate, tokens, full, exact=True)
     assert result["undecided"] == [position] and result["max_logit_difference"] <= LOGITS_TOLERANCE
 
@@ -422,7 +413,7 @@ def test_more_than_one_percent_undecided_fails(tiny: RMSE) -> None:
     with torch.no_grad():
         blind.gate.weight.zero_()
     score = 1 - (1 - torch.sigmoid(blind.gate.bias).item()) ** 2  # after two loops
-    reference = TorchRuntime(blind, "reference")
+    reference = reference_of(blind)
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=score + 1e-5)
     with pytest.raises(ParityError, match=r"more than 1% of 256 positions are undecided: 0, 1, 2$"):
         compare(reference, AtThreshold(blind, score - 1e-5), TEXT, dials, exact=True)
@@ -446,7 +437,7 @@ class Misreporting(TorchRuntime):
 
 def test_the_rounded_rule_forgives_rounding_and_nothing_else(tiny: RMSE) -> None:
     """A millionth of noise on the weights passes; other tokens, other depths, flatter logits or NaN do not."""
-    reference = TorchRuntime(tiny, "reference")
+    reference = reference_of(tiny)
     dials = dataclasses.replace(reference.info.full_depth, exit_threshold=0.6)
 
     def changed(change: Callable[[RMSE], Any]) -> TorchRuntime:

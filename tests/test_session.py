@@ -15,7 +15,7 @@ from helpers import assert_one_line, mixed_model, remembered_text, remembering_m
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rmse_edge.export.parity import made_up_hits
+from rmse_edge.export.parity_reference import made_up_hits
 from rmse_edge.runtimes import Dials, LoopRuntime, open_runtime, session
 from rmse_edge.runtimes.base import Arrays
 from rmse_edge.runtimes.session import FORMAT, VERSION, SessionError, digest, restore_session, save_session
@@ -48,7 +48,7 @@ class Told:
                 self.depth.append(fed.depth)
                 self.surprises += [(s.position, s.value, s.mean, s.std, s.segments) for s in fed.surprises]
             if part is not tokens and hits_at == runtime.position:
-                runtime.inject(made_up_hits(runtime))
+                runtime.inject(*made_up_hits(runtime.info))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return np.concatenate(self.logits), np.concatenate(self.depth), np.array(self.surprises)

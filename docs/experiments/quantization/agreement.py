@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rmse_edge.export.parity import adaptive_settings, compare
+from rmse_edge.export.parity_reference import Reference
 from rmse_edge.package import Package
 from rmse_edge.quantize import load_quantized
 from rmse_edge.runtimes import LoopRuntime, runtime_for
-from rmse_edge.runtimes.torch import TorchRuntime
+from rmse_edge.runtimes.torch import model_info
 from rmse_edge.text import Tokenizer, read_text, split
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -28,10 +29,11 @@ parser.add_argument("--tokens", type=int, default=2000)
 args = parser.parse_args()
 package = Package.open(args.package)
 exact = package.manifest["parity"]["rule"] == "exact"
-reference, candidate = TorchRuntime(load_quantized(args.checkpoint).model, "reference"), runtime_for(package)
+model, candidate = load_quantized(args.checkpoint).model, runtime_for(package)
 assert isinstance(candidate, LoopRuntime)
 ids = np.asarray(Tokenizer(args.checkpoint / "tokenizer.json").encode(read_text(args.text)), np.int64)
 tokens = split(ids, "validation")[: args.tokens]
+reference = Reference(model, model_info(model, "reference", 0), tokens)
 print(f"{args.package}: {'exact' if exact else 'rounded'} rule, {len(tokens)} tokens")
 for name, dials in adaptive_settings(reference, tokens[:256]).items():
     r = compare(reference, candidate, tokens, dials, exact)
