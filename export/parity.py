@@ -25,17 +25,20 @@ over 32 segments, write by write and each side carrying its own: 1e-4 relative (
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..config import SEGMENT
 from ..errors import ParityError
 from ..loop import LoopSpec
+from ..model import RMSE
 from ..runtimes.base import Arrays, Dials, Methods, ModelInfo
 from ..runtimes.host import LoopRuntime
-from ..runtimes.torch import TorchMethods
+from ..runtimes.torch import TorchMethods, TorchRuntime
 from .parity_memory import MEMORY_TOLERANCE, compare_memory
 from .parity_reference import (
     LEAST_POSITIONS,
@@ -95,7 +98,7 @@ def clear_threshold(values: np.ndarray) -> float:
 
 
 def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Course:
-    """Every token, fed from an empty state as `conversation` says.
+    """Every token, fed from an empty state as `conversation` says; of the first prompt, the last 64 tokens by themselves.
 
     Made-up hits are there from the first single token to the next boundary. Amid the single tokens the text is
     interrupted as a session is: what is kept is taken out, and put back into an empty runtime. One position's logits
@@ -107,16 +110,15 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Co
     beginning = min(LAST_ONLY, first)
     only = runtime.feed(tokens[:beginning], dials, "last").logits[-1] if beginning else None
     runtime.reset()
-    parts = [tokens[:first], *tokens[first:last, None], tokens[last:]]
-    for i, part in enumerate(parts):
-        if i == 1 and (hits := made_up_hits(runtime.info)) is not None:
+    cuts = sorted({0, max(0, first - SEGMENT), *range(first, last + 1), len(tokens)})
+    for start, end in itertools.pairwise(cuts):
+        if start == first and (hits := made_up_hits(runtime.info)) is not None:
             runtime.inject(*hits)
-        if i == SINGLES // 2:
+        if start == first + SINGLES // 2:
             interrupt(runtime)
-        if len(part):
-            fed.append(runtime.feed(part, dials))
-            for found in fed[-1].surprises:
-                surprise[found.position - 1] = found.value
+        fed.append(runtime.feed(tokens[start:end], dials))
+        for found in fed[-1].surprises:
+            surprise[found.position - 1] = found.value
     logits = np.concatenate([f.logits for f in fed])
     if only is not None:
         logits[beginning - 1] = only
@@ -168,7 +170,7 @@ def compare(
         depths.append(np.stack([a.depth[:n], b.depth[:n]]))
         surprises.append(surprise[:n])
         start += n + 1 if exact and wrong.any() else n
-    summary = _summary(
+    summary = agreement(
         np.concatenate(ours), np.concatenate(theirs), np.concatenate(depths, 1), undecided, len(tokens), exact
     )
     if reference.info.memory:
@@ -179,9 +181,14 @@ def compare(
     return summary
 
 
-def _summary(
+def agreement(
     ours: np.ndarray, theirs: np.ndarray, depths: np.ndarray, undecided: list[int], total: int, exact: bool
 ) -> dict[str, Any]:
+    """How well logits (n, V) and depths (2, n) of the reference and a candidate agree.
+
+    Raises:
+        ParityError: by the rounded rule (not `exact`), they do not.
+    """
     p, q = _log_softmax(ours), _log_softmax(theirs)
     mean = depths.mean(1)
     result: dict[str, Any] = {
@@ -383,6 +390,25 @@ def gate(
         report["memory"] = compare_memory(reference, candidate.methods, exact)
     candidate.reset()
     return report
+
+
+def compare_host(model: RMSE, tokens: np.ndarray) -> dict[str, Any]:
+    """The host by itself: PyTorch's own methods, run by it, against the whole text, by the exact rule at full depth.
+
+    What the rounded rule allows an engine would hide small faults of the host that runs it. So where packages are held
+    to that rule only, the host, which is the same for all of them, is compared without an engine.
+
+    Args:
+        model: with keys and values in float32: what is a millionth apart is otherwise rounded apart here and there.
+    Raises:
+        ParityError: they disagree; the message names the position.
+    """
+    candidate = TorchRuntime(model, "host")
+    reference = Reference(model, candidate.info)
+    try:
+        return compare(reference, candidate, compared(tokens, reference.info, True), reference.info.full_depth, True)
+    except ParityError as error:
+        raise ParityError(f"parity of the host failed: {error}") from None
 
 
 def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | None = None) -> np.ndarray:

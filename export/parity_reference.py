@@ -106,18 +106,18 @@ class Reference:
 
 def least_positions(info: ModelInfo) -> int:
     """Positions that must be compared for every part of a host to take part: its ring wraps, and a memory is read."""
-    return max(LEAST_POSITIONS, info.window + 2 * SEGMENT)
+    return max(LEAST_POSITIONS, (-(-info.window // SEGMENT) + 2) * SEGMENT)
 
 
 def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
-    """How a text of `count` tokens is fed, as a conversation is: up to the first position given here as a prompt, then
-    token by token up to the second, then again as a prompt.
+    """How a text of `count` tokens is fed, as a conversation is: prompts up to the first position given here, then token by
+    token up to the second, then a prompt again.
 
-    So large, padded and single-row calls all take part, and each kind reads what the others left behind. The place is
+    So large, padded and single-row calls all take part, and each kind reads what the others left behind. The places are
     the same in all texts but short ones, so that one text can be the beginning of another.
     """
-    # Two thirds of the shortest text, shifted so that the single tokens pass a segment's end.
-    usual = least_positions(info) * 2 // 3 // SEGMENT * SEGMENT + SEGMENT * 2 // 3
+    # Behind a whole window, and so far into a segment that both what comes before and the single tokens pass its end.
+    usual = least_positions(info) - 2 * SEGMENT + SEGMENT * 2 // 3
     first = min(usual, count * 2 // 3)
     return first, min(first + SINGLES, count)
 

@@ -27,7 +27,7 @@ from ..runtimes import other_runtimes, runtime_for
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import fingerprint, model_info
 from ..text import Tokenizer, read_text
-from .parity import POSITIONS, compared, gate
+from .parity import POSITIONS, compare_host, compared, gate
 from .parity_reference import LEAST_POSITIONS, Reference
 from .program import Signature, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
@@ -146,7 +146,11 @@ def rounded(model: RMSE, quant: str) -> RMSE:
 def as_cached(model: RMSE, request: ExportRequest) -> RMSE:
     """`model`, or a copy whose keys and values are stored in the type that the request's packages have, a float."""
     cache = get_target(request.target).cache
-    dtype = cache(request.quant, model.config.kv_dtype) if cache else model.config.kv_dtype
+    return with_cache(model, cache(request.quant, model.config.kv_dtype) if cache else model.config.kv_dtype)
+
+
+def with_cache(model: RMSE, dtype: str) -> RMSE:
+    """`model`, or a copy whose keys and values are stored in another type, a float."""
     if dtype == model.config.kv_dtype:
         return model
     twin = copy.deepcopy(model)
@@ -225,7 +229,8 @@ def export_package(
             rounded_activations = rounds_activations or request.quant in target.halves
             exact = request.quant != "fp16" and not rounded_activations and float_cache
             longest = compared(tokens, info, exact, target.positions)
-            reference = Reference(rounded(model, request.quant), info, longest)
+            said = rounded(model, request.quant)
+            reference = Reference(said, info, longest)
             found = None
             if twin is not None:
                 progress("parity of the integers")
@@ -233,6 +238,10 @@ def export_package(
                 found = gate(program, reference, candidate, tokens, float_cache, progress)
                 for file in set(twin["graphs"].values()):
                     (folder / file).unlink()
+            alone = None
+            if not exact and not (found is not None and float_cache):
+                progress("parity of the host")
+                alone = compare_host(with_cache(said, "float32"), tokens)
             candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
             reports = [
                 gate(program, reference, c, tokens, exact, progress, rounded_activations, target.positions)
@@ -241,6 +250,8 @@ def export_package(
             manifest["parity"] = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
             if found is not None:
                 manifest["parity"]["integers"] = found
+            if alone is not None:
+                manifest["parity"]["host"] = alone
         seal(folder, manifest)
     return Package.open(destination)
 

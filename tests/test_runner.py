@@ -15,15 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ALPHABET, FEW, assert_one_line, random_tokens
+import torch
+from helpers import ALPHABET, FEW, assert_one_line, decided_text, random_tokens, reference_of
 from small_tokenizers import cut_short
 
 pytest.importorskip("executorch")
 
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.errors import ParityError
+from rmse_edge.export.parity import agreement
+from rmse_edge.export.parity_reference import conversation
+from rmse_edge.model import RMSE
 from rmse_edge.package import MANIFEST, seal
-from rmse_edge.runtimes import open_runtime
+from rmse_edge.quantize import Quantized
+from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.kernels import executorch_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,6 +199,97 @@ def test_logits_and_depths_are_the_python_runtimes(
     logits, depth = ours.feed(tokens, tmp_path / "logits", *flags)
     np.testing.assert_array_equal(depth, expected.depth)
     np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-5)
+
+
+def assert_pytorch_agrees(run: Runner, model: RMSE, tokens: np.ndarray, dials: Dials, file: Path, *flags: str) -> None:
+    """The runner's logits and depths of a conversation are those of PyTorch over the whole text, which has no host.
+
+    By the rule of the parity gate that the package has passed; of hits, this runner knows nothing.
+
+    Raises:
+        ParityError: they are not.
+    """
+    first, last = conversation(len(tokens), reference_of(model).info)
+    parts = [first - 64, 64, *[1] * (last - first), len(tokens) - last]
+    given = {name: torch.from_numpy(value) for name, value in dials.arrays().items()}
+    expected = model.whole_text(torch.from_numpy(tokens), given)
+    told = [part for name, value in vars(dials).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    logits, depth = run.feed(tokens, file, "--parts", ",".join(map(str, parts)), *told, *flags)
+    ours, depths = expected.logits.numpy(), np.stack([expected.depth.numpy(), depth])
+    if model.config.kv_dtype == "int8":
+        agreement(ours, logits, depths, [], len(tokens), exact=False)
+    elif (depths[0] != depths[1]).any() or not np.abs(ours - logits).max() <= 1e-4:
+        raise ParityError(
+            f"logits differ by {np.abs(ours - logits).max():.1e}, depths at {(depths[0] != depths[1]).sum()}"
+        )
+
+
+# More than a window and two segments each.
+FP32_TEXT, INT4_TEXT = decided_text(330), random_tokens(700, seed=7, vocab=FEW)
+FULL, GATE = Dials(4), Dials(4, 1, 0.6)
+
+
+@pytest.mark.parametrize("dials", [FULL, GATE], ids=["full depth", "gate"])
+def test_whole_texts_are_pytorchs(
+    fp32: Runner, int4: Runner, tiny: RMSE, calm: Quantized, dials: Dials, tmp_path: Path
+) -> None:
+    """A reference without ring, calls or moments of writing: what this host has of its own is seen by nothing else."""
+    assert_pytorch_agrees(fp32, tiny, FP32_TEXT, dials, tmp_path / "logits")
+    assert_pytorch_agrees(int4, calm.model, INT4_TEXT, dials, tmp_path / "logits")
+    with pytest.raises(ParityError):  # a memory that is never written
+        assert_pytorch_agrees(int4, calm.model, INT4_TEXT, dials, tmp_path / "logits", "--no-memory")
+
+
+def test_greedy_tokens_are_pytorchs(fp32: Runner, tiny: RMSE) -> None:
+    """What is written, token by token, over more than the window: PyTorch, given all of it, picks the same."""
+    prompt = decided_text(100)
+    flags = ("--prompt-tokens", ",".join(map(str, prompt)), "-n", "200", "--exit-threshold", "0.6", *GREEDY)
+    found = fp32.document(*flags)
+    text = torch.from_numpy(np.concatenate([prompt, found["tokens"]]).astype(np.int64))
+    expected = tiny.whole_text(text[:-1], {k: torch.from_numpy(v) for k, v in GATE.arrays().items()})
+    best = expected.logits[len(prompt) - 1 :].topk(2)
+    # Up to where PyTorch itself can hardly decide; from there on the two may go different ways.
+    clear = ((best.values[:, 0] - best.values[:, 1]) > 1e-3) & (expected.margin[len(prompt) - 1 :] > 1e-4)
+    count = len(clear) if clear.all() else int((~clear).int().argmax())
+    assert count > 128 and len(set(found["depth"])) > 1
+    assert found["tokens"][:count] == best.indices[:count, 0].tolist()
+    assert found["depth"][:count] == expected.depth[len(prompt) - 1 :][:count].tolist()
+
+
+# Faults of the host: what is written instead of a line of model.cpp.
+HOST_FAULTS = {
+    "one slot too far": ("(position_ + row) % info_.window", "(position_ + row + 1) % info_.window"),
+    "decoding a position too far": (
+        "calls.prelude(tokens.first(n), position_)",
+        "calls.prelude(tokens.first(n), position_ + (n == 1))",
+    ),
+    "the last row of a call is not taught": (
+        'calls.at("h").data(), count * row',
+        'calls.at("h").data(), (count - 1) * row',
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", HOST_FAULTS)
+def test_a_wrong_host_is_seen(
+    runner: Path, fp32: Runner, int4: Runner, tiny: RMSE, calm: Quantized, fault: str, tmp_path: Path
+) -> None:
+    """The runner is built again with a fault in one line of its host; all else is the same."""
+    old, new = HOST_FAULTS[fault]
+    native, build = tmp_path / "native", tmp_path / "build"
+    shutil.copytree(NATIVE, native)
+    shutil.copytree(runner.parent, build)  # objects as new as they were: only one is made again
+    source = (native / "model.cpp").read_text()
+    assert source.count(old) == 1
+    (native / "model.cpp").write_text(source.replace(old, new))
+    command = ["make", "-C", str(native), f"EXECUTORCH={executorch_folder()}", f"BUILD={build}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("compiling") == 1, done.stdout + done.stderr
+    package, model, text = (int4, calm.model, INT4_TEXT) if "taught" in fault else (fp32, tiny, FP32_TEXT)
+    with pytest.raises(ParityError):
+        wrong = Runner([build / "rmse-runner"], Path(package.command[-1]))
+        assert_pytorch_agrees(wrong, model, text, FULL, tmp_path / "logits")
 
 
 def test_threads_change_nothing(fp32: Runner, int4: Runner, tmp_path: Path) -> None:
@@ -411,6 +508,7 @@ BAD_FLAGS = {
     "--exit-epsilon -1": "--exit-epsilon", "--exit-entropy 0.5": "--exit-entropy", "--no-memory": "--no-memory",
     "-o xml": "-o: got 'xml'", "--help=3": "--help: takes no value", "-t 0": "-t: got '0'", "-t 100000": "at most 1024",
     "--stop=": "--stop: got an empty string", "--prompt-tokens 1": "--prompt-tokens", "--logits x": "--logits: needs",
+    "--parts 1": "--parts: needs --logits", "--parts 0": "--parts: got '0'",
     "--depths 3": "--depths", "--packed-weights /nowhere/x": "--packed-weights: /nowhere/x: cannot be written",
     f"--packed-weights {'x' * 300}": "longer than the 255 bytes", "--packed-weights /": "is no file",
     "--bench --seed 3": "--seed", "--bench -d 5": "--max-loops: got 5", "--bench -r 0": "-r: got '0'",
@@ -429,6 +527,9 @@ def test_bad_tokens_and_texts_are_one_line(fp32: Runner, tmp_path: Path) -> None
     assert "--prompt-tokens: got ''" in fp32.refusal("--prompt-tokens", "1,,2")
     assert "no token for '~'" in fp32.refusal("-p", "~")
     assert "UTF-8" in fp32.refusal(stdin=(_file(tmp_path / "latin", b"\xe9")).open("rb"))
+    for parts in ("1", "1,2", f"{2**62},{2**62}"):
+        line = fp32.refusal("--prompt-tokens", "1,2", "--logits", str(tmp_path / "logits"), "--parts", parts)
+        assert "add up to the 2 of --prompt-tokens" in line
     line = fp32.refusal("--prompt-tokens", "1", "--logits", str(tmp_path / "no" / "file"))
     assert "cannot be written" in line
 

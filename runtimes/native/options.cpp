@@ -131,6 +131,8 @@ std::vector<Flag> run_flags(Options& o) {
        [&](const std::string& v) { choose(o.output, v, "text", "json"); }},
       {"--logits", "", "FILE", "only feed --prompt-tokens: float32 logits to FILE, depths to stdout",
        [&](const std::string& v) { o.logits = v; }},
+      {"--parts", "", "N,N,...", "with --logits: tokens to feed at a time, as a conversation goes; all at once without it",
+       [&](const std::string& v) { o.parts = list(v, 1); }},
   };
 }
 

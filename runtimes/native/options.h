@@ -32,6 +32,7 @@ struct Options {
   bool no_memory = false;
   bool show_depth = false;
   std::string logits;  // file
+  std::vector<int64_t> parts;  // with it: how many tokens are fed at a time
 
   // Measuring.
   int64_t prefill = 512, decode = 128, repetitions = 5;

@@ -10,6 +10,7 @@
 #include <iostream>
 #include <iterator>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -272,23 +273,45 @@ std::vector<int64_t> begin_of_text(const ModelInfo& info) {
   return {*info.bos_token};
 }
 
-// --logits: what tests compare between processors.
+void check_memory(const Options& options, const ModelInfo& info) {
+  if (options.no_memory && info.memory.empty()) {
+    throw std::runtime_error("--no-memory: " + info.name + " has no memory");
+  }
+}
+
+// --logits: what tests compare, between processors and with PyTorch.
 int write_logits(const Options& options) {
   if (options.prompt_tokens.empty()) throw std::runtime_error("--logits: needs --prompt-tokens");
+  std::vector<int64_t> parts = options.parts;
+  if (parts.empty()) parts.push_back(std::ssize(options.prompt_tokens));
+  int64_t left = std::ssize(options.prompt_tokens);
+  for (const int64_t count : parts) left = count <= left ? left - count : -1;
+  if (left != 0) {
+    throw std::runtime_error("--parts: expected numbers that add up to the " +
+                             std::to_string(options.prompt_tokens.size()) + " of --prompt-tokens");
+  }
   const Package package = Package::open(options.package);
   const Dials dials = options.dials(package.info());
+  check_memory(options, package.info());
   Model model(package, options.packed_weights);
-  const Fed fed = model.feed(options.prompt_tokens, dials, /*all_logits=*/true);
+  if (options.no_memory) model.leave_memory_blank();
   std::ofstream file(options.logits, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(fed.logits.data()), fed.logits.size() * sizeof(float));
+  std::span<const int64_t> tokens = options.prompt_tokens;
+  std::string depths;
+  for (const int64_t count : parts) {
+    const Fed fed = model.feed(tokens.first(count), dials, /*all_logits=*/true);
+    tokens = tokens.subspan(count);
+    file.write(reinterpret_cast<const char*>(fed.logits.data()), fed.logits.size() * sizeof(float));
+    for (const int64_t depth : fed.depth) depths += std::to_string(depth) + " ";
+  }
   if (!file.flush()) throw std::runtime_error(options.logits + ": cannot be written");
-  for (const int64_t depth : fed.depth) std::printf("%lld ", static_cast<long long>(depth));
-  std::printf("\n");
+  std::puts(depths.c_str());
   return 0;
 }
 
 int generate(const Options& options) {
   options.sampling.check();
+  if (!options.parts.empty()) throw std::runtime_error("--parts: needs --logits");
   if (options.prompt && !options.file.empty()) {
     throw std::runtime_error("--file: leave out --prompt, or the other way round");
   }
@@ -298,9 +321,7 @@ int generate(const Options& options) {
   const std::string text = options.prompt_tokens.empty() ? read_prompt(options) : "";
   const Package package = Package::open(options.package);
   const Dials dials = options.dials(package.info());
-  if (options.no_memory && package.info().memory.empty()) {
-    throw std::runtime_error("--no-memory: " + package.info().name + " has no memory");
-  }
+  check_memory(options, package.info());
   const Tokenizer tokenizer = Tokenizer::open(package.path("tokenizer.json"));
   Generation generation;
   generation.prompt = options.prompt_tokens.empty() ? tokenizer.encode(text) : options.prompt_tokens;
