@@ -116,9 +116,9 @@ def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
     So large, padded and single-row calls all take part, and each kind reads what the others left behind. The places are
     the same in all texts but short ones, so that one text can be the beginning of another.
     """
+    least = least_positions(info)
     # Behind a whole window, and so far into a segment that both what comes before and the single tokens pass its end.
-    usual = least_positions(info) - 2 * SEGMENT + SEGMENT * 2 // 3
-    first = min(usual, count * 2 // 3)
+    first = least - 2 * SEGMENT + SEGMENT * 2 // 3 if count >= least else count * 2 // 3
     return first, min(first + SINGLES, count)
 
 
