@@ -1,7 +1,9 @@
 """The parity gate: an export fails unless the package says what the PyTorch model says.
 
-A package is run through its real runtime, teacher-forced, beside PyTorch with identically rounded weights, at full depth
-and at two adaptive settings. Two rules:
+A package is run through its real runtime, teacher-forced, and held against the PyTorch model with identically rounded
+weights over the whole text at once, at full depth and at two adaptive settings. The reference (parity_reference.py) has no
+host, no cache and no calls, so what a runtime does with keys, positions, segments and hits between the engine's calls is
+compared like everything else. Two rules:
 
 - exact (fp32): logits within 1e-4 and equal depth at every position, except from a position on where the reference
   itself is undecided: the margin between its 10th and 11th expert, or of the exit rule, is below 1e-4. There the
@@ -11,15 +13,17 @@ and at two adaptive settings. Two rules:
   These are shares, so more positions are compared: 2,000, or what a target's runtime has time for. Where the target can
   also compute with float activations (ONNX), a package that rounds them to int8 is first held to the exact rule without
   that, on the same integers: what remains is the operators' own rounding. Otherwise the lowering looks codes and scales
-  up in the file.
+  up in the file. Shares would forgive small faults of the host, so unless some package of the export is held to the exact
+  rule, the host is, run on PyTorch's own methods (`compare_host`).
 
-The tokens are fed as in a conversation: a prompt, single tokens, another prompt. A model with the entropy rule gets a
-third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must
+The tokens are fed as in a conversation: prompts, single tokens, another prompt; in between, what is kept is taken out and
+put back, as a session is. A model with the entropy rule gets a third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must
 match `loop`: by the largest difference, or, where the package rounds activations to int8, by the root of the mean square,
 at fixed depths.
 
 A model with a neural memory is held to the same rule by its surprise at every segment's end, and its memory is compared
-over 32 segments, write by write and each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded).
+over 32 segments, write by write and each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded). No host takes part
+in that: when it writes, and what, shows in the surprise.
 """
 
 from __future__ import annotations
@@ -39,9 +43,10 @@ from ..model import RMSE
 from ..runtimes.base import Arrays, Dials, Methods, ModelInfo
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchMethods, TorchRuntime
-from .parity_memory import MEMORY_TOLERANCE, compare_memory
+from .parity_memory import MEMORY_TOLERANCE, compare_memory, compare_passage
 from .parity_reference import (
     LEAST_POSITIONS,
+    MARGIN,
     SINGLES,
     Course,
     Reference,
@@ -52,7 +57,6 @@ from .parity_reference import (
 from .program import LoopProgram, dial_specs, next_of, signature
 
 LOGITS_TOLERANCE = 1e-4
-MARGIN = 1e-4  # below it the reference is undecided
 UNDECIDED_SHARE = 0.01
 SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
 POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
@@ -388,6 +392,8 @@ def gate(
     if reference.info.memory:
         progress("parity of the memory")
         report["memory"] = compare_memory(reference, candidate.methods, exact)
+    if reference.info.retrieval is not None and exact:
+        report["passage"] = compare_passage(reference, candidate, tokens)
     candidate.reset()
     return report
 
@@ -405,8 +411,12 @@ def compare_host(model: RMSE, tokens: np.ndarray) -> dict[str, Any]:
     """
     candidate = TorchRuntime(model, "host")
     reference = Reference(model, candidate.info)
+    tokens = compared(tokens, reference.info, True)
     try:
-        return compare(reference, candidate, compared(tokens, reference.info, True), reference.info.full_depth, True)
+        report = compare(reference, candidate, tokens, reference.info.full_depth, True)
+        if reference.info.retrieval is not None:
+            report["passage"] = compare_passage(reference, candidate, tokens)
+        return report
     except ParityError as error:
         raise ParityError(f"parity of the host failed: {error}") from None
 

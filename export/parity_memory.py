@@ -1,17 +1,20 @@
-"""The part of the parity gate that compares neural memories, write by write and after many writes."""
+"""The part of the parity gate that compares neural memories, write by write and after many writes, and passages."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..config import SEGMENT
 from ..errors import ParityError
 from ..runtimes.base import Arrays, Methods
-from .parity_reference import Reference
+from ..runtimes.host import LoopRuntime
+from .parity_reference import MARGIN, Reference
 
 MEMORY_SEGMENTS = 32  # written one after the other, before the memories are compared
+PASSAGE = 50  # tokens
 MEMORY_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 
 
@@ -47,6 +50,36 @@ def compare_memory(reference: Reference, candidate: Methods, exact: bool) -> dic
             if not value <= limits[name]:
                 when = "in one write" if kind == "writes" else f"after {len(segments)} segments"
                 raise ParityError(f"memory: {name} differs by {value:.1e} relative {when} (allowed {limits[name]:.0e})")
+    return report
+
+
+def compare_passage(reference: Reference, candidate: LoopRuntime, tokens: np.ndarray) -> dict[str, float]:
+    """A passage as a knowledge base holds it and as it is searched for: hosts read these in a way of their own.
+
+    By the exact rule, at the checkpoint's own dials, up to the first position at which the reference is undecided.
+
+    Returns:
+        The largest difference of key, query and value, relative to the largest value; nothing where there is no such
+        passage.
+    Raises:
+        ParityError: naming the vector.
+    """
+    found = reference.model.whole_text(torch.from_numpy(tokens[:PASSAGE]), reference.scalars(reference.info.dials))
+    undecided = np.flatnonzero(found.margin.numpy() < MARGIN)
+    count = int(undecided[0]) if len(undecided) else len(found.margin)
+    if count == 0:
+        return {}
+    segment = np.zeros((1, SEGMENT, found.h.shape[1]), np.float32)
+    segment[0, :count] = found.h[:count].numpy()
+    given = {"segment": segment, "n_valid": np.array([count], np.int64)}
+    ours = {name: array[0] for name, array in reference.methods.run("embed_segment", SEGMENT, given).items()}
+    key, value = candidate.embed(tokens[:count])
+    report = apart([ours], [{"key": key, "value": value, "query": candidate.embed_query(tokens[:count])}])
+    for name, difference in report.items():
+        if not difference <= MEMORY_TOLERANCE[True]:
+            raise ParityError(
+                f"passage: {name} differs by {difference:.1e} relative (allowed {MEMORY_TOLERANCE[True]:.0e})"
+            )
     return report
 
 

@@ -20,6 +20,7 @@ from ..loop import InjectedHits, TextModel
 from ..runtimes.base import Arrays, Dials, ModelInfo
 from ..runtimes.torch import TorchMethods
 
+MARGIN = 1e-4  # below it the reference is undecided
 LEAST_POSITIONS = 256  # that are compared at any setting
 SINGLES = 32  # of them fed one by one: through the graphs that decode, over a segment's end
 
@@ -79,7 +80,7 @@ class Reference:
         if hits is not None:
             vectors, cosines = (torch.from_numpy(a) for a in hits)
             given = InjectedHits(conversation(len(tokens), self.info)[0], vectors, cosines)
-        found = self.model.whole_text(torch.from_numpy(tokens), self._scalars(dials), given)
+        found = self.model.whole_text(torch.from_numpy(tokens), self.scalars(dials), given)
         surprise = np.zeros(len(tokens))
         surprise[SEGMENT - 1 :: SEGMENT][: len(found.surprise)] = found.surprise.numpy()
         return ReferenceCourse(
@@ -95,11 +96,12 @@ class Reference:
         key = tokens.tobytes()
         if key not in self._segments:
             whole = tokens[: len(tokens) // SEGMENT * SEGMENT]
-            h = self.model.whole_text(torch.from_numpy(whole), self._scalars(self.info.full_depth)).h.numpy()
+            h = self.model.whole_text(torch.from_numpy(whole), self.scalars(self.info.full_depth)).h.numpy()
             self._segments[key] = [part[None] for part in h.reshape(-1, SEGMENT, h.shape[-1])]
         return self._segments[key]
 
-    def _scalars(self, dials: Dials) -> dict[str, torch.Tensor]:
+    def scalars(self, dials: Dials) -> dict[str, torch.Tensor]:
+        """The dials as the model takes them."""
         arrays: Arrays = dials.arrays()
         return {name: torch.from_numpy(arrays[name]) for name in self.model.spec(1).dials}
 

@@ -247,6 +247,18 @@ def test_a_sound_host_passes_at_every_setting(request: pytest.FixtureRequest) ->
             assert result["max_logit_difference"] <= 1e-4 and result["same_depth"] == 1.0
 
 
+def test_passages_read_wrongly_fail_the_export(
+    remembering: Path, remembering_package: Path, quick_export: Memo, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    """A knowledge base would be made of passages without their last token, and searched in with all of it."""
+    assert set(Package.open(remembering_package).manifest["parity"]["passage"]) == {"key", "value", "query"}
+    true = LoopRuntime._read_alone
+    monkeypatch.setattr(LoopRuntime, "_read_alone", lambda self, tokens: true(self, tokens[:-1]))
+    with pytest.raises(ParityError, match=r"^passage: \w+ differs by "):
+        export_package(load_checkpoint(remembering), tmp_path / "out.rmse", ExportRequest(), remembering)
+    assert list(tmp_path.iterdir()) == []
+
+
 # -------------------------------------------------------------------------------------------------------- every engine
 
 
