@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import check_finite
 from ..errors import TextError, UserError
 from ..model import RMSE
+from ..shards import check_finite
 from ..text import consecutive_blocks, random_blocks, split
 from .compare import compare
 from .gate import recalibrate

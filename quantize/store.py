@@ -24,15 +24,14 @@ from ..checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
     TOKENIZER_FILE,
-    WEIGHTS_FILE,
     all_or_nothing,
-    check_finite,
     read_config,
     stored_keys,
 )
 from ..errors import CheckpointError, UserError
 from ..model import RMSE
 from ..package import digest_file
+from ..shards import WEIGHTS_FILE, check_finite
 from .quantizer import Quantized
 from .tensors import Format, QuantizedTensor
 

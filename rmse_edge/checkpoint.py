@@ -1,7 +1,8 @@
 """Checkpoints: a folder in the Hugging Face layout, written all or nothing and read with every tensor checked.
 
     config.json             RMSEConfig
-    model.safetensors       the state dict by its own names, tied head left out; bfloat16 by default
+    model.safetensors       the state dict by its own names, tied head left out; bfloat16 by default. Shards with an index
+                            are read, too (rmse_edge/shards.py)
     generation_config.json  special tokens; without it transformers would sample by config.json's `top_k`, the experts
     tokenizer.json          where one is given
     tokenizer_config.json   what AutoTokenizer needs to read it
@@ -21,22 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
 from .config import RMSEConfig
 from .errors import CheckpointError, ConfigError, TextError
 from .model import RMSE
+from .shards import WEIGHTS_FILE, StoredTensors, check_finite
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 QUANTIZATION_FILE = "quantization.json"  # marks a quantised checkpoint, see rmse_edge/quantize/store.py
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
-PICKLED_FILES = ("pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
 TIED = {"head_proj.weight": "embed.weight"}  # with tie_embeddings: not on disk -> whose values it takes
 
 
@@ -45,12 +44,12 @@ def stored_keys(config: RMSEConfig, keys: Iterator[str] | list[str]) -> list[str
     return [key for key in keys if not (config.tie_embeddings and key in TIED)]
 
 
-def check_finite(where: str | Path, name: str, tensor: Tensor) -> None:
-    """Raise a `CheckpointError` that names the tensor if it holds NaN or Inf."""
-    if not bool(torch.isfinite(tensor).all()):
-        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+def require_tied(where: str | Path, head: str, same: bool) -> None:
+    """Raise a `CheckpointError` unless a head that the configuration ties to the embedding has the embedding's values."""
+    if not same:
         raise CheckpointError(
-            f"{where}: tensor {name} holds {kind}; the training diverged or the file is damaged, use another checkpoint"
+            f"{where}: tensor {head} differs from {TIED[head]}, and config.json says that they are one; set "
+            "tie_embeddings to false there to have both, or leave the tensor out"
         )
 
 
@@ -186,18 +185,12 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> R
             f"{folder}: a quantised checkpoint; give the float one it was made from (rmse-run, rmse-eval, rmse-bench and "
             "rmse-export read this one)"
         )
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        pickled = next((name for name in PICKLED_FILES if (folder / name).is_file()), None)
-        hint = f"{pickled} is not read, convert it to safetensors" if pickled else "copy it beside config.json"
-        raise CheckpointError(f"{weights}: no such file; {hint}")
-    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: the caller's seed stays untouched
-        model = RMSE(config)
-    try:
-        with safe_open(weights, framework="pt", device="cpu") as file:
-            _fill(model, file, weights)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{weights}: truncated or damaged ({_one_line(error)}); copy the file again") from None
+    with StoredTensors(folder) as stored:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the initial weights are overwritten: the caller's seed stays untouched
+            model = RMSE(config)
+        _fill(model, stored)
     return model.to(device).eval()
 
 
@@ -247,37 +240,33 @@ def _config_line(path: Path, error: ConfigError) -> str:
     return line if str(path) in line else f"{path}: {line}"
 
 
-def _fill(model: RMSE, file: Any, path: Path) -> None:
-    """Copy every tensor of an open safetensors file into the model, after checking names, shapes and values."""
+def _fill(model: RMSE, stored: StoredTensors) -> None:
+    """Copy every tensor of a checkpoint into the model, after checking names, shapes and values.
+
+    A head that is tied may be stored beside the embedding, with the same values, or in its place.
+    """
     state = model.state_dict()
     expected = stored_keys(model.config, list(state))
-    present = set(file.keys())
+    present = stored.names()
+    tied = {head: source for head, source in TIED.items() if model.config.tie_embeddings and head in present}
+    present |= set(tied.values())
     missing = [key for key in expected if key not in present]
-    unexpected = sorted(present - set(expected))
+    unexpected = sorted(present - set(expected) - set(tied))
     if missing:
         raise CheckpointError(
-            f"{path}: tensor {missing[0]} is missing{_others(missing)}; the file is not of this config.json's model"
+            f"{stored.path}: tensor {missing[0]} is missing{_others(missing)}; the file is not of this config.json's model"
         )
     if unexpected:
         raise CheckpointError(
-            f"{path}: tensor {unexpected[0]} is not part of the model{_others(unexpected)}; "
+            f"{stored.path}: tensor {unexpected[0]} is not part of the model{_others(unexpected)}; "
             "the file is not of this config.json's model"
         )
+    in_place_of = {source: head for head, source in tied.items() if source not in stored.names()}
     for name in expected:
-        target = state[name]
-        shape = tuple(file.get_slice(name).get_shape())
-        if shape != tuple(target.shape):
-            raise CheckpointError(
-                f"{path}: tensor {name} has shape {shape}, config.json asks for {tuple(target.shape)}; "
-                "the two files do not belong together"
-            )
-        tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{path}: tensor {name} has type {tensor.dtype}, expected floating point; save the unquantised weights"
-            )
-        check_finite(path, name, tensor)
-        target.copy_(tensor)
+        state[name].copy_(stored.read(in_place_of.get(name, name), tuple(state[name].shape)))
+    for head, source in tied.items():
+        values = stored.read(head, tuple(state[source].shape))
+        require_tied(stored.file(head), head, torch.equal(values, state[source]))
 
 
 def _others(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from .config import RMSEConfig
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
 GATHER_ROWS = 4
+ALIGNMENT = 16  # bytes of a row that `grouped_mm` asks for
 
 
 class Routing(NamedTuple):
@@ -58,12 +59,20 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) 
     flat = routing.experts.reshape(-1)
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-    hidden = swiglu(F.grouped_mm(x.index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends))
+    # Zeros that fill up a row of another width than 4 float32 numbers change no product; they cost a copy of the weights.
+    gate_up, down = aligned(gate_up), aligned(down.transpose(1, 2))
+    hidden = swiglu(F.grouped_mm(aligned(x).index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends))
     # The routing weight goes on the narrow hidden channels; on the output it would cost d / f times as much.
     hidden = hidden * routing.weights.reshape(-1, 1).index_select(0, order).to(x.dtype)
-    out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    out = F.grouped_mm(hidden, down, offs=ends)
     position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return out.index_select(0, position).view(rows, top_k, -1).sum(1)
+    return out[:, : x.shape[1]].index_select(0, position).view(rows, top_k, -1).sum(1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` (..., n) as it is, or with zeros behind its last axis where `grouped_mm` would refuse its width."""
+    missing = -x.shape[-1] % (ALIGNMENT // x.element_size())
+    return F.pad(x, (0, missing)) if missing else x
 
 
 @torch.library.custom_op("rmse_edge::sparse_experts", mutates_args=())

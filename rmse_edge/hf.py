@@ -27,7 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .atlas import Atlas
 from .attention import Attention
 from .autoclass import register_model
-from .checkpoint import QUANTIZATION_FILE, check_finite, stored_keys
+from .checkpoint import QUANTIZATION_FILE, TIED, require_tied, stored_keys
 from .config import SEGMENT
 from .errors import CheckpointError, UserError
 from .experts import SparseExperts
@@ -37,6 +37,7 @@ from .hf_inputs import checked_tokens, refuse_arguments, resolve_dials, valid_co
 from .loop import DIALS, Tensors, run_loop
 from .model import RMSE
 from .rope import rotary_angles
+from .shards import StoredTensors, check_finite, is_sharded
 
 __all__ = ["RMSECache", "RMSECausalLMOutput", "RMSEForCausalLM", "RMSEPretrainedConfig"]
 
@@ -125,11 +126,16 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         """As `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit is an error, not a warning.
 
         Raises:
-            CheckpointError: a tensor is missing, is not the model's, has another shape, or holds NaN or Inf.
+            CheckpointError: a tensor is missing, is not the model's, has another shape, or holds NaN or Inf; a tied head
+                has values of its own; shards do not fit their index.
         """
         folder = Path(pretrained_model_name_or_path or "")
         if pretrained_model_name_or_path is not None and (folder / QUANTIZATION_FILE).is_file():
             raise CheckpointError(f"{folder}: a quantised checkpoint; give the float one it was made from")
+        shards = folder / (kwargs.get("subfolder") or "")
+        if pretrained_model_name_or_path is not None and kwargs.get("variant") is None and is_sharded(shards):
+            with StoredTensors(shards):  # which checks the index
+                pass
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         where = str(pretrained_model_name_or_path or "state_dict")
@@ -140,6 +146,9 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         ):
             if found := sorted(key if isinstance(key, str) else key[0] for key in info[kind]):
                 raise CheckpointError(f"{where}: tensor {found[0].removeprefix(PREFIX + '.')} {meaning}")
+        if model.rmse.config.tie_embeddings:  # transformers unties a head with values of its own, with a warning
+            for head, source in TIED.items():
+                require_tied(where, head, model.rmse.get_parameter(head) is model.rmse.get_parameter(source))
         for key, tensor in model.rmse.state_dict().items():
             if tensor.device.type != "meta":  # offloaded by a device_map
                 check_finite(where, key, tensor)

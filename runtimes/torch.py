@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..loop import LoopModel, run_loop
 from ..model import RMSE
 from ..quantize import is_quantized_checkpoint, load_quantized
+from ..shards import weight_files
 from .base import Arrays, Dials, ModelInfo
 from .host import LoopRuntime
 
@@ -122,11 +123,10 @@ class TorchRuntime(LoopRuntime):
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
         folder = Path(folder)
-        name, weights = folder.absolute().name, folder / "model.safetensors"
-        if is_quantized_checkpoint(folder):
-            quantized = load_quantized(folder)
-            return cls(quantized.model, name, weights.stat().st_size, device, quantized.fingerprint)
-        return cls(load_checkpoint(folder), name, weights.stat().st_size, device)
+        quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
+        model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
+        nbytes = sum(file.stat().st_size for file in weight_files(folder))
+        return cls(model, folder.absolute().name, nbytes, device, source)
 
 
 def set_threads(threads: int | None) -> None:

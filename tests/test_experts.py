@@ -13,10 +13,16 @@ from rmse_edge.experts import GATHER_ROWS, Routing, SparseExperts, gathered_expe
 E, K, D, F = 24, 3, 32, 32
 
 
-def case(rows: int, seed: int = 0) -> dict[str, Tensor]:
+def case(rows: int, seed: int = 0, width: int = D) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"x": (rows, D), "logits": (rows, E), "bias": (E,), "gate_up": (E, 2 * F, D), "down": (E, D, F)}
-    scales = {"gate_up": D**-0.5, "down": F**-0.5}
+    shapes = {
+        "x": (rows, width),
+        "logits": (rows, E),
+        "bias": (E,),
+        "gate_up": (E, 2 * F, width),
+        "down": (E, width, F),
+    }
+    scales = {"gate_up": width**-0.5, "down": F**-0.5}
     return {n: torch.randn(s, generator=generator) * scales.get(n, 1.0) for n, s in shapes.items()}
 
 
@@ -27,7 +33,7 @@ def naive(x: Tensor, logits: Tensor, bias: Tensor, gate_up: Tensor, down: Tensor
         chosen = (scores + bias).topk(K).indices
         share = scores.softmax(-1)[chosen]
         share = share / share.sum()
-        total = torch.zeros(D)
+        total = torch.zeros(len(row))
         for weight, expert in zip(share, chosen):
             gate, up = gate_up[expert][0::2] @ row, gate_up[expert][1::2] @ row
             total = total + weight * (down[expert] @ (gate * torch.sigmoid(gate) * up))
@@ -36,11 +42,15 @@ def naive(x: Tensor, logits: Tensor, bias: Tensor, gate_up: Tensor, down: Tensor
 
 
 @pytest.mark.parametrize("compute", [gathered_experts, grouped_experts])
-@pytest.mark.parametrize("rows", [1, 2, GATHER_ROWS, GATHER_ROWS + 1, 50])
-def test_values_and_gradients_equal_a_plain_loop(compute, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(1, D), (2, D), (GATHER_ROWS, D), (GATHER_ROWS + 1, D), (50, D), (50, 1), (50, 33), (50, 34)],
+)
+def test_values_and_gradients_equal_a_plain_loop(compute, rows: int, width: int) -> None:
+    """Of any width: the library's grouped product takes rows of 16 bytes only."""
     results = []
     for way in ("naive", "fast"):
-        t = {n: v.requires_grad_(n != "bias") for n, v in case(rows).items()}
+        t = {n: v.requires_grad_(n != "bias") for n, v in case(rows, width=width).items()}
         if way == "naive":
             out = naive(**t)
         else:
@@ -68,6 +78,15 @@ def test_the_balancing_bias_selects_but_does_not_weigh() -> None:
     assert set(routing.experts[0].tolist()) == {0, 3}
     weight = dict(zip(routing.experts[0].tolist(), routing.weights[0].tolist()))
     assert weight[0] == pytest.approx(1 / (1 + 2.718281828**-3)) and sum(weight.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_width_of_eight_bytes_in_half_precision(dtype: torch.dtype) -> None:
+    t = {n: v if n in ("logits", "bias") else v.to(dtype) for n, v in case(50, width=36).items()}
+    routing = select(t["logits"], t["bias"], K)
+    few, many = (way(t["x"], routing, t["gate_up"], t["down"]) for way in (gathered_experts, grouped_experts))
+    assert many.dtype == dtype
+    torch.testing.assert_close(many, few, rtol=0, atol=0.1)
 
 
 def fresh(config: RMSEConfig) -> SparseExperts:

@@ -29,6 +29,7 @@ from ..chat import TEMPLATE_FILE, template_source
 from ..config import RMSEConfig
 from ..errors import CheckpointError, ConfigError, TextError, UserError
 from ..model import RMSE
+from ..shards import INDEX_FILE, WEIGHTS_FILE
 from ..text import (
     Tokenizer,
     consecutive_blocks,
@@ -46,7 +47,7 @@ from .trainer import LOG_FILE, STATE_FILE, Trainer, build_model, evaluate
 RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"
 PRIOR = 16  # segments that what training knows of the surprise counts for
 # Any of these is the work of a run, never to be written over unasked.
-TRACES = (STATE_FILE, "model.safetensors", EVALUATION_FILE)
+TRACES = (STATE_FILE, WEIGHTS_FILE, INDEX_FILE, EVALUATION_FILE)
 
 
 def train(

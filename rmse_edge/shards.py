@@ -1,0 +1,172 @@
+"""The safetensors files of a checkpoint folder: one, or several that an index lists, read tensor by tensor.
+
+model.safetensors             all tensors; where it is there, an index beside it is not looked at, as in transformers
+model.safetensors.index.json  {"weight_map": {tensor: file of this folder}}, what `save_pretrained` writes beside shards
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILES = ("pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others come with scales that nobody reads
+
+
+def is_sharded(folder: Path) -> bool:
+    return not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: there are none, or the index or one of the files it lists is not as it should be.
+    """
+    if is_sharded(folder):
+        return [folder / name for name in sorted(set(read_index(folder / INDEX_FILE).values()))]
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = next((name for name in PICKLED_FILES if (folder / name).is_file()), None)
+        hint = f"{pickled} is not read, convert it to safetensors" if pickled else "copy it beside config.json"
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: no such file; {hint}")
+    return [folder / WEIGHTS_FILE]
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of every tensor, by name.
+
+    Raises:
+        CheckpointError: one line that names the index and what is wrong with it.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({_one_line(error)}); copy it again") from None
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f'{path}: has no "weight_map" from tensors to files; copy it again')
+    for name, file in files.items():
+        # A bare name: what a checkpoint refers to lies beside it.
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(
+                f"{path}: tensor {name} is said to be in {file!r}, expected a file of the same folder"
+            )
+        if not (path.parent / file).is_file():
+            raise CheckpointError(
+                f"{path.parent / file}: no such file, and {path.name} has tensor {name} in it; copy it"
+            )
+    return files
+
+
+class StoredTensors:
+    """The tensors of a checkpoint folder, to be read one at a time. Use it in a `with` statement.
+
+    Attributes:
+        path: model.safetensors or the index: what a message about all tensors names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open all files and compare them with their index.
+
+        Raises:
+            CheckpointError: one line that names the file, and the tensor, that is missing, damaged, or there twice.
+        """
+        self.path = folder / (INDEX_FILE if is_sharded(folder) else WEIGHTS_FILE)
+        self._files: dict[str, tuple[Path, Any]] = {}  # by tensor
+        with ExitStack() as stack:
+            for path in weight_files(folder):
+                with _damage_of(path):
+                    file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                    names = list(file.keys())
+                for name in names:
+                    if name in self._files:
+                        first = self._files[name][0].name
+                        raise CheckpointError(f"{path}: tensor {name} is in {first}, too; keep one of them")
+                    self._files[name] = path, file
+            if is_sharded(folder):
+                self._compare(read_index(self.path))
+            self._open = stack.pop_all()
+
+    def _compare(self, index: dict[str, str]) -> None:
+        for name, file in index.items():
+            if name not in self._files or self._files[name][0].name != file:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is not in {file}; the files do not belong together, copy all of them"
+                )
+        for name, (path, _) in self._files.items():
+            if name not in index:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is not in {INDEX_FILE}; the files do not belong together, copy all of them"
+                )
+
+    def __enter__(self) -> StoredTensors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name][0]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in float32: exact for bfloat16 and float16, rounded from float64.
+
+        Raises:
+            CheckpointError: it has another shape, another kind of type, or is not finite in float32.
+        """
+        path, file = self._files[name]
+        with _damage_of(path):
+            found = tuple(file.get_slice(name).get_shape())
+            if found != shape:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has shape {found}, config.json asks for {shape}; "
+                    "the two files do not belong together"
+                )
+            tensor = file.get_tensor(name)
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{path}: tensor {name} has type {tensor.dtype}, expected floating point of 16 bits or more; save the "
+                "unquantised weights"
+            )
+        tensor = tensor.float()
+        check_finite(path, name, tensor)
+        return tensor
+
+
+def check_finite(where: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise a `CheckpointError` that names the tensor if it holds NaN or Inf."""
+    if not bool(torch.isfinite(tensor).all()):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+        raise CheckpointError(
+            f"{where}: tensor {name} holds {kind}; the training diverged or the file is damaged, use another checkpoint"
+        )
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({_one_line(error)}); copy the file again") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
