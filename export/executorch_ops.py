@@ -128,13 +128,16 @@ def check_format(name: str, fmt: Format, inputs: int) -> None:
     Raises:
         ExportError: naming the tensor and the fix.
     """
-    if fmt.bits == 4 and (fmt.group is None or fmt.group % BLOCK):
-        raise ExportError(
-            f"{name}: has groups of {fmt.group}, and executorch takes multiples of {BLOCK}; quantise with --group-size "
-            f"{BLOCK} --dense-group-size {BLOCK}, or to int8"
-        )
     if inputs % BLOCK and name in EXPERTS:
-        raise ExportError(f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export with --quant fp32")
+        raise ExportError(
+            f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export the float model, with --quant fp32"
+        )
+    if fmt.bits == 4 and (fmt.group is None or fmt.group % BLOCK):
+        groups = f"with --group-size {BLOCK} --dense-group-size {BLOCK}, or "
+        raise ExportError(
+            f"{name}: has groups of {fmt.group}, and executorch takes multiples of {BLOCK}; quantise "
+            f"{'' if inputs % BLOCK else groups}to int8"
+        )
 
 
 def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:

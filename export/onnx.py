@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import ExportError, quiet
 from .onnx_ops import translations
 from .onnx_passes import PASSES, WeightFile
-from .onnx_quantize import use_integers
+from .onnx_quantize import check_format, use_integers
 from .program import ExportedMethod, LoopProgram
 from .targets import LowerOptions, target
 
@@ -64,7 +64,7 @@ def weight_names(model: nn.Module) -> dict[bytes, str]:
     return names
 
 
-@target("onnx", any_rows=True, asymmetric=True, scale_bytes=4, compacts=True)
+@target("onnx", any_rows=True, asymmetric=True, scale_bytes=4, compacts=True, check_format=check_format)
 def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
     """Write METHOD.onnx and weights.bin into `folder`.
 

@@ -15,7 +15,8 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import ExportError
-from ..quantize import QuantizedTensor
+from ..quantize import Format, QuantizedTensor
+from ..quantize.scheme import EMBEDDING, EXPERTS
 from .onnx_ops import CONTRIB
 from .onnx_passes import subgraphs
 
@@ -187,7 +188,7 @@ def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_
         return None
     name = weights[0]
     q, block = stored.tensors[name], stored.block(name)
-    _whole_blocks(stored, block, name)
+    check_format(name, q.format, q.shape[-1])
     inputs = [stored.codes(name), node.input[1], stored.scales(name, block), stored.zeros(name)]
     return helper.make_node(
         "GatherBlockQuantized", inputs if inputs[-1] else inputs[:-1], node.output, node.name, domain=CONTRIB,
@@ -195,14 +196,17 @@ def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_
     )  # fmt: skip
 
 
-def _whole_blocks(stored: _Stored, block: int, *names: str) -> None:
-    for name in names:
-        inputs = stored.tensors[name].shape[-1]
-        if inputs % block:
-            raise ExportError(
-                f"{name}: {inputs} inputs make no whole blocks of {block}, which ONNX Runtime's operator needs; "
-                "export with --quant fp32 or fp16"
-            )
+def check_format(name: str, fmt: Format, inputs: int) -> None:
+    """Fail unless ONNX Runtime's operators have this format; `MatMulNBits` alone takes any number of inputs.
+
+    Raises:
+        ExportError: naming the tensor and the fix.
+    """
+    if inputs % BLOCKS[-1] and name in (EMBEDDING, *EXPERTS):
+        raise ExportError(
+            f"{name}: {inputs} inputs make no whole blocks of {BLOCKS[-1]}, which ONNX Runtime's operator needs; "
+            "export the float model, with --quant fp32 or fp16"
+        )
 
 
 def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
@@ -217,7 +221,8 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     per_channel = q.format.bits == 8 and accuracy_level == 0
     block = None if per_channel else stored.block(up, down)
     if block is not None:
-        _whole_blocks(stored, block, up, down)
+        for name in (up, down):
+            check_format(name, q.format, stored.tensors[name].shape[-1])
     inputs = [
         *node.input[:2], stored.codes(up), stored.scales(up, block), "", stored.codes(down), stored.scales(down, block), "",
         "", "", "", stored.zeros(up), stored.zeros(down),

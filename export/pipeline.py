@@ -22,7 +22,7 @@ from ..loop import LoopSpec
 from ..model import RMSE
 from ..package import Package, seal, writing
 from ..quantize import Format, Quantized
-from ..quantize.scheme import BITS
+from ..quantize.scheme import BITS, EXPERTS
 from ..runtimes import other_runtimes, runtime_for
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import fingerprint, model_info
@@ -123,9 +123,11 @@ def check_formats(model: RMSE, formats: Mapping[str, Format], target: str) -> No
         ExportError: naming the weight.
     """
     check = get_target(target).check_format
-    for name, fmt in formats.items():
+    inputs = {name: model.get_parameter(name).shape[-1] for name in formats}
+    # The tensor with the fewest choices speaks first, so that no other one refuses what it says to do.
+    for name in sorted(formats, key=lambda name: (inputs[name] & -inputs[name], name not in EXPERTS)):
         if check is not None:
-            check(name, fmt, model.get_parameter(name).shape[-1])
+            check(name, formats[name], inputs[name])
 
 
 def rounded(model: RMSE, quant: str) -> RMSE:

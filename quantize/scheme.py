@@ -7,6 +7,7 @@ What decides (router, exit gate, memory gates) and what scales (norms, step enco
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import stored_keys
@@ -20,8 +21,9 @@ METHODS = ("gptq", "rtn")
 GROUPS = (128, 64, 32, 16)  # of dense matrices, by preference: larger groups are smaller and faster
 
 EXPERTS = ("block.experts.gate_up_proj", "block.experts.down_proj")
+EMBEDDING = "embed.weight"
 DENSE = (
-    "embed.weight",
+    EMBEDDING,
     "inject.weight",
     "block.attention.q_proj.weight",
     "block.attention.kv_proj.weight",
@@ -64,29 +66,32 @@ class Scheme:
         Raises:
             UserError: a tensor is not in the table, or a group size does not divide its inputs; names the tensor.
         """
-        found = {}
+        inputs = {}
         for name in stored_keys(model.config, list(model.state_dict())):
-            if not is_quantized(name, model.config):
-                continue
-            tensor = model.get_parameter(name)
-            if tensor.numel():  # no shared expert: zero wide
-                found[name] = self._format(name, tensor.shape[-1])
-        return found
+            if is_quantized(name, model.config) and model.get_parameter(name).numel():  # no shared expert: zero wide
+                inputs[name] = model.get_parameter(name).shape[-1]
+        if BITS[self.quant] == 8:
+            return dict.fromkeys(inputs, Format(8))
+        return {name: Format(4, self._group(name, inputs), self.symmetric) for name in inputs}
 
-    def _format(self, name: str, inputs: int) -> Format:
-        bits = BITS[self.quant]
-        if bits == 8:
-            return Format(8)
-        if name in EXPERTS:
+    def _group(self, name: str, inputs: Mapping[str, int]) -> int:
+        """The group size of one tensor, of those that are quantised and their numbers of inputs."""
+        expert = name in EXPERTS
+        if expert:
             group, flag = self.group_size, "--group-size"
         else:
-            group = self.dense_group_size or next((g for g in GROUPS if inputs % g == 0), GROUPS[-1])
+            group = self.dense_group_size or next((g for g in GROUPS if inputs[name] % g == 0), GROUPS[-1])
             flag = "--dense-group-size"
-        if inputs % group:
-            fitting = [str(g) for g in (*GROUPS[::-1], 256) if inputs % g == 0]
-            hint = f"{flag} {' or '.join(fitting)}" if fitting else "--quant int8, which needs no groups"
-            raise UserError(f"{name}: group size {group} does not divide its {inputs} inputs; pass {hint}")
-        return Format(4, group, self.symmetric)
+        if inputs[name] % group == 0:
+            return group
+        # What is proposed has to suit all tensors, those of the other flag too.
+        alike = [n for other, n in inputs.items() if (other in EXPERTS) == expert]
+        fitting = [str(g) for g in (*GROUPS[::-1], 256) if all(n % g == 0 for n in alike)]
+        if any(n % GROUPS[-1] for n in inputs.values()):
+            hint = "pass --quant int8, which needs no groups"
+        else:
+            hint = f"pass {flag} {' or '.join(fitting)}"
+        raise UserError(f"{name}: group size {group} does not divide its {inputs[name]} inputs; {hint}")
 
 
 def is_quantized(name: str, config: RMSEConfig) -> bool:

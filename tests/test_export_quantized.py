@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ALPHABET, Memo, assert_one_line, mixed_model, random_tokens, remembering_model
+from helpers import ALPHABET, Memo, assert_one_line, mixed_model, random_tokens, remembering_model, tiny_config
 from onnx import TensorProto, helper, numpy_helper
 
 from rmse_edge.checkpoint import load_checkpoint
@@ -465,3 +466,38 @@ def test_random_weights_are_quantised_without_a_text(tmp_path: Path, capsys: pyt
     assert export(["--config", str(config), "--quant", "int4", "--dry-run"]) == 2
     assert_one_line(capsys.readouterr().err, "random weights", "--method rtn")
     assert export(["--config", str(config), "--quant", "int4", "--method", "rtn", "--dry-run"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- widths
+
+
+@pytest.mark.parametrize("width", [33, 40, 48])
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("target", ["onnx", "executorch", "coreml"])
+def test_what_a_refused_width_is_told_to_do_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, quant: str, width: int
+) -> None:
+    """At the first try: no hint leads to another refusal."""
+    pytest.importorskip({"coreml": "coremltools"}.get(target, target))
+    config = tmp_path / "config.json"
+    config.write_text(tiny_config(d_model=width).to_json())
+    command = ["--config", str(config), "--target", target, "--dry-run"]
+    if export([*command, "--quant", quant, "--method", "rtn"]) == 0:
+        return
+    line = capsys.readouterr().err
+    assert_one_line(line, "block.experts.gate_up_proj" if target != "coreml" or width > 40 else "embed.weight")
+    if hint := re.search(r"(--group-size \d+)", line):
+        flags = ["--quant", quant, "--method", "rtn", *hint[1].split()]
+    elif hint := re.search(r"--quant (\w+)", line):
+        flags = ["--quant", hint[1], *(["--method", "rtn"] if hint[1] == "int8" else [])]
+    assert hint and export([*command, *flags]) == 0, line
+
+
+def test_groups_are_proposed_that_all_weights_of_the_flag_have() -> None:
+    """Of the embedding alone, 64 would do as well."""
+    model = RMSE(tiny_config(n_heads=3, n_kv_heads=1))  # the output projection has 48 inputs
+    with pytest.raises(UserError) as caught:
+        Scheme("int4", dense_group_size=128).formats(model)
+    assert_one_line(str(caught.value), "embed.weight", "pass --dense-group-size 16")
+    assert str(caught.value).endswith("16")
+    assert Scheme("int4", dense_group_size=16).formats(model)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from ..export.pipeline import check_formats
     from ..model import RMSE
     from ..package import check_destination
-    from ..quantize import is_quantized_checkpoint, load_quantized, quantize
+    from ..quantize import Scheme, is_quantized_checkpoint, load_quantized, quantize
 
     if args.threads:
         import torch
@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     else:
         model = stored.model if stored else load_checkpoint(folder)
         checkpoint, name = folder, folder.absolute().name
+    if how:  # int8 fits where any integers do; where it does not, no hint may lead there
+        check_formats(model, Scheme("int8").formats(model), request.target)
     formats = how.scheme.formats(model) if how else {n: q.format for n, q in stored.tensors.items()} if stored else {}
     check_formats(model, formats, request.target)
     if args.dry_run:
