@@ -90,7 +90,7 @@ def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
     return found | {
         "get_vocab_size": config.vocab_size,
         "get_bos_id": -1 if config.bos_token_id is None else config.bos_token_id,
-        "get_eos_ids": [] if config.eos_token_id is None else [config.eos_token_id],
+        "get_eos_ids": list(options.eos_token_ids),
         "get_n_layers": 1,
         "get_max_seq_len": limit,
         "get_max_context_len": limit,

@@ -27,6 +27,7 @@ from ..runtimes import other_runtimes, runtime_for
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import fingerprint, model_info
 from ..text import Tokenizer, read_text
+from ..vocabulary import TOKENIZER_FILE, Vocabulary
 from .parity import POSITIONS, compare_host, compared, gate
 from .parity_reference import LEAST_POSITIONS, Reference
 from .program import Signature, method_names, signature, tensors_json, trace
@@ -35,7 +36,6 @@ from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_t
 CHUNKS = (1, SEGMENT)
 SAMPLE = "sample.txt"
 SAMPLE_LIMIT = 64 * 1024  # bytes
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ def export_package(
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
+    of_folder = checkpoint is not None and checkpoint.is_dir()
+    vocabulary = Vocabulary.of_folder(checkpoint, model.config) if of_folder else Vocabulary.of_config(model.config)
     with writing(destination, request.overwrite) as folder:
         target = get_target(request.target)
         source = quantized.fingerprint if quantized else None
@@ -203,13 +205,15 @@ def export_package(
             compact=request.compact,
             compute=request.compute or next(iter(target.computes), None),
             max_seq_len=request.max_seq_len,
+            eos_token_ids=vocabulary.eos_token_ids,
             progress=progress,
         )
         traced = target.prepare(model, options) if target.prepare else model
         program = trace(traced, CHUNKS, progress, target.any_rows, target.host_loop)  # type: ignore[arg-type]
         lowering = target.lower(program, folder, options)
         text = _carry_text(checkpoint, folder)
-        info = model_info(model, destination.name.removesuffix(".rmse"), 0, request.target, source, request.quant)
+        name = destination.name.removesuffix(".rmse")
+        info = model_info(model, name, 0, request.target, source, request.quant, vocabulary)
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
@@ -287,7 +291,7 @@ def _carry_text(checkpoint: Path | None, folder: Path) -> dict[str, str]:
     text: dict[str, str] = {}
     if checkpoint is None:
         return text
-    for name in (TOKENIZER, *chat_files(checkpoint), SAMPLE):
+    for name in (TOKENIZER_FILE, *chat_files(checkpoint), SAMPLE):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
             text[Path(name).stem] = name

@@ -33,6 +33,7 @@ class LowerOptions:
     compact: bool = True  # compute experts of active rows only, in calls of many rows
     compute: str | None = None  # what the program is laid out for, one of `Target.computes`
     max_seq_len: int | None = None  # tokens that a text may have; None: any number
+    eos_token_ids: tuple[int, ...] = ()  # each of them ends a text
     progress: Callable[[str], None] = lambda _: None
 
 

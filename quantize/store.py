@@ -23,7 +23,6 @@ from ..chat import TEMPLATE_FILE
 from ..checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
-    TOKENIZER_FILE,
     all_or_nothing,
     read_config,
     stored_keys,
@@ -32,13 +31,14 @@ from ..errors import CheckpointError, UserError
 from ..model import RMSE
 from ..package import digest_file
 from ..shards import WEIGHTS_FILE, check_finite
+from ..vocabulary import GENERATION_FILE, TOKENIZER_FILE
 from .quantizer import Quantized
 from .tensors import Format, QuantizedTensor
 
 FORMAT = "rmse-edge quantized checkpoint"
 FORMAT_VERSION = 1
 # From the float checkpoint.
-CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, "generation_config.json", "sample.txt")
+CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, GENERATION_FILE, "sample.txt")
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:

@@ -26,14 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
-from .config import RMSEConfig
+from .config import RMSEConfig, token_ids
 from .errors import CheckpointError, ConfigError, TextError
 from .model import RMSE
 from .shards import WEIGHTS_FILE, StoredTensors, check_finite
+from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILE = "tokenizer.json"
 QUANTIZATION_FILE = "quantization.json"  # marks a quantised checkpoint, see rmse_edge/quantize/store.py
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 TIED = {"head_proj.weight": "embed.weight"}  # with tie_embeddings: not on disk -> whose values it takes
@@ -148,10 +147,11 @@ def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> dict[str, An
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception on malformed files
         raise CheckpointError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
         raise CheckpointError(
-            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model has vocab_size {config.vocab_size}; "
-            "use the tokenizer the model was trained with"
+            f"{path}: {tokenizer.get_vocab_size()} tokens up to id {largest}, but the model has vocab_size "
+            f"{config.vocab_size}; use the tokenizer the model was trained with"
         )
     values: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -160,8 +160,7 @@ def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> dict[str, An
         "clean_up_tokenization_spaces": False,
     }
     for role in SPECIAL_TOKENS:
-        token_id = getattr(config, f"{role}_id")
-        if token_id is not None:
+        for token_id in token_ids(getattr(config, f"{role}_id"), f"{role}_id")[:1]:  # a tokenizer has one of each
             values[role] = tokenizer.id_to_token(token_id)
     return values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,29 @@ MEMORIES = ("none", "titans", "atlas")
 # What transformers may add to a config.json; none of it concerns the model.
 FOREIGN_KEYS = frozenset(
     "model_type architectures transformers_version dtype torch_dtype auto_map use_cache return_dict output_hidden_states "
-    "output_attentions is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type".split()
+    "output_attentions is_encoder_decoder chunk_size_feed_forward id2label label2id num_labels problem_type name_or_path "
+    "attn_implementation experts_implementation".split()
 )
+# What other models call a field -> the field. Code may use these names through transformers, a config.json may not.
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "num_hidden_layers": "max_loops",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
+def token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """What is written as one token id, several or none (None), as ids.
+
+    Raises:
+        ConfigError: it is none of these; names it.
+    """
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
+        raise ConfigError(f"{name}: got {value!r}, expected a token id or a list of them")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -74,11 +96,14 @@ class RMSEConfig:
     dropout: float = 0.0
     block_size: int = 256  # positions of one training sequence
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # several: any of them ends a text
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_rules", tuple(self.exit_rules))
+        if self.eos_token_id is not None:
+            found = token_ids(self.eos_token_id, "eos_token_id")
+            object.__setattr__(self, "eos_token_id", self.eos_token_id if isinstance(self.eos_token_id, int) else found)
         positive = (
             "vocab_size d_model n_heads n_kv_heads head_dim window max_loops min_loops n_experts top_k expert_width "
             "n_shared_experts shared_width memory_dim memory_hidden memory_key_dim memory_window retrieval_hits retrieval_dim "
@@ -138,7 +163,7 @@ class RMSEConfig:
         return self.head_dim - (self.step_dims if self.step_encoding == "temporal_rope" else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"exit_rules": list(self.exit_rules)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     def to_json(self) -> str:
         """The text of config.json: these fields plus what Hugging Face's Auto classes look for."""
@@ -154,10 +179,8 @@ class RMSEConfig:
         """
         if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise ConfigError(f"{where}: model_type is {values['model_type']!r}, expected {MODEL_TYPE!r}")
+        refuse_unknown_keys(values, where)
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known - FOREIGN_KEYS)
-        if unknown:
-            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
         try:
             return cls(**{k: v for k, v in values.items() if k in known})
         except TypeError as error:
@@ -175,3 +198,21 @@ class RMSEConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object of configuration keys")
         return cls.from_dict(values, where=str(path))
+
+
+def refuse_unknown_keys(keys: Iterable[str], where: str = "config") -> None:
+    """The one rule for keys of a config.json, of this package and of transformers: a setting that would be dropped is an error.
+
+    A misspelt setting would otherwise be another model. What transformers writes is passed over, and so is what begins
+    with an underscore: notes of whoever wrote the file.
+
+    Raises:
+        ConfigError: naming the first key that is none of these.
+    """
+    known = {f.name for f in dataclasses.fields(RMSEConfig)}
+    unknown = sorted(key for key in set(keys) - known - FOREIGN_KEYS if not key.startswith("_"))
+    if unknown:
+        instead = (
+            f"write {ALIASES[unknown[0]]}" if unknown[0] in ALIASES else f"known keys are {', '.join(sorted(known))}"
+        )
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; {instead}")

@@ -19,17 +19,24 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from .atlas import Atlas
 from .attention import Attention
 from .autoclass import register_model
 from .checkpoint import QUANTIZATION_FILE, TIED, require_tied, stored_keys
-from .config import SEGMENT
-from .errors import CheckpointError, UserError
+from .config import SEGMENT, token_ids
+from .errors import CheckpointError, UserError, first_line
 from .experts import SparseExperts
 from .hf_cache import RMSECache
 from .hf_config import RMSEPretrainedConfig
@@ -38,6 +45,8 @@ from .loop import DIALS, Tensors, run_loop
 from .model import RMSE
 from .rope import rotary_angles
 from .shards import StoredTensors, check_finite, is_sharded
+from .text import Tokenizer
+from .vocabulary import TOKENIZER_FILE, unused
 
 __all__ = ["RMSECache", "RMSECausalLMOutput", "RMSEForCausalLM", "RMSEPretrainedConfig"]
 
@@ -47,6 +56,7 @@ TABLES: dict[type[Attention] | type[Atlas], tuple[str, ...]] = {
     Attention: ("step_cos", "step_sin"),
     Atlas: ("first", "second", "scale"),
 }
+STATIC_PREFIX = "abcdef"  # of StopStringCriteria.clean_tokenizer_vocab
 SEARCHES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -88,6 +98,8 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = True  # the ring cannot be rolled back
     generation_config: GenerationConfig
+    # What the tokenizer beside the checkpoint has tokens for; `generate` chooses no other id. None: there is no tokenizer.
+    token_ids: frozenset[int] | None = None
 
     def __init__(self, config: RMSEPretrainedConfig) -> None:
         super().__init__(config)
@@ -309,6 +321,35 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         attributes = {name: getattr(config, name, None) for name in DIALS}
         return config, {name: value for name, value in attributes.items() if value is not None} | model_kwargs
 
+    def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """transformers leaves `generate`'s tokenizer, which stop strings need, among the arguments of `forward`."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None
+    ) -> StoppingCriteriaList:
+        if generation_config.stop_strings is not None:
+            if tokenizer is None:
+                raise UserError("stop_strings: give the model's tokenizer, too: generate(..., tokenizer=tokenizer)")
+            try:
+                tokenizer(STATIC_PREFIX)
+            except Exception as error:  # tokenizers raises bare Exception for a word without an [UNK]
+                raise UserError(
+                    f"stop_strings: transformers measures tokens behind the text {STATIC_PREFIX!r}, which this tokenizer "
+                    f"has no tokens for ({first_line(error)}); give a stopping_criteria of your own"
+                ) from None
+        return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Ids without a token are never chosen: they go first, so that no other processor sees them."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if self.token_ids is not None:
+            eos = token_ids(generation_config.eos_token_id, "eos_token_id")
+            ranges = unused(self.name_or_path, self.token_ids, self.config.vocab_size, eos)
+            if ids := [token for first, end in ranges for token in range(first, end)]:
+                processors.insert(0, SuppressTokensLogitsProcessor(ids, device=str(self.device)))
+        return processors
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -318,10 +359,22 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = RMSECache()
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Without a generation_config.json transformers falls back on config.json: see `RMSEGenerationConfig`."""
+        """Without a generation_config.json transformers falls back on config.json: see `RMSEGenerationConfig`.
+
+        Here is also where `from_pretrained` says where the model comes from, and so which tokenizer lies beside it.
+        """
         super().adjust_generation_fn(*args, **kwargs)
         if getattr(self.generation_config, "_from_model_config", False):
             self.generation_config = RMSEGenerationConfig.from_model_config(self.config)
+        given = inspect.signature(GenerationMixin.adjust_generation_fn).bind(self, *args, **kwargs).arguments
+        source = given["pretrained_model_name_or_path"]
+        if source is not None:
+            options = {
+                name: given[name] for name in ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+            }
+            quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            tokenizer = cached_file(source, TOKENIZER_FILE, **options, **quiet)
+            self.token_ids = None if tokenizer is None else frozenset(Tokenizer(tokenizer).ids())
 
 
 register_model()

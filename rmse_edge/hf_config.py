@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .config import MODEL_TYPE, RMSEConfig
+from .config import ALIASES, MODEL_TYPE, RMSEConfig, refuse_unknown_keys
 
 FIELDS = dataclasses.fields(RMSEConfig)
 
@@ -20,19 +20,13 @@ class RMSEPretrainedConfig(PreTrainedConfig):
     """The configuration of an `RMSEForCausalLM`; see `RMSEConfig` for every field, its meaning and its range.
 
     Raises:
-        ConfigError: a value out of range, named.
+        ConfigError: a value out of range or an unknown key, named.
     """
 
     model_type: ClassVar[str] = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     # What generic tools of transformers ask for -> our name for it.
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "num_hidden_layers": "max_loops",
-        "tie_word_embeddings": "tie_embeddings",
-    }
+    attribute_map: ClassVar[dict[str, str]] = ALIASES
 
     # Weights are stored in bfloat16 and computed with in float32. Without this, `dtype="auto"`, the default of
     # from_pretrained, would take the type of the file.
@@ -49,6 +43,7 @@ class RMSEPretrainedConfig(PreTrainedConfig):
         exit_rules: list[str]
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_unknown_keys(kwargs)  # those that are no field
         self.exit_rules = list(self.exit_rules)  # as in JSON
         super().__post_init__(**kwargs)
         self.to_rmse()

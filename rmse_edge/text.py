@@ -75,6 +75,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._fast.get_vocab_size()
 
+    def ids(self) -> set[int]:
+        """All ids that stand for a token, added ones included."""
+        return set(self._fast.get_vocab(with_added_tokens=True).values())
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`.
 

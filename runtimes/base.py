@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..config import token_ids
 from ..errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -90,6 +91,8 @@ class ModelInfo:
     quant: str = "fp32"  # how weights are held: fp32, fp16, int8, int4
     fingerprint: str = ""  # of the weights, the same for a checkpoint and every package made of it
     max_seq_len: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # each of them ends a text
+    unused_token_ids: tuple[tuple[int, int], ...] = ()  # ranges [first, end) of ids without a token, never to be drawn
     config: dict[str, Any] = field(default_factory=dict)
 
     def dials_with(self, **overrides: float | int | None) -> Dials:
@@ -110,6 +113,10 @@ class ModelInfo:
         values["chunks"] = tuple(values["chunks"])
         for name in ("state", "memory"):  # packages made before there was a memory do not say that they have none
             values[name] = {k: (tuple(shape), dtype) for k, (shape, dtype) in values.get(name, {}).items()}
+        # Packages made before a text could end in several ways have config.json's own token.
+        eos = values.get("eos_token_ids", values.get("config", {}).get("eos_token_id"))
+        values["eos_token_ids"] = token_ids(eos, "eos_token_ids")
+        values["unused_token_ids"] = tuple((first, end) for first, end in values.get("unused_token_ids", ()))
         return cls(**values)
 
     @property

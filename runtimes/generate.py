@@ -6,7 +6,7 @@ position for the first token, the token before for every other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -169,7 +169,7 @@ class Generation:
     dials: Dials
     sampler: Sampler
     max_new_tokens: int
-    eos: int | None = None  # the token that ends the text; None to go on regardless
+    eos: Collection[int] = ()  # tokens that end the text, each of them; none to go on regardless
     stop: Sequence[str] = ()
     librarian: Librarian | None = None  # is asked before the prompt's last token
     tail: Tail = BEGINNING  # of the text that the prompt goes on from
@@ -213,7 +213,7 @@ class Generation:
                 return
             start = perf_counter()
             result = self.runtime.feed(fed, self.dials, logits="last")
-            token = self.sampler.pick(result.logits[-1])
+            token = self.sampler.pick(result.logits[-1], self.runtime.info.unused_token_ids)
             seconds = perf_counter() - start
             if self.made:
                 self.decode_s += seconds
@@ -222,7 +222,7 @@ class Generation:
                 self.prompt_depth += [int(d) for d in result.depth]
             self.made.append((token, int(result.depth[-1])))
             yield self.made[-1]
-            if token == self.eos:
+            if token in self.eos:
                 self.finish_reason = "eos"
                 return
             fed = [token]
@@ -264,7 +264,7 @@ class Generation:
         while self._pushed < len(self.made) and not self._stream.stopped:
             token, depth = self.made[self._pushed]
             self._pushed += 1
-            if token != self.eos:
+            if token not in self.eos:
                 yield from self._given(self._stream.push(token, depth))
 
     def _given(self, spans: list[Span]) -> Iterator[Span]:

@@ -6,6 +6,7 @@ It works in float64 on NumPy arrays and owns its random numbers, so that neither
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,13 +45,19 @@ class Sampler:
         self.sampling = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
-    def pick(self, logits: np.ndarray) -> int:
+    def pick(self, logits: np.ndarray, unused: Collection[tuple[int, int]] = ()) -> int:
         """The next token for `logits`, (V,) of any float type.
 
+        Args:
+            unused: ranges [first, end) of ids that are never drawn, as if the head had no rows for them.
         Raises:
             UserError: the logits hold NaN or no finite maximum; the model that made them is damaged.
         """
         draw = self._random.random()
+        if unused:
+            logits = logits.copy()
+            for first, end in unused:
+                logits[first:end] = -np.inf
         if not np.isfinite(logits.max()):  # a NaN anywhere makes the maximum NaN
             raise UserError("the model gave logits that are not numbers; its weights are damaged")
         if self.sampling.temperature == 0:

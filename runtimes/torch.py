@@ -16,6 +16,7 @@ from ..loop import LoopModel, run_loop
 from ..model import RMSE
 from ..quantize import is_quantized_checkpoint, load_quantized
 from ..shards import weight_files
+from ..vocabulary import Vocabulary
 from .base import Arrays, Dials, ModelInfo
 from .host import LoopRuntime
 
@@ -45,7 +46,13 @@ class TorchMethods:
 
 
 def model_info(
-    model: RMSE, name: str, nbytes: int, target: str = "torch", source: str | None = None, quant: str = "fp32"
+    model: RMSE,
+    name: str,
+    nbytes: int,
+    target: str = "torch",
+    source: str | None = None,
+    quant: str = "fp32",
+    vocabulary: Vocabulary | None = None,
 ) -> ModelInfo:
     """The host's view of an RMS-E model.
 
@@ -54,9 +61,11 @@ def model_info(
         source: fingerprint of the float model that a quantised one was made from. It counts as the same model: sessions
             and knowledge bases of one can be used with the other.
         quant: how the weights are held.
+        vocabulary: of the folder that the model comes from; None: the model's configuration is all there is.
     """
     config, spec = model.config, model.spec(1)
     slots = config.retrieval_slots
+    vocabulary = vocabulary or Vocabulary.of_config(config)
     return ModelInfo(
         name=name,
         target=target,
@@ -84,6 +93,8 @@ def model_info(
         else None,
         quant=quant,
         fingerprint=_with_cache(source or fingerprint(model), model),
+        eos_token_ids=vocabulary.eos_token_ids,
+        unused_token_ids=vocabulary.unused_token_ids,
         config=config.to_dict(),
     )
 
@@ -114,11 +125,20 @@ def fingerprint(model: RMSE) -> str:
 class TorchRuntime(LoopRuntime):
     """A checkpoint folder, or a model already in memory, run by PyTorch."""
 
-    def __init__(self, model: RMSE, name: str, nbytes: int = 0, device: str = "cpu", source: str | None = None) -> None:
+    def __init__(
+        self,
+        model: RMSE,
+        name: str,
+        nbytes: int = 0,
+        device: str = "cpu",
+        source: str | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
         self.model = model.to(device).eval()
-        super().__init__(model_info(model, name, nbytes, source=source), TorchMethods(model, device))
+        info = model_info(model, name, nbytes, source=source, vocabulary=vocabulary)
+        super().__init__(info, TorchMethods(model, device))
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
@@ -126,7 +146,8 @@ class TorchRuntime(LoopRuntime):
         quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
         model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
         nbytes = sum(file.stat().st_size for file in weight_files(folder))
-        return cls(model, folder.absolute().name, nbytes, device, source)
+        vocabulary = Vocabulary.of_folder(folder, model.config)
+        return cls(model, folder.absolute().name, nbytes, device, source, vocabulary)
 
 
 def set_threads(threads: int | None) -> None:

@@ -155,7 +155,7 @@ def test_the_end_token_ends_the_text(runtime: TorchRuntime):
     list(free.spans())
     eos = free.tokens[10]
     first = free.tokens.index(eos)
-    made = generation(runtime, eos=eos)
+    made = generation(runtime, eos=(eos,))
     text = shown(made.spans()) + shown(made.rest())
     assert made.tokens == free.tokens[: first + 1]
     assert text == PieceTokenizer(ALPHABET).decode(free.tokens[:first])

@@ -134,8 +134,7 @@ def test_stop_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
 def test_ignore_eos(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     free = json.loads(call(capsys, checkpoint, "-p", TEXT, "-n", 20, "-o", "json")[1])["tokens"]
     folder = shutil.copytree(checkpoint, tmp_path / "ends")
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": free[6]}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[6]}))
     document = json.loads(call(capsys, folder, "-p", TEXT, "-n", 20, "-o", "json")[1])
     assert (document["finish_reason"], document["tokens"]) == ("eos", free[: free.index(free[6]) + 1])
     document = json.loads(call(capsys, folder, "-p", TEXT, "-n", 20, "-o", "json", "--ignore-eos")[1])

@@ -144,6 +144,39 @@ def test_what_is_shown_is_what_rmse_run_shows(
     assert speeds.sub("", found.stderr) == speeds.sub("", expected.err)
 
 
+@pytest.mark.parametrize("flags", [GREEDY, ("--temperature", "2"), ("--temperature", "2", "--top-k", "9")])
+def test_end_tokens_and_unused_ids_are_those_of_rmse_run(
+    runner: Path, executorch_package: Path, tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them, and the single one of a package made before there could be several."""
+    free = Runner([runner], executorch_package).document("-p", "HELLO", "-n", "40", *flags)["tokens"]
+    unlike = next(token for token in range(65) if token not in free)
+    for name, values in {
+        "several": {"eos_token_ids": [unlike, free[9]]},
+        "a gap and the last ones": {"unused_token_ids": [[free[0], free[0] + 1], [50, 65]]},
+        "old": {"config": {"eos_token_id": free[9]}},
+    }.items():
+        folder = shutil.copytree(executorch_package, tmp_path / f"{name}.rmse")
+
+        def change(manifest: dict[str, Any], values: dict[str, Any] = values) -> None:
+            known = manifest["model"]
+            if "config" in values:
+                del known["eos_token_ids"], known["unused_token_ids"]
+                known["config"] |= values["config"]
+            else:
+                known |= values
+
+        reseal(folder, change)
+        assert rmse_run([str(folder), "-p", "HELLO", "-n", "40", *flags, "-t", "1", "-o", "json"]) == 0
+        expected = json.loads(capsys.readouterr().out)
+        found = Runner([runner], folder).document("-p", "HELLO", "-n", "40", *flags)
+        assert (found["tokens"], found["finish_reason"]) == (expected["tokens"], expected["finish_reason"])
+        if name == "a gap and the last ones":
+            assert not {free[0], *range(50, 65)} & set(found["tokens"])
+        else:
+            assert (found["tokens"], found["finish_reason"]) == (free[: free.index(free[9]) + 1], "eos")
+
+
 def test_prompts_come_from_stdin_too(fp32: Runner) -> None:
     assert fp32("-n", "20", *GREEDY, input="HELLO").stdout == fp32("-n", "20", *GREEDY, "-p", "HELLO").stdout
 
@@ -483,6 +516,8 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another vocabulary": (model(vocab_size=64), "in another form"),
     "another depth": (model(max_loops=5), "in another form"),
     "calls of 100 rows": (model(chunks=[1, 100]), "chunks: got [1, 100]"),
+    "an end token that is none": (model(eos_token_ids=[1, -2]), "eos_token_ids: got [1, -2]"),
+    "unused ids beyond the head": (model(unused_token_ids=[[60, 66]]), "unused_token_ids: got [[60, 66]]"),
     "no dials": (model(dials={}), 'there is no "max_loops"'),
     "no tokenizer": (written("tokenizer.json", b"{}", True), "not a tokenizer.json"),
 }  # fmt: skip

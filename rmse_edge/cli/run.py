@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         stop.append(end)
 
     def generate(prompt: Sequence[int], tail: Tail = BEGINNING, told: int = 0) -> Generation:
-        eos = None if args.ignore_eos else runtime.info.config.get("eos_token_id")
+        eos = () if args.ignore_eos else runtime.info.eos_token_ids
         return Generation(
             runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, stop, librarian, tail, told
         )
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of mass P")
     group.add_argument("--seed", type=int, default=0, help="the same seed draws the same tokens on every runtime")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
-    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end tokens")
     group = parser.add_argument_group("chat")
     group.add_argument(
         "--chat", action="store_true",

@@ -35,6 +35,7 @@ class Json {
   static Json parse(std::string_view text);
 
   bool is_null() const { return kind_ == Kind::kNull; }
+  bool is_array() const { return kind_ == Kind::kArray; }
   bool is_object() const { return kind_ == Kind::kObject; }
 
   // Values of a known kind; JsonError where it is another.

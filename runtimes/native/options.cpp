@@ -123,7 +123,7 @@ std::vector<Flag> run_flags(Options& o) {
        [&](const std::string& v) { o.sampling.seed = whole<uint64_t>(v, 0); }},
       {"--stop", "", "TEXT", "end before this text; repeatable",
        [&](const std::string& v) { o.stop.push_back(utf8(v)); }},
-      {"--ignore-eos", "", "", "go on after the model's end token", [&](const std::string&) { o.ignore_eos = true; }},
+      {"--ignore-eos", "", "", "go on after the model's end tokens", [&](const std::string&) { o.ignore_eos = true; }},
       {"--no-memory", "", "", "leave the neural memory blank", [&](const std::string&) { o.no_memory = true; }},
       {"--show-depth", "", "", "mark every token with the loops it took: [ROM/5][EO/3]",
        [&](const std::string&) { o.show_depth = true; }},

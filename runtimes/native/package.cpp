@@ -85,6 +85,36 @@ std::optional<int64_t> optional_count(const Json& object, const char* key) {
   return found == nullptr || found->is_null() ? std::nullopt : std::optional(count(object, key, 0));
 }
 
+// A token, several or none (null).
+std::vector<int64_t> token_ids(const Json* value, const char* key) {
+  std::vector<int64_t> ids;
+  if (value == nullptr || value->is_null()) return ids;
+  const auto take = [&](const Json& token) {
+    ids.push_back(token.integer());
+    if (ids.back() < 0 || ids.back() > kLargest) throw JsonError(std::string(key) + ": got " + value->dump());
+  };
+  if (value->is_array()) {
+    for (const Json& token : value->items()) take(token);
+  } else {
+    take(*value);
+  }
+  return ids;
+}
+
+// [[first, end), ...]: ids that no token has.
+std::vector<std::pair<int64_t, int64_t>> token_ranges(const Json* list, int64_t vocab_size) {
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  if (list == nullptr) return ranges;
+  for (const Json& range : list->items()) {
+    const std::vector<Json>& ends = range.items();
+    const bool pair = ends.size() == 2;
+    const int64_t first = pair ? ends[0].integer() : -1, end = pair ? ends[1].integer() : -1;
+    if (first < 0 || end <= first || end > vocab_size) throw JsonError("unused_token_ids: got " + list->dump());
+    ranges.emplace_back(first, end);
+  }
+  return ranges;
+}
+
 std::vector<int64_t> call_rows(const Json& list) {
   std::vector<int64_t> rows;
   for (const Json& n : list.items()) rows.push_back(n.integer());
@@ -127,7 +157,10 @@ ModelInfo model_info(const Json& manifest) {
   if (const Json* memory = model.find("memory")) info.memory = kept_tensors(*memory);
   info.max_seq_len = optional_count(model, "max_seq_len");
   info.bos_token = optional_count(config, "bos_token_id");
-  info.eos_token = optional_count(config, "eos_token_id");
+  // Packages made before a text could end in several ways have config.json's own token.
+  const Json* eos = model.find("eos_token_ids");
+  info.eos_tokens = token_ids(eos != nullptr ? eos : config.find("eos_token_id"), "eos_token_ids");
+  info.unused_tokens = token_ranges(model.find("unused_token_ids"), info.vocab_size);
   const std::vector<Json>& rules = config.at("exit_rules").items();
   info.entropy_rule = std::any_of(rules.begin(), rules.end(), [](const Json& rule) { return rule.is("entropy"); });
   info.config = config;

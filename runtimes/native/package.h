@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <executorch/runtime/core/exec_aten/exec_aten.h>
@@ -55,7 +56,9 @@ struct ModelInfo {
   std::vector<TensorSpec> state;             // (K, ...), ring axis -2
   std::map<std::string, std::string> rings;  // state name -> the result of commit that fills it
   std::vector<TensorSpec> memory;            // empty: the model has none
-  std::optional<int64_t> max_seq_len, bos_token, eos_token;
+  std::optional<int64_t> max_seq_len, bos_token;
+  std::vector<int64_t> eos_tokens;             // each of them ends a text
+  std::vector<std::pair<int64_t, int64_t>> unused_tokens;  // ranges [first, end) of ids that are never to be drawn
   bool entropy_rule;  // whether exits can look at the entropy
   Json config;        // of the checkpoint
   std::map<std::string, MethodSpec> methods;

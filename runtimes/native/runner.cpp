@@ -143,7 +143,8 @@ struct Generation {
 
 void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials,
                      Writer& writer) {
-  const int64_t eos = options.ignore_eos ? -1 : model.info().eos_token.value_or(-1);
+  const std::vector<int64_t> eos = options.ignore_eos ? std::vector<int64_t>() : model.info().eos_tokens;
+  const auto ends = [&](int64_t token) { return std::find(eos.begin(), eos.end(), token) != eos.end(); };
   const std::optional<int64_t> limit = model.info().max_seq_len;
   Sampler sampler(options.sampling);
   StopFilter filter(options.stop);
@@ -151,7 +152,7 @@ void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& op
   while (!interrupted) {
     if (std::ssize(tokens) == options.max_new_tokens) {
       finish_reason = "length";
-    } else if (!tokens.empty() && tokens.back() == eos) {
+    } else if (!tokens.empty() && ends(tokens.back())) {
       finish_reason = "eos";
     } else if (filter.stopped()) {
       finish_reason = "stop";
@@ -161,14 +162,14 @@ void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& op
     if (finish_reason != "interrupted") break;
     const auto start = Clock::now();
     const Fed result = model.feed(fed, dials);
-    const int64_t token = sampler.pick(result.logits);
+    const int64_t token = sampler.pick(result.logits, model.info().unused_tokens);
     (tokens.empty() ? first_token_s : decode_s) += seconds_since(start);
     if (tokens.empty()) prompt_depth = result.depth;
     const bool first = tokens.empty() && !tokenizer.reads_text();  // text goes on from the prompt, numbers start anew
     tokens.push_back(token);
     depth.push_back(result.depth.back());
     fed = {token};
-    if (token == eos) continue;
+    if (ends(token)) continue;
     for (const Span& span : filter.push({tokenizer.decode(token, first), depth.back()})) writer.add(span);
   }
   for (const Span& span : filter.finish()) writer.add(span);

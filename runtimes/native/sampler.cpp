@@ -114,8 +114,13 @@ double Pcg64::next() {
 
 Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), random_(sampling.seed) { sampling.check(); }
 
-int64_t Sampler::pick(std::span<const float> logits) {
+int64_t Sampler::pick(std::span<const float> logits, std::span<const std::pair<int64_t, int64_t>> unused) {
   const double draw = random_.next();
+  if (!unused.empty()) {
+    usable_.assign(logits.begin(), logits.end());
+    for (const auto& [first, end] : unused) std::fill(usable_.begin() + first, usable_.begin() + end, -INFINITY);
+    logits = usable_;
+  }
   const bool numbers = std::none_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
   const auto largest = std::max_element(logits.begin(), logits.end());  // the lowest index on ties
   if (!numbers || !std::isfinite(*largest)) {

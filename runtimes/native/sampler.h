@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace rmse {
@@ -37,13 +38,15 @@ class Sampler {
   explicit Sampler(const Sampling& sampling);
 
   // Throws std::runtime_error where the logits hold NaN or no finite maximum; the model that made them is damaged.
-  int64_t pick(std::span<const float> logits);
+  // `unused`: ranges [first, end) of ids that are never drawn, as if the head had no rows for them.
+  int64_t pick(std::span<const float> logits, std::span<const std::pair<int64_t, int64_t>> unused = {});
 
  private:
   void weigh(std::span<const float> logits, double largest);
 
   Sampling sampling_;
   Pcg64 random_;
+  std::vector<float> usable_;    // logits, without those of unused ids
   std::vector<double> weights_;  // probabilities of the tokens, then their running sum
   std::vector<int64_t> order_;   // tokens by falling logit
 };
