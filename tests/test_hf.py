@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import dials, lively_model, small_config, whole_sequence
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 
 from rmse_edge import (
     RMSE,
@@ -29,6 +37,7 @@ from rmse_edge import (
     load_checkpoint,
     save_checkpoint,
 )
+from rmse_edge.config import FOREIGN_KEYS
 from rmse_edge.errors import CheckpointError, ConfigError, UserError
 from rmse_edge.text import train_character_tokenizer
 
@@ -45,7 +54,7 @@ def tiny_config(**changes: Any) -> RMSEConfig:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "model"
-    alphabet = "\n" + "".join(chr(33 + i) for i in range(64))
+    alphabet = "\n" + "".join(chr(39 + i) for i in range(64))  # with the letters that stop strings are measured by
     train_character_tokenizer(alphabet, folder.parent / "tokenizer.json")
     save_checkpoint(lively_model(tiny_config()), folder, tokenizer=folder.parent / "tokenizer.json")
     return folder
@@ -293,6 +302,32 @@ def test_the_configurations_own_dials_are_the_default(model: RMSEForCausalLM) ->
     assert not torch.equal(own(ids).depth, model(ids).depth)
 
 
+def test_stop_strings_end_a_text(folder: Path, model: RMSEForCausalLM) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokens(5)
+    free = model.generate(ids, max_new_tokens=40)[0, 5:].tolist()
+    stop = tokenizer.decode(free[9:11])
+    length = next(n for n in range(2, 40) if stop in tokenizer.decode(free[:n]))
+    out = model.generate(ids, max_new_tokens=40, stop_strings=[stop], tokenizer=tokenizer)
+    assert out[0, 5:].tolist() == free[:length]
+    config = GenerationConfig(max_new_tokens=40, stop_strings=stop)
+    assert torch.equal(model.generate(ids, generation_config=config, tokenizer=tokenizer), out)
+
+
+def test_stop_strings_that_cannot_be_looked_for_are_refused(
+    folder: Path, tmp_path: Path, idle: RMSEForCausalLM
+) -> None:
+    with pytest.raises(UserError) as caught:
+        idle.generate(tokens(5), max_new_tokens=3, stop_strings=["A"])
+    assert_one_line(caught.value, "stop_strings: give the model's tokenizer")
+    train_character_tokenizer("\nABC", tmp_path / "t.json")
+    save_checkpoint(lively_model(tiny_config()), tmp_path / "model", tokenizer=tmp_path / "t.json")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with pytest.raises(UserError) as caught:
+        idle.generate(tokens(5), max_new_tokens=3, stop_strings=["A"], tokenizer=tokenizer)
+    assert_one_line(caught.value, "stop_strings: transformers measures tokens behind the text 'abcdef'")
+
+
 # ---------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -442,6 +477,41 @@ def test_one_dialect_of_config_json(tmp_path: Path) -> None:
     assert RMSEConfig.from_file(tmp_path / "again" / "config.json") == ours
     with pytest.raises(ConfigError, match="window: got 3, expected at least 64"):
         RMSEPretrainedConfig(window=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"d_modle": 64}, "unknown key 'd_modle'; known keys are attention_gate, "),
+        ({"hidden_size": 64}, "unknown key 'hidden_size'; write d_model"),
+        ({"temperature": 0.5}, "unknown key 'temperature'"),
+        ({"max_loops": 65}, "max_loops: got 65, expected at most 64"),
+        ({"eos_token_id": [1, 2], "use_cache": False, "torch_dtype": "bfloat16", "transformers_version": "4.0"}, None),
+        (
+            {"_name_or_path": "x", "_comment": "trained on a laptop", "num_labels": 3, "attn_implementation": "sdpa"},
+            None,
+        ),
+    ],
+)
+def test_both_loaders_have_one_rule_for_keys(tmp_path: Path, changes: dict[str, Any], said: str | None) -> None:
+    """What one refuses the other refuses, in the same words; what one passes over the other does."""
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(tiny_config().to_json()) | changes))
+    found = []
+    for read in (RMSEConfig.from_file, AutoConfig.from_pretrained):
+        try:
+            config = read(tmp_path / "config.json")
+            found.append(config if isinstance(config, RMSEConfig) else config.to_rmse())
+        except ConfigError as error:
+            assert said is not None and "\n" not in str(error)
+            found.append(str(error).removeprefix(f"{tmp_path / 'config.json'}: ").removeprefix("config: "))
+    assert found[0] == found[1]
+    assert said is None or said in found[0]
+
+
+def test_what_transformers_writes_is_known() -> None:
+    """Its own fields never come as unknown keys on its side; so they must not on ours."""
+    fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert fields - {field.name for field in dataclasses.fields(RMSEConfig)} <= FOREIGN_KEYS
 
 
 def test_weights_are_widened_and_other_types_refused(folder: Path, model: RMSEForCausalLM) -> None:
