@@ -132,6 +132,57 @@ def test_searches_agree_with_comparing_all(tmp_path: Path, monkeypatch: pytest.M
     assert agreed == 500 if exact else agreed >= 490
 
 
+@pytest.mark.parametrize("noise", [0, 1e-7])
+def test_repeated_sentences_hide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+    """Half of the passages have one key, as other machines compute it as well; the graph still leads to all others."""
+    monkeypatch.setattr(vectors, "EXACT", 0)
+    base, random = KnowledgeBase.create(tmp_path / "a.kb", INFO), np.random.default_rng(3)
+    entries = random_entries(INFO, 3000)
+    sentence = entries[0][1] / np.linalg.norm(entries[0][1])
+    for i in range(0, 3000, 2):
+        key = sentence + noise * random.standard_normal(INFO.key_dims)
+        entries[i] = (entries[i][0], key, entries[i][2])
+    base.add(entries)
+    keys = np.stack([key / np.linalg.norm(key) for _, key, _ in entries])
+    assert base.info.passages == 3000
+    lost = [p.place for p, key, _ in entries[1::2] if base.search(key, 1)[0].id != p.id]
+    assert not lost, f"{len(lost)} of 1500 are not found by their own key"
+    for query in random.standard_normal((20, INFO.key_dims)):
+        hits, best = base.search(query, 10), np.sort(keys @ (query / np.linalg.norm(query)))[::-1][:10]
+        assert [h.score for h in hits] == pytest.approx(best.tolist(), abs=1e-4)
+
+
+def test_passages_of_one_key_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    base, entries = KnowledgeBase.create(tmp_path / "a.kb", INFO), random_entries(INFO, 40)
+    key = entries[0][1]
+    same = [(p, key, v) for p, _, v in entries[:30]]
+    base.add([*reversed(same), *entries[30:]])
+    ids = sorted(p.id for p, _, _ in same)
+    for count in (1, 7, 30):
+        hits = base.search(key, count)
+        assert [h.id for h in hits] == ids[:count]
+    assert base.delete(ids=ids[:5]) == 5
+    assert [h.id for h in base.search(key, 3)] == ids[5:8] and len(base.search(key, 99)) == 35
+    assert base.delete(ids=ids[5:]) == 25
+    assert {h.source.partition(":")[0] for h in base.search(key, 99)} == {"random.txt"} and base.info.passages == 10
+    assert base.add(same) == 30 and [h.id for h in base.search(key, 2)] == ids[:2], "a key comes back with its passages"
+    base.rebuild()
+    assert [h.id for h in base.search(key, 30)] == ids
+
+
+def test_usearch_and_onnxruntime_in_one_process(facts: KnowledgeBase) -> None:
+    """Whichever is wanted first: imported after usearch, onnxruntime would end the process."""
+    pytest.importorskip("onnxruntime")
+    code = (
+        "import sys; from rmse_edge.knowledge import open_retriever; open_retriever(sys.argv[1])\n"
+        "import onnxruntime; print(onnxruntime.get_available_providers())"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code, str(facts.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "CPUExecutionProvider" in done.stdout, (done.returncode, done.stderr)
+
+
 def test_a_large_add_goes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rmse_edge.knowledge.store.BATCH", 100)
     base, batches = KnowledgeBase.create(tmp_path / "a.kb", INFO), []

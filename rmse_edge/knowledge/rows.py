@@ -7,6 +7,7 @@ the manifest carries its own SHA-256, as a package's does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import struct
@@ -23,7 +24,7 @@ from ..package import digest_manifest
 from .base import KnowledgeError, Passage
 
 FORMAT = "rmse-edge knowledge base"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: one index entry for all passages of equal keys
 BUSY_S = 10.0  # how long to wait for another process's commit or search
 BATCH = 512  # ids of one query; SQLite allows at least 999
 AGAIN = "build it again from the texts with rmse-index"
@@ -31,10 +32,14 @@ SCHEMA = """
 CREATE TABLE manifest (json TEXT NOT NULL);
 CREATE TABLE passages (
     id INTEGER PRIMARY KEY, source TEXT NOT NULL, line INTEGER NOT NULL, text TEXT NOT NULL,
-    key BLOB NOT NULL, value BLOB NOT NULL, crc INTEGER NOT NULL
+    key BLOB NOT NULL, value BLOB NOT NULL, point INTEGER NOT NULL, crc INTEGER NOT NULL
 );
+CREATE INDEX passages_by_point ON passages (point, id);
 CREATE INDEX passages_by_source ON passages (source);
 """
+
+
+GRID = 2.0**13  # cells per unit of each number of a key
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Row:
     passage: Passage
     key: np.ndarray  # (key_dims,) float32, length 1
     value: np.ndarray  # (slots, d_model) float16
+    point: int  # the index entry of its key
 
 
 @contextmanager
@@ -171,20 +177,54 @@ class Rows:
 
     # ---------------------------------------------------------------------------------------------------- passages
 
-    def insert(self, entries: Iterable[tuple[Passage, np.ndarray, np.ndarray]]) -> tuple[list[int], list[np.ndarray]]:
-        """Put in passages with checked keys and values; returns ids and keys of those that were not there."""
-        ids, keys = [], []
-        for passage, key, value in entries:
-            number, blobs = passage.id, (key.astype("<f4").tobytes(), value.astype("<f2").tobytes())
-            row = (number, passage.source, passage.line, passage.text, *blobs)
-            if self._db.execute("INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?,?)", (*row, crc(*row))).rowcount:
-                ids.append(number)
-                keys.append(key)
-        return ids, keys
+    def insert(self, entries: Iterable[tuple[Passage, np.ndarray, np.ndarray]]) -> tuple[int, dict[int, np.ndarray]]:
+        """Put in passages with checked keys and values.
 
-    def delete(self, ids: Sequence[int]) -> int:
-        """Remove passages; returns how many there were."""
-        return sum(self._db.execute("DELETE FROM passages WHERE id = ?", (i,)).rowcount for i in ids)
+        Returns:
+            (number of passages that were not there, their points with the key of each point's first passage).
+        """
+        added, points = 0, {}
+        for passage, key, value in entries:
+            blobs = (key.astype("<f4").tobytes(), value.astype("<f2").tobytes())
+            row = (passage.id, passage.source, passage.line, passage.text, *blobs)
+            point = point_of(key)
+            values = (*row, point, crc(*row))
+            if self._db.execute("INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?,?,?)", values).rowcount:
+                added += 1
+                points.setdefault(point, key)
+        return added, points
+
+    def delete(self, ids: Sequence[int]) -> tuple[int, list[int]]:
+        """Remove passages; returns how many there were, and the points that have no passage any more."""
+        removed, touched = 0, set()
+        for number in ids:
+            row = self._db.execute("DELETE FROM passages WHERE id = ? RETURNING point", (number,)).fetchone()
+            if row is not None:
+                removed += 1
+                touched.add(row[0])
+        return removed, sorted(point for point in touched if not self.at_point(point, 1))
+
+    def at_point(self, point: int, n: int) -> list[int]:
+        """Ids of the passages whose key is at `point`: the `n` lowest."""
+        found = self._db.execute("SELECT id FROM passages WHERE point = ? ORDER BY id LIMIT ?", (point, n))
+        return [number for (number,) in found]
+
+    def at_points(self, points: Sequence[int], n: int) -> list[int]:
+        """Ids of the first `n` passages of `points`, in that order and those of one point in order of their ids.
+
+        Raises:
+            KnowledgeError: a point has no passages.
+        """
+        ids: list[int] = []
+        with one_line(self.path):
+            for point in points:
+                found = self.at_point(point, n - len(ids))
+                if not found:
+                    raise KnowledgeError(f"{self.path}: the passages of an index entry are missing; {AGAIN}")
+                ids += found
+                if len(ids) == n:
+                    break
+        return ids
 
     def ids_of(self, source: str) -> list[int]:
         with one_line(self.path):
@@ -210,7 +250,7 @@ class Rows:
         Raises:
             KnowledgeError: a passage is damaged or missing.
         """
-        columns = "SELECT id, source, line, text, key, value, crc FROM passages"
+        columns = "SELECT id, source, line, text, key, value, point, crc FROM passages"
         with one_line(self.path):
             if ids is None:
                 for row in self._db.execute(f"{columns} ORDER BY id"):
@@ -220,15 +260,28 @@ class Rows:
                 yield self._checked(self._db.execute(f"{columns} WHERE id = ?", (number,)).fetchone(), shape, number)
 
     def _checked(self, row: tuple[Any, ...] | None, shape: tuple[int, int, int], number: int) -> Row:
-        kinds = (int, str, int, str, bytes, bytes, int)
+        kinds = (int, str, int, str, bytes, bytes, int, int)
         whole = row is not None and row[0] == number and all(isinstance(v, k) for v, k in zip(row, kinds))
         sizes = [4 * shape[0], 2 * shape[1] * shape[2]]
-        if row is None or not whole or crc(*row[:6]) != row[6] or [len(v) for v in row[4:6]] != sizes:
+        if row is None or not whole or crc(*row[:6]) != row[7] or [len(v) for v in row[4:6]] != sizes:
             what = "missing" if row is None else "damaged (its CRC-32 or its size does not fit)"
             raise KnowledgeError(f"{self.path}: passage {number} is {what}; {AGAIN}")
-        _, source, line, text, key, value, _ = row
-        halves = np.frombuffer(value, "<f2")
-        return Row(number, Passage(text, source, line), np.frombuffer(key, "<f4"), halves.reshape(shape[1:]))
+        _, source, line, text, key_bytes, value, point, _ = row
+        key, halves = np.frombuffer(key_bytes, "<f4"), np.frombuffer(value, "<f2")
+        if point != point_of(key):
+            raise KnowledgeError(f"{self.path}: passage {number} is damaged (its point is not its key's); {AGAIN}")
+        return Row(number, Passage(text, source, line), key, halves.reshape(shape[1:]), point)
+
+
+def point_of(key: np.ndarray) -> int:
+    """63 bits that stand for all keys equal to `key` (key_dims,), or nearly so: of the same cell of a grid.
+
+    An index entry is kept for each of them, not for each passage. Entries with equal keys would fill each other's links
+    in the graph, and searches would no longer reach the others. Keys of one text differ by rounding, some 1e-7, between
+    runtimes and machines; a cell is a thousand times as wide, so they seldom fall into two, and never into many.
+    """
+    cell = np.rint(key.astype(np.float64) * GRID).astype("<i4")
+    return int.from_bytes(hashlib.sha256(cell.tobytes()).digest()[:8], "little") >> 1
 
 
 def crc(number: int, source: str, line: int, text: str, key: bytes, value: bytes) -> int:

@@ -1,7 +1,7 @@
 """The embedded knowledge base: a folder `NAME.kb/` with the passages in SQLite and their keys in a usearch index.
 
     passages.sqlite            texts, sources, keys, values; and the manifest: the generation and hash of the index file
-    index-GENERATION.usearch   the keys, searchable; made from those in SQLite
+    index-GENERATION.usearch   the keys, searchable; made from those in SQLite, one for all passages of equal keys
     writer.lock                empty; whoever writes holds SQLite's lock on it
 
 A change writes the next generation's index file first and then commits rows and manifest in one transaction, so a
@@ -25,7 +25,7 @@ import numpy as np
 
 from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key, cosine
 from .rows import AGAIN, Rows, one_line, writer_lock
-from .vectors import nearest, new_index, read_index, remove_others, sync_folder, write_index
+from .vectors import nearest, new_index, put_in, read_index, remove_others, sync_folder, write_index
 
 PASSAGES = "passages.sqlite"
 LARGEST_BATCH = 16_384  # passages of one transaction, at most: they wait in memory
@@ -67,7 +67,7 @@ class KnowledgeBase:
             entry = write_index(new_index(info.key_dims), scratch, 0)
             rows = Rows(scratch / PASSAGES, create=True)
             with rows.transaction(write=True):
-                rows.put_manifest({**shape, "passages": 0, "generation": 0, "index": entry})
+                rows.put_manifest({**shape, "passages": 0, "keys": 0, "generation": 0, "index": entry})
             rows.close()
             os.chmod(scratch, 0o755)
             os.replace(scratch, folder)
@@ -128,11 +128,15 @@ class KnowledgeBase:
     # ------------------------------------------------------------------------------------------------------ reading
 
     def search(self, key: np.ndarray, n: int) -> list[Hit]:
-        """The `n` passages nearest to `key` (key_dims,), best first; see `Retriever`."""
+        """The `n` passages nearest to `key` (key_dims,), best first; see `Retriever`.
+
+        Of passages with equal keys those with the lowest ids are found.
+        """
         with self._mutex, self._rows.transaction():
             self._refresh()
             key = checked_key(self.info, key, "search")
-            found = list(self._rows.read(self._shape, nearest(self._index, key, checked_count(n))))
+            points = nearest(self._index, key, checked_count(n))
+            found = list(self._rows.read(self._shape, self._rows.at_points(points, n)))
         hits = [
             Hit(r.id, r.passage.text, r.passage.place, cosine(r.key, key), r.value.astype(np.float32)) for r in found
         ]
@@ -192,11 +196,12 @@ class KnowledgeBase:
         """
         with self._writing():
             with self._rows.transaction(write=True):
-                index, rows = new_index(self.info.key_dims), self._rows.read(self._shape)
+                index, rows, passages = new_index(self.info.key_dims), self._rows.read(self._shape), 0
                 while batch := list(islice(rows, BATCH)):
-                    index.add(np.array([r.id for r in batch], np.uint64), np.stack([r.key for r in batch]), threads=1)
+                    put_in(index, {r.point: r.key for r in reversed(batch)})
+                    passages += len(batch)
                     progress(len(batch))
-                self._next_generation(self._manifest | {"passages": len(index)}, index)
+                self._next_generation(self._manifest | {"passages": passages}, index)
             self._rows.shrink()
 
     @contextmanager
@@ -220,21 +225,20 @@ class KnowledgeBase:
             index, self._editable = self._editable, None  # half changed by a failure, it is not used again
             if index is None:
                 index = read_index(self.folder, manifest, view=False)
-            removed = self._rows.delete(gone)
-            if removed:
-                index.remove(np.array(gone, np.uint64))
-            ids, keys = self._rows.insert(checked)
-            if ids:
-                index.add(np.array(ids, np.uint64), np.stack(keys), threads=1)
-            if ids or removed:
-                self._next_generation(manifest | {"passages": len(index)}, index)
+            removed, empty = self._rows.delete(gone)
+            if empty:
+                index.remove(np.array(empty, np.uint64))
+            added, points = self._rows.insert(checked)
+            put_in(index, points)
+            if added or removed:
+                self._next_generation(manifest | {"passages": manifest["passages"] + added - removed}, index)
         self._manifest, self._editable = self._rows.manifest(), index
         remove_others(self.folder, self._manifest["generation"])
-        return len(ids), removed
+        return added, removed
 
     def _next_generation(self, manifest: dict[str, Any], index: Any) -> None:
         """Write `index` and record it, within a transaction."""
         generation = manifest["generation"] + 1
         entry = write_index(index, self.folder, generation)
         with one_line(self._rows.path):
-            self._rows.put_manifest(manifest | {"generation": generation, "index": entry})
+            self._rows.put_manifest(manifest | {"keys": len(index), "generation": generation, "index": entry})

@@ -7,6 +7,8 @@ and may crash the process, so a file's size and SHA-256 are checked first, again
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from .base import KnowledgeError
 
 SCRATCH = ".index.part"  # one writer at a time, so one name
 REBUILD = "rebuild it with rmse-index --rebuild -o"
-EXPANSION = 128  # candidates kept during a search; 0.99 of the true 10 nearest at 20,000 random keys
-EXACT = 8192  # up to so many passages every key is compared: under a millisecond, and nothing is missed
+EXPANSION = 512  # candidates kept during a search of the graph
+EXACT = 131_072  # up to so many keys every one is compared, and nothing is missed; docs/memory.md has times and recall
 
 
 def new_index(key_dims: int) -> Any:
@@ -28,6 +30,12 @@ def new_index(key_dims: int) -> Any:
     Raises:
         KnowledgeError: usearch is not installed.
     """
+    # usearch 2.26.6 has a libstdc++ of its own inside and offers its symbols to the whole process. An onnxruntime 1.31.1
+    # that is imported afterwards takes std::locale's tables from there, and importing it ends the process with a
+    # segmentation fault. In the other order both take them from the system's libstdc++.
+    if "usearch" not in sys.modules:
+        with suppress(ImportError):
+            import onnxruntime  # noqa: F401
     try:
         from usearch.index import Index
     except ModuleNotFoundError as error:
@@ -35,6 +43,13 @@ def new_index(key_dims: int) -> Any:
             raise
         raise KnowledgeError("usearch is not installed; install it with: pip install 'rmse-edge[knowledge]'") from None
     return Index(ndim=key_dims, metric="cos", dtype="f32", expansion_search=EXPANSION)
+
+
+def put_in(index: Any, points: Mapping[int, np.ndarray]) -> None:
+    """Add those `points` (see `rows.point_of`) that are not there, each with its key (key_dims,)."""
+    new = {point: key for point, key in points.items() if point not in index}
+    if new:
+        index.add(np.array(list(new), np.uint64), np.stack(list(new.values())), threads=1)
 
 
 def path_of(folder: Path, generation: int) -> Path:
@@ -62,9 +77,9 @@ def read_index(folder: Path, manifest: dict[str, Any], view: bool) -> Any:
         raise KnowledgeError(f"{path}: cannot be read ({error.strerror}); {REBUILD} {folder}") from None
     except RuntimeError as error:  # whole, but written by a usearch of another format
         raise KnowledgeError(f"{path}: this usearch cannot read it ({error}); {REBUILD} {folder}") from None
-    if len(index) != manifest["passages"] or index.ndim != manifest["key_dims"]:
+    if len(index) != manifest["keys"] or index.ndim != manifest["key_dims"]:
         raise KnowledgeError(
-            f"{path}: holds {len(index)} keys of {index.ndim} numbers, expected {manifest['passages']} of "
+            f"{path}: holds {len(index)} keys of {index.ndim} numbers, expected {manifest['keys']} of "
             f"{manifest['key_dims']}; {REBUILD} {folder}"
         )
     return index
@@ -101,11 +116,15 @@ def remove_others(folder: Path, generation: int) -> None:
                 path.unlink()
 
 
-def nearest(index: Any, key: np.ndarray, n: int) -> list[int]:
-    """Ids of the `n` passages nearest to `key` (key_dims,), best first."""
+def nearest(index: Any, key: np.ndarray, n: int, exact: bool | None = None) -> list[int]:
+    """The `n` points nearest to `key` (key_dims,), best first.
+
+    Args:
+        exact: whether every key is compared, instead of those the graph leads to; None: if there are at most `EXACT`.
+    """
     if not len(index):
         return []
-    exact = len(index) <= EXACT
+    exact = len(index) <= EXACT if exact is None else exact
     return index.search(key, min(n, len(index)), exact=exact, threads=1).keys.astype(np.int64).tolist()
 
 
