@@ -23,13 +23,13 @@ from ..chat import TEMPLATE_FILE
 from ..checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
-    all_or_nothing,
+    finish_interrupted,
     read_config,
     stored_keys,
 )
 from ..errors import CheckpointError, UserError
+from ..files import changed_folder, check_folder, digest_file, tidy
 from ..model import RMSE
-from ..package import digest_file
 from ..shards import WEIGHTS_FILE, check_finite
 from ..vocabulary import GENERATION_FILE, TOKENIZER_FILE
 from .quantizer import Quantized
@@ -47,6 +47,10 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     Raises:
         CheckpointError: something else is there, or a checkpoint that may not be replaced.
     """
+    tidy(folder)
+    if folder.exists():
+        check_folder(folder, CheckpointError)
+        finish_interrupted(folder)
     if folder.exists() and any(folder.iterdir()):
         if not is_quantized_checkpoint(folder):
             raise CheckpointError(f"{folder}: exists and is not a quantised checkpoint; choose another -o")
@@ -64,31 +68,25 @@ def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path 
     """
     folder = Path(folder)
     check_destination(folder, overwrite=True)
-    try:
-        with all_or_nothing(folder) as scratch:
-            save_file(_tensors(quantized), scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-            (scratch / CONFIG_FILE).write_text(quantized.model.config.to_json(), encoding="utf-8")
-            for name in CARRIED:
-                if source is not None and (Path(source) / name).is_file():
-                    shutil.copyfile(Path(source) / name, scratch / name)
-            document = {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "quant": quantized.quant,
-                "fingerprint": quantized.fingerprint,
-                "sha256": digest_file(scratch / WEIGHTS_FILE),
-                "tensors": {name: vars(q.format) for name, q in quantized.tensors.items()},
-                "report": quantized.report,
-            }
-            (scratch / QUANTIZATION_FILE).write_text(
-                json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
-        for name in CARRIED:  # of the checkpoint that was replaced, if there was one
-            if source is None or not (Path(source) / name).is_file():
-                (folder / name).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{folder}: the checkpoint cannot be written ({reason}); nothing was changed") from None
+    carried = [name for name in CARRIED if source is not None and (Path(source) / name).is_file()]
+    # What the checkpoint that is replaced had, if there was one, goes with it.
+    with changed_folder(folder, CheckpointError, remove=set(CARRIED) - set(carried)) as scratch:
+        save_file(_tensors(quantized), scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+        (scratch / CONFIG_FILE).write_text(quantized.model.config.to_json(), encoding="utf-8")
+        for name in carried:
+            shutil.copyfile(Path(source or "") / name, scratch / name)
+        document = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "quant": quantized.quant,
+            "fingerprint": quantized.fingerprint,
+            "sha256": digest_file(scratch / WEIGHTS_FILE),
+            "tensors": {name: vars(q.format) for name, q in quantized.tensors.items()},
+            "report": quantized.report,
+        }
+        (scratch / QUANTIZATION_FILE).write_text(
+            json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def _tensors(quantized: Quantized) -> dict[str, Tensor]:

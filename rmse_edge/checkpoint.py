@@ -13,21 +13,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
 from .config import RMSEConfig, token_ids
 from .errors import CheckpointError, ConfigError, TextError
+from .files import changed_folder, finish_change
 from .model import RMSE
 from .shards import WEIGHTS_FILE, StoredTensors, check_finite
 from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
@@ -60,8 +56,8 @@ def save_checkpoint(
 ) -> None:
     """Write the model as a checkpoint folder. Other files of the folder stay as they are.
 
-    Everything is written beside the target first and renamed into place at the end, so that a full disk or Ctrl-C
-    leaves the folder as it was.
+    Everything is written beside its place first and moved there at the end, so that a full disk, Ctrl-C or a kill leaves
+    the old checkpoint or the new one; see `files.changed_folder`.
 
     Args:
         dtype: floating type of the weights on disk.
@@ -73,51 +69,25 @@ def save_checkpoint(
     folder = Path(folder)
     if (folder / QUANTIZATION_FILE).is_file():
         raise CheckpointError(f"{folder}: holds a quantised checkpoint; choose another folder")
-    try:
-        with all_or_nothing(folder) as scratch:
-            tensors = {}
-            state = model.state_dict()
-            for name in stored_keys(model.config, list(state)):
-                tensors[name] = state[name].detach().to("cpu", dtype).contiguous()
-                check_finite(folder / WEIGHTS_FILE, name, tensors[name])
-            save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-            _write_text(scratch / CONFIG_FILE, model.config.to_json())
-            special = {f"{role}_id": getattr(model.config, f"{role}_id") for role in SPECIAL_TOKENS}
-            _write_text(scratch / GENERATION_FILE, json.dumps(special, indent=2) + "\n")
-            source = folder / TOKENIZER_FILE if tokenizer is None else Path(tokenizer)
-            if tokenizer is not None or source.is_file():
-                text = _read_tokenizer(source)
-                values = _tokenizer_config(text, source, model.config)
-                if tokenizer is None and (templates := _kept_templates(folder)) is not None:
-                    values["chat_template"] = templates
-                _write_text(scratch / TOKENIZER_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
-                if tokenizer is not None:
-                    _write_text(scratch / TOKENIZER_FILE, text)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        raise CheckpointError(f"{folder}: the checkpoint cannot be written ({reason}); nothing was changed") from None
-
-
-@contextmanager
-def all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A scratch folder inside `folder` (hence on the same disk) whose files move up when the block ends well."""
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = None
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        yield scratch
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in sorted(scratch.iterdir()):
-            path.chmod(0o666 & ~umask)  # safetensors writes files only their owner can read
-            os.replace(path, folder / path.name)
-        created = False
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if created:
-            shutil.rmtree(folder, ignore_errors=True)
+    with changed_folder(folder, CheckpointError) as scratch:
+        tensors = {}
+        state = model.state_dict()
+        for name in stored_keys(model.config, list(state)):
+            tensors[name] = state[name].detach().to("cpu", dtype).contiguous()
+            check_finite(folder / WEIGHTS_FILE, name, tensors[name])
+        save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_text(scratch / CONFIG_FILE, model.config.to_json())
+        special = {f"{role}_id": getattr(model.config, f"{role}_id") for role in SPECIAL_TOKENS}
+        _write_text(scratch / GENERATION_FILE, json.dumps(special, indent=2) + "\n")
+        source = folder / TOKENIZER_FILE if tokenizer is None else Path(tokenizer)
+        if tokenizer is not None or source.is_file():
+            text = _read_tokenizer(source)
+            values = _tokenizer_config(text, source, model.config)
+            if tokenizer is None and (templates := _kept_templates(folder)) is not None:
+                values["chat_template"] = templates
+            _write_text(scratch / TOKENIZER_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+            if tokenizer is not None:
+                _write_text(scratch / TOKENIZER_FILE, text)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -224,6 +194,7 @@ def read_config(folder: Path) -> RMSEConfig:
         raise CheckpointError(f"{folder}: no such checkpoint folder; train one with rmse-train or give another path")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: a file; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    finish_interrupted(folder)
     if not (folder / CONFIG_FILE).is_file():
         kind = "an exported package, not a checkpoint" if (folder / "manifest.json").is_file() else "not a checkpoint"
         raise CheckpointError(f"{folder}: {kind}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -231,6 +202,21 @@ def read_config(folder: Path) -> RMSEConfig:
         return RMSEConfig.from_file(folder / CONFIG_FILE)
     except ConfigError as error:
         raise CheckpointError(_config_line(folder / CONFIG_FILE, error)) from None
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Finish what a process that was killed had begun to put into a checkpoint folder.
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
+    try:
+        finish_change(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: whoever wrote it was killed before the last file, and the rest cannot be moved into place "
+            f"({error.strerror}); use it once where it can be written"
+        ) from None
 
 
 def _config_line(path: Path, error: ConfigError) -> str:

@@ -52,5 +52,9 @@ class ParityError(ExportError):
     """The exported package does not say what the PyTorch model says."""
 
 
+class FileError(UserError):
+    """A file or folder cannot be written."""
+
+
 class TextError(UserError):
     """A text file cannot be read, decoded, or expressed in the tokenizer's vocabulary."""

@@ -7,32 +7,20 @@ with it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import ExportError, PackageError
+from .files import check_folder, digest_file, new_folder, tidy
 
 FORMAT = "rmse-edge package"
 FORMAT_VERSION = 1
 SUFFIX = ".rmse"
 MANIFEST = "manifest.json"
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def digest_manifest(manifest: dict[str, Any]) -> str:
@@ -56,6 +44,9 @@ class Package:
             PackageError: one line saying what is wrong with which file, and what to do.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            with suppress(OSError):
+                tidy(folder)  # a process may have been killed that was replacing it
         if not folder.is_dir():
             what = "a file, expected a package folder" if folder.exists() else "no such package folder"
             raise PackageError(f"{folder}: {what}; make one with rmse-export")
@@ -123,49 +114,30 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     Raises:
         ExportError: it is in the way and is not a package, or may not be replaced, or its parent does not exist.
     """
-    parent = destination.absolute().parent
-    if not parent.is_dir():
-        raise ExportError(f"{parent}: no such folder to write {destination.name} into")
+    if not destination.absolute().parent.is_dir():
+        raise ExportError(f"{destination.absolute().parent}: no such folder to write {destination.name} into")
+    tidy(destination)
     empty = destination.is_dir() and not any(destination.iterdir())
     if destination.exists() and not empty and not (destination / MANIFEST).is_file():
         raise ExportError(f"{destination}: exists and is not a package; choose another -o")
+    check_folder(destination, ExportError)
     if destination.exists() and not overwrite:
         raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
 
 
 @contextmanager
 def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A scratch folder beside `destination` that becomes it when the block ends well, and vanishes when it does not.
+    """A folder that becomes the package `destination` when the block ends well, and vanishes when it does not.
 
-    A package that is replaced stays whole until the new one stands in its place.
+    A package that is replaced stays whole until the new one stands in its place; see `files.new_folder`.
 
     Raises:
         ExportError: `destination` is in the way and is not a package, its parent does not exist, or the disk is full.
     """
     destination = Path(destination)
     check_destination(destination, overwrite)
-    parent = destination.absolute().parent
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
-    except OSError as error:
-        raise ExportError(f"{parent}: cannot be written ({error.strerror})") from None
-    replaced = scratch.with_name(f"{scratch.name}.replaced")
-    try:
-        yield scratch
-        os.chmod(scratch, 0o755)
-        if destination.exists():
-            os.replace(destination, replaced)
-        os.replace(scratch, destination)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        reason = (error.strerror or "disk full").lower()
-        raise ExportError(f"{destination}: {reason} while writing it; nothing is left of it, free some space") from None
-    finally:
-        if replaced.exists() and not destination.exists():
-            os.replace(replaced, destination)
-        for leftover in (scratch, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with new_folder(destination, ExportError) as folder:
+        yield folder
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PackageError, UserError
-from ..package import Package, digest_file
+from ..files import digest_file
+from ..package import Package
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
 from .kernels import bindings, load_kernels

@@ -17,11 +17,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import FileError, UserError
+from ..files import new_file
 
 NATIVE = Path(__file__).with_name("native")
 SOURCES = (
@@ -133,15 +133,12 @@ def compile_to(path: Path, folder: Path) -> None:
     print("rmse-edge: compiling the kernels for ExecuTorch packages (once)", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        with new_file(path) as part:
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
             if done.returncode:
                 lines = done.stderr.splitlines() or ["it gave no reason"]
                 reason = next((line for line in lines if any(sign in line for sign in SIGNS)), lines[0])
                 raise UserError(f"{' '.join(compiler)} cannot compile the kernels for ExecuTorch packages: {reason}")
-            os.replace(made, path)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror}); set RMSE_EDGE_CACHE to a folder"
-        ) from None
+    except (OSError, FileError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path.parent}: cannot be written ({reason}); set RMSE_EDGE_CACHE to a folder") from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import UserError
+from ..files import new_file
 from .base import Arrays
 from .generate import BEGINNING, Tail
 from .host import LoopRuntime
@@ -43,38 +43,26 @@ class Resumed(NamedTuple):
 def save_session(
     runtime: LoopRuntime, path: str | Path, pending: Sequence[int] = (), tail: Tail = BEGINNING, chat: str = ""
 ) -> None:
-    """Write the runtime's state to `path`, whole or not at all.
+    """Write the runtime's state to `path`, whole or not at all; only its owner may read it.
 
     Args:
         pending: tokens that belong to the text but were not fed yet, such as the last one generated.
         tail, chat: as in `Resumed`.
     Raises:
-        SessionError: the file cannot be written; what stood there before still does.
+        SessionError: the file cannot be written, or something that is no regular file stands there; nothing was changed.
     """
     path = Path(path)
     if not runtime.whole:
         raise SessionError(
             f"{path}: not saved, since the text was broken off while the model was reading; run it again"
         )
-    if os.path.isdir(path):
-        raise SessionError(f"{path}: is a folder, expected a file to write the session to")
     tensors = {name: np.ascontiguousarray(array) for name, array in runtime.tensors().items()}
     header = {"format": FORMAT, "version": VERSION, "model": runtime.info.fingerprint, "name": runtime.info.name,
               "position": str(runtime.position), "pending": " ".join(map(str, pending)),
               "context": " ".join(map(str, tail.context)), "open": " ".join(map(str, tail.open)), "chat": chat}  # fmt: skip
     header["sha256"] = digest(tensors, header)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, scratch, metadata=header)
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SessionError(f"{path}: the session cannot be written ({reason})") from None
-    finally:
-        with suppress(OSError):  # where there is no such folder there is nothing to remove either
-            scratch.unlink(missing_ok=True)
+    with new_file(path, SessionError, mode=0o600) as part:
+        save_file(tensors, part, metadata=header)
 
 
 def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import check_file, new_file
 from .base import Dials
 from .evaluate import Evaluation
 
@@ -152,6 +153,7 @@ def check_plot(path: Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
         raise UserError(f"--plot: got {path.name}, expected a file ending in one of .{', .'.join(sorted(known))}")
+    check_file(path)
 
 
 def draw(result: Sweep, path: Path, title: str) -> None:
@@ -174,4 +176,5 @@ def draw(result: Sweep, path: Path, title: str) -> None:
     axes.set(xlabel="mean loops per token", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with new_file(path) as part:
+        figure.savefig(part, dpi=150)

@@ -463,7 +463,7 @@ def test_a_disk_that_is_full_at_the_very_end(
         return path.write_bytes(text.encode())
 
     monkeypatch.setattr(Path, "write_text", write_text)
-    assert "no space left" in failure(capsys, "-m", checkpoint, "-o", tmp_path / "p.rmse")
+    assert "No space left" in failure(capsys, "-m", checkpoint, "-o", tmp_path / "p.rmse")
     assert writes == ["manifest.json"] * write
     assert listing(tmp_path) == []
 

@@ -246,7 +246,7 @@ def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     fails("already exists", KnowledgeBase.create, tmp_path / "file", INFO)
     fails("a file, expected a knowledge base folder", KnowledgeBase.open, tmp_path / "file")
-    fails("no such folder to write b.kb into", KnowledgeBase.create, tmp_path / "none" / "b.kb", INFO)
+    fails("b.kb: cannot be written (there is no folder", KnowledgeBase.create, tmp_path / "none" / "b.kb", INFO)
     (tmp_path / "empty").mkdir()
     fails("passages.sqlite: missing", KnowledgeBase.open, tmp_path / "empty")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.kb", "empty", "file"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import assert_one_line
 
-from rmse_edge import package as package_module
+from rmse_edge import files
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ExportError, PackageError, UserError
 from rmse_edge.package import MANIFEST, Package, digest_manifest, seal, writing
@@ -216,18 +216,19 @@ def test_a_failure_leaves_what_was_there(failure: BaseException, tmp_path: Path)
 def test_the_old_package_stands_until_the_new_one_does(
     failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even when the last step, renaming the new folder into place, fails or is interrupted."""
+    """Even when the last step fails or is interrupted, where two folders cannot change places at once."""
     with writing(tmp_path / "old.rmse") as folder:
         put(folder, "old")
     before = contents(tmp_path)
-    replace = os.replace
+    rename = os.rename
 
     def failing(source: Path, target: Path) -> None:
         if Path(target) == tmp_path / "old.rmse" and (Path(source) / "a.bin").read_text() == "new":
             raise failure
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(package_module.os, "replace", failing)
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(type(failure)), writing(tmp_path / "old.rmse", overwrite=True) as folder:
         put(folder, "new")
     assert contents(tmp_path) == before

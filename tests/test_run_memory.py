@@ -89,7 +89,7 @@ def test_the_knowledge_base_is_asked_and_told_about(
         (["--gamma", "0"], "--gamma: needs a knowledge base (--kb)"),
         (["--gamma", "nan", "--kb", "x.kb"], "--gamma: got 'nan', expected a number"),
         (["--no-memory", "--session", "x.session"], "--no-memory: the session brings its own memory"),
-        (["--save-session", "."], "--save-session: . is a folder"),
+        (["--save-session", "."], "--save-session: .: is a folder, expected a file"),
     ],
 )
 def test_flags_that_cannot_be_followed(

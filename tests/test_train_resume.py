@@ -102,13 +102,13 @@ def test_failing_while_saving_keeps_the_old_state(
     with monkeypatch.context() as patch:
         if broken == "save":
             patch.setattr(torch, "save", half_save)
-        with pytest.raises(CheckpointError, match=r"cannot be written .*; the last saved state is intact"):
+        with pytest.raises(CheckpointError, match=r"cannot be written .*; nothing was changed"):
             real = os.replace
             if broken == "replace":
                 patch.setattr(os, "replace", lambda s, t: no_replace(s, t) if str(t).endswith(".pt") else real(s, t))
             trainer.run()
     assert (tmp_path / STATE_FILE).read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
     trainer = trainer_in(tmp_path)
     trainer.resume()
     assert trainer.step == 4

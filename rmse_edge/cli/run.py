@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import FileError, UserError
+from ..files import check_file
 from .chat import talk
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
 from .display import DepthWriter
@@ -36,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
     text = read_prompt(args)
-    if args.save_session and not args.save_session.absolute().parent.is_dir():
-        raise UserError(f"--save-session: no folder {args.save_session.absolute().parent}; make it first")
-    if args.save_session and args.save_session.is_dir():
-        raise UserError(f"--save-session: {args.save_session} is a folder; give a file name in it")
+    if args.save_session:
+        try:
+            check_file(args.save_session)
+        except FileError as error:
+            raise UserError(f"--save-session: {error}") from None
     if args.session and args.no_memory:
         raise UserError("--no-memory: the session brings its own memory; leave one of them out")
     template = ChatTemplate.open(args.model) if args.chat else None

@@ -10,9 +10,6 @@ process killed at any moment leaves the old knowledge base or the new one.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from ..files import new_folder
 from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key, cosine
 from .rows import AGAIN, Rows, one_line, writer_lock
-from .vectors import nearest, new_index, put_in, read_index, remove_others, sync_folder, write_index
+from .vectors import nearest, new_index, put_in, read_index, remove_others, write_index
 
 PASSAGES = "passages.sqlite"
 LARGEST_BATCH = 16_384  # passages of one transaction, at most: they wait in memory
@@ -53,29 +51,15 @@ class KnowledgeBase:
             KnowledgeError: the folder exists already, or cannot be made.
         """
         folder = Path(folder)
-        parent = folder.absolute().parent
-        if not parent.is_dir():
-            raise KnowledgeError(f"{parent}: no such folder to write {folder.name} into")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise KnowledgeError(f"{folder}: already exists; remove it, or choose another -o")
-        try:
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
-        except OSError as error:
-            raise KnowledgeError(f"{parent}: cannot be written ({error.strerror})") from None
-        try:
-            shape = {"key_dims": info.key_dims, "slots": info.slots, "d_model": info.d_model, "model": info.model}
+        shape = {"key_dims": info.key_dims, "slots": info.slots, "d_model": info.d_model, "model": info.model}
+        with new_folder(folder, KnowledgeError, replace=False) as scratch:
             entry = write_index(new_index(info.key_dims), scratch, 0)
             rows = Rows(scratch / PASSAGES, create=True)
             with rows.transaction(write=True):
                 rows.put_manifest({**shape, "passages": 0, "keys": 0, "generation": 0, "index": entry})
             rows.close()
-            os.chmod(scratch, 0o755)
-            os.replace(scratch, folder)
-            sync_folder(parent)
-        except OSError as error:
-            raise KnowledgeError(f"{folder}: cannot be made ({error.strerror})") from None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return cls.open(folder)
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..package import digest_file
+from ..files import digest_file, sync_folder
 from .base import KnowledgeError
 
 SCRATCH = ".index.part"  # one writer at a time, so one name
@@ -126,13 +126,3 @@ def nearest(index: Any, key: np.ndarray, n: int, exact: bool | None = None) -> l
         return []
     exact = len(index) <= EXACT if exact is None else exact
     return index.search(key, min(n, len(index)), exact=exact, threads=1).keys.astype(np.int64).tolist()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut. Windows has no such call, and does not need it."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -13,6 +12,7 @@ from urllib.error import HTTPError, URLError
 from tqdm import tqdm
 
 from ..errors import TextError, UserError
+from ..files import check_file, new_file
 
 TIMEOUT = 30  # seconds without a byte
 
@@ -52,10 +52,11 @@ def download(name: str, path: Path, url: str | None = None) -> bool:
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == text.sha256:
             return False
         raise TextError(f"{path}: exists and is not the text {name!r}; remove it or choose another -o")
-    part = path.with_name(path.name + ".part")
+    check_file(path)
     digest, count = hashlib.sha256(), 0
     try:
         with (
+            new_file(path) as part,
             urllib.request.urlopen(url, timeout=TIMEOUT) as source,
             part.open("wb") as file,
             tqdm(total=text.bytes, unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
@@ -66,16 +67,13 @@ def download(name: str, path: Path, url: str | None = None) -> bool:
                 digest.update(block)
                 count += len(block)
                 bar.update(len(block))
-        if count < text.bytes:
-            raise UserError(f"{url}: ended after {count:,} of {text.bytes:,} bytes; try again")
-        if digest.hexdigest() != text.sha256:
-            raise TextError(f"{url}: not the expected file (its SHA-256 differs); nothing was written")
-        os.replace(part, path)
+            if count < text.bytes:
+                raise UserError(f"{url}: ended after {count:,} of {text.bytes:,} bytes; try again")
+            if digest.hexdigest() != text.sha256:
+                raise TextError(f"{url}: not the expected file (its SHA-256 differs); nothing was written")
     except HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}") from None
     except (URLError, TimeoutError, HTTPException, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error or type(error).__name__
         raise UserError(f"{url}: cannot be fetched ({reason}); check the network, or copy the file by hand") from None
-    finally:
-        part.unlink(missing_ok=True)
     return True

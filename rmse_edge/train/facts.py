@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SEGMENT
+from ..files import new_file
 from ..model import RMSE, Hits
 from .sources import IGNORED, Batch, Seed, require, require_whole
 
@@ -236,7 +237,8 @@ class Facts:
         axis.set_ylabel("right answers")
         axis.set_ylim(0, 1.1)
         figure.tight_layout()
-        figure.savefig(picture, dpi=110)
+        with new_file(picture) as part:
+            figure.savefig(part, dpi=110)
         plt.close(figure)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..attention import rotate
 from ..errors import CheckpointError, ConfigError
+from ..files import changed_folder
 from ..rope import rotary_angles
 
 MODEL_TYPE = "gpt-baseline"
@@ -103,10 +104,11 @@ class GPT(nn.Module):
 
 
 def save_gpt(model: GPT, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write config.json and model.safetensors, the weights rounded to `dtype`."""
+    """Write config.json and model.safetensors, the weights rounded to `dtype`; both or none."""
     config = {"model_type": MODEL_TYPE} | dataclasses.asdict(model.config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file({k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    with changed_folder(folder, CheckpointError) as scratch:
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}, scratch / "model.safetensors")
 
 
 def load_gpt(folder: Path) -> GPT:

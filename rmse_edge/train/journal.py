@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from itertools import pairwise
 from pathlib import Path
+
+from ..files import new_file
 
 FIELDS = (
     "step", "stage", "loops", "loss", "last_loss", "depth", "lr", "grad_norm", "idle_experts", "tokens_per_s", "val_loss"
@@ -17,12 +18,10 @@ class Journal:
 
     def __init__(self, path: Path, step: int) -> None:
         rows = [r for r in read_rows(path) if int(r["step"]) < step] if path.exists() else []
-        scratch = path.with_name(path.name + ".tmp")  # then renamed: a run killed here keeps its log
-        with scratch.open("w", newline="", encoding="utf-8") as file:
+        with new_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(scratch, path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, FIELDS, restval="")
 
@@ -71,7 +70,8 @@ def draw(path: Path, picture: Path) -> None:
             top.text(int(after["step"]), top.get_ylim()[1], f" {after['stage']}", va="top", fontsize=8, color="grey")
     top.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    with new_file(picture) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import SEGMENT
+from ..files import new_file
 from ..model import RMSE
 from .sources import IGNORED, Batch, Seed, require, require_whole
 
@@ -142,5 +143,6 @@ class Recall:
         axis.set_ylim(-0.02, 1.04)
         axis.legend(fontsize=8, loc="center left")
         figure.tight_layout()
-        figure.savefig(picture, dpi=110)
+        with new_file(picture) as part:
+            figure.savefig(part, dpi=110)
         plt.close(figure)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from ..chat import TEMPLATE_FILE, template_source
 from ..config import RMSEConfig
 from ..errors import CheckpointError, ConfigError, TextError, UserError
+from ..files import check_file, write_text
 from ..model import RMSE
 from ..shards import INDEX_FILE, WEIGHTS_FILE
 from ..text import (
@@ -181,13 +181,19 @@ def carry_out(
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse a folder that holds another run; a lone recipe.json that says the same thing is welcome."""
+    """Refuse a folder that holds another run; a lone recipe.json that says the same thing is welcome.
+
+    And, before the training, one where something stands in the way of what it writes.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, expected a folder to write to")
+    for name in (RECIPE_FILE, TOKENIZER_FILE, LOG_FILE, "curve.png", *TRACES):
+        if out.exists():
+            check_file(out / name)
     if resume:
         if not (out / STATE_FILE).exists():
             raise CheckpointError(f"{out / STATE_FILE}: no such file; nothing to resume (start without --resume)")
         return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, expected a folder to write to")
     found = [name for name in TRACES if (out / name).exists()]
     if found:
         raise UserError(f"{out}: holds another run ({found[0]}); go on with --resume, or choose another folder")
@@ -273,10 +279,3 @@ def save(model: RMSE | GPT, out: Path) -> RMSE | GPT:
 
     save_checkpoint(model, out, dtype=torch.bfloat16)
     return load_checkpoint(out)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

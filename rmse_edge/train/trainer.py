@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from ..checkpoint import start_from
 from ..errors import CheckpointError, UserError
+from ..files import new_file
 from ..model import RMSE
 from .gpt import GPT
 from .journal import Journal
@@ -321,24 +321,13 @@ class Trainer:
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    """Write the state beside its place, then move it there.
+    """Write the state, all or nothing.
 
     Raises:
         CheckpointError: it cannot be written; the state that was there still is.
     """
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        with scratch.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError about positions
-        scratch.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise CheckpointError(f"{path}: cannot be written ({cause.strerror}); the last saved state is intact") from None
+    with new_file(path, CheckpointError) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 @torch.no_grad()
