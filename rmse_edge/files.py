@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".part"
 CHANGE = "change"  # in the place of NAME, of the scratch folder of `changed_folder`
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is full or broken, whatever was being done
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # says a file system without them
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -225,7 +225,7 @@ def write_failure(failure: BaseException | None, target: Path) -> str | None:
     places = [os.path.realpath(p) for p in (failure.filename, failure.filename2) if isinstance(p, (str, os.PathLike))]
     beneath = (f"{target}{os.sep}", f"{target.parent}{os.sep}.{target.name}.")
     ours = any(p in (str(target), str(target.parent)) or p.startswith(beneath) for p in places)
-    return (failure.strerror or "disk full") if ours or failure.errno in FULL else None
+    return (failure.strerror or "disk full") if ours or failure.errno in DISK else None
 
 
 # --------------------------------------------------------------------------------------------------- scratch folders

@@ -30,7 +30,7 @@ from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.onnx_passes import WeightFile
 from rmse_edge.export.pipeline import rounded
 from rmse_edge.model import RMSE
-from rmse_edge.package import Package
+from rmse_edge.package import Package, check_destination
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.host import LoopRuntime
 from rmse_edge.runtimes.torch import TorchRuntime
@@ -468,9 +468,15 @@ def test_a_disk_that_is_full_at_the_very_end(
     assert listing(tmp_path) == []
 
 
-def test_ctrl_c_ends_an_export_cleanly(tmp_path: Path) -> None:
-    """SIGINT while graphs are being written, with --force over an older package: exit code 130, one line, the older
-    package untouched and nothing beside it."""
+@pytest.mark.parametrize(
+    ("sent", "when"), [(signal.SIGINT, ".p.rmse.*/new/p.rmse/*.onnx"), (signal.SIGKILL, ".p.rmse.*/new/p.rmse")]
+)
+def test_an_export_that_is_ended(sent: signal.Signals, when: str, tmp_path: Path) -> None:
+    """With --force over an older package, which stays untouched.
+
+    Ctrl-C, here while graphs are being written, ends it with exit code 130 and one line, and nothing lies beside the
+    package. What a kill leaves beside it, the next export to the same place removes before it begins.
+    """
     checkpoint = write_checkpoint(mixed_model(), tmp_path / "model")
     out = tmp_path / "out"
     (out / "p.rmse").mkdir(parents=True)
@@ -485,14 +491,18 @@ def test_ctrl_c_ends_an_export_cleanly(tmp_path: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as process:
         deadline = time.monotonic() + 400
-        while not list(out.glob(".p.rmse.*/*.onnx")):
+        while not list(out.glob(when)):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline, "the export wrote no graph"
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 130
     assert stdout == "" and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].strip() == "rmse-export: interrupted"
+    if sent == signal.SIGKILL:
+        assert process.returncode == -sent and len(list(out.iterdir())) == 2
+        check_destination(out / "p.rmse", overwrite=True)
+    else:
+        assert process.returncode == 130
+        assert stderr.splitlines()[-1].strip() == "rmse-export: interrupted"
     assert listing(out) == ["p.rmse", "p.rmse/manifest.json"]
     assert (out / "p.rmse" / "manifest.json").read_text() == "{}"

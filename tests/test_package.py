@@ -199,7 +199,9 @@ def put(folder: Path, text: str) -> None:
     seal(folder, {"target": "onnx"})
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt(), ExportError("x"), OSError(errno.EIO, "x")])
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("x"), KeyboardInterrupt(), ExportError("x"), OSError(errno.EPERM, "x")]
+)
 def test_a_failure_leaves_what_was_there(failure: BaseException, tmp_path: Path) -> None:
     """No package where there was none, the old one where there was one, and no scratch folder beside it."""
     with writing(tmp_path / "old.rmse") as folder:

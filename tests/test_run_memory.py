@@ -61,7 +61,7 @@ def test_session_errors_are_one_line(remembering: Path, tmp_path: Path, capsys: 
     assert_one_line(err, "none.session: no such session file")
     code, out, err = call(capsys, remembering, "-p", "!", "--save-session", tmp_path / "no" / "a.session")
     assert code == 2 and out == ""
-    assert_one_line(err, "--save-session: no folder")
+    assert_one_line(err, "--save-session", "there is no folder")
 
 
 def test_the_knowledge_base_is_asked_and_told_about(

@@ -22,13 +22,25 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kLongestPath = executorch::runtime::kMaxOptionValueLength - 1;
+constexpr int kMostLinks = 40;  // as Linux
 constexpr std::string_view kMagic = "CWPX";  // XNNPACK's, eight bytes before the end, in front of its version
-
-std::string seal_of(const std::string& path) { return path + ".sha256"; }
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
   throw std::runtime_error("--packed-weights: " + path + ": " + what);
 }
+
+// Where a path leads: a link stays, and what it leads to is made anew.
+std::string behind_links(const std::string& path) {
+  fs::path found = path;
+  std::error_code failed;
+  for (int links = 0; fs::is_symlink(found, failed); ++links) {
+    if (links == kMostLinks) refuse(path, "is a loop of links; choose another name");
+    found = found.parent_path() / fs::read_symlink(found, failed);
+  }
+  return found.string();
+}
+
+std::string seal_of(const std::string& path) { return behind_links(path + ".sha256"); }
 
 std::string content(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -56,14 +68,16 @@ bool made_by_engine(const std::string& path) {
 }  // namespace
 
 PackedWeights::PackedWeights(const std::string& file, const std::string& program_digest)
-    : path_(file), program_digest_(program_digest) {
+    : path_(behind_links(file)), program_digest_(program_digest) {
   if (path_.empty()) return;
   if (path_.size() > kLongestPath) {
     refuse(path_, "the path is longer than the " + std::to_string(kLongestPath) +
                       " bytes that ExecuTorch takes; choose another");
   }
+  for (const std::string& path : {path_, seal_of(path_)}) {
+    if (fs::exists(path) && !fs::is_regular_file(path)) refuse(path, "is no file; choose another name");
+  }
   const bool there = fs::exists(path_);
-  if (there && !fs::is_regular_file(path_)) refuse(path_, "is no file; choose another name");
   if (there && in_use(path_)) {
     path_.clear();
     return;
@@ -95,8 +109,10 @@ void PackedWeights::make_way() const {
 void PackedWeights::seal() const {
   if (fits_) return;
   // A launch that is interrupted, or cannot write, leaves no seal or one that does not fit: the next one starts anew.
-  const std::string seal = seal_of(path_), unfinished = seal + "." + std::to_string(getpid());
+  // The unfinished one has one name, so that those of killed launches do not pile up.
+  const std::string seal = seal_of(path_), unfinished = seal + ".part";
   std::error_code failed;
+  fs::remove(unfinished, failed);
   if ((std::ofstream(unfinished, std::ios::binary) << content_of_seal()).flush()) {
     fs::rename(unfinished, seal, failed);
   } else {
