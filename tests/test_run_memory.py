@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_the_knowledge_base_is_asked_and_told_about(
         (["--gamma", "0"], "--gamma: needs a knowledge base (--kb)"),
         (["--gamma", "nan", "--kb", "x.kb"], "--gamma: got 'nan', expected a number"),
         (["--no-memory", "--session", "x.session"], "--no-memory: the session brings its own memory"),
+        (["--save-session", os.devnull], f"--save-session: {os.devnull}: is a device, expected a file"),
         (["--save-session", "."], "--save-session: .: is a folder, expected a file"),
     ],
 )

@@ -436,6 +436,25 @@ def test_packed_weights_are_kept_and_made_anew_where_they_are_spoiled(fp32: Runn
     assert "holds something else" in line and (tmp_path / "diary").read_text() == "not to be lost"
 
 
+def test_packed_weights_behind_a_link(fp32: Runner, tmp_path: Path) -> None:
+    """The link stays; what is no file is refused, as the weights and as their seal."""
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "packed", tmp_path / "disk" / "weights"
+    link.symlink_to("disk/weights")
+    tokens, flags = random_tokens(80, seed=12), ("--packed-weights", str(link))
+    expected, _ = fp32.feed(tokens, tmp_path / "logits")
+    for change in (lambda: None, lambda: None, lambda: flip(0.5)(file), lambda: Path(f"{file}.sha256").unlink()):
+        change()
+        assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes()
+        assert link.is_symlink() and file.stat().st_size > 10_000
+        assert {p.name for p in file.parent.iterdir()} == {"weights", "weights.sha256"}
+    os.mkfifo(tmp_path / "fifo")
+    Path(f"{file}.sha256").unlink()
+    os.mkfifo(f"{file}.sha256")
+    for path in (tmp_path / "fifo", link):
+        assert "is no file; choose another name" in fp32.refusal("-p", "A", "--packed-weights", str(path))
+
+
 def test_launches_at_the_same_time_share_packed_weights(fp32: Runner, tmp_path: Path) -> None:
     command = [*fp32.command, "-p", "HELLO", "-n", "20", *GREEDY]
     expected = subprocess.run(command, capture_output=True).stdout

@@ -405,6 +405,23 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, inside: tuple[str, ...])
     assert (tmp_path / "file").read_text() == "mine" and not any((tmp_path / "folder").iterdir())
 
 
+def test_a_link_stays_and_leads_to_the_session(tmp_path: Path, saved: bytes) -> None:
+    (tmp_path / "text.session").symlink_to("elsewhere")
+    for _ in range(2):
+        save_session(torch_runtime(), tmp_path / "text.session")
+        assert os.readlink(tmp_path / "text.session") == "elsewhere"
+        assert restore_session(torch_runtime(), tmp_path / "elsewhere") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_a_fifo_is_refused_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SessionError) as caught:
+        save_session(torch_runtime(), tmp_path / "fifo")
+    assert_one_line(str(caught.value), "fifo: is a FIFO, expected a file; choose another name")
+    assert [(p.name, p.is_fifo()) for p in tmp_path.iterdir()] == [("fifo", True)]
+
+
 @pytest.mark.parametrize("path", [".", "/", ""])
 def test_a_path_without_a_name(path: str) -> None:
     with pytest.raises(SessionError) as caught:
