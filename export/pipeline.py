@@ -187,8 +187,7 @@ def export_package(
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
-    of_folder = checkpoint is not None and checkpoint.is_dir()
-    vocabulary = Vocabulary.of_folder(checkpoint, model.config) if of_folder else Vocabulary.of_config(model.config)
+    vocabulary = Vocabulary.of_folder(checkpoint, model.config) if checkpoint else Vocabulary.of_config(model.config)
     with writing(destination, request.overwrite) as folder:
         target = get_target(request.target)
         source = quantized.fingerprint if quantized else None
