@@ -35,7 +35,7 @@ from .atlas import Atlas
 from .attention import Attention
 from .autoclass import register_model
 from .checkpoint import QUANTIZATION_FILE, TIED, require_tied, stored_keys
-from .config import SEGMENT, token_ids
+from .config import SEGMENT
 from .errors import CheckpointError, UserError, first_line
 from .experts import SparseExperts
 from .hf_cache import RMSECache
@@ -344,7 +344,8 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         """Ids without a token are never chosen: they go first, so that no other processor sees them."""
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if self.token_ids is not None:
-            eos = token_ids(generation_config.eos_token_id, "eos_token_id")
+            given = generation_config.eos_token_id  # a number, several, or a tensor; -1 stands for none
+            eos = [] if given is None else torch.as_tensor(given).flatten().tolist()
             ranges = unused(self.name_or_path, self.token_ids, self.config.vocab_size, eos)
             if ids := [token for first, end in ranges for token in range(first, end)]:
                 processors.insert(0, SuppressTokensLogitsProcessor(ids, device=str(self.device)))

@@ -59,7 +59,7 @@ def unused(where: object, ids: Iterable[int], vocab_size: int, eos: Sequence[int
     Raises:
         TextError: naming `where`, if the tokenizer has no token below `vocab_size`.
     """
-    known = sorted({token for token in (*ids, *eos) if token < vocab_size})
+    known = sorted({token for token in (*ids, *eos) if 0 <= token < vocab_size})
     if not known:
         raise TextError(f"{where}: has no token for the model; use the tokenizer the model was trained with")
     edges = zip((-1, *known), (*known, vocab_size))

@@ -186,7 +186,15 @@ def test_ids_without_a_token_are_not_written(
     assert not {20, *range(51, 64)} & set(document["tokens"])
 
 
-@pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 5.0}, {"do_sample": True, "top_k": 8}])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {},
+        {"eos_token_id": -1},
+        {"eos_token_id": torch.tensor([1]), "min_new_tokens": 40},
+        {"do_sample": True, "temperature": 5.0},
+    ],
+)
 def test_transformers_does_not_choose_them_either(padded: Path, sample: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -196,7 +204,7 @@ def test_transformers_does_not_choose_them_either(padded: Path, sample: dict[str
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, **sample)
     assert not {20, *range(51, 64)} & set(made.flatten().tolist())
     expected = [int(t) for t in model(made).logits[0, 1:-1, [*range(20), *range(21, 51)]].argmax(-1)]
-    if not sample:  # the largest of those that have a token
+    if not sample or sample.get("eos_token_id") == -1:  # the largest of those that have a token
         assert made[0, 2:].tolist() == [t if t < 20 else t + 1 for t in expected]
 
 
