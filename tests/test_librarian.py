@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line, mixed_model, random_tokens
+from helpers import ALPHABET, assert_one_line, mixed_model, random_tokens
 
 from rmse_edge.errors import UserError
 from rmse_edge.knowledge import Hit, KnowledgeError, KnowledgeInfo
@@ -16,6 +17,7 @@ from rmse_edge.runtimes.generate import Generation
 from rmse_edge.runtimes.librarian import Librarian
 from rmse_edge.runtimes.sampling import Sampler, Sampling
 from rmse_edge.runtimes.torch import TorchRuntime
+from rmse_edge.text import Tokenizer, train_character_tokenizer
 
 
 def reading_model() -> Any:
@@ -93,8 +95,10 @@ def test_gamma_decides_how_often(runtime: TorchRuntime, gamma: float, times: int
     assert librarian.heard == 3 and len(librarian.consultations) == times
 
 
-def test_a_short_question_is_looked_up_before_its_answer(runtime: TorchRuntime) -> None:
+def test_a_short_question_is_looked_up_before_its_answer(runtime: TorchRuntime, tmp_path: Path) -> None:
     """The segment is not complete, nothing is learned, and already the first new token has read the hits."""
+    train_character_tokenizer(ALPHABET, tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     prompt = random_tokens(20, seed=5)
     memory = {name: array.copy() for name, array in runtime.memory.items()}
     made = {}
@@ -102,8 +106,8 @@ def test_a_short_question_is_looked_up_before_its_answer(runtime: TorchRuntime) 
         runtime.reset()
         librarian = Librarian.attach(runtime, Shelf(runtime), "kb", gamma=gamma)
         generation = Generation(
-            runtime, None, prompt, runtime.info.dials, Sampler(Sampling(temperature=0)), 1, librarian=librarian
-        )  # type: ignore[arg-type]
+            runtime, tokenizer, prompt, runtime.info.dials, Sampler(Sampling(temperature=0)), 1, librarian=librarian
+        )
         list(generation.steps())
         assert len(generation.prompt_depth) == 20
         made[name] = generation.statistics()["consultations"]

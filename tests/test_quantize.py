@@ -332,10 +332,13 @@ def test_what_trains_refuses_a_quantised_checkpoint(stored: Path, model: RMSE) -
 
 
 def test_nothing_of_a_replaced_checkpoint_stays(int4, checkpoint: Path, tmp_path: Path) -> None:
-    save_quantized(int4, tmp_path / "q", checkpoint)
-    assert (tmp_path / "q" / "tokenizer.json").is_file()
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    save_quantized(int4, tmp_path / "q", source)
+    carried = [tmp_path / "q" / name for name in ("tokenizer.json", "chat_template.jinja", "sample.txt")]
+    assert all(path.is_file() for path in carried)
     save_quantized(int4, tmp_path / "q")
-    assert not (tmp_path / "q" / "tokenizer.json").exists() and not (tmp_path / "q" / "sample.txt").exists()
+    assert not any(path.exists() for path in carried)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
