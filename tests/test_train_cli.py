@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,17 @@ def test_a_run_leaves_a_whole_checkpoint(trained: Path, text: Path) -> None:
     state = torch.load(trained / "training-state.pt", weights_only=True)
     assert torch.equal(state["average"]["embed.weight"].bfloat16().float(), model.embed.weight)
     assert (trained / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_begins_with_weights_keeps_their_chat_template(
+    trained: Path, text: Path, recipe: Path, tmp_path: Path
+) -> None:
+    start = shutil.copytree(trained, tmp_path / "start")
+    config = json.loads((start / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages[0].content }}"}
+    (start / "tokenizer_config.json").write_text(json.dumps(config))
+    argv = ["--text", text, "--recipe", recipe, "--init", start, "-o", tmp_path / "run", "--stop-at", "1"]
+    assert main([str(a) for a in argv]) == 0
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 def test_the_table_at_the_end(trained: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
