@@ -183,7 +183,8 @@ class Rows:
         Returns:
             (number of passages that were not there, their points with the key of each point's first passage).
         """
-        added, points = 0, {}
+        added = 0
+        points: dict[int, np.ndarray] = {}
         for passage, key, value in entries:
             blobs = (key.astype("<f4").tobytes(), value.astype("<f2").tobytes())
             row = (passage.id, passage.source, passage.line, passage.text, *blobs)
