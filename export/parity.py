@@ -17,13 +17,13 @@ compared like everything else. Two rules:
   rule, the host is, run on PyTorch's own methods (`compare_host`).
 
 The tokens are fed as in a conversation: prompts, single tokens, another prompt; in between, what is kept is taken out and
-put back, as a session is. A model with the entropy rule gets a third adaptive setting. Every method is also compared by itself, and the loop driven by the host through `step` must
-match `loop`: by the largest difference, or, where the package rounds activations to int8, by the root of the mean square,
-at fixed depths.
+put back, as a session is. A model with the entropy rule gets a third adaptive setting. Every method is also compared by
+itself, and the loop driven by the host through `step` must match `loop`: by the largest difference, or, where the package
+rounds activations to int8, by the root of the mean square, at fixed depths.
 
 A model with a neural memory is held to the same rule by its surprise at every segment's end, and its memory is compared
 over 32 segments, write by write and each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded). No host takes part
-in that: when it writes, and what, shows in the surprise.
+in that: when it writes, and what, shows in the surprise. A model with a retrieval head embeds a passage, by the exact rule.
 """
 
 from __future__ import annotations

@@ -56,6 +56,8 @@ class Reference:
     """
 
     def __init__(self, model: TextModel, info: ModelInfo, text: np.ndarray | None = None) -> None:
+        if isinstance(model, torch.nn.Module):
+            model.eval()
         self.model = model
         self.info = info
         self.methods = TorchMethods(model)

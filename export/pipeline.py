@@ -234,8 +234,8 @@ def export_package(
             rounded_activations = rounds_activations or request.quant in target.halves
             exact = request.quant != "fp16" and not rounded_activations and float_cache
             longest = compared(tokens, info, exact, target.positions)
-            said = rounded(model, request.quant)
-            reference = Reference(said, info, longest)
+            counterpart = rounded(model, request.quant)
+            reference = Reference(counterpart, info, longest)
             found = None
             if twin is not None:
                 progress("parity of the integers")
@@ -246,7 +246,7 @@ def export_package(
             alone = None
             if not exact and not (found is not None and float_cache):
                 progress("parity of the host")
-                alone = compare_host(with_cache(said, "float32"), tokens)
+                alone = compare_host(with_cache(counterpart, "float32"), tokens)
             candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
             reports = [
                 gate(program, reference, c, tokens, exact, progress, rounded_activations, target.positions)

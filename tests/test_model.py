@@ -111,6 +111,39 @@ def test_the_dial_is_at_most_the_trained_depth_and_counts_from_one() -> None:
     assert (depth == 4).all()
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"kv_dtype": "float16"}, {"exit_rules": ("gate", "delta", "entropy")}], ids=str
+)
+def test_a_whole_text_is_what_calls_give(changes: dict[str, Any]) -> None:
+    """Rules together and apart, between the least and the most loops: as `RingHost` has it, which composes them itself."""
+    model = lively_model(small_config(**changes))
+    tokens = tokens_for(model, 200)
+    settings: list[dict[str, float]] = [
+        {}, {"exit_threshold": 0.7}, {"exit_epsilon": 0.6, "min_loops": 2}, {"max_loops": 3, "exit_threshold": 0.7}
+    ]  # fmt: skip
+    settings += [{"exit_entropy": 2.5, "exit_threshold": 0.9, "min_loops": 2}] if "exit_rules" in changes else []
+    for chosen in settings:
+        dial = dials(model, **chosen)
+        logits, depth = RingHost(model).feed(tokens, dial, [64, 9])
+        found = model.whole_text(tokens[0], dial)
+        tight = found.margin < 1e-4  # a decision that may go either way
+        assert tight.sum() <= 2 and (found.depth == depth[0])[~tight].all() and len(found.surprise) == 0
+        if not tight.any():
+            assert (found.logits - logits[0]).abs().max() <= (2e-2 if "kv_dtype" in changes else 1e-4)
+        most, least = int(dial["max_loops"]), int(dial["min_loops"])
+        assert (
+            found.depth.min() >= least
+            and found.depth.max() <= most
+            and (len(set(depth[0].tolist())) > 1) == (chosen != {})
+        )
+        assert set(found.scores) == {
+            "exit_threshold",
+            "exit_epsilon",
+            *({"exit_entropy"} if "exit_rules" in changes else ()),
+        }
+        assert all(score.shape == (most, 200) for score in found.scores.values())
+
+
 def test_the_loop_physically_stops() -> None:
     model = lively_model(small_config())
     seen: list[int] = []
