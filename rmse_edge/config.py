@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from .errors import ConfigError
+from .schema import Expected, Finite, check_fields, check_value, read_json
 
 MODEL_TYPE = "rmse"  # the Hugging Face `model_type` of config.json
 SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is written once per segment
 MAX_LOOPS = 64  # upper bound on the trained depth
 
-STEP_ENCODINGS = ("learned", "temporal_rope")
-ATTENTION_GATES = ("headwise", "elementwise")
 EXIT_RULES = ("gate", "delta", "entropy")
-KV_DTYPES = ("float32", "float16", "int8")
-MEMORIES = ("none", "titans", "atlas")
+StepEncoding = Literal["learned", "temporal_rope"]
+AttentionGate = Literal["headwise", "elementwise"]
+KvDtype = Literal["float32", "float16", "int8"]
+Memory = Literal["none", "titans", "atlas"]
+
+# Limits. No looped model comes near them, and none of them alone takes memory: weights are as large as their file.
+Count = Annotated[int, Field(ge=1, le=2**16), Expected("a positive integer, at most 65536")]
+Some = Annotated[int, Field(ge=0, le=2**16), Expected("0 or a positive integer, at most 65536")]
+Vocabulary = Annotated[int, Field(ge=1, le=2**22), Expected("a positive integer, at most 4194304")]
+Positions = Annotated[int, Field(ge=1, le=2**24), Expected("a positive integer, at most 16777216")]
+Loops = Annotated[int, Field(ge=1, le=MAX_LOOPS)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Expected("a positive number")]
+Threshold = Annotated[Positive, Expected("a positive number (1 or more disables the gate)")]
+OffOr = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("0 (off) or a positive number")]
+Share = Annotated[float, Field(ge=0, lt=1), Expected("a number in [0, 1)")]
+Token = Annotated[int, Field(ge=0, lt=2**22)]
+EndTokens = Annotated[Token | tuple[Token, ...] | None, Expected("a token id, a list of them, or null")]
 # What transformers may add to a config.json; none of it concerns the model.
 FOREIGN_KEYS = frozenset(
     "model_type architectures transformers_version dtype torch_dtype auto_map use_cache return_dict output_hidden_states "
@@ -43,103 +58,78 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     Raises:
         ConfigError: it is none of these; names it.
     """
-    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
-        raise ConfigError(f"{name}: got {value!r}, expected a token id or a list of them")
-    return ids
+    ids = check_value(EndTokens, value, name, ConfigError)
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
 @dataclass(frozen=True)
 class RMSEConfig:
     """Shape and behaviour of one RMS-E model: a single block applied up to `max_loops` times."""
 
-    vocab_size: int = 65
-    d_model: int = 192
+    vocab_size: Vocabulary = 65
+    d_model: Count = 192
     # attention
-    n_heads: int = 6
-    n_kv_heads: int = 2  # grouped-query attention; divides n_heads
-    head_dim: int = 32
-    attention_gate: str = "headwise"  # output gate: one sigmoid per head, or per channel ("elementwise")
-    window: int = 128  # positions a query sees, itself included
-    rope_theta: float = 10_000.0
+    n_heads: Count = 6
+    n_kv_heads: Count = 2  # grouped-query attention; divides n_heads
+    head_dim: Count = 32
+    attention_gate: AttentionGate = "headwise"  # output gate: one sigmoid per head, or per channel ("elementwise")
+    window: Positions = 128  # positions a query sees, itself included
+    rope_theta: Positive = 10_000.0
     # the loop
-    max_loops: int = 12  # the trained depth
-    min_loops: int = 1
-    step_encoding: str = "learned"  # a bias per loop, or "temporal_rope": Q and K turned by the loop index
-    step_dims: int = 8  # channels of each head that temporal_rope reserves (even)
+    max_loops: Loops = 12  # the trained depth
+    min_loops: Loops = 1
+    step_encoding: StepEncoding = "learned"  # a bias per loop, or "temporal_rope": Q and K turned by the loop index
+    step_dims: Some = 8  # channels of each head that temporal_rope reserves (even)
     # exit; a position stops at the first loop where one of the rules holds
     exit_rules: tuple[str, ...] = ("gate", "delta")
-    exit_threshold: float = 1.0  # gate: stop when 1 - survival >= this; >= 1 disables
-    exit_epsilon: float = 0.0  # delta: stop when |h' - h| < this * |h'|; 0 disables
-    exit_entropy: float = 0.0  # entropy: stop when the logits' entropy (nats) < this; 0 disables
+    exit_threshold: Threshold = 1.0  # gate: stop when 1 - survival >= this; >= 1 disables
+    exit_epsilon: OffOr = 0.0  # delta: stop when |h' - h| < this * |h'|; 0 disables
+    exit_entropy: OffOr = 0.0  # entropy: stop when the logits' entropy (nats) < this; 0 disables
     # experts
-    n_experts: int = 512
-    top_k: int = 10
-    expert_width: int = 32  # a multiple of 32, so that it quantises in groups
-    n_shared_experts: int = 1
-    shared_width: int = 96  # of each shared expert
+    n_experts: Count = 512
+    top_k: Count = 10
+    expert_width: Count = 32  # a multiple of 32, so that it quantises in groups
+    n_shared_experts: Some = 1
+    shared_width: Some = 96  # of each shared expert
     # neural memory: a two-layer MLP per sequence, written once per 64-token segment, read in every loop
-    memory: str = "none"  # or "titans", "atlas"
-    memory_dim: int = 64  # channels of values, and of titans' keys
-    memory_hidden: int = 256  # channels between the two layers
-    memory_key_dim: int = 16  # atlas: channels of keys, before all their products are added
-    memory_window: int = 128  # atlas: positions learned together, a multiple of 64
+    memory: Memory = "none"  # or "titans", "atlas"
+    memory_dim: Count = 64  # channels of values, and of titans' keys
+    memory_hidden: Count = 256  # channels between the two layers
+    memory_key_dim: Count = 16  # atlas: channels of keys, before all their products are added
+    memory_window: Positions = 128  # atlas: positions learned together, a multiple of 64
     # retrieval: passages of a knowledge base, fetched when the memory is surprised, read by x0
-    retrieval_slots: int = 0  # vectors per passage; 0: no retrieval
-    retrieval_hits: int = 4  # passages injected at once, at most
-    retrieval_dim: int = 64  # channels of the keys that are searched
-    retrieval_gamma: float = 2.0  # deviations of the surprise above its mean that call for passages
+    retrieval_slots: Some = 0  # vectors per passage; 0: no retrieval
+    retrieval_hits: Count = 4  # passages injected at once, at most
+    retrieval_dim: Count = 64  # channels of the keys that are searched
+    retrieval_gamma: Finite = 2.0  # deviations of the surprise above its mean that call for passages
     # numerics and training
-    norm_eps: float = 1e-6
-    kv_dtype: str = "float32"  # K and V are rounded to it before any use; int8 by scales that rmse-quantize finds
+    norm_eps: Positive = 1e-6
+    kv_dtype: KvDtype = "float32"  # K and V are rounded to it before any use; int8 by scales that rmse-quantize finds
     tie_embeddings: bool = False
-    dropout: float = 0.0
-    block_size: int = 256  # positions of one training sequence
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None  # several: any of them ends a text
-    pad_token_id: int | None = None
+    dropout: Share = 0.0
+    block_size: Positions = 256  # positions of one training sequence
+    bos_token_id: Token | None = None
+    eos_token_id: EndTokens = None  # several: any of them ends a text
+    pad_token_id: Token | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exit_rules", tuple(self.exit_rules))
-        if self.eos_token_id is not None:
-            found = token_ids(self.eos_token_id, "eos_token_id")
-            object.__setattr__(self, "eos_token_id", self.eos_token_id if isinstance(self.eos_token_id, int) else found)
-        positive = (
-            "vocab_size d_model n_heads n_kv_heads head_dim window max_loops min_loops n_experts top_k expert_width "
-            "n_shared_experts shared_width memory_dim memory_hidden memory_key_dim memory_window retrieval_hits retrieval_dim "
-            "block_size"
-        ).split()
-        for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if "shared" in name else 1):
-                raise ConfigError(f"{name}: got {value!r}, expected a positive integer")
-        for name, choices in (
-            ("step_encoding", STEP_ENCODINGS),
-            ("attention_gate", ATTENTION_GATES),
-            ("kv_dtype", KV_DTYPES),
-            ("memory", MEMORIES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        self._require(self.max_loops <= MAX_LOOPS, "max_loops", f"at most {MAX_LOOPS}")
+        check_fields(self, ConfigError)
         self._require(self.min_loops <= self.max_loops, "min_loops", f"at most max_loops ({self.max_loops})")
         self._require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of n_heads ({self.n_heads})")
         self._require(self.head_dim % 2 == 0, "head_dim", "an even number")
         self._require(self.window >= SEGMENT, "window", f"at least {SEGMENT}")
         self._require(self.expert_width % 32 == 0, "expert_width", "a multiple of 32")
         self._require(self.memory_window % SEGMENT == 0, "memory_window", f"a multiple of {SEGMENT}")
-        slots = self.retrieval_slots
-        whole = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 0
-        self._require(whole, "retrieval_slots", "0 (no retrieval) or a positive integer")
         self._require(
-            slots == 0 or self.memory != "none", "retrieval_slots", "0, since there is no memory to be surprised"
+            self.retrieval_slots == 0 or self.memory != "none",
+            "retrieval_slots",
+            "0, since there is no memory to be surprised",
         )
-        self._require(math.isfinite(self.retrieval_gamma), "retrieval_gamma", "a number")
         self._require(self.top_k <= self.n_experts, "top_k", f"at most n_experts ({self.n_experts})")
-        self._require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
-        self._require(self.exit_threshold > 0, "exit_threshold", "a positive number (1 or more disables the gate)")
-        self._require(self.exit_epsilon >= 0, "exit_epsilon", "0 (off) or a positive number")
-        self._require(self.exit_entropy >= 0, "exit_entropy", "0 (off) or a positive number")
+        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, role)
+            beyond = [i for i in (ids if isinstance(ids, tuple) else (ids,)) if i is not None and i >= self.vocab_size]
+            self._require(not beyond, role, f"below vocab_size ({self.vocab_size})")
         for rule in self.exit_rules:
             if rule not in EXIT_RULES:
                 raise ConfigError(f"exit_rules: got {rule!r}, expected some of {', '.join(EXIT_RULES)}")
@@ -171,7 +161,7 @@ class RMSEConfig:
         return json.dumps(head | self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config") -> RMSEConfig:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> RMSEConfig:
         """Build from a mapping; keys that Hugging Face adds are ignored, unknown ones are an error.
 
         Raises:
@@ -183,18 +173,16 @@ class RMSEConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         try:
             return cls(**{k: v for k, v in values.items() if k in known})
-        except TypeError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> RMSEConfig:
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path, ConfigError)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; expected a config.json of an RMS-E model") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object of configuration keys")
         return cls.from_dict(values, where=str(path))

@@ -44,9 +44,8 @@ class RMSEPretrainedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(kwargs)  # those that are no field
-        self.exit_rules = list(self.exit_rules)  # as in JSON
+        self.exit_rules = list(self.to_rmse().exit_rules)  # as in JSON, once every field is known to be what it should
         super().__post_init__(**kwargs)
-        self.to_rmse()
 
     def to_rmse(self) -> RMSEConfig:
         """The same configuration as the dataclass that the model is built from."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import assert_one_line
 from small_models import small_config
 
 from rmse_edge.config import RMSEConfig
@@ -23,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         ({"vocab_size": 0}, "vocab_size: got 0, expected a positive integer"),
         ({"d_model": 64.0}, "d_model: got 64.0, expected a positive integer"),
-        ({"max_loops": True}, "max_loops: got True, expected a positive integer"),
-        ({"max_loops": 65}, "max_loops: got 65, expected at most 64"),
+        ({"max_loops": True}, "max_loops: got True, expected a whole number from 1 to 64"),
+        ({"max_loops": 65}, "max_loops: got 65, expected a whole number from 1 to 64"),
         ({"min_loops": 13}, "min_loops: got 13, expected at most max_loops (12)"),
         ({"n_kv_heads": 4}, "n_kv_heads: got 4, expected a divisor of n_heads (6)"),
         ({"head_dim": 33}, "head_dim: got 33, expected an even number"),
@@ -53,6 +56,73 @@ def test_a_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         RMSEConfig(**changes)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+WRONG = {int: ["64", 6.4, True, {}, 10**400, -1], float: ["10000", True, float("nan"), float("inf"), {}, 10**400],
+         bool: ["false", 0, 1.0, None], str: [5, None, ["gate"]], None: ["</s>", -1, True, {}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RMSEConfig)])
+def test_no_field_takes_a_value_of_another_type(name: str, tmp_path: Path) -> None:
+    """In Python, from a mapping, from a file and through Hugging Face's class: one line that names the field."""
+    from rmse_edge.hf_config import RMSEPretrainedConfig
+
+    path = tmp_path / "config.json"
+    default = getattr(RMSEConfig(), name)
+    for value in (
+        [*WRONG[None if default is None else type(default)], object()] if name != "exit_rules" else [5, "gate", [5]]
+    ):
+        said = re.escape(name) + r"(\[0\])?: got .*, expected "
+        with pytest.raises(ConfigError, match=f"^{said}"):
+            RMSEConfig(**{name: value})
+        with pytest.raises(ConfigError, match=f"^config: {said}"):
+            RMSEConfig.from_dict({name: value})
+        with pytest.raises(ConfigError, match=said):
+            RMSEPretrainedConfig(**{name: value})
+        if type(value) is not object:
+            path.write_text(json.dumps({name: value}))
+            with pytest.raises(ConfigError, match=re.escape(str(path))) as caught:
+                RMSEConfig.from_file(path)
+            assert_one_line(str(caught.value), str(path))
+
+
+def test_numbers_are_floats_and_lists_are_tuples() -> None:
+    config = RMSEConfig.from_dict({"rope_theta": 10000, "exit_rules": ["gate"]})
+    assert config == RMSEConfig(exit_rules=("gate",)) and isinstance(config.rope_theta, float)
+
+
+def test_a_token_is_of_the_vocabulary() -> None:
+    with pytest.raises(ConfigError, match=r"eos_token_id: got 65, expected below vocab_size \(65\)"):
+        RMSEConfig(eos_token_id=65)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested"),
+        ('{"a": ' * 40 + "1" + "}" * 40, "nested more than 32 deep"),
+        ('{"d_model": 32, "d_model": 64}', "'d_model' occurs twice"),
+        ('{"rope_theta": NaN}', "NaN is not a number"),
+        ('{"rope_theta": 1e999}', "a number is too large"),
+        ('{"d_model": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"memory": "\\ud800"}', "surrogates"),
+    ],
+)
+@pytest.mark.parametrize("kind", [RMSEConfig, Recipe])
+def test_json_that_readers_disagree_about_is_refused(tmp_path: Path, kind: type, text: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        kind.from_file(path)  # type: ignore[attr-defined]
+    assert_one_line(str(caught.value), str(path))
+
+
+def test_of_an_endless_file_only_a_part_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(200 << 30)  # without blocks on the disk
+    with pytest.raises(ConfigError, match="larger than 16 MiB"):
+        RMSEConfig.from_file(path)
 
 
 @pytest.mark.parametrize(
@@ -105,19 +175,19 @@ def test_the_shipped_recipe_reads_and_spells_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("steps=0", "--set: steps: got 0, expected at least 1"),
+        ("steps=0", "--set: steps: got 0, expected a whole number from 1 to 1000000000"),
         ("steps=many", "--set: steps: got 'many', expected a whole number"),
         ("lr=0", "--set: lr: got 0, expected a number above 0"),
-        ("lr=[1]", "--set: lr: got [1], expected a number"),
+        ("lr=[1]", "--set: lr: got [1], expected a number above 0"),
         ("ema=1", "--set: ema: got 1, expected a number in [0, 1)"),
         ("depths=[4,13]", "--set: depths: got [4, 13], expected loops in 1..max_loops (12)"),
         ("depths=[]", "--set: depths: got [], expected loops in 1..max_loops (12)"),
         ("accumulate=3", "--set: accumulate: got 3, expected a divisor of batch_size 8"),
-        ("precision=fp8", "--set: precision: got 'fp8', expected auto, bf16 or fp32"),
+        ("precision=fp8", "--set: precision: got 'fp8', expected one of auto, bf16, fp32"),
         ("architecture=rnn", "--set: architecture: got 'rnn', expected one of rmse, gpt"),
         ("speed=9", "--set: unknown key 'speed'; known keys are "),
         ("model.d_modle=64", "--set: model: unknown key 'd_modle'; known keys are "),
-        ("model.window=8", "--set: window: got 8, expected at least 64"),
+        ("model.window=8", "--set: model: window: got 8, expected at least 64"),
         ("model=5", "--set: model: got 5, expected an object of model fields"),
         ("lr", "--set: got 'lr', expected key=value"),
     ],

@@ -171,12 +171,12 @@ def test_facts_are_measured_with_and_without_a_knowledge_base(tmp_path: Path) ->
     [
         ({"name": "sums"}, "task: got 'sums', expected one of recall, facts"),
         ({"name": "recall", "pears": 3}, "task recall: "),
-        ({"name": "recall", "pairs": 40}, "task option pairs: got 40, expected at most"),
+        ({"name": "recall", "pairs": 40}, "task recall: pairs: got 40, expected at most"),
         ({"name": ["recall"]}, "task: got ['recall'], expected one of recall, facts"),
-        ({"name": "recall", "pairs": 2.5}, "task option pairs: got 2.5, expected a whole number"),
-        ({"name": "facts", "names": 1}, "task option names: got 1, expected a whole number of at least 2"),
-        ({"name": "facts", "hits": 9}, "task option hits: got 9, expected at most retrieval_hits (4)"),
-        ({"name": "facts", "ask": 2}, "task option ask: got 2, expected a share in 0..1"),
+        ({"name": "recall", "pairs": 2.5}, "task recall: pairs: got 2.5, expected a whole number"),
+        ({"name": "facts", "names": 1}, "task facts: names: got 1, expected a whole number from 2 to 1048576"),
+        ({"name": "facts", "hits": 9}, "task facts: hits: got 9, expected at most retrieval_hits (4)"),
+        ({"name": "facts", "ask": 2}, "task facts: ask: got 2, expected a share in 0..1"),
     ],
 )
 def test_wrong_tasks_are_refused(options: dict[str, Any], said: str) -> None:

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SEGMENT
+from ..errors import ConfigError
 from ..files import new_file
 from ..model import RMSE, Hits
-from .sources import IGNORED, Batch, Seed, require, require_whole
+from ..schema import check_fields
+from .sources import IGNORED, Batch, Part, Plural, Seed, Sized
 
 QUESTION, ANSWER, STOP = 0, 1, 2  # tokens; then first names, last names, relations, values, words
 ASKED = 5  # tokens from Q to A
@@ -39,21 +41,18 @@ HELD_OUT = 10  # every so many-th subject
 class Facts:
     """Sizes of the made-up world."""
 
-    names: int = 64  # first names, and as many last names
-    relations: int = 8
-    values: int = 64
-    words: int = 48
-    segments: int = 3  # of a training sequence
-    ask: float = 0.8  # share of segments with a question
-    across: float = 0.3  # of them, how many are answered in the next segment
-    empty: float = 0.1  # of them, how many find nothing; what they should answer is not asked
-    hits: int = 4  # passages injected, the right one and distractors
+    names: Plural = 64  # first names, and as many last names
+    relations: Sized = 8
+    values: Plural = 64
+    words: Sized = 48
+    segments: Sized = 3  # of a training sequence
+    ask: Part = 0.8  # share of segments with a question
+    across: Part = 0.3  # of them, how many are answered in the next segment
+    empty: Part = 0.1  # of them, how many find nothing; what they should answer is not asked
+    hits: Plural = 4  # passages injected, the right one and distractors
 
     def __post_init__(self) -> None:
-        require_whole(self, "relations words segments")
-        require_whole(self, "names values hits", 2)
-        for name in ("ask", "across", "empty"):
-            require(self, name, 0 <= getattr(self, name) <= 1, "a share in 0..1")
+        check_fields(self, ConfigError)
 
     @property
     def offsets(self) -> dict[str, int]:

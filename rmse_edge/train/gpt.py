@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention import rotate
+from ..config import Count, Positions, Share, Vocabulary
 from ..errors import CheckpointError, ConfigError
 from ..files import changed_folder
 from ..rope import rotary_angles
+from ..schema import check_fields, read_json
 
 MODEL_TYPE = "gpt-baseline"
 
@@ -30,24 +32,19 @@ MODEL_TYPE = "gpt-baseline"
 class GPTConfig:
     """Shape of the baseline; the fields mean what they mean in `RMSEConfig`."""
 
-    vocab_size: int = 65
-    d_model: int = 192
-    n_heads: int = 6
-    n_layers: int = 12
-    block_size: int = 256
-    dropout: float = 0.1
+    vocab_size: Vocabulary = 65
+    d_model: Count = 192
+    n_heads: Count = 6
+    n_layers: Count = 12
+    block_size: Positions = 256
+    dropout: Share = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "block_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}: got {value!r}, expected a positive integer")
+        check_fields(self, ConfigError)
         if self.d_model % self.n_heads:
             raise ConfigError(f"n_heads: got {self.n_heads}, expected a divisor of d_model ({self.d_model})")
         if self.d_model // self.n_heads % 2:
             raise ConfigError(f"n_heads: got {self.n_heads}, expected heads of an even width (d_model {self.d_model})")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: got {self.dropout!r}, expected a number in [0, 1)")
 
     def macs_per_token(self, context: float) -> int:
         """Multiply-adds of one token through all layers and the head, attending to `context` positions on average."""
@@ -118,7 +115,7 @@ def load_gpt(folder: Path) -> GPT:
         CheckpointError: it is not there or does not fit its configuration.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json", CheckpointError)
         if config.pop("model_type", None) != MODEL_TYPE:
             raise CheckpointError(f"{folder / 'config.json'}: not the configuration of a {MODEL_TYPE}")
         model = GPT(GPTConfig(**config))

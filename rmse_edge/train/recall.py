@@ -22,9 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import SEGMENT
+from ..errors import ConfigError
 from ..files import new_file
 from ..model import RMSE
-from .sources import IGNORED, Batch, Seed, require, require_whole
+from ..schema import check_fields
+from .sources import IGNORED, Batch, Part, Plural, Seed, Sized, require
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -33,18 +35,16 @@ DISTANCES = (1, 2, 4, 8, 16, 32, 64)
 class Recall:
     """Tokens: keys, then values, then noise."""
 
-    pairs: int = 16
-    keys: int = 64
-    values: int = 64
-    noise: int = 64
-    segments: int = 8  # of a training sequence at most, the one with the pairs included; drawn from 2 on
-    short: float = 0.6  # share of batches with two segments: what is asked for soon is learned first
+    pairs: Sized = 16
+    keys: Sized = 64
+    values: Sized = 64
+    noise: Sized = 64
+    segments: Plural = 8  # of a training sequence at most, the one with the pairs included; drawn from 2 on
+    short: Part = 0.6  # share of batches with two segments: what is asked for soon is learned first
 
     def __post_init__(self) -> None:
-        require_whole(self, "pairs keys values noise")
-        require_whole(self, "segments", 2)
+        check_fields(self, ConfigError)
         require(self, "pairs", self.pairs <= min(self.keys, SEGMENT // 2), f"at most keys and {SEGMENT // 2}")
-        require(self, "short", 0 <= self.short <= 1, "a share in 0..1")
 
     @property
     def vocab_size(self) -> int:

@@ -6,81 +6,67 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..config import SEGMENT, RMSEConfig
+from pydantic import Field
+
+from ..config import MAX_LOOPS, SEGMENT, Loops, RMSEConfig, Share
 from ..errors import ConfigError
+from ..schema import Expected, Finite, check_fields, first_of, read_json
 from .gpt import GPTConfig
 
-ARCHITECTURES = ("rmse", "gpt")
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+SomeSteps = Annotated[int, Field(ge=0, le=10**9)]
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False), Expected("a number above 0")]
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("a number of at least 0")]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Data order, optimiser and stages. Lengths are optimiser steps."""
 
-    model: dict[str, Any] = field(default_factory=dict)  # fields of RMSEConfig or GPTConfig
-    architecture: str = "rmse"  # or "gpt", the plain baseline
-    task: dict[str, Any] | None = None  # made-up examples instead of a text: {"name": "recall", ...}
-    seed: int = 1337
-    batch_size: int = 8  # sequences per step, all processes and accumulation rounds together
-    accumulate: int = 1  # forward/backward rounds a step is split into
+    model: Annotated[dict[str, Any], Expected("an object of model fields")] = field(
+        default_factory=dict
+    )  # fields of RMSEConfig or GPTConfig
+    architecture: Literal["rmse", "gpt"] = "rmse"  # or "gpt", the plain baseline
+    task: Annotated[dict[str, Any], Expected("an object with a name")] | None = (
+        None  # made-up examples instead of a text: {"name": "recall", ...}
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    batch_size: Steps = 8  # sequences per step, all processes and accumulation rounds together
+    accumulate: Steps = 1  # forward/backward rounds a step is split into
     # stage 1: the expected loss over the exit distribution
-    steps: int = 1500
-    depths: tuple[int, ...] = (4, 8, 12)  # a step's number of loops is drawn from these
-    entropy_weight: float = 0.5  # beta, nats; falls linearly over stage 1, since deep loops pay off late
-    final_entropy_weight: float = 0.1
-    surprise_weight: float = 0.0  # of the memory's surprise in the loss: what is ordinary should not surprise
+    steps: Steps = 1500
+    depths: tuple[Loops, ...] = (4, 8, 12)  # a step's number of loops is drawn from these
+    entropy_weight: Finite = 0.5  # beta, nats; falls linearly over stage 1, since deep loops pay off late
+    final_entropy_weight: Finite = 0.1
+    surprise_weight: AtLeastZero = 0.0  # of the memory's surprise in the loss: what is ordinary should not surprise
     # stage 2: the gate alone
-    gate_steps: int = 150
-    gate_lr: float = 1e-2
-    gate_cost: float = 0.02  # nats a loop must bring
+    gate_steps: SomeSteps = 150
+    gate_lr: Above = 1e-2
+    gate_cost: AtLeastZero = 0.02  # nats a loop must bring
     # stage 3: exits sampled from the gate, keys and values as deployed
-    exit_steps: int = 100
-    exit_lr: float = 1e-4
+    exit_steps: SomeSteps = 100
+    exit_lr: Above = 1e-4
     # AdamW, cosine to `final_lr_share`
-    lr: float = 2e-3
-    warmup: int = 100
-    final_lr_share: float = 0.05
-    beta_1: float = 0.9
-    beta_2: float = 0.98
-    weight_decay: float = 0.1  # on matrices only
-    clip: float = 1.0  # gradient norm
-    ema: float = 0.99  # decay per step of the averaged weights that are evaluated and saved
-    balance_rate: float = 1e-2  # step of the expert balancing bias, in logits
-    precision: str = "auto"  # "bf16", "fp32", or bf16 where the processor computes in it
+    lr: Above = 2e-3
+    warmup: SomeSteps = 100
+    final_lr_share: Finite = 0.05
+    beta_1: Share = 0.9
+    beta_2: Share = 0.98
+    weight_decay: Finite = 0.1  # on matrices only
+    clip: Above = 1.0  # gradient norm
+    ema: Share = 0.99  # decay per step of the averaged weights that are evaluated and saved
+    balance_rate: Finite = 1e-2  # step of the expert balancing bias, in logits
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # "bf16", "fp32", or bf16 where the processor computes in it
     # bookkeeping
-    eval_every: int = 100
-    eval_blocks: int = 48
+    eval_every: Steps = 100
+    eval_blocks: Steps = 48
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))
-        if self.architecture not in ARCHITECTURES:
-            raise ConfigError(f"architecture: got {self.architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ConfigError(f"precision: got {self.precision!r}, expected auto, bf16 or fp32")
-        for field_ in dataclasses.fields(self):
-            value = getattr(self, field_.name)
-            if field_.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{field_.name}: got {value!r}, expected a whole number")
-            if field_.type == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ConfigError(f"{field_.name}: got {value!r}, expected a number")
-        if not isinstance(self.model, dict):
-            raise ConfigError(f"model: got {self.model!r}, expected an object of model fields")
-        if self.task is not None and (not isinstance(self.task, dict) or self.architecture != "rmse"):
-            raise ConfigError(f"task: got {self.task!r}, expected an object with a name, for architecture rmse")
-        for name in ("batch_size", "accumulate", "steps", "eval_every", "eval_blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("gate_steps", "gate_cost", "exit_steps", "warmup", "seed", "surprise_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0")
-        for name in ("lr", "gate_lr", "exit_lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number above 0")
-        for name in ("beta_1", "beta_2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number in [0, 1)")
+        check_fields(self, ConfigError)
+        if self.task is not None and self.architecture != "rmse":
+            raise ConfigError(f"task: got {self.task!r}, expected none for architecture {self.architecture}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size {self.batch_size}")
         config = self.model_config()
@@ -89,9 +75,7 @@ class Recipe:
                 f"model.block_size: got {config.block_size}, expected at least {2 * SEGMENT}: a memory is read from the "
                 "second segment on"
             )
-        fits = self.depths and all(
-            isinstance(n, int) and 1 <= n <= getattr(config, "max_loops", n) for n in self.depths
-        )
+        fits = self.depths and max(self.depths) <= getattr(config, "max_loops", MAX_LOOPS)
         if isinstance(config, RMSEConfig) and not fits:
             raise ConfigError(f"depths: got {list(self.depths)}, expected loops in 1..max_loops ({config.max_loops})")
 
@@ -148,22 +132,19 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+        if (unknown := first_of(values, known)) is not None:
+            raise ConfigError(f"{where}: unknown key {unknown!r}; known keys are {', '.join(sorted(known))}")
         try:
             return cls(**values)
-        except (TypeError, ConfigError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(Path(path), ConfigError)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; expected a recipe.json") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object of recipe fields")
         return cls.from_dict(values, where=str(path))

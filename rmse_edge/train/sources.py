@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..config import RMSEConfig
 from ..errors import ConfigError
 from ..model import RMSE
+from ..schema import Expected
 from ..text import consecutive_blocks, random_blocks
 
 IGNORED = -100
 Batch = dict[str, Tensor]
 Seed = tuple[int, ...]
+
+Sized = Annotated[int, Field(ge=1, le=2**20)]  # how many of something a made-up world has
+Plural = Annotated[int, Field(ge=2, le=2**20)]
+Part = Annotated[float, Field(ge=0, le=1), Expected("a share in 0..1")]
 
 
 class Source(Protocol):
@@ -95,7 +101,7 @@ def make_task(options: dict[str, Any], config: RMSEConfig) -> Task:
         raise ConfigError(f"task: got {name!r}, expected one of {', '.join(tasks)}")
     try:
         task = tasks[name](**{k: v for k, v in options.items() if k != "name"})
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:  # TypeError: an option that it does not have
         raise ConfigError(f"task {name}: {error}") from None
     if task.vocab_size > config.vocab_size:
         raise ConfigError(f"model.vocab_size: got {config.vocab_size}, the task {name} needs {task.vocab_size}")
@@ -106,20 +112,12 @@ def make_task(options: dict[str, Any], config: RMSEConfig) -> Task:
             raise ConfigError("model.retrieval_slots: got 0, the task facts needs at least 1")
         if task.hits > config.retrieval_hits:
             raise ConfigError(
-                f"task option hits: got {task.hits}, expected at most retrieval_hits ({config.retrieval_hits})"
+                f"task facts: hits: got {task.hits}, expected at most retrieval_hits ({config.retrieval_hits})"
             )
     return task
-
-
-def require_whole(task: object, names: str, least: int = 1) -> None:
-    """Raise a `ConfigError` about the first of these options of a task that is not a whole number of at least `least`."""
-    for name in names.split():
-        value = getattr(task, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(task, name, whole and value >= least, f"a whole number of at least {least}")
 
 
 def require(task: object, name: str, ok: bool, expected: str) -> None:
     """Raise a `ConfigError` about the option `name` of a task unless `ok`."""
     if not ok:
-        raise ConfigError(f"task option {name}: got {getattr(task, name)!r}, expected {expected}")
+        raise ConfigError(f"{name}: got {getattr(task, name)!r}, expected {expected}")
