@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..chat import TEMPLATE_FILE
 from ..checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
+    check_size,
     finish_interrupted,
     read_config,
     stored_keys,
@@ -30,6 +32,7 @@ from ..checkpoint import (
 from ..errors import CheckpointError, UserError
 from ..files import changed_folder, check_folder, digest_file, tidy
 from ..model import RMSE
+from ..schema import Digest, Name, first_of, read_json, validated
 from ..shards import WEIGHTS_FILE, check_finite
 from ..vocabulary import GENERATION_FILE, TOKENIZER_FILE
 from .quantizer import Quantized
@@ -37,6 +40,7 @@ from .tensors import Format, QuantizedTensor
 
 FORMAT = "rmse-edge quantized checkpoint"
 FORMAT_VERSION = 1
+AGAIN = "quantise again"
 # From the float checkpoint.
 CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, GENERATION_FILE, "sample.txt")
 
@@ -122,69 +126,88 @@ def load_quantized(folder: str | Path) -> Quantized:
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise CheckpointError(f"{weights}: no such file; copy it beside config.json")
-    if digest_file(weights) != document["sha256"]:
+    if digest_file(weights) != document.sha256:
         raise CheckpointError(
             f"{weights}: its SHA-256 is not that of {QUANTIZATION_FILE}; the file is damaged, copy it again"
         )
+    check_size(config, weights)
     with torch.random.fork_rng(devices=[]):
         model = RMSE(config)
     state = model.state_dict()
     tensors = {}
+    if (unknown := first_of(document.tensors, state)) is not None:
+        raise CheckpointError(
+            f"{folder / QUANTIZATION_FILE}: tensors.{unknown}: is no tensor of {CONFIG_FILE}'s model; quantise again"
+        )
     try:
         with safe_open(weights, framework="pt", device="cpu") as file:
             for name in stored_keys(config, list(state)):
-                if name in document["tensors"]:
-                    tensors[name] = _read_quantized(file, name, document["tensors"][name], state[name], weights)
-                    state[name].copy_(tensors[name].dequantize())
+                if name in document.tensors:
+                    tensors[name] = _read_quantized(file, name, document.tensors[name], state[name], weights)
+                    values = tensors[name].dequantize()
+                    check_finite(weights, name, values)
+                    state[name].copy_(values)
                 else:
                     tensor = _read(file, name, weights, tuple(state[name].shape))
                     check_finite(weights, name, tensor)
                     state[name].copy_(tensor)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights}: truncated or damaged ({' '.join(str(error).split())})") from None
-    return Quantized(model.eval(), tensors, document["quant"], document["fingerprint"], document["report"])
+    return Quantized(model.eval(), tensors, document.quant, document.fingerprint, document.report)
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Document:
+    """quantization.json."""
+
+    quant: Name
+    fingerprint: Name
+    sha256: Digest
+    tensors: dict[Name, dict[str, Any]]  # the fields of a `Format`
+    report: dict[str, Any]
+
+
+def _read_document(path: Path) -> Document:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, CheckpointError, AGAIN)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; {path.parent} is not a quantised checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); quantise again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the file of an {FORMAT}")
     if document.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {document.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; "
-            "quantise again"
+            f"{path}: format version {document.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; {AGAIN}"
         )
-    for name, kind in (("quant", str), ("fingerprint", str), ("sha256", str), ("tensors", dict), ("report", dict)):
-        if not isinstance(document.get(name), kind):
-            raise CheckpointError(f"{path}: {name!r} is missing or no {kind.__name__}; quantise again")
-    return document
+    return validated(Document, document, str(path), CheckpointError, AGAIN)
 
 
-def _read(file: Any, name: str, path: Path, shape: tuple[int, ...]) -> Tensor:
+def _read(file: Any, name: str, path: Path, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     if name not in file.keys():  # noqa: SIM118  (a safetensors file is no dict)
         raise CheckpointError(f"{path}: tensor {name} is missing; the file is not of this config.json's model")
     found = tuple(file.get_slice(name).get_shape())
     if found != shape:
         raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {shape}; quantise again")
-    return file.get_tensor(name)
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{path}: tensor {name} is {tensor.dtype}, expected {dtype or 'floating point'}; quantise again"
+        )
+    return tensor
 
 
 def _read_quantized(file: Any, name: str, values: dict[str, Any], weight: Tensor, path: Path) -> QuantizedTensor:
     try:
-        if not isinstance(values, dict):
-            raise UserError("its format is no object")
         fmt = Format(**values)
+        if weight.dim() < 2 or weight.shape[-1] * fmt.bits % 8:
+            raise UserError(f"a tensor of shape {tuple(weight.shape)} has no integers of {fmt.bits} bits")
         groups = fmt.groups(weight.shape[-1])
     except (TypeError, UserError) as error:
         raise CheckpointError(f"{path.parent / QUANTIZATION_FILE}: tensor {name}: {error}; quantise again") from None
     *outer, inputs = weight.shape
-    codes = _read(file, f"{name}.codes", path, (*outer, inputs * fmt.bits // 8))
+    codes = _read(file, f"{name}.codes", path, (*outer, inputs * fmt.bits // 8), torch.uint8)
     scales = _read(file, f"{name}.scales", path, (*outer, groups)).float()
     check_finite(path, f"{name}.scales", scales)
-    zeros = None if fmt.symmetric else _read(file, f"{name}.zeros", path, (*outer, groups))
+    zeros = None if fmt.symmetric else _read(file, f"{name}.zeros", path, (*outer, groups), torch.uint8)
+    if zeros is not None and int(zeros.max()) > fmt.largest:
+        raise CheckpointError(f"{path}: tensor {name}.zeros has {int(zeros.max())}, beyond {fmt.largest}; {AGAIN}")
     return QuantizedTensor(fmt, QuantizedTensor.unpack(codes, fmt.bits), scales, zeros)

@@ -10,11 +10,13 @@ compute with the same weights. The product of a code and a scale is exact in flo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..schema import Expected, check_fields
 
 CODE_BITS = (4, 8)
 TINY = 1e-12  # scale of a group of zeros
@@ -24,11 +26,14 @@ TINY = 1e-12  # scale of a group of zeros
 class Format:
     """How a weight (..., outputs, inputs) is quantised."""
 
-    bits: int
-    group: int | None = None  # inputs that share a scale; None: all of them
+    bits: Annotated[int, Expected("4 or 8")]
+    group: Annotated[int, Expected("16, 32, 64, 128 or 256")] | None = (
+        None  # inputs that share a scale; None: all of them
+    )
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, UserError)
         if self.bits not in CODE_BITS:
             raise UserError(f"bits: got {self.bits}, expected 4 or 8")
         if self.group is not None and (self.group < 16 or self.group > 256 or self.group & (self.group - 1)):

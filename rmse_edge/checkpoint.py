@@ -25,7 +25,7 @@ from .config import RMSEConfig, token_ids
 from .errors import CheckpointError, ConfigError, TextError
 from .files import changed_folder, finish_change
 from .model import RMSE
-from .shards import WEIGHTS_FILE, StoredTensors, check_finite
+from .shards import WEIGHTS_FILE, StoredTensors, check_finite, weight_files
 from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
 
 CONFIG_FILE = "config.json"
@@ -155,9 +155,9 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> R
             "rmse-export read this one)"
         )
     with StoredTensors(folder) as stored:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initial weights are overwritten: the caller's seed stays untouched
+        check_size(config, *weight_files(folder))
+        # The initial weights are overwritten: the caller's seed stays untouched.
+        with torch.random.fork_rng(devices=[]):
             model = RMSE(config)
         _fill(model, stored)
     return model.to(device).eval()
@@ -217,6 +217,23 @@ def finish_interrupted(folder: Path) -> None:
             f"{folder}: whoever wrote it was killed before the last file, and the rest cannot be moved into place "
             f"({error.strerror}); use it once where it can be written"
         ) from None
+
+
+def check_size(config: RMSEConfig, *files: Path) -> None:
+    """Fail, before a model is made, where the files of its weights are too small to hold them.
+
+    Raises:
+        CheckpointError: they do not belong to this configuration.
+    """
+    with torch.device("meta"):  # shapes without memory
+        model = RMSE(config)
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    nbytes = sum(file.stat().st_size for file in files)
+    if count > 2 * nbytes:  # an int4 weight takes half a byte
+        raise CheckpointError(
+            f"{files[0]}: {nbytes} bytes, too few for the {count} parameters that {CONFIG_FILE} asks for; the two files do "
+            "not belong together"
+        )
 
 
 def _config_line(path: Path, error: ConfigError) -> str:

@@ -11,16 +11,29 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ExportError, PackageError
 from .files import check_folder, digest_file, new_folder, tidy
+from .schema import Digest, Name, Whole, read_json, validated
+
+T = TypeVar("T")
 
 FORMAT = "rmse-edge package"
 FORMAT_VERSION = 1
 SUFFIX = ".rmse"
 MANIFEST = "manifest.json"
+AGAIN = "export the package again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says about a file."""
+
+    bytes: Whole
+    sha256: Digest
 
 
 def digest_manifest(manifest: dict[str, Any]) -> str:
@@ -50,8 +63,9 @@ class Package:
         if not folder.is_dir():
             what = "a file, expected a package folder" if folder.exists() else "no such package folder"
             raise PackageError(f"{folder}: {what}; make one with rmse-export")
-        manifest = _read_manifest(folder)
-        listed = manifest["files"]
+        package = cls(folder, _read_manifest(folder))
+        package.section(Name, "target")
+        listed = package.section(dict[str, Entry], "files")
         present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
         for name in sorted(set(listed) - present):
             raise PackageError(f"{folder / name}: missing from the package; export it again")
@@ -60,11 +74,22 @@ class Package:
         for name, entry in listed.items():
             path = folder / name
             size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise PackageError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; truncated? export again")
-            if digest_file(path) != entry["sha256"]:
+            if size != entry.bytes:
+                raise PackageError(f"{path}: {size} bytes, the manifest says {entry.bytes}; truncated? export again")
+            if digest_file(path) != entry.sha256:
                 raise PackageError(f"{path}: its SHA-256 is not the manifest's; the file is damaged, export again")
-        return cls(folder, manifest)
+        return package
+
+    def section(self, kind: type[T], name: str) -> T:
+        """A part of the manifest as an instance of the type `kind`; see `schema.validated`.
+
+        Raises:
+            PackageError: it is not there, or a value in it does not fit; names the field.
+        """
+        where = str(self.folder / MANIFEST)
+        if name not in self.manifest:
+            raise PackageError(f"{where}: {name}: is missing; {AGAIN}")
+        return validated(kind, self.manifest[name], where, PackageError, AGAIN, name)
 
     @property
     def target(self) -> str:
@@ -87,15 +112,23 @@ class Package:
             )
         return self.folder / name
 
+    def folder_of(self, name: str) -> Path:
+        """The path of a folder that listed files lie in.
+
+        Raises:
+            PackageError: the manifest lists none in such a folder.
+        """
+        if not any(file.startswith(f"{name}/") for file in self.manifest["files"]):
+            raise PackageError(f"{self.folder}: the package holds no folder {name}; {AGAIN}")
+        return self.folder / name
+
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, PackageError, AGAIN)
     except FileNotFoundError:
         raise PackageError(f"{path}: missing; {folder} is not a package") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PackageError(f"{path}: not readable as JSON ({error}); export the package again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise PackageError(f"{path}: not the manifest of an {FORMAT}")
     if manifest.get("format_version") != FORMAT_VERSION:

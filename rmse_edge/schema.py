@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import is_typeddict
 
 from .errors import UserError
 
@@ -123,7 +124,7 @@ def _check_parts(value: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ validation
 
 
-def validated(kind: type[T], values: Any, where: str, error: type[UserError], fix: str = "") -> T:
+def validated(kind: type[T], values: Any, where: str, error: type[UserError], fix: str = "", name: str = "") -> T:
     """`values`, as JSON has them, as an instance of the type `kind`: a dataclass, or anything that annotations can say.
 
     Names that `kind` does not know are left out: another version may have written them.
@@ -131,13 +132,14 @@ def validated(kind: type[T], values: Any, where: str, error: type[UserError], fi
     Args:
         where: what messages begin with, such as the file.
         fix: what they end with.
+        name: of `values` themselves, as the fields below it are "NAME.FIELD".
     Raises:
         error: a value is missing or does not fit; names the first one.
     """
     try:
         return _adapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as found:
-        raise error(f"{where}: {_line(kind, found)}{'; ' + fix if fix else ''}") from None
+        raise error(f"{where}: {_line(kind, found, name)}{'; ' + fix if fix else ''}") from None
 
 
 def check_fields(instance: Any, error: type[UserError]) -> None:
@@ -147,15 +149,11 @@ def check_fields(instance: Any, error: type[UserError]) -> None:
         error: naming the first field that does not fit.
     """
     for name, kind in annotations_of(type(instance)).items():
-        try:
-            value = _adapter(kind).validate_python(_as_tuples(getattr(instance, name)), strict=True)
-        except ValidationError as found:
-            raise error(_line(kind, found, name)) from None
-        object.__setattr__(instance, name, value)
+        object.__setattr__(instance, name, check_value(kind, getattr(instance, name), name, error))
 
 
-def check_value(kind: Any, value: Any, name: str, error: type[UserError]) -> Any:
-    """`value` if it fits the annotation `kind`, whole numbers as floats where these are wanted.
+def check_value(kind: Any, value: Any, name: str, error: type[UserError], where: str = "", fix: str = "") -> Any:
+    """`value` if it fits the annotation `kind`, whole numbers as floats where these are wanted. Of Python, not of JSON.
 
     Raises:
         error: it does not; names it as `name`.
@@ -163,7 +161,7 @@ def check_value(kind: Any, value: Any, name: str, error: type[UserError]) -> Any
     try:
         return _adapter(kind).validate_python(_as_tuples(value), strict=True)
     except ValidationError as found:
-        raise error(_line(kind, found, name)) from None
+        raise error(f"{where}{where and ': '}{_line(kind, found, name)}{'; ' + fix if fix else ''}") from None
 
 
 @functools.cache
@@ -173,9 +171,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 @functools.cache
 def annotations_of(kind: type) -> dict[str, Any]:
-    """Of every field of a dataclass, its annotation."""
+    """Of every field of a dataclass or typed dictionary, its annotation."""
     hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else hints
+
+
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or is_typeddict(kind)
 
 
 def _as_tuples(value: Any) -> Any:
@@ -203,8 +205,8 @@ def _follow(kind: Any, loc: list[Any], path: str) -> tuple[Any, str]:
     for step in loc:
         base = _bare(kind)
         origin, args = get_origin(base), get_args(base)
-        if dataclasses.is_dataclass(base) and step in annotations_of(base):  # type: ignore[arg-type]
-            kind = annotations_of(base)[step]  # type: ignore[arg-type]
+        if _has_fields(base) and step in annotations_of(base):
+            kind = annotations_of(base)[step]
         elif origin is tuple:
             kind = args[0] if len(args) == 2 and args[1] is Ellipsis else args[step]
         elif origin is dict:
@@ -256,7 +258,7 @@ def describe(kind: Any) -> str:
         if len(args) == 2 and args[1] is Ellipsis:
             return f"a list in which each is {describe(args[0])}"
         return f"a list of {len(args)}: {'; '.join(map(describe, args))}"
-    if origin is dict or kind is dict or dataclasses.is_dataclass(kind):
+    if origin is dict or kind is dict or _has_fields(kind):
         return "an object"
     return PLAIN.get(kind, str(kind))
 

@@ -11,25 +11,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
-from ..config import token_ids
-from ..errors import UserError
+from ..config import Count, Finite, Loops, Positions, Positive, Token, Vocabulary
+from ..errors import PackageError, UserError
+from ..schema import Name, Shape, Whole, validated
 
 Arrays = dict[str, np.ndarray]
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+Kept = dict[Name, tuple[Shape, Dtype]]  # name -> (shape, type)
+
+
+class Retrieval(TypedDict):
+    """Sizes of a retrieval head, as in `RMSEConfig`."""
+
+    key_dims: Count
+    slots: Count
+    hits: Count
+    gamma: Finite
 
 
 @dataclass(frozen=True)
 class Dials:
     """The quality dial of one call. Loops are 1-based; see rmse_edge/exit.py for the rules."""
 
-    max_loops: int
-    min_loops: int = 1
-    exit_threshold: float = 1.0  # >= 1 disables the gate
-    exit_epsilon: float = 0.0  # 0 disables the delta rule
-    exit_entropy: float = 0.0  # 0 disables the entropy rule
+    max_loops: Loops
+    min_loops: Loops = 1
+    exit_threshold: Finite = 1.0  # >= 1 disables the gate
+    exit_epsilon: Finite = 0.0  # 0 disables the delta rule
+    exit_entropy: Finite = 0.0  # 0 disables the entropy rule
 
     def arrays(self) -> Arrays:
         """As the scalar inputs of `loop` and `step`."""
@@ -73,26 +87,28 @@ class Methods(Protocol):
 class ModelInfo:
     """What a host needs to know about a model, from a checkpoint or a manifest."""
 
-    name: str
-    target: str  # "torch", "onnx", ...
-    vocab_size: int
-    max_loops: int  # the trained depth
+    name: Annotated[str, Field(max_length=200)]
+    target: Name  # "torch", "onnx", ...
+    vocab_size: Vocabulary
+    max_loops: Loops  # the trained depth
     dials: Dials  # the checkpoint's own settings
-    window: int
-    rotary_dims: int
-    rope_theta: float
-    parameters: int
-    nbytes: int  # of the artifact on disk
-    chunks: tuple[int, ...]  # rows of the calls that exist, ascending; the first is 1
-    state: dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype), ring axis -2
-    rings: dict[str, str]  # state name -> the commit result that fills it
-    memory: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # likewise; empty: the model has none
-    retrieval: dict[str, float] | None = None  # key_dims, slots, hits and gamma; None: the model has no retrieval head
-    quant: str = "fp32"  # how weights are held: fp32, fp16, int8, int4
-    fingerprint: str = ""  # of the weights, the same for a checkpoint and every package made of it
-    max_seq_len: int | None = None
-    eos_token_ids: tuple[int, ...] = ()  # each of them ends a text
-    unused_token_ids: tuple[tuple[int, int], ...] = ()  # ranges [first, end) of ids without a token, never to be drawn
+    window: Positions
+    rotary_dims: Count
+    rope_theta: Positive
+    parameters: Whole
+    nbytes: Whole  # of the artifact on disk
+    chunks: tuple[Count, ...]  # rows of the calls that exist, ascending; the first is 1
+    state: Kept  # ring axis -2
+    rings: dict[Name, Name]  # state name -> the commit result that fills it
+    memory: Kept = field(default_factory=dict)  # empty: the model has none
+    retrieval: Retrieval | None = None  # None: the model has no retrieval head
+    quant: Name = "fp32"  # how weights are held: fp32, fp16, int8, int4
+    # of the weights, the same for a checkpoint and every package made of it
+    fingerprint: Annotated[str, Field(max_length=200)] = ""
+    max_seq_len: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    eos_token_ids: tuple[Token, ...] = ()  # each of them ends a text
+    # ranges [first, end) of ids without a token, ascending; never to be drawn
+    unused_token_ids: tuple[tuple[Token, Token], ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
     def dials_with(self, **overrides: float | int | None) -> Dials:
@@ -107,17 +123,18 @@ class ModelInfo:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], nbytes: int) -> ModelInfo:
-        values = dict(values) | {"nbytes": nbytes}
-        values["dials"] = Dials(**values["dials"])
-        values["chunks"] = tuple(values["chunks"])
-        for name in ("state", "memory"):  # packages made before there was a memory do not say that they have none
-            values[name] = {k: (tuple(shape), dtype) for k, (shape, dtype) in values.get(name, {}).items()}
-        # Packages made before a text could end in several ways have config.json's own token.
-        eos = values.get("eos_token_ids", values.get("config", {}).get("eos_token_id"))
-        values["eos_token_ids"] = token_ids(eos, "eos_token_ids")
-        values["unused_token_ids"] = tuple((first, end) for first, end in values.get("unused_token_ids", ()))
-        return cls(**values)
+    def from_json(cls, values: Any, nbytes: int, where: str = "manifest") -> ModelInfo:
+        """
+        Raises:
+            PackageError: a field is missing or does not fit its type; one line begins with `where` and names it.
+        """
+        if isinstance(values, dict):
+            values = values | {"nbytes": nbytes}
+            if "eos_token_ids" not in values and isinstance(values.get("config"), dict):
+                # Packages made before a text could end in several ways have config.json's own token.
+                own = values["config"].get("eos_token_id")
+                values["eos_token_ids"] = [] if own is None else own if isinstance(own, list) else [own]
+        return validated(cls, values, where, PackageError, "export the package again", "model")
 
     @property
     def full_depth(self) -> Dials:

@@ -10,16 +10,21 @@ import dataclasses
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ..errors import PackageError, UserError, quiet
 from ..package import Package
+from ..schema import Name, Shape
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
+from .signatures import Form, Method, Refuse, check_engine, check_methods, read_methods, read_model, refusal
 
 STATEFUL = ("step", "loop", "commit")  # methods that read or write the rings, where these are states
 SCALE = "scale"  # the input of `blank`, of which Core ML wants one: 1 for the memory as it was trained
@@ -240,12 +245,34 @@ class CoremlMethods:
 def _to_core_ml(value: np.ndarray, t: Mapping[str, Any]) -> np.ndarray:
     if list(np.shape(value)) != t["shape"]:
         raise ValueError(f"{t['name']}: got {np.shape(value)}, expected {tuple(t['shape'])}")
-    dtype = {"int64": "int32", "bool": "int32"}.get(t["dtype"], t["dtype"])
-    return np.ascontiguousarray(np.asarray(value, dtype).reshape(t["shape"] or (1,)))
+    shape, dtype = _core_ml_form((tuple(t["shape"]), t["dtype"]))
+    return np.ascontiguousarray(np.asarray(value, dtype).reshape(shape))
+
+
+def _core_ml_form(form: Form) -> Form:
+    """What Core ML has for a tensor of the LoopProgram."""
+    shape, dtype = form
+    return shape or (1,), {"int64": "int32", "bool": "int32"}.get(dtype, dtype)
 
 
 def _from_core_ml(value: np.ndarray, t: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(value, t["dtype"]).reshape(t["shape"])
+
+
+class Ring(TypedDict):
+    """A ring that is a state: Core ML's shape, and the part of it that is used."""
+
+    shape: Annotated[Shape, Field(min_length=4, max_length=4)]
+    held: Annotated[Shape, Field(min_length=5, max_length=5)]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The manifest's "lowering", as far as it is read here."""
+
+    program: Name
+    compute: Literal["cpu", "gpu", "ane"]
+    rings: dict[Name, Ring]
 
 
 class CoremlRuntime(LoopRuntime):
@@ -266,26 +293,25 @@ class CoremlRuntime(LoopRuntime):
         """
         if threads is not None:
             raise UserError("--threads: neither Core ML nor its interpreter takes a number of threads; leave it out")
-        manifest = package.manifest
-        lowering = manifest["lowering"]
-        if lacking := {"program", "compute", "rings"} - set(lowering):
-            raise PackageError(
-                f"{package.folder}: its manifest has no {min(lacking)} for Core ML; export the package again"
-            )
+        info, tables, refuse = read_model(package), read_methods(package), refusal(package)
+        lowering = package.section(Lowering, "lowering")
+        check_rings(info, lowering.rings, refuse)
+        for in_graph in (True, False):  # functions for either are there
+            check_methods(info, tables, in_graph, refuse, engine_keeps=bool(lowering.rings))
+        path = package.folder_of(lowering.program)
+        check_program(path, tables, lowering.rings, refuse)
         self.engine = engine or engines()[0]
-        compute = compute or lowering["compute"]
-        path = package.folder / lowering["program"]
-        info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
+        compute = compute or lowering.compute
         if self.engine == "interpreter":  # whoever reads a time must see what took it
             info = dataclasses.replace(info, target="coreml (interpreted)")
         if self.engine == "coreml":
-            names = [n for n in manifest["methods"] if n.rpartition("_")[0] in STATEFUL] if lowering["rings"] else []
+            names = [n for n in tables if n.rpartition("_")[0] in STATEFUL] if lowering.rings else []
             running: Engine = CoreMLEngine(path, compute, names)
         else:
             running = InterpreterEngine(path)
         # In the graph, the loop is one call, but nothing but the CPU runs it.
         self.loop = "loop" if compute == "cpu" else "host_loop"
-        super().__init__(info, CoremlMethods(running, manifest["methods"], lowering["rings"]))
+        super().__init__(info, CoremlMethods(running, package.manifest["methods"], lowering.rings))
 
     def kept_by_engine(self) -> bool:
         return bool(self.methods.rings)
@@ -295,6 +321,48 @@ class CoremlRuntime(LoopRuntime):
 
     def write_engine(self, tensors: Arrays) -> None:
         self.methods.write_states(tensors)
+
+
+def check_rings(info: ModelInfo, rings: Mapping[str, Ring], refuse: Refuse) -> None:
+    """Hold the rings that are states against the model's state."""
+    if rings and rings.keys() != info.state.keys():
+        refuse("lowering.rings", ", ".join(rings), f"none, or {', '.join(info.state)}")
+    for name, ring in rings.items():
+        loops, groups, window, dims = ring["shape"]
+        held = info.state[name][0]
+        if ring["held"] != held:
+            refuse(f"lowering.rings.{name}.held", list(ring["held"]), f"{list(held)}, as model.state says")
+        if (loops, 1, groups) != held[:3] or window < held[3] or dims < held[4]:
+            refuse(f"lowering.rings.{name}.shape", list(ring["shape"]), f"room for {list(held)}")
+
+
+def check_program(path: Path, tables: Mapping[str, Method], rings: Mapping[str, Ring], refuse: Refuse) -> None:
+    """Hold the manifest against the functions of the program.
+
+    Raises:
+        PackageError: the program cannot be read.
+    """
+    from .mil_file import ModelFile
+
+    file = ModelFile(path)
+    for name, method in tables.items():
+        if name not in file.functions:
+            refuse("methods", name, f"some of {', '.join(file.functions)}")
+        function = file.function(name)
+        for side, tensors, found in (
+            ("inputs", method.inputs, function.inputs),
+            ("outputs", method.outputs, function.outputs),
+        ):
+            said = [
+                dataclasses.replace(t, shape=form[0], dtype=form[1])
+                for t in tensors
+                for form in [_core_ml_form(t.form)]
+            ]
+            order = [t.name for t in said if t.name in found] + [n for n in found if n not in {t.name for t in said}]
+            check_engine(name, side, said, [(n, (found[n].shape, found[n].dtype)) for n in order], refuse)  # type: ignore[misc]
+        for state, found_state in function.states.items():
+            if state not in rings or rings[state]["shape"] != found_state.shape:
+                refuse(f"lowering.rings.{state}", rings.get(state), f"{list(found_state.shape)}, as the program has it")
 
 
 def engines() -> tuple[str, ...]:

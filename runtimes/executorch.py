@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -13,13 +14,17 @@ from torch import Tensor
 
 from ..errors import PackageError, UserError
 from ..files import digest_file
-from ..package import Package
-from .base import Arrays, ModelInfo
+from ..package import AGAIN, Package
+from ..schema import Name
+from .base import Arrays
 from .host import LoopRuntime
 from .kernels import bindings, load_kernels
 from .machine import DONTNEED, release_mapped
+from .signatures import check_engine, check_methods, read_methods, read_model, refusal
 
 MOST_THREADS = 256
+# The engine's numbers of types.
+TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool", 15: "bfloat16"}
 MAGIC = b"ET12"  # at byte 4 of a program; the runtime ends the process over other bytes
 
 
@@ -100,13 +105,17 @@ class ExecutorchMethods:
             load_kernels().rmse_share_packed_weights(int(self._shares))
             loaded = _ask(self.path, f"load {name}", partial(self._program.load_method, name))
             meta = loaded.method_meta()
-            inside = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
-            if inside != [tuple(t["shape"]) for t in self.tensors[name]["inputs"]]:
-                raise PackageError(
-                    f"{self.path}: {name} takes other tensors than the manifest says; export the package again"
-                )
+            for side, count, of in (
+                ("inputs", meta.num_inputs(), meta.input_tensor_meta),
+                ("outputs", meta.num_outputs(), meta.output_tensor_meta),
+            ):
+                found = [(None, (tuple(of(i).sizes()), TYPES.get(of(i).dtype(), "another type"))) for i in range(count)]
+                check_engine(name, side, self.tensors[name][side], found, self._refuse)
             self._methods[name] = loaded
         return self._methods[name]
+
+    def _refuse(self, field: str, got: object, expected: str) -> NoReturn:
+        raise PackageError(f"{self.path}: the manifest's {field}: got {got}, expected {expected}; {AGAIN}")
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
         if method == "loop":
@@ -181,21 +190,29 @@ class ExecutorchMethods:
         return self._stacks[chunk]
 
 
+@dataclass(frozen=True)
+class Lowering:
+    """The manifest's "lowering", as far as it is read here."""
+
+    program: Name
+
+
 class ExecutorchRuntime(LoopRuntime):
     """A package exported with `--target executorch`, run by the wheel's runtime."""
 
     def __init__(self, package: Package, threads: int | None = None, profile: bool = False) -> None:
-        manifest = package.manifest
         self.package = package
-        info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
-        name = manifest["lowering"]["program"]
+        info, tables = read_model(package), read_methods(package)
+        name = package.section(Lowering, "lowering").program
         path = package.path(name)
+        check_methods(info, tables, in_graph=False, refuse=refusal(package))
         set_threads(threads)
+        manifest = package.manifest
         digest = manifest["files"][name]["sha256"]
         methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, digest)
+        for method in manifest["methods"]:  # now, so that the first token does not wait for it
+            methods.load(method)
         super().__init__(info, methods)
-        for name in manifest["methods"]:  # now, so that the first token does not wait for it
-            methods.load(name)
         release_mapped(path, DONTNEED)  # XNNPACK's weights are packed by now; those of experts come back when read
 
 

@@ -7,7 +7,6 @@ keeps in the weights' file.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import PackageError, UserError, quiet
+from ..package import AGAIN
+from ..schema import read_json
 
 SENTINEL = 0xDEADBEEF  # opens the metadata of every entry of a weights' file
 STORAGE_VERSION = 2
@@ -347,7 +348,7 @@ class ModelFile:
     def _find_model(self) -> Path:
         manifest = self.path / "Manifest.json"
         try:
-            values = json.loads(manifest.read_text())
+            values = read_json(manifest, PackageError, AGAIN)
             item = values["itemInfoEntries"][values["rootModelIdentifier"]]["path"]
             model: Path = (self.path / "Data" / item).resolve()
         except OSError:

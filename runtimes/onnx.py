@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,21 @@ import numpy as np
 
 from ..errors import PackageError, UserError
 from ..package import Package
-from .base import Arrays, ModelInfo
+from ..schema import Name
+from .base import Arrays
 from .host import LoopRuntime
 from .machine import release_mapped
+from .signatures import Form, Method, Refuse, check_engine, check_methods, read_methods, read_model, refusal
 
 # Arrays up to this many bytes are copied into a buffer that stays bound; binding costs more than the copy.
 COPY_BELOW = 16384
+TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 ROWS = "rows"  # the name that graphs give to the number of rows of a call
 
 
@@ -108,16 +118,14 @@ class BoundSession:
         return self.outputs
 
 
+def _form(value: Any, rows: int) -> Form:
+    """Shape and type of a graph's input or output in calls of so many rows."""
+    return tuple(rows if d == ROWS else d for d in value.shape), TYPES.get(value.type, value.type)
+
+
 def _array(value: Any, rows: int) -> np.ndarray:
-    """A zeroed array of a graph input's or output's shape in calls of so many rows."""
-    dtype = {
-        "tensor(float)": "float32",
-        "tensor(float16)": "float16",
-        "tensor(int8)": "int8",
-        "tensor(int64)": "int64",
-        "tensor(bool)": "bool",
-    }
-    return np.zeros([rows if d == ROWS else d for d in value.shape], dtype[value.type])
+    """A zeroed array of that shape and type."""
+    return np.zeros(*_form(value, rows))
 
 
 class OnnxMethods:
@@ -126,8 +134,19 @@ class OnnxMethods:
     A session lays out the weights anew for its operators: a second one would hold them twice in memory.
     """
 
-    def __init__(self, folder: Path, graphs: Mapping[str, str], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        graphs: Mapping[str, str],
+        threads: int | None = None,
+        manifest: tuple[Mapping[str, Method], Refuse] | None = None,
+    ) -> None:
+        """
+        Args:
+            manifest: what each METHOD_ROWS takes and gives by the manifest, and what to do where its graph says otherwise.
+        """
         self.folder = folder
+        self.manifest = manifest
         self.graphs = graphs
         self.threads = threads
         self._loaded: dict[str, Any] = {}  # file -> session
@@ -143,25 +162,48 @@ class OnnxMethods:
                 )
             if file not in self._loaded:
                 self._loaded[file] = load_graph(self.folder / file, self.threads)
+            self._check(f"{method}_{chunk}", self._loaded[file], chunk)
             self._sessions[key] = BoundSession(self._loaded[file], chunk)
         return self._sessions[key]
 
+    def _check(self, name: str, session: Any, chunk: int) -> None:
+        """Hold a graph against the manifest, before buffers are made."""
+        if self.manifest is None:
+            return
+        tables, refuse = self.manifest
+        if name not in tables:
+            refuse("methods", ", ".join(tables), f"{name} among them, which lowering.graphs has")
+        for side, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            found = [(value.name, _form(value, chunk)) for value in values]
+            check_engine(name, side, getattr(tables[name], side), found, refuse)
+
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
         return self.session(method, chunk).run(feeds)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The manifest's "lowering", as far as it is read here."""
+
+    graphs: dict[Name, Name]  # METHOD_ROWS -> file
+    weights: Name
 
 
 class OnnxRuntime(LoopRuntime):
     """A package exported with `--target onnx`."""
 
     def __init__(self, package: Package, threads: int | None = None) -> None:
-        manifest = package.manifest
         self.package = package
-        info = ModelInfo.from_json(manifest["model"], nbytes=package.nbytes)
-        methods = OnnxMethods(package.folder, manifest["lowering"]["graphs"], threads)
-        super().__init__(info, methods)
+        info, tables, refuse = read_model(package), read_methods(package), refusal(package)
+        lowering = package.section(Lowering, "lowering")
+        for file in (*lowering.graphs.values(), lowering.weights):
+            package.path(file)
+        check_methods(info, tables, in_graph=True, refuse=refuse)
+        methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse))
         for chunk in info.chunks:  # now, so that the first token does not wait for it
             for method in ("prelude", "loop", "head", "commit", "memorize", "embed_segment"):
                 if f"{method}_{chunk}" in methods.graphs:
                     methods.session(method, chunk)
+        super().__init__(info, methods)
         if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
-            release_mapped(package.folder / manifest["lowering"]["weights"])
+            release_mapped(package.path(lowering.weights))

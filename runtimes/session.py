@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import UserError
 from ..files import new_file
+from ..schema import Expected, Name, validated
 from .base import Arrays
 from .generate import BEGINNING, Tail
 from .host import LoopRuntime
@@ -75,32 +78,79 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
     if not os.path.isfile(path):  # unlike Path.is_file, False also for a name that is too long
         what = "is not a file" if os.path.exists(path) else "no such session file"
         raise SessionError(f"{path}: {what}; make one with rmse-run --save-session")
+    own = runtime.tensors()
+    known = {name: (array.shape, array.dtype) for name, array in own.items()}
+    tensors: Arrays | None = None
     try:
         with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
+            values = file.metadata() or {}
+            if values.get("format") != FORMAT:
                 raise SessionError(f"{path}: not a session file; make one with rmse-run --save-session")
-            if header.get("version") != VERSION:
+            if values.get("version") != VERSION:
                 raise SessionError(
-                    f"{path}: session version {header.get('version')}, this rmse-edge reads {VERSION}; start a new one"
+                    f"{path}: session version {values.get('version')}, this rmse-edge reads {VERSION}; start a new one"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            found = {name: (tuple(s.get_shape()), TYPES.get(s.get_dtype())) for name, s in slices.items()}
+            if found == known:  # so that no more is read than the model keeps anyway
+                tensors = {name: file.get_tensor(name) for name in found}
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise SessionError(f"{path}: damaged ({reason}); start a new session") from None
-    position = header.get("position", "")
-    if header.get("sha256") != digest(tensors, header) or not (position.isascii() and position.isdigit()):
+    if tensors is not None and values.get("sha256") != digest(tensors, values):
         raise SessionError(f"{path}: its SHA-256 does not fit; the file is damaged, start a new session")
-    if not runtime.info.fingerprint or header.get("model") != runtime.info.fingerprint:
+    header = validated(Header, values, str(path), SessionError, "start a new session")
+    if not runtime.info.fingerprint or header.model != runtime.info.fingerprint:
         raise SessionError(
-            f"{path}: a session of another model ({header.get('name')}), not of {runtime.info.name}; start a new one"
+            f"{path}: a session of another model ({header.name}), not of {runtime.info.name}; start a new one"
         )
-    try:
-        runtime.restore(int(position), tensors)
-    except ValueError:
-        raise SessionError(f"{path}: its tensors are not those of {runtime.info.name}; start a new session") from None
-    pending, context, begun = ([int(t) for t in header.get(k, "").split()] for k in ("pending", "context", "open"))
-    return Resumed(pending, Tail(tuple(context), tuple(begun)), header.get("chat", ""))
+    if tensors is None:
+        wrong = next(name for name in sorted(known | found) if known.get(name) != found.get(name))
+        got, expected = (_form(forms.get(wrong)) for forms in (found, known))
+        raise SessionError(
+            f"{path}: its tensors are not those of {runtime.info.name} ({wrong}: got {got}, expected {expected}); "
+            "start a new session"
+        )
+    for name, array in tensors.items():
+        finite = np.isfinite(array) if array.dtype.kind == "f" else array.view(np.uint8) <= 1
+        if array.dtype.kind in "fb" and not finite.all():
+            what = "numbers that are not finite" if array.dtype.kind == "f" else "flags that are neither true nor false"
+            raise SessionError(f"{path}: {name}: holds {what}; start a new session")
+    pending, context, begun = ([int(t) for t in getattr(header, k).split()] for k in ("pending", "context", "open"))
+    for name, tokens in (("pending", pending), ("context", context), ("open", begun)):
+        if beyond := [token for token in tokens if token >= runtime.info.vocab_size]:
+            raise SessionError(
+                f"{path}: {name}: got token {beyond[0]}, expected some below {runtime.info.vocab_size}; start a new session"
+            )
+    runtime.restore(int(header.position), tensors)
+    return Resumed(pending, Tail(tuple(context), tuple(begun)), header.chat)
+
+
+Tokens = Annotated[str, Field(pattern="^([0-9]{1,9}( [0-9]{1,9})*)?$"), Expected("tokens")]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a session's file says beside its tensors."""
+
+    model: Name  # fingerprint
+    position: Annotated[str, Field(pattern="^[0-9]{1,15}$"), Expected("a number of tokens")]
+    name: Annotated[str, Field(max_length=200)] = ""
+    pending: Tokens = ""
+    context: Tokens = ""  # with `open`, see Tail
+    open: Tokens = ""
+    chat: str = ""
+
+
+# The names that safetensors has for types.
+TYPES = {
+    "F32": np.dtype("float32"), "F16": np.dtype("float16"), "I8": np.dtype("int8"), "I64": np.dtype("int64"),
+    "BOOL": np.dtype("bool"),
+}  # fmt: skip
+
+
+def _form(form: tuple[tuple[int, ...], np.dtype | None] | None) -> str:
+    return "none" if form is None else f"{list(form[0])} {form[1] or 'of another type'}"
 
 
 def digest(tensors: Arrays, header: Mapping[str, str]) -> str:

@@ -354,7 +354,7 @@ def test_a_manifest_of_another_target_is_one_line(coreml_package: Path, tmp_path
     seal(copy, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
     with pytest.raises(PackageError) as refused:
         open_runtime(copy)
-    assert_one_line(str(refused.value), "has no rings for Core ML", "export the package again")
+    assert_one_line(str(refused.value), "lowering.rings: is missing", "export the package again")
 
 
 def test_threads_are_refused(coreml_package: Path) -> None:

@@ -302,7 +302,7 @@ DAMAGE: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda f: edit(f, tensors={"embed.weight": {"bits": 4, "group": 128, "symmetric": True}}),
         ("embed.weight", "group size 128 does not divide 64 inputs"),
     ),
-    "no tensors": (lambda f: edit(f, tensors=None), ("quantization.json", "'tensors'")),
+    "no tensors": (lambda f: edit(f, tensors=None), ("quantization.json", "tensors: ")),
     "no format": (lambda f: edit(f, tensors={"embed.weight": "int4"}), ("embed.weight", "no object")),
     "a tensor less": (lambda f: edit(f, tensors={}), ("embed.weight", "missing")),
 }

@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from ..package import digest_manifest
+from ..config import Count
+from ..package import Entry, digest_manifest
+from ..schema import Name, Whole, parse_json, validated
 from .base import KnowledgeError, Passage
 
 FORMAT = "rmse-edge knowledge base"
 FORMAT_VERSION = 2  # 2: one index entry for all passages of equal keys
 BUSY_S = 10.0  # how long to wait for another process's commit or search
+LARGEST_MANIFEST = 1 << 16  # characters
 BATCH = 512  # ids of one query; SQLite allows at least 999
 AGAIN = "build it again from the texts with rmse-index"
 SCHEMA = """
@@ -40,6 +43,19 @@ CREATE INDEX passages_by_source ON passages (source);
 
 
 GRID = 2.0**13  # cells per unit of each number of a key
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the manifest holds."""
+
+    key_dims: Count
+    slots: Count
+    d_model: Count
+    model: Name  # fingerprint
+    passages: Whole
+    generation: Whole
+    index: Entry
 
 
 @dataclass(frozen=True)
@@ -152,13 +168,15 @@ class Rows:
             KnowledgeError: not a knowledge base, of another version, or damaged.
         """
         with one_line(self.path):
-            found = self._db.execute("SELECT json FROM manifest").fetchall()
-        try:
-            [(text,)] = found
-            manifest = json.loads(text)
-            version = manifest["format_version"] if manifest["format"] == FORMAT else None
-        except (ValueError, TypeError, KeyError):
-            version = None
+            # Bounded: what is larger is not read.
+            found = self._db.execute(
+                "SELECT json FROM manifest WHERE typeof(json) = 'text' AND length(json) < ? LIMIT 2",
+                (LARGEST_MANIFEST,),
+            ).fetchall()
+        manifest = parse_json(found[0][0], str(self.path), KnowledgeError, AGAIN) if len(found) == 1 else None
+        version = None
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            version = manifest.get("format_version")
         if version is None:
             raise KnowledgeError(f"{self.path}: damaged, or not the passages of an {FORMAT}; {AGAIN}")
         if version != FORMAT_VERSION:
@@ -167,6 +185,7 @@ class Rows:
             )
         if manifest.get("sha256") != digest_manifest(manifest):
             raise KnowledgeError(f"{self.path}: its manifest is damaged (its SHA-256 does not fit); {AGAIN}")
+        validated(Manifest, manifest, f"{self.path}: its manifest", KnowledgeError, AGAIN)
         return manifest
 
     def put_manifest(self, manifest: dict[str, Any]) -> None:
@@ -269,6 +288,8 @@ class Rows:
             raise KnowledgeError(f"{self.path}: passage {number} is {what}; {AGAIN}")
         _, source, line, text, key_bytes, value, point, _ = row
         key, halves = np.frombuffer(key_bytes, "<f4"), np.frombuffer(value, "<f2")
+        if not (np.isfinite(key).all() and np.isfinite(halves).all()):
+            raise KnowledgeError(f"{self.path}: passage {number} holds numbers that are not finite; {AGAIN}")
         if point != point_of(key):
             raise KnowledgeError(f"{self.path}: passage {number} is damaged (its point is not its key's); {AGAIN}")
         return Row(number, Passage(text, source, line), key, halves.reshape(shape[1:]), point)

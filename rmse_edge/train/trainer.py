@@ -6,22 +6,24 @@ so a run that stops at step n and goes on later is bit for bit the run that neve
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from ..checkpoint import start_from
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, first_line
 from ..files import new_file
 from ..model import RMSE
+from ..schema import check_value, parse_json
 from .gpt import GPT
 from .journal import Journal
 from .losses import losses_by_depth
@@ -48,6 +50,14 @@ def bf16_is_native(device: torch.device) -> bool:
     return device.type == "cpu" and any(
         has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")
     )
+
+
+class StateHead(TypedDict):
+    """What the training state says about itself, beside tensors."""
+
+    step: Annotated[int, Field(ge=0)]
+    best: float  # infinite before the first evaluation
+    recipe: str
 
 
 class Trainer:
@@ -308,16 +318,27 @@ class Trainer:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{path}: damaged training state ({type(error).__name__}); start again") from None
-        if Recipe.from_dict(json.loads(state["recipe"]), where=str(path)) != self.recipe:
+        fix = "start again"
+        head = {name: state.get(name) for name in ("step", "best", "recipe")} if isinstance(state, dict) else state
+        known = check_value(StateHead, head, "state", CheckpointError, where=str(path), fix=fix)
+        values = parse_json(known["recipe"], f"{path}: recipe", CheckpointError, fix)
+        if not isinstance(values, dict) or Recipe.from_dict(values, where=str(path)) != self.recipe:
             raise CheckpointError(f"{path}: was written by another recipe; resume with the recipe.json beside it")
+        if known["step"] > self.recipe.total_steps:
+            raise CheckpointError(
+                f"{path}: step: got {known['step']}, expected at most {self.recipe.total_steps}; {fix}"
+            )
         if state.get("data", self.data) != self.data:
             raise CheckpointError(f"{path}: was trained on another text or tokenizer; resume with the same --text")
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best = known["step"], known["best"]
         self.optimizer = self.new_optimizer()
-        self.parallel.load_model(self.model, state["model"])
-        self.average = self.parallel.like(self.model, state["average"]) or {}
-        self.best_weights = self.parallel.like(self.model, state["best_weights"])
-        self.parallel.load_optimizer(self.model, self.optimizer, state["optimizer"])
+        try:
+            self.parallel.load_model(self.model, state["model"])
+            self.average = self.parallel.like(self.model, state["average"]) or {}
+            self.best_weights = self.parallel.like(self.model, state["best_weights"])
+            self.parallel.load_optimizer(self.model, self.optimizer, state["optimizer"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever PyTorch makes of it
+            raise CheckpointError(f"{path}: not the state of this model ({first_line(error)}); {fix}") from None
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:

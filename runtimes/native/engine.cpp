@@ -92,6 +92,28 @@ void Program::refuse(const std::string& what) const {
   throw std::runtime_error(path_ + ": " + what + "; export the package again");
 }
 
+// Tensors as the manifest has them and as the program has them.
+void Program::check(const std::string& method, const MethodSpec& spec) {
+  const auto meta = engine().method_meta(method);
+  const auto fits = [](const TensorSpec& tensor, const auto& found) {
+    if (!found.ok() || found->scalar_type() != tensor.type) return false;
+    const auto sizes = found->sizes();
+    return std::equal(sizes.begin(), sizes.end(), tensor.shape.begin(), tensor.shape.end());
+  };
+  if (!meta.ok()) refuse("holds no " + method + ", which the manifest has");
+  if (meta->num_inputs() != spec.inputs.size() || meta->num_outputs() != spec.outputs.size()) {
+    refuse(method + " takes or gives another number of tensors than the manifest says");
+  }
+  for (size_t i = 0; i < spec.inputs.size(); ++i) {
+    if (fits(spec.inputs[i], meta->input_tensor_meta(i))) continue;
+    refuse(method + " takes " + spec.inputs[i].name + " in another form than the manifest says");
+  }
+  for (size_t i = 0; i < spec.outputs.size(); ++i) {
+    if (fits(spec.outputs[i], meta->output_tensor_meta(i))) continue;
+    refuse(method + " gives " + spec.outputs[i].name + " in another form than the manifest says");
+  }
+}
+
 // --------------------------------------------------------------------------------------------------- one method
 
 Method::Method(Program& program, const ModelInfo& info, const std::string& name, int64_t rows)
@@ -102,20 +124,6 @@ Method::Method(Program& program, const ModelInfo& info, const std::string& name,
   }
   spec_ = known->second;
   if (program.engine().load_method(name_) != Error::Ok) program.fail("executorch cannot load " + name_);
-  const auto meta = program.engine().method_meta(name_);
-  const auto agree = [](const TensorSpec& spec, const auto& tensor) {
-    if (!tensor.ok() || tensor->scalar_type() != spec.type) return false;
-    const auto sizes = tensor->sizes();
-    return std::equal(sizes.begin(), sizes.end(), spec.shape.begin(), spec.shape.end());
-  };
-  bool agreed = meta.ok() && meta->num_inputs() == spec_.inputs.size() && meta->num_outputs() == spec_.outputs.size();
-  for (size_t i = 0; agreed && i < spec_.inputs.size(); ++i) {
-    agreed = agree(spec_.inputs[i], meta->input_tensor_meta(i));
-  }
-  for (size_t i = 0; agreed && i < spec_.outputs.size(); ++i) {
-    agreed = agree(spec_.outputs[i], meta->output_tensor_meta(i));
-  }
-  if (!agreed) refuse("is not the method that the manifest describes");
   const auto holder = [](const TensorSpec& spec) {
     return executorch::extension::from_blob(nullptr, spec.shape, spec.type);
   };

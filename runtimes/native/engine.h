@@ -53,6 +53,8 @@ class Program {
   Program(const std::string& path, const std::string& packed_weights);
 
   bool has(const std::string& method) const { return methods_.contains(method); }
+  // Throws std::runtime_error where a method is not what the manifest says. Nothing is loaded.
+  void check(const std::string& method, const MethodSpec& spec);
   // The engine, to be asked one thing: what `fail` quotes is about that.
   executorch::extension::Module& engine();
   [[noreturn]] void fail(const std::string& what) const;    // with the engine's own complaint, if it had one
@@ -67,7 +69,7 @@ class Program {
 // One method. It reads and writes the memory that its arguments were bound to.
 class Method {
  public:
-  // Loads NAME_ROWS. Throws std::runtime_error where the program's method is not what the manifest says.
+  // Loads NAME_ROWS, which was checked. Throws std::runtime_error where there is none, or the engine cannot load it.
   Method(Program& program, const ModelInfo& info, const std::string& name, int64_t rows);
 
   const MethodSpec& spec() const { return spec_; }

@@ -8,7 +8,7 @@
 namespace rmse {
 namespace {
 
-constexpr int kDeepest = 100;  // of arrays and objects within each other: more would only be there to exhaust the stack
+constexpr int kDeepest = 32;  // arrays and objects within each other, as in rmse_edge/schema.py
 
 void append_utf8(std::string& out, char32_t c) {
   const auto tail = [&](int shift) { out += static_cast<char>(0x80 | ((c >> shift) & 0x3f)); };
@@ -255,13 +255,15 @@ int64_t Json::integer() const {
   int64_t value = 0;
   const char* last = text_.data() + text_.size();
   const auto [end, error] = std::from_chars(text_.data(), last, value);
-  if (error != std::errc() || end != last) throw JsonError("got " + text_ + ", expected a whole number");
+  if (error != std::errc() || end != last) throw JsonError("got " + text_.substr(0, 80) + ", expected a whole number");
   return value;
 }
 
 double Json::number() const {
   expect(Kind::kNumber, "a number");
-  return std::strtod(text_.c_str(), nullptr);
+  const double value = std::strtod(text_.c_str(), nullptr);
+  if (!std::isfinite(value)) throw JsonError("got " + text_.substr(0, 80) + ", expected a number that is not so large");
+  return value;
 }
 
 const std::string& Json::string() const {

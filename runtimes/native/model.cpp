@@ -61,12 +61,45 @@ Model::Model(const Package& package, const std::string& packed_weights)
     : info_(package.info()),
       packed_weights_(packed_weights, package.program_digest()),
       program_(package.program(), packed_weights_.path()) {
+  check_methods();
   make_shared();
   for (const int64_t rows : info_.chunks) calls_.push_back(std::make_unique<Calls>(program_, info_, rows, shared_));
   if (!info_.memory.empty()) make_memory();
   packed_weights_.seal();
   release_mapped(package.program());
   reset();
+}
+
+// Before anything is allocated: what the manifest says of the methods is what the program has, and what it says of the model
+// is what the methods take and give.
+void Model::check_methods() {
+  for (const auto& [name, spec] : info_.methods) program_.check(name, spec);
+  const auto find = [&](const std::string& method, std::vector<TensorSpec> MethodSpec::* side, const std::string& name) {
+    const auto known = info_.methods.find(method);
+    if (known == info_.methods.end()) program_.refuse("the manifest has no " + method);
+    const auto& tensors = known->second.*side;
+    return std::find_if(tensors.begin(), tensors.end(), [&](const TensorSpec& t) { return t.name == name; });
+  };
+  const auto expect = [&](const std::string& method, std::vector<TensorSpec> MethodSpec::* side, const TensorSpec& spec) {
+    const auto found = find(method, side, spec.name);
+    if (found == (info_.methods.at(method).*side).end() || !found->fits(spec)) {
+      program_.refuse(method + " has " + spec.name + " in another form than the manifest's model");
+    }
+  };
+  for (const int64_t rows : info_.chunks) {
+    std::string of_rows = "_";
+    of_rows += std::to_string(rows);
+    const auto n = static_cast<int32_t>(rows);
+    expect("prelude" + of_rows, &MethodSpec::inputs, {"tokens", ScalarType::Long, {1, n}});
+    expect("head" + of_rows, &MethodSpec::outputs,
+           {"logits", ScalarType::Float, {1, n, static_cast<int32_t>(info_.vocab_size)}});
+    expect("step" + of_rows, &MethodSpec::inputs, {"h", ScalarType::Float, {1, n, static_cast<int32_t>(info_.width)}});
+    for (TensorSpec state : info_.state) {
+      state.shape.erase(state.shape.begin());  // one loop's
+      expect("step" + of_rows, &MethodSpec::inputs, state);
+    }
+  }
+  for (const TensorSpec& memory : info_.memory) expect("memorize_64", &MethodSpec::inputs, memory);
 }
 
 void Model::make_shared() {

@@ -43,6 +43,7 @@ class Model {
   Calls& prepare(std::span<const int64_t> tokens, const Dials& dials);
 
  private:
+  void check_methods();
   void make_shared();
   void make_memory();
   void check(std::span<const int64_t> tokens) const;

@@ -23,7 +23,18 @@ constexpr int64_t kFormatVersion = 1;
 constexpr char kTarget[] = "executorch";
 constexpr char kManifest[] = "manifest.json";
 constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
-constexpr int64_t kLargest = INT32_MAX;  // of sizes and counts: a manifest with larger ones is not to be believed
+
+// What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/signatures.py: one with more is not
+// to be believed, and nothing is allocated by it.
+constexpr size_t kLargestManifest = 16 << 20;   // bytes
+constexpr int64_t kLargest = INT32_MAX;         // of sizes and counts
+constexpr int64_t kLargestTensor = 2LL << 30;   // bytes
+constexpr int64_t kLargestState = 4LL << 30;    // bytes kept between calls
+constexpr int64_t kMostLoops = 64;
+constexpr int64_t kLargestWidth = 1 << 16;
+constexpr int64_t kLargestVocabulary = 1 << 22;
+constexpr int64_t kLargestWindow = 1 << 24;
+constexpr size_t kLongestName = 200;
 
 struct Type {
   const char* name;
@@ -46,11 +57,14 @@ constexpr Type kTypes[] = {
 TensorSpec tensor(const std::string& name, const Json& shape, const Json& type) {
   const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return type.is(t.name); });
   if (known == std::end(kTypes)) throw JsonError(name + ": a tensor of " + type.dump());
+  if (name.empty() || name.size() > kLongestName) throw JsonError("a tensor's name of " + std::to_string(name.size()) + " bytes");
   TensorSpec spec{name, known->type, {}};
+  const int64_t largest = kLargestTensor / static_cast<int64_t>(known->nbytes);
   int64_t elements = 1;
+  if (shape.items().size() > 8) throw JsonError(name + ": a tensor of shape " + shape.dump().substr(0, 80));
   for (const Json& size : shape.items()) {
     const int64_t n = size.integer();
-    if (n < 1 || n > kLargest / elements) throw JsonError(name + ": a tensor of shape " + shape.dump());
+    if (n < 1 || n > largest / elements) throw JsonError(name + ": a tensor of shape " + shape.dump());
     elements *= n;
     spec.shape.push_back(static_cast<int32_t>(n));
   }
@@ -74,24 +88,42 @@ std::vector<TensorSpec> kept_tensors(const Json& kept) {
   return specs;
 }
 
-int64_t count(const Json& object, const char* key, int64_t least = 1) {
+int64_t count(const Json& object, const char* key, int64_t least = 1, int64_t most = kLargest) {
   const int64_t value = object.at(key).integer();
-  if (value < least || value > kLargest) throw JsonError(std::string(key) + ": got " + std::to_string(value));
+  if (value < least || value > most) {
+    throw JsonError(std::string(key) + ": got " + std::to_string(value) + ", expected " + std::to_string(least) + " to " +
+                    std::to_string(most));
+  }
   return value;
 }
 
-std::optional<int64_t> optional_count(const Json& object, const char* key) {
+std::optional<int64_t> optional_count(const Json& object, const char* key, int64_t least = 0, int64_t most = kLargest) {
   const Json* found = object.find(key);
-  return found == nullptr || found->is_null() ? std::nullopt : std::optional(count(object, key, 0));
+  return found == nullptr || found->is_null() ? std::nullopt : std::optional(count(object, key, least, most));
+}
+
+double positive(const Json& object, const char* key) {
+  const double value = object.at(key).number();
+  if (!(value > 0)) throw JsonError(std::string(key) + ": got " + object.at(key).dump() + ", expected a positive number");
+  return value;
+}
+
+// The same in "model" and in "model.config".
+void agree(const Json& model, const Json& config, const char* key) {
+  const Json &value = model.at(key), &own = config.at(key);
+  if (value.number() != own.number()) {
+    throw JsonError(std::string("model.") + key + ": got " + value.dump() + ", expected " + own.dump() +
+                    ", as model.config says");
+  }
 }
 
 // A token, several or none (null).
-std::vector<int64_t> token_ids(const Json* value, const char* key) {
+std::vector<int64_t> token_ids(const Json* value, const char* key, int64_t vocab_size) {
   std::vector<int64_t> ids;
   if (value == nullptr || value->is_null()) return ids;
   const auto take = [&](const Json& token) {
     ids.push_back(token.integer());
-    if (ids.back() < 0 || ids.back() > kLargest) throw JsonError(std::string(key) + ": got " + value->dump());
+    if (ids.back() < 0 || ids.back() >= vocab_size) throw JsonError(std::string(key) + ": got " + value->dump());
   };
   if (value->is_array()) {
     for (const Json& token : value->items()) take(token);
@@ -125,12 +157,36 @@ std::vector<int64_t> call_rows(const Json& list) {
   return rows;
 }
 
-Dials own_dials(const Json& values) {
-  return {.max_loops = count(values, "max_loops"),
+Dials own_dials(const Json& values, int64_t trained_depth) {
+  const Dials dials = {.max_loops = count(values, "max_loops"),
           .min_loops = count(values, "min_loops"),
           .exit_threshold = values.at("exit_threshold").number(),
           .exit_epsilon = values.at("exit_epsilon").number(),
           .exit_entropy = values.at("exit_entropy").number()};
+  try {
+    dials.check(trained_depth);
+  } catch (const JsonError&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    throw JsonError(std::string("model.dials: some that cannot be set (") + error.what() + ")");
+  }
+  return dials;
+}
+
+// Every state has a row for each loop, a ring its positions in the last axis but one, and all of it together fits.
+void check_state(const ModelInfo& info) {
+  size_t nbytes = 0;
+  for (const TensorSpec& state : info.state) {
+    if (state.shape.size() < 3 || state.shape[0] != info.max_loops) {
+      throw JsonError("model.state." + state.name + ": expected a row for each of the " + std::to_string(info.max_loops) +
+                      " loops");
+    }
+    nbytes += state.nbytes();
+  }
+  for (const TensorSpec& memory : info.memory) nbytes += memory.nbytes();
+  if (nbytes > kLargestState) {
+    throw JsonError("model.state: " + std::to_string(nbytes) + " bytes with model.memory, expected at most 4 GiB");
+  }
 }
 
 ModelInfo model_info(const Json& manifest) {
@@ -138,14 +194,15 @@ ModelInfo model_info(const Json& manifest) {
   ModelInfo info;
   info.name = model.at("name").string();
   info.quant = model.at("quant").string();
-  info.vocab_size = count(model, "vocab_size");
-  info.width = count(config, "d_model");
-  info.max_loops = count(model, "max_loops");
-  info.window = count(model, "window");
-  info.rotary_dims = count(model, "rotary_dims", 2);
-  info.parameters = model.at("parameters").integer();
-  info.rope_theta = model.at("rope_theta").number();
-  info.dials = own_dials(model.at("dials"));
+  info.vocab_size = count(model, "vocab_size", 1, kLargestVocabulary);
+  info.width = count(config, "d_model", 1, kLargestWidth);
+  info.max_loops = count(model, "max_loops", 1, kMostLoops);
+  info.window = count(model, "window", kSegment, kLargestWindow);
+  info.rotary_dims = count(model, "rotary_dims", 2, kLargestWidth);
+  info.parameters = count(model, "parameters", 0, int64_t{1} << 53);
+  info.rope_theta = positive(model, "rope_theta");
+  for (const char* key : {"vocab_size", "max_loops", "window", "rope_theta"}) agree(model, config, key);
+  info.dials = own_dials(model.at("dials"), info.max_loops);
   info.chunks = call_rows(model.at("chunks"));
   info.state = kept_tensors(model.at("state"));
   for (const auto& [ring, source] : model.at("rings").members()) {
@@ -155,11 +212,12 @@ ModelInfo model_info(const Json& manifest) {
     info.rings[ring] = source.string();
   }
   if (const Json* memory = model.find("memory")) info.memory = kept_tensors(*memory);
-  info.max_seq_len = optional_count(model, "max_seq_len");
-  info.bos_token = optional_count(config, "bos_token_id");
+  check_state(info);
+  info.max_seq_len = optional_count(model, "max_seq_len", 1);
+  info.bos_token = optional_count(config, "bos_token_id", 0, info.vocab_size - 1);
   // Packages made before a text could end in several ways have config.json's own token.
   const Json* eos = model.find("eos_token_ids");
-  info.eos_tokens = token_ids(eos != nullptr ? eos : config.find("eos_token_id"), "eos_token_ids");
+  info.eos_tokens = token_ids(eos != nullptr ? eos : config.find("eos_token_id"), "eos_token_ids", info.vocab_size);
   info.unused_tokens = token_ranges(model.find("unused_token_ids"), info.vocab_size);
   const std::vector<Json>& rules = config.at("exit_rules").items();
   info.entropy_rule = std::any_of(rules.begin(), rules.end(), [](const Json& rule) { return rule.is("entropy"); });
@@ -220,6 +278,7 @@ void Package::read_manifest() {
   const fs::path path = fs::path(folder_) / kManifest;
   if (!fs::is_regular_file(path)) refuse(path, "missing; " + folder_ + " is not a package");
   try {
+    if (fs::file_size(path) > kLargestManifest) refuse(path, "larger than 16 MiB, which no manifest is; export the package again");
     manifest_ = Json::parse(read_file(path.string()));
   } catch (const JsonError& error) {
     refuse(path, std::string("not readable as JSON (") + error.what() + "); export the package again");
