@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import TextError, first_line
+from .schema import read_json
 
 if TYPE_CHECKING:
     import jinja2
@@ -148,10 +149,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG_FILE
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TextError(f"{path}: not readable as JSON ({error})") from None
+    config = read_json(path, TextError)
     if not isinstance(config, dict):
         raise TextError(f"{path}: holds no JSON object")
     return config

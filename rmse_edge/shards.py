@@ -6,7 +6,6 @@ model.safetensors.index.json  {"weight_map": {tensor: file of this folder}}, wha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .schema import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,10 +50,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: one line that names the index and what is wrong with it.
     """
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({_one_line(error)}); copy it again") from None
+    index = read_json(path, CheckpointError)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f'{path}: has no "weight_map" from tensors to files; copy it again')

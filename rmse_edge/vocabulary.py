@@ -6,7 +6,6 @@ tokenizer.json          ids that it lacks are rows of a head that was made large
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from .config import RMSEConfig, token_ids
 from .errors import CheckpointError, TextError
+from .schema import read_json
 from .text import Tokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -67,10 +67,7 @@ def unused(where: object, ids: Iterable[int], vocab_size: int, eos: Sequence[int
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
+    values = read_json(path, CheckpointError)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object of settings")
     return values

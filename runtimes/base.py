@@ -108,7 +108,7 @@ class ModelInfo:
     max_seq_len: Annotated[int, Field(ge=1, le=2**53)] | None = None
     eos_token_ids: tuple[Token, ...] = ()  # each of them ends a text
     # ranges [first, end) of ids without a token, ascending; never to be drawn
-    unused_token_ids: tuple[tuple[Token, Token], ...] = ()
+    unused_token_ids: tuple[tuple[Token, Vocabulary], ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
     def dials_with(self, **overrides: float | int | None) -> Dials:

@@ -12,11 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..chat import ChatTemplate, Message
+from ..config import Token
+from ..schema import parse_json, validated
 from ..text import Tokenizer
 from .base import Dials
 from .generate import BEGINNING, Generation, Tail, TextStream
 from .host import LoopRuntime
 from .session import Resumed, SessionError
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a session keeps of a conversation, beside the runtime's state."""
+
+    messages: tuple[dict[str, str], ...]
+    read: tuple[tuple[str, tuple[Token, ...]], ...]  # text that the runtime has read, and its last tokens, not yet fed
 
 
 @dataclass
@@ -98,9 +108,10 @@ class Conversation:
         """
         if not session.chat:
             raise SessionError("--session: was saved without --chat; leave out --chat to go on with its text")
-        kept = json.loads(session.chat)
-        self.messages = kept["messages"]
-        self._read = [(text, pending) for text, pending in kept["read"]]
+        values = parse_json(session.chat, "--session", SessionError, "start a new one")
+        kept = validated(Kept, values, "--session", SessionError, "start a new one", "chat")
+        self.messages = list(kept.messages)
+        self._read = [(text, list(pending)) for text, pending in kept.read]
         self._tail = session.tail
 
     def _rest(self, text: str) -> tuple[list[int], int | None]:

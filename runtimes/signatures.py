@@ -98,6 +98,11 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
         info.dials.check(info.max_loops)
     except UserError as error:
         refuse("model.dials", f"some that cannot be set ({error})", "the checkpoint's own")
+    for name in ("eos_token_ids", "unused_token_ids"):
+        ids = getattr(info, name)
+        ranges = ids if name == "unused_token_ids" else [(token, token + 1) for token in ids]
+        if any(not first < end <= info.vocab_size for first, end in ranges):
+            refuse(f"model.{name}", list(ids), f"ids below {info.vocab_size}")
     chunks = info.chunks
     if not chunks or chunks[0] != 1 or chunks[-1] > SEGMENT or list(chunks) != sorted(set(chunks)):
         refuse("model.chunks", list(chunks), f"rising numbers of rows from 1 to {SEGMENT}, the first of them 1")

@@ -225,7 +225,7 @@ def test_however_an_answer_ends_the_next_turn_follows_it(
     (folder / "config.json").write_text(json.dumps(config))
     says = tokenizer.encode_more("he said")
     picks = iter((says + {"eos": [eos], "turn": [turn], "length": []}[ends]) * 2)
-    monkeypatch.setattr(Sampler, "pick", lambda self, logits: next(picks))
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits, unused: next(picks))
     tape = Tape(monkeypatch)
     answers = chat(capsys, monkeypatch, folder, "a\nb\n", "-n", len(says) + (ends != "length"))
     assert [answer["text"] for answer in answers] == ["he said"] * 2
