@@ -32,7 +32,7 @@ from ..checkpoint import (
 from ..errors import CheckpointError, UserError
 from ..files import changed_folder, check_folder, digest_file, tidy
 from ..model import RMSE
-from ..schema import Digest, Name, first_of, read_json, validated
+from ..schema import Digest, Name, annotations_of, first_of, read_json, validated
 from ..shards import WEIGHTS_FILE, check_finite
 from ..vocabulary import GENERATION_FILE, TOKENIZER_FILE
 from .quantizer import Quantized
@@ -197,11 +197,15 @@ def _read(file: Any, name: str, path: Path, shape: tuple[int, ...], dtype: torch
 
 def _read_quantized(file: Any, name: str, values: dict[str, Any], weight: Tensor, path: Path) -> QuantizedTensor:
     try:
+        if (unknown := first_of(values, annotations_of(Format))) is not None:
+            raise UserError(f"unknown field {unknown!r}; expected {', '.join(annotations_of(Format))}")
+        if "bits" not in values:
+            raise UserError("bits: is missing")
         fmt = Format(**values)
         if weight.dim() < 2 or weight.shape[-1] * fmt.bits % 8:
             raise UserError(f"a tensor of shape {tuple(weight.shape)} has no integers of {fmt.bits} bits")
         groups = fmt.groups(weight.shape[-1])
-    except (TypeError, UserError) as error:
+    except UserError as error:
         raise CheckpointError(f"{path.parent / QUANTIZATION_FILE}: tensor {name}: {error}; quantise again") from None
     *outer, inputs = weight.shape
     codes = _read(file, f"{name}.codes", path, (*outer, inputs * fmt.bits // 8), torch.uint8)

@@ -79,7 +79,7 @@ class Attention(nn.Module):
         if config.step_encoding == "temporal_rope":
             # Loop k turns the reserved channels by k * frequency, fastest one radian per loop. Q and K of one loop meet
             # only each other, so turning both the same way would cancel in q.k: K turns the opposite way.
-            loops = torch.arange(config.max_loops, dtype=torch.float64)[:, None]
+            loops = torch.arange(config.max_loops, dtype=torch.float64, device="cpu")[:, None]  # as NumPy's
             angle = loops * torch.from_numpy(inverse_frequencies(config.step_dims, float(config.max_loops)))
             self.register_buffer("step_cos", angle.cos().float(), persistent=False)  # (K, step_dims / 2)
             self.register_buffer("step_sin", angle.sin().float(), persistent=False)

@@ -231,8 +231,8 @@ def check_size(config: RMSEConfig, *files: Path) -> None:
     nbytes = sum(file.stat().st_size for file in files)
     if count > 2 * nbytes:  # an int4 weight takes half a byte
         raise CheckpointError(
-            f"{files[0]}: {nbytes} bytes, too few for the {count} parameters that {CONFIG_FILE} asks for; the two files do "
-            "not belong together"
+            f"{files[0]}: truncated or damaged, or of another model: {nbytes} bytes are too few for the {count} parameters "
+            f"that {CONFIG_FILE} asks for; copy the two files again"
         )
 
 

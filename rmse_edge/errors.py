@@ -29,7 +29,13 @@ def first_line(error: Exception) -> str:
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one line: what, where, and what to do about it."""
+    """Something the user gave is wrong. The message is one line: what, where, and what to do about it.
+
+    Names that come from a file may hold anything: line breaks become spaces, what a terminal would obey is escaped.
+    """
+
+    def __str__(self) -> str:
+        return "".join(" " if c in "\r\n\t" else c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 class ConfigError(UserError):

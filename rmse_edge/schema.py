@@ -35,6 +35,11 @@ LARGEST_JSON = 16 << 20  # bytes of a configuration, a manifest, a header: more 
 DEEPEST = 32  # arrays and objects within each other
 LONGEST_GOT = 60  # characters of a value that a message quotes
 
+
+class Expected(str):
+    """In an `Annotated`: how a message says what was expected, in place of what the type itself says."""
+
+
 # Types of manifests. Sizes beyond these are not to be believed, and nothing is allocated by them.
 LARGEST_SIZE = 2**31 - 1
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -42,11 +47,7 @@ Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Whole = Annotated[int, Field(ge=0, le=2**53)]  # a number of bytes, tokens or parameters
 Shape = Annotated[tuple[Size, ...], Field(max_length=8)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Expected(str):
-    """In an `Annotated`: how a message says what was expected, in place of what the type itself says."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Expected("64 hexadecimal digits")]
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -184,6 +185,10 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
+def _as_lists(value: Any) -> Any:
+    return list(map(_as_lists, value)) if isinstance(value, tuple) else value
+
+
 # --------------------------------------------------------------------------------------------------------- messages
 
 
@@ -229,8 +234,7 @@ def _bare(kind: Any) -> Any:
 
 def _shortened(value: Any) -> str:
     # repr of a number with thousands of digits fails
-    value = list(value) if isinstance(value, tuple) else value  # as in JSON
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 200 else "an enormous number"
+    text = repr(_as_lists(value)) if not isinstance(value, int) or abs(value) < 1 << 200 else "an enormous number"
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_GOT else f"{text[:LONGEST_GOT]}…"
 

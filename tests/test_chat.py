@@ -221,8 +221,7 @@ def test_however_an_answer_ends_the_next_turn_follows_it(
     folder = with_template(base, tmp_path / "model", CHATML)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     eos, turn = (tokenizer.encode(name, special=False)[0] for name in (EOS, TURN_END))
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": eos}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     says = tokenizer.encode_more("he said")
     picks = iter((says + {"eos": [eos], "turn": [turn], "length": []}[ends]) * 2)
     monkeypatch.setattr(Sampler, "pick", lambda self, logits, unused: next(picks))

@@ -24,7 +24,7 @@ from rmse_edge.errors import ConfigError
         ({"d_modle": 64}, "unknown key 'd_modle'; known keys are attention_gate, "),
         ({"hidden_size": 64}, "unknown key 'hidden_size'; write d_model"),
         ({"temperature": 0.5}, "unknown key 'temperature'"),
-        ({"max_loops": 65}, "max_loops: got 65, expected at most 64"),
+        ({"max_loops": 65}, "max_loops: got 65, expected a whole number from 1 to 64"),
         ({"eos_token_id": [1, 2], "use_cache": False, "torch_dtype": "bfloat16", "transformers_version": "4.0"}, None),
         (
             {"_name_or_path": "x", "_comment": "trained on a laptop", "num_labels": 3, "attn_implementation": "sdpa"},

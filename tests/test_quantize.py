@@ -303,7 +303,7 @@ DAMAGE: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("embed.weight", "group size 128 does not divide 64 inputs"),
     ),
     "no tensors": (lambda f: edit(f, tensors=None), ("quantization.json", "tensors: ")),
-    "no format": (lambda f: edit(f, tensors={"embed.weight": "int4"}), ("embed.weight", "no object")),
+    "no format": (lambda f: edit(f, tensors={"embed.weight": "int4"}), ("tensors.embed.weight", "expected an object")),
     "a tensor less": (lambda f: edit(f, tensors={}), ("embed.weight", "missing")),
 }
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..files import digest_file, sync_folder
 from .base import KnowledgeError
+from .graph import check_index
 
 SCRATCH = ".index.part"  # one writer at a time, so one name
 REBUILD = "rebuild it with rmse-index --rebuild -o"
@@ -70,6 +71,7 @@ def read_index(folder: Path, manifest: dict[str, Any], view: bool) -> Any:
             raise KnowledgeError(f"{path}: {size} bytes, expected {entry['bytes']}; truncated? {REBUILD} {folder}")
         if digest_file(path) != entry["sha256"]:
             raise KnowledgeError(f"{path}: its SHA-256 is not the recorded one; damaged, {REBUILD} {folder}")
+        check_index(path, manifest["passages"], manifest["key_dims"], f"{REBUILD} {folder}")
         (index.view if view else index.load)(str(path))
     except FileNotFoundError:
         raise KnowledgeError(f"{path}: missing; {REBUILD} {folder}") from None

@@ -371,7 +371,8 @@ int main(int argc, char** argv) {
     return code;
   } catch (const std::exception& error) {
     std::string line = error.what();
-    std::replace(line.begin(), line.end(), '\n', ' ');
+    // Names that come from a file may hold anything: nothing that a terminal would obey.
+    std::replace_if(line.begin(), line.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
     std::fprintf(stderr, "rmse-runner: error: %s\n", line.c_str());
     return rmse::kUserError;
   }
