@@ -71,7 +71,7 @@ def compare_passage(reference: Reference, candidate: LoopRuntime, tokens: np.nda
         return {}
     segment = np.zeros((1, SEGMENT, found.h.shape[1]), np.float32)
     segment[0, :count] = found.h[:count].numpy()
-    given = {"segment": segment, "n_valid": np.array([count], np.int64)}
+    given: Arrays = {"segment": segment, "n_valid": np.array([count], np.int64)}
     ours = {name: array[0] for name, array in reference.methods.run("embed_segment", SEGMENT, given).items()}
     key, value = candidate.embed(tokens[:count])
     report = apart([ours], [{"key": key, "value": value, "query": candidate.embed_query(tokens[:count])}])

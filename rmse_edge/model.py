@@ -364,7 +364,8 @@ class RMSE(nn.Module):
     def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
         """See `TextModel`: `trajectory`, told where to stop, and watched."""
         loops, experts = int(dials["max_loops"]), self.block.experts
-        ends, surprises = [], []
+        ends: list[Tensor] = []
+        surprises: list[Tensor] = []
         found: list[Tensors] = []  # of every iteration of every piece of the text
         routed: list[Tensor] = []
 
@@ -379,7 +380,7 @@ class RMSE(nn.Module):
         try:
             given = None if hits is None else Hits.injected(hits, len(tokens))
             states, _, depth = self.trajectory(
-                tokens[None], loops, stop, hits=given, surprises=surprises, piece=WHOLE_TEXT_PIECE
+                tokens[None], loops, stop, hits=given, surprises=surprises, together=WHOLE_TEXT_PIECE
             )
         finally:
             experts.observer = observer
@@ -410,7 +411,7 @@ class RMSE(nn.Module):
         remember: bool = True,
         hits: Hits | None = None,
         surprises: list[Tensor] | None = None,
-        piece: int | None = None,
+        together: int | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """All states of a whole sequence from an empty past, every iteration computed.
 
@@ -428,14 +429,14 @@ class RMSE(nn.Module):
             remember: False leaves the memory blank.
             hits: what was retrieved for each segment; None: nothing.
             surprises: a list to which the memory's surprise (B,) at every whole segment is added.
-            piece: positions computed together by a model without a memory, all by default: attention scores take
+            together: positions computed at once by a model without a memory, all by default: attention scores take
                 the square of that. With a memory it is always a segment.
         Returns:
             (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
         """
         batch, count = tokens.shape
         loops = self.config.max_loops if loops is None else loops
-        length = (piece or count) if self.memory is None else SEGMENT
+        length = (together or count) if self.memory is None else SEGMENT
         memory = {} if self.memory is None else self.memory.initial(batch)
         past: list[tuple[Tensor, Tensor] | None] = [None] * loops
         parts = []

@@ -21,7 +21,7 @@ from rmse_edge.config import RMSEConfig
 from rmse_edge.export import onnx as onnx_target
 from rmse_edge.export import pipeline
 from rmse_edge.export.parity import MARGIN
-from rmse_edge.export.parity_reference import Reference, made_up_hits
+from rmse_edge.export.parity_reference import Reference, conversation, made_up_hits
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.loop import InjectedHits
 from rmse_edge.model import RMSE
@@ -130,14 +130,13 @@ def decided_text(count: int) -> np.ndarray:
 @functools.cache
 def _remembered_text() -> np.ndarray:
     model = remembering_model()
-    vectors, cosines = (torch.from_numpy(a) for a in made_up_hits(reference_of(model).info) or ())
+    info = reference_of(model).info
+    vectors, cosines = (torch.from_numpy(a) for a in made_up_hits(info) or ())
     settings = [{k: torch.from_numpy(v) for k, v in d.arrays().items()} for d in (Dials(4), Dials(4, 1, 0.6))]
+    places = [None, *(InjectedHits(at, vectors, cosines) for at in (90, conversation(256, info)[0]))]
     for seed in range(100):
         tokens = torch.from_numpy(random_tokens(260, seed))
-        courses = (
-            model.whole_text(tokens, dials, hits)
-            for dials, hits in itertools.product(settings, (None, InjectedHits(90, vectors, cosines)))
-        )
+        courses = (model.whole_text(tokens, dials, hits) for dials, hits in itertools.product(settings, places))
         if all(course.margin.min() >= 2 * MARGIN for course in courses):
             return tokens.numpy()
     raise AssertionError("no seed gives a decided text")
@@ -145,7 +144,7 @@ def _remembered_text() -> np.ndarray:
 
 def remembered_text(count: int) -> np.ndarray:
     """Up to 260 tokens at which `remembering_model()` decides clearly, at full depth and with the gate, with hits from
-    position 90 on and without: what `decided_text` is to `mixed_model()`, found anew."""
+    position 90 on, from where the gate puts them, and without: what `decided_text` is to `mixed_model()`, found anew."""
     assert count <= 260
     return _remembered_text()[:count].copy()
 
