@@ -414,14 +414,14 @@ def full_disk(folder: Path, size: int) -> Iterator[str]:
     mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     if mounted:
         try:
-            yield "no space left"
+            yield "No space left"
         finally:
             subprocess.run(["umount", str(folder)], check=True)
         return
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        yield "file too large"
+        yield "File too large"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

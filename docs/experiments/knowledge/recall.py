@@ -58,7 +58,7 @@ def main() -> None:
 def measure(
     index, distinct: dict[int, np.ndarray], keys: np.ndarray, exact: bool, random: np.random.Generator
 ) -> str:  # fmt: skip
-    """Recall of the 10 nearest to random queries; passages found by their own key; median ms of a search."""
+    """Recall of the 10 nearest to random queries; passages found by their own key; ms of the fastest search."""
     stored = np.stack(list(distinct.values()))
     hits, times = 0, []
     for query in unit(random.standard_normal((QUERIES, keys.shape[1]))):
@@ -69,7 +69,7 @@ def measure(
         hits += sum(distinct[point] @ query >= least - 1e-6 for point in found)
     asked = keys[random.integers(0, len(keys), OWN)]
     own = sum(distinct[nearest(index, key, 1, exact)[0]] @ key > 1 - 1e-6 for key in asked)
-    return f"{hits / QUERIES / NEAREST:.1%}, {own / OWN:.1%}, {1e3 * np.median(times):.2f}"
+    return f"{hits / QUERIES / NEAREST:.1%}, {own / OWN:.1%}, {1e3 * min(times):.2f}"
 
 
 if __name__ == "__main__":
