@@ -8,7 +8,6 @@ are no faster, several times slower as exported by default, and out of the host'
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,12 +102,9 @@ def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
 def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
     """Fail unless the file holds the codes and the scales of every quantised weight, byte for byte.
 
-    Also where two weights differ in their scales only: XNNPACK's cache of packed weights takes them for one.
-
     Raises:
         ExportError: naming the weight.
     """
-    alike: dict[bytes, str] = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for name, q in tensors.items():
             for what, forms in (
@@ -119,13 +115,6 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
                     raise ExportError(
                         f"{name}: ExecuTorch did not store the {what} it was given; export with --quant fp32"
                     )
-            codes = hashlib.sha256(_bytes(q.codes)).digest()
-            other = tensors[alike.setdefault(codes, name)]
-            if not torch.equal(other.scales, q.scales):
-                raise ExportError(
-                    f"{name}: has the integers of {alike[codes]} with other scales, which XNNPACK cannot tell apart; "
-                    "export with --quant fp32"
-                )
 
 
 def stored_codes_forms(q: QuantizedTensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ in the mapped file, so that idle ones stay out of memory.
 from __future__ import annotations
 
 import copy
+import hashlib
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,27 @@ class DelegatedNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.mean, self.eps)) * self.weight
 
 
+class NumberedLinear(nn.Module):
+    """A linear layer with one output more, whose weights spell a number, and which is dropped.
+
+    XNNPACK's cache of packed weights takes two weights for one where the bytes of their codes are the same, whatever their
+    scales (and, of int8, their biases). Where a model has such a pair, this gives one of them codes of its own.
+    """
+
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None, number: int) -> None:
+        super().__init__()
+        digits = (number >> torch.arange(q.shape[-1]).clamp(max=62)) & 1
+        codes = torch.cat([q.codes, (q.format.middle + digits).to(q.codes.dtype).unsqueeze(0)])
+        longer = QuantizedTensor(q.format, codes, torch.cat([q.scales, q.scales[-1:]]))
+        self.layer = nn.Linear(*longer.shape[::-1], bias=bias is not None, device="meta")
+        self.layer.weight = nn.Parameter(torchao_weight(longer, True), requires_grad=False)
+        if bias is not None:
+            self.layer.bias = nn.Parameter(torch.cat([bias, torch.zeros(1)]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[..., :-1]
+
+
 class IntegerExperts(SparseExperts):
     """Experts that trace to `quantized_experts`."""
 
@@ -156,13 +178,28 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
             _replace_experts(model, path, module, left)
-    for name in list(left):
+    seen: dict[bytes, list[bytes]] = {}  # by the codes of a linear layer's weight, what else is packed with them
+    for name, q in left.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        q = left.pop(name)
         check_format(name, q.format, q.shape[-1])
-        setattr(owner, attribute, nn.Parameter(torchao_weight(q, isinstance(owner, nn.Linear)), requires_grad=False))
+        if not isinstance(owner, nn.Linear):
+            setattr(owner, attribute, nn.Parameter(torchao_weight(q, False), requires_grad=False))
+            continue
+        alike = seen.setdefault(_digest(stored_codes(q)), [])
+        rest = str(q.shape).encode() + _digest(q.scales)
+        rest += b"" if owner.bias is None else _digest(owner.bias.detach())
+        if rest not in alike:
+            alike.append(rest)
+        if number := alike.index(rest):
+            model.set_submodule(path, NumberedLinear(q, owner.bias, number))
+        else:
+            owner.weight = nn.Parameter(torchao_weight(q, True), requires_grad=False)
     return model
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _replace_experts(model: nn.Module, path: str, module: SparseExperts, left: dict[str, QuantizedTensor]) -> None:

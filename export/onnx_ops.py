@@ -2,7 +2,8 @@
 
 `rmse_edge::sparse_experts` selects experts by logits plus balancing bias, but weighs them by the logits alone. `MoE`
 knows one input for both, so the logits of experts that were not selected are pushed to -1e4 first: its own top-k then
-finds the same experts, and its softmax gives the rest exactly nothing.
+finds the same experts, and its softmax gives the rest exactly nothing. Which experts are selected is decided by `TopK`,
+whose ties go to the lower index by definition: exactly `top_k` logits are left for `MoE`, whose own ties go elsewhere.
 """
 
 from __future__ import annotations
@@ -74,11 +75,9 @@ def translations(compact: bool) -> dict[Any, Any]:
     ms = onnxscript.values.Opset(CONTRIB, 1)
 
     def experts(x, logits, bias, gate_up, down, top_k):
-        biased = op.Add(logits, bias)
-        values, _ = op.TopK(biased, op.Constant(value_ints=[top_k]), axis=-1)
-        least = op.Slice(values, op.Constant(value_ints=[top_k - 1]), op.Constant(value_ints=[top_k]),
-                         op.Constant(value_ints=[1]))  # (N, 1), the last that is selected  # fmt: skip
-        kept = op.Where(op.GreaterOrEqual(biased, least), logits, op.Constant(value_float=MASKED))
+        _, chosen = op.TopK(op.Add(logits, bias), op.Constant(value_ints=[top_k]), axis=-1)  # (N, top_k)
+        nothing = op.Min(logits, op.Constant(value_float=MASKED))
+        kept = op.ScatterElements(nothing, chosen, op.GatherElements(logits, chosen, axis=-1), axis=-1)
         return ms.MoE(
             x,
             kept,

@@ -37,8 +37,42 @@ def select(logits: Tensor, bias: Tensor, top_k: int) -> Routing:
     weights are the float32 softmax over all experts, renormalised over the chosen ones; since both steps divide by a
     common factor, that equals the softmax over the chosen logits.
     """
-    chosen = (logits + bias).topk(top_k, -1).indices
+    chosen = best(logits + bias, top_k)
     return Routing(logits, chosen, torch.softmax(logits.gather(-1, chosen), -1))
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest scores; of equal ones, those with the lower index.
+
+    Every runtime selects by this rule. `torch.topk` leaves open which of several equal scores it returns, so it is given
+    integers that are all different: a float's bits, made to order as the float does, followed by the index.
+
+    Args:
+        scores: (N, E) float32.
+    Returns:
+        (N, count) int64, the best first; in a traced graph by another order, see `best_portable`.
+    """
+    if torch.compiler.is_exporting():
+        return best_portable(scores, count)
+    bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two are equal scores
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    size = scores.shape[-1]
+    ranks = torch.arange(size - 1, -1, -1, device=scores.device)
+    return torch.add(ranks, ordered, alpha=size).topk(count, -1).indices
+
+
+def best_portable(scores: Tensor, count: int) -> Tensor:
+    """The indices that `best` returns, by rising index within those above the last score that is selected and those equal
+    to it, in operators that every engine has.
+
+    Engines differ in the order of equal values in their own topk, and some have no integers of 64 bits. The values that a
+    topk returns are the same everywhere; the second one compares whole numbers, no two of which it selects are equal.
+    """
+    size = scores.shape[-1]
+    least = scores.topk(count, -1).values[..., -1:]
+    ranks = torch.arange(size, 0, -1, device=scores.device).to(scores.dtype)
+    above, selectable = (scores > least).to(scores.dtype), (scores >= least).to(scores.dtype)
+    return (selectable * ranks + above * size).topk(count, -1).indices
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

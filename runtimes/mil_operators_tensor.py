@@ -422,7 +422,9 @@ def _topk(call: Call) -> Compute:
         n = x.shape[axis] if k == -1 else k
         first = [slice(None)] * x.ndim
         first[axis] = slice(n)
-        order = _order(x, axis, ascending)[tuple(first)]
+        # Core ML has no rule for equal values. The last one comes first here: the model's own rule is the opposite, so a
+        # program that leaves a tie to this operator does not agree with it.
+        order = (x.shape[axis] - 1 - _order(np.flip(x, axis), axis, ascending))[tuple(first)]
         values = np.take_along_axis(x, order, axis)
         return (values, order.astype(wanted[0])) if wanted else values
 

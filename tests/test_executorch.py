@@ -42,7 +42,8 @@ from rmse_edge.package import MANIFEST, Package, seal
 from rmse_edge.quantize import Format, Quantized, QuantizedTensor, QuantizeRequest, Scheme, quantize
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime
-from rmse_edge.runtimes.executorch import ExecutorchMethods, ExecutorchRuntime
+from rmse_edge.runtimes.executorch import ExecutorchMethods, ExecutorchRuntime, load_program
+from rmse_edge.runtimes.kernels import load_kernels
 from rmse_edge.runtimes.session import restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
 
@@ -419,18 +420,46 @@ def test_two_packages_in_one_process_keep_their_own_weights(tmp_path: Path) -> N
     np.testing.assert_allclose(b, 2 * a, rtol=1e-5)
 
 
-def test_weights_that_the_cache_would_take_for_one_are_refused(tmp_path: Path) -> None:
-    once = round_to_nearest(torch.randn(32, 64), Format(8))
-    both = {"a": once, "b": type(once)(once.format, once.codes, 2 * once.scales)}
-    stored = [
-        form.contiguous().view(torch.uint8).numpy().tobytes()
-        for q in both.values()
-        for form in (stored_codes(q), q.scales)
-    ]
-    (tmp_path / "program.pte").write_bytes(b"".join(stored))
-    check_weights(tmp_path / "program.pte", {"a": once})
-    with pytest.raises(ExportError, match=r"^b: has the integers of a with other scales"):
-        check_weights(tmp_path / "program.pte", both)
+class Twins(torch.nn.Module):
+    """Linear layers with the same codes: `once`, `twice` with twice the scales, `shifted` with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("once", "twice", "shifted"):
+            self.add_module(name, torch.nn.Linear(64, 32, bias=name == "shifted"))
+        torch.nn.init.ones_(self.shifted.bias)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.once(x), self.twice(x), self.shifted(x)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_equal_codes_keep_their_own_scales_and_biases(tmp_path: Path, bits: int) -> None:
+    """In one delegate and in two methods of a program, while all of them share packed weights."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    once = round_to_nearest(torch.randn(32, 64), Format(bits, 32 if bits == 4 else None))
+    twice = type(once)(once.format, once.codes, 2 * once.scales)
+    tensors = {"once.weight": once, "twice.weight": twice, "shifted.weight": once}
+    model = prepare(Twins().eval(), LowerOptions(f"int{bits}", tensors))
+    x = torch.randn(1, 64)
+    modules = {"all": model, "one": model.once, "two": model.twice, "three": model.shifted}
+    exported = {name: torch.export.export(module, (x,), strict=False) for name, module in modules.items()}
+    partitioners = {name: [XnnpackPartitioner()] for name in exported}
+    program = to_edge_transform_and_lower(exported, partitioner=partitioners).to_executorch()
+    path = tmp_path / "twins.pte"
+    path.write_bytes(program.buffer)
+    check_weights(path, tensors)
+    loaded = load_program(path)
+    load_kernels().rmse_share_packed_weights(1)
+    methods = {name: loaded.load_method(name) for name in modules}
+    plain = x @ once.dequantize().T
+    expected = [plain, 2 * plain, plain + 1]
+    for ours, theirs in zip(
+        [*methods["all"]([x]), *(methods[n]([x])[0] for n in ("one", "two", "three"))], 2 * expected
+    ):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()  # activations are rounded to int8
 
 
 def test_a_text_too_short_to_profile_is_one_line(

@@ -112,6 +112,12 @@ def _conv(n: int, expect: Callable[[torch.Tensor], torch.Tensor], **more: Any) -
     return Case(build, given)
 
 
+def _last_first(x: torch.Tensor, dim: int, descending: bool) -> list[torch.Tensor]:
+    """Sorted values and their indices; of equal values the last comes first, which no other rule here would give."""
+    values, indices = x.flip(dim).sort(dim=dim, descending=descending, stable=True)
+    return [values, x.shape[dim] - 1 - indices]
+
+
 def _tensor(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(x).astype(np.float32))
 
@@ -530,12 +536,9 @@ CASES: dict[str, Case] = {
     "argsort": Case(lambda v: mb.argsort(x=v.x, axis=1), lambda t: t.x.sort(dim=1, descending=True, stable=True)[1]),
     "argsort_up": Case(lambda v: mb.argsort(x=v.n, ascending=True), lambda t: t.n.sort(stable=True)[1]),
     "topk": Case(
-        lambda v: mb.topk(x=v.x, k=3, axis=-1),
-        lambda t: [part[..., :3] for part in t.x.sort(descending=True, stable=True)],
+        lambda v: mb.topk(x=v.x, k=3, axis=-1), lambda t: [part[..., :3] for part in _last_first(t.x, -1, True)]
     ),
-    "topk_up": Case(
-        lambda v: mb.topk(x=v.n, k=2, axis=0, ascending=True), lambda t: list(t.n.sort(dim=0, stable=True))
-    ),
+    "topk_up": Case(lambda v: mb.topk(x=v.n, k=2, axis=0, ascending=True), lambda t: _last_first(t.n, 0, False)),
     "topk_uint8": Case(
         lambda v: mb.topk(x=mb.cast(x=v.n, dtype="uint8"), k=2, return_indices=False),
         lambda t: (t.n % 256).topk(2)[0],
