@@ -215,9 +215,25 @@ def test_the_integers_are_proved_before_activations_are_rounded(
         return packed
 
     monkeypatch.setattr(QuantizedTensor, "packed", planted)
-    with pytest.raises(ParityError, match=r"^parity failed at full depth: position \d+"):
+    with pytest.raises(ParityError, match=r"^parity failed at full depth: position \d+") as caught:
         export_package(quantized.model, tmp_path / "wrong.rmse", ExportRequest(quant="int4"), quantized=quantized)
+    assert "--accuracy-level" not in str(caught.value)  # which would not help
     assert [p.name for p in tmp_path.iterdir()] == ["p.rmse"]
+
+
+def test_what_only_the_rounding_of_activations_fails_names_the_way_out(
+    int4: Path, checkpoint: Path, quick_export: Memo, tmp_path: Path
+) -> None:
+    """The integers of `int4`, which passed the gate at accuracy level 0, do not pass it at level 4."""
+    quantized = calibrated(checkpoint)
+    with pytest.raises(ParityError) as caught:
+        export_package(
+            quantized.model, tmp_path / "p.rmse", ExportRequest(quant="int4"), checkpoint, quantized=quantized
+        )
+    assert_one_line(str(caught.value), "parity failed at", "the same integers pass", "--accuracy-level 0")
+    manifest = Package.open(int4).manifest
+    assert manifest["quantization"]["accuracy_level"] == 0 and manifest["parity"]["rule"] == "exact"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_quantised_checkpoint_exports_as_it_is(
