@@ -24,7 +24,7 @@ from rmse_edge.train.losses import cross_entropies, gate_loss
 from rmse_edge.train.recipe import Recipe
 
 DEPTHS = (2, 3, 4, 6)
-STEPS, ROWS, LR = 600, 1024, 1e-2
+ROWS, LR = 1024, 1e-2
 
 
 def states(model: RMSE, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a training folder with training-state.pt")
     parser.add_argument("--text", required=True)
     parser.add_argument("--blocks", type=int, default=64, help="of each split")
+    parser.add_argument("--steps", type=int, default=600, help="of training a gate")
     args = parser.parse_args()
     state = torch.load(args.run / "training-state.pt", map_location="cpu", weights_only=True)
     config = Recipe.from_file(args.run / "recipe.json").model_config()
@@ -107,8 +108,8 @@ def main() -> None:
         gate = nn.Linear(config.d_model, 1)
         gate.load_state_dict(model.gate.state_dict())
         optimizer = torch.optim.Adam(gate.parameters(), lr=LR)
-        for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = LR * (1 - step / STEPS)
+        for step in range(args.steps):
+            optimizer.param_groups[0]["lr"] = LR * (1 - step / args.steps)
             rows = torch.randint(0, h.shape[1], (ROWS,))
             optimizer.zero_grad()
             objective(gate(h[:, rows]).squeeze(-1), rows).backward()

@@ -266,6 +266,7 @@ def measure(size: tuple[int, int, int, int], window: int, reps: int, folder: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="192,768", help="d of the models, of " + ", ".join(str(s[0]) for s in SIZES))
     parser.add_argument("--windows", default="128,256")
     parser.add_argument("--reps", type=int, default=60, help="tokens, 12 calls each")
     args = parser.parse_args()
@@ -275,7 +276,7 @@ def main() -> None:
     set_threads(1)
     print("| d | groups | window | rings, MB | layout | ms per iteration | inside the engine | largest difference |")
     print("|---" * 8 + "|")
-    for size in SIZES:
+    for size in (size for size in SIZES if str(size[0]) in args.sizes.split(",")):
         for window in map(int, args.windows.split(",")):
             print(f"{size}, window {window}", file=sys.stderr)
             with tempfile.TemporaryDirectory() as scratch:

@@ -11,8 +11,8 @@ the share of segments of plain chatter, and of prompts that end with a question,
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -27,17 +27,17 @@ from rmse_edge.runtimes.sampling import Sampler, Sampling
 from rmse_edge.text import Tokenizer
 from rmse_edge.train.facts import ANSWER, QUESTION, Facts
 
-QUESTIONS = 200
+SEGMENTS = 400  # of chatter without a question
 CONTEXTS = (20, 150)  # words of chatter before a question
 GAMMAS = (1.0, 1.5, 2.0, 3.0)
 
 
-def main(package: Path) -> None:
+def main(package: Path, questions: int) -> None:
     task, tokenizer = Facts(), Tokenizer(package / "tokenizer.json")
     runtime = open_runtime(package, threads=1)
     assert isinstance(runtime, LoopRuntime)
     draw = np.random.default_rng(77)
-    facts = {tuple(f[:3]): f for f in (task.fact(draw, held_out=True) for _ in range(QUESTIONS))}
+    facts = {tuple(f[:3]): f for f in (task.fact(draw, held_out=True) for _ in range(questions))}
     asked = np.stack(list(facts.values()))
     swapped = asked.copy()
     first = task.offsets["value"]
@@ -80,7 +80,9 @@ def main(package: Path) -> None:
             result[f"asked_{name}"] = looked
     result["without"] = float((answers(None)[0] == asked[:, 3]).mean())
     runtime.reset()
-    chatter = runtime.feed(task.chatter(draw, 1, 400 * 64)[0], runtime.info.dials, "last").surprises
+    chatter = runtime.feed(
+        task.chatter(draw, 1, min(SEGMENTS, 2 * questions) * 64)[0], runtime.info.dials, "last"
+    ).surprises
     needing = []
     for prompt in prompts:
         runtime.reset()
@@ -98,4 +100,8 @@ def main(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--questions", type=int, default=200)
+    args = parser.parse_args()
+    main(args.package, args.questions)

@@ -4,7 +4,7 @@
 
 Every variant is compared with the float model block by block (256 characters from an empty past), at full depth and with
 the model's own exits; increases are paired, their standard errors are over blocks. Calibration reads the training split
-only. A row is printed as soon as it is measured, and results.json is written beside this file.
+only. A row is printed as soon as it is measured, and -o, results.json beside this file by default, is brought up to date.
 """
 
 from __future__ import annotations
@@ -71,12 +71,13 @@ def main() -> None:
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--seeds", default="0", help="of the calibration text of " + ", ".join(SEEDED))
     parser.add_argument("--max-blocks", type=int, help="for a quick look")
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_name("results.json"))
     args = parser.parse_args()
     model = load_checkpoint(MODEL)
     ids = np.asarray(Tokenizer(MODEL / "tokenizer.json").encode(read_text(args.text)), np.int64)
     blocks = torch.from_numpy(consecutive_blocks(split(ids, "validation"), BLOCK))[: args.max_blocks]
     reference, depth = losses(model, blocks)
-    path = Path(__file__).with_name("results.json")  # variants measured before stay in it
+    path = args.output  # variants measured before stay in it
     results = json.loads(path.read_text()) if path.is_file() else {}
     results |= {"float": {name: x.mean().item() for name, x in reference.items()} | {"mean_depth": depth, "seconds": 0}}
     print(
