@@ -1,6 +1,7 @@
-# make demo     export the shipped model, let it write, time it
-# make runner   build the native runner of ExecuTorch packages
-# make test     lint, types and tests
+# make demo       export the shipped model, let it write, time it
+# make runner     build the native runner of ExecuTorch packages
+# make test       lint, types and tests
+# make test-arm   the tests of the runner on ARM
 #
 # All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
 # On Linux the default torch brings CUDA. For the smaller CPU build give the address of an index of CPU wheels, once:
@@ -23,14 +24,16 @@ VERSION = $(shell sed -n 's/^executorch==//p' constraints.txt)
 RUNNER := build/native/rmse-runner
 ARM := build/native-aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
-.PHONY: help setup demo runner runner-aarch64 test lint style types clean
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test test-arm lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
 	@echo "make runner  build $(RUNNER), which runs ExecuTorch packages without Python"
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + all tests"
+	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make lint    ruff, ruff format --check, mypy"
 	@echo "make clean   remove what was built; .venv stays"
 
@@ -70,18 +73,29 @@ demo: $(STAMP)
 runner: $(STAMP)
 	@$(MAKE) --no-print-directory -j2 -C runtimes/native EXECUTORCH=$(EXECUTORCH) BUILD=$(CURDIR)/build/native
 
-# pip brings the wheel of the other platform, whose libraries the runner is linked with and run with.
 runner-aarch64: $(STAMP)
 	@command -v $(ARM_CXX) >/dev/null || { echo "error: no $(ARM_CXX); apt install g++-aarch64-linux-gnu, or set ARM_CXX" >&2; exit 1; }
-	@test -d $(ARM)/wheel/executorch || { mkdir -p $(ARM)/wheel && $(BIN)/python -m pip download --quiet \
-	    --disable-pip-version-check --no-deps --only-binary :all: --platform manylinux_2_28_aarch64 --python-version 311 \
-	    --dest $(ARM) executorch==$(VERSION) && $(BIN)/python -m zipfile -e $(ARM)/executorch-$(VERSION)-*.whl $(ARM)/wheel; }
-	@$(MAKE) --no-print-directory -C runtimes/native EXECUTORCH=$(CURDIR)/$(ARM)/wheel/executorch \
+	@$(MAKE) --no-print-directory arm-wheel
+	@$(MAKE) --no-print-directory -C runtimes/native EXECUTORCH=$(CURDIR)/$(ARM_WHEEL)/executorch \
 	    BUILD=$(CURDIR)/$(ARM) CXX=$(ARM_CXX)
+
+# The wheel of the other platform: the runner is linked with its libraries and runs with them.
+arm-wheel: $(STAMP)
+	@test -d $(ARM_WHEEL) || { rm -rf $(ARM)/new && mkdir -p $(ARM)/new && \
+	    $(BIN)/python -m pip download --quiet --disable-pip-version-check --retries 1 --no-deps --only-binary :all: \
+	        --platform manylinux_2_28_aarch64 --python-version 311 --dest $(ARM)/new executorch==$(VERSION) && \
+	    $(BIN)/python -m zipfile -e $(ARM)/new/executorch-$(VERSION)-*.whl $(ARM)/new/unpacked && \
+	    mv $(ARM)/new/unpacked $(ARM_WHEEL) && rm -r $(ARM)/new; }
+
+arm-tools: $(STAMP)
+	@.ci/arm-tools
 
 # Two processes at a time; tests of one file stay together, since they share exports.
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-arm: arm-tools
+	$(BIN)/pytest -m arm
 
 lint: style types
 

@@ -26,15 +26,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
-@pytest.fixture(scope="session")
-def shakespeare() -> Path:
-    """Tiny Shakespeare, one text file."""
-    path = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-    if not path.is_file():
-        pytest.skip("needs ../shared/data/tinyshakespeare.txt")
-    return path
-
-
 # ------------------------------------------------------------------------------------- one export for all tests
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from rmse_edge.errors import TextError
 from rmse_edge.knowledge import Passage
 from rmse_edge.knowledge.passages import split_line, split_text
 from rmse_edge.text import Tokenizer, train_character_tokenizer
+
+SHIPPED = ROOT / "models" / "rmse-shakespeare"
 
 
 def characters(text: str) -> list[int]:
@@ -100,16 +103,16 @@ def test_a_long_line_is_cut_in_linear_time() -> None:
     assert sum(map(len, pieces)) > 75_000 and encoded < 100_000 * 20
 
 
-def test_shakespeare_in_passages(shakespeare: Path, tmp_path: Path) -> None:
-    text = shakespeare.read_text()[:200_000]
-    train_character_tokenizer(text, tmp_path / "tokenizer.json")
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-    passages = list(split_text(text, "s.txt", tokenizer.encode))
-    assert "".join("".join(p.text.split()) for p in passages) == "".join(text.split())
-    assert max(len(tokenizer.encode(p.text)) for p in passages) <= 64
-    assert (
-        passages[0] == Passage("First Citizen:", "s.txt", 1) and passages[0].id == Passage("First Citizen:", "s.txt").id
-    )
+def test_a_play_in_passages() -> None:
+    """The shipped sample: speakers, blank lines, and lines of every length up to some longer than a passage."""
+    text = (SHIPPED / "sample.txt").read_text()
+    tokenizer = Tokenizer(SHIPPED / "tokenizer.json")
+    for limit in (64, 32):
+        passages = list(split_text(text, "s.txt", tokenizer.encode, limit))
+        assert "".join("".join(p.text.split()) for p in passages) == "".join(text.split())
+        assert max(len(tokenizer.encode(p.text)) for p in passages) <= limit
+        assert passages[0] == Passage("ROMEO:", "s.txt", 1)
+        assert passages[0].id == Passage("ROMEO:", "s.txt").id
 
 
 def test_an_unknown_character_is_named_with_its_line(tmp_path: Path) -> None:

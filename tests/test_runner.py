@@ -10,6 +10,7 @@ import signal
 import subprocess
 import zlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from rmse_edge.runtimes.kernels import executorch_folder
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "runtimes" / "native"
 ARM = ROOT / "build" / "native-aarch64"
+ARM_WHEEL = ARM / f"executorch-{version('executorch')}" / "executorch"
 QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
 CPUS = ("cortex-a72", "neoverse-n1")  # without and with instructions for dot products
 
@@ -599,13 +601,13 @@ def _file(path: Path, content: bytes) -> Path:
 @pytest.fixture(scope="module")
 def arm_runner() -> Path:
     if shutil.which("aarch64-linux-gnu-g++") is None or shutil.which(QEMU[0]) is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
-    if not (ARM / "wheel" / "executorch").is_dir():
-        pytest.skip("needs build/native-aarch64/wheel, from make runner-aarch64")
-    return make(ARM / "wheel" / "executorch", ARM, "CXX=aarch64-linux-gnu-g++")
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64, which make test-arm installs")
+    if not ARM_WHEEL.is_dir():
+        pytest.skip(f"needs {ARM_WHEEL.relative_to(ROOT)}, which make test-arm fetches")
+    return make(ARM_WHEEL, ARM, "CXX=aarch64-linux-gnu-g++")
 
 
-@pytest.mark.slow
+@pytest.mark.arm
 @pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("quant", ACROSS_PROCESSORS)
 def test_arm_processors_say_the_same(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from helpers import ALPHABET
 from small_models import small_recipe
 from small_tokenizers import BOS, byte_fallback, byte_level, cut_short, with_bos
@@ -24,6 +25,7 @@ from rmse_edge.text import (
     train_character_tokenizer,
     word_tokenizer,
 )
+from rmse_edge.train.download import TEXTS
 
 
 @pytest.mark.parametrize(
@@ -88,12 +90,21 @@ def test_the_split_is_ninety_to_ten() -> None:
         split(ids, "test")
 
 
-def test_shakespeare_has_65_characters_and_the_known_split(shakespeare: Path, tmp_path: Path) -> None:
-    text = read_text(shakespeare)
-    train_character_tokenizer(text, tmp_path / "tokenizer.json")
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-    ids = np.array(tokenizer.encode(text))
-    assert tokenizer.vocab_size == 65
+def test_the_shipped_tokenizer_is_the_one_of_its_characters(tmp_path: Path) -> None:
+    """Byte for byte, in whatever order they come; it reads and writes the shipped sample."""
+    shipped = ROOT / "models" / "rmse-shakespeare"
+    characters = list(json.loads((shipped / "tokenizer.json").read_text())["model"]["vocab"])
+    train_character_tokenizer("".join(reversed(characters)) * 2, tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (shipped / "tokenizer.json").read_bytes()
+    tokenizer = Tokenizer(shipped / "tokenizer.json")
+    assert tokenizer.vocab_size == len(characters) == 65
+    text = read_text(shipped / "sample.txt")
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text) and tokenizer.decode(ids) == text
+
+
+def test_tiny_shakespeare_is_split_where_nanogpt_splits_it() -> None:
+    ids = np.arange(TEXTS["shakespeare"].bytes)  # ASCII: a character is a byte
     assert (len(split(ids, "train")), len(split(ids, "validation"))) == (1003854, 111540)
 
 

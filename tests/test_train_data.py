@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from rmse_edge.cli.data import main
 from rmse_edge.train import download
@@ -51,9 +52,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return err[0]
 
 
-def test_the_known_file_is_the_one_we_train_on(shakespeare: Path) -> None:
-    raw = shakespeare.read_bytes()
-    assert (len(raw), hashlib.sha256(raw).hexdigest()) == (TEXTS["shakespeare"].bytes, TEXTS["shakespeare"].sha256)
+def test_the_known_file_is_the_one_that_the_shipped_model_read() -> None:
+    """As its model card says. The file itself is not in the repository."""
+    text, card = TEXTS["shakespeare"], (ROOT / "models" / "rmse-shakespeare" / "README.md").read_text()
+    assert f"({text.bytes:,} bytes, SHA-256\n`{text.sha256}`)" in card
 
 
 def test_a_download_and_the_second_time(served: tuple[Path, str], known: bytes, tmp_path: Path, capsys) -> None:
