@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +20,55 @@ ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # the models of the tests are tiny: more threads only wait for each other
 
+# --------------------------------------------------------------------------------------- which tests, and in what order
+
+# Fixtures that export a model, which takes half a minute and more: every test that uses one is slow, and of this target.
+EXPORTS = {
+    "quick_export": "onnx",
+    "package": "onnx",
+    "remembering_package": "onnx",
+    "executorch_package": "executorch",
+    "executorch_int4": "executorch",
+    "coreml_package": "coreml",
+    "coreml_int4": "coreml",
+}
+# With `pytest -n`, the tests of one file run in one process, and those of these files in one, too: they export models
+# that are the same but for a flag, and `memo` knows what its own process has traced.
+TOGETHER = ("test_export", "test_export_quantized", "test_onnx_graph", "test_parity")
+# The files that take longest come first, and the two first export for different targets: no process waits for the other.
+FIRST = (
+    "test_runner",
+    "test_coreml",
+    *TOGETHER,
+    "test_executorch",
+    "test_export_memory",
+    "test_shipped",
+    "test_session",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in EXPORTS.keys() & getattr(item, "fixturenames", ()):
+            item.add_marker(EXPORTS[name])
+            item.add_marker("slow")
+    order = {name: rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole files, in the order of collection, and `TOGETHER` as if it were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if Path(file).stem in TOGETHER else file
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -27,6 +76,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 # ------------------------------------------------------------------------------------- one export for all tests
+
+
+def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of all processes of a test run makes, and the others find: such an export takes a minute."""
+    base = factory.getbasetemp()
+    root = base.parent if base.name.startswith("popen-") else base
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -65,11 +125,12 @@ def package(checkpoint: Path, memo: Memo, tmp_path_factory: pytest.TempPathFacto
     """`checkpoint` exported by `rmse-export`, fp32, the parity gate included. Read only: copy it to change it."""
     from rmse_edge.cli.export import main
 
-    folder = tmp_path_factory.mktemp("package") / "tiny.rmse"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        memo.install(monkeypatch)
-        assert main(["-m", str(checkpoint), "-o", str(folder)]) == 0
-    return folder
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            memo.install(monkeypatch)
+            assert main(["-m", str(checkpoint), "-o", str(folder)]) == 0
+
+    return made_once("tiny.rmse", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="session")
@@ -86,25 +147,15 @@ def remembering_package(remembering: Path, memo: Memo, tmp_path_factory: pytest.
     from rmse_edge.checkpoint import load_checkpoint
     from rmse_edge.export.pipeline import ExportRequest, export_package
 
-    folder = tmp_path_factory.mktemp("package") / "mem.rmse"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        memo.install(monkeypatch)
-        export_package(load_checkpoint(remembering), folder, ExportRequest(), remembering)
-    return folder
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            memo.install(monkeypatch)
+            export_package(load_checkpoint(remembering), folder, ExportRequest(), remembering)
+
+    return made_once("mem.rmse", tmp_path_factory, make)
 
 
 # ------------------------------------------------------------------------------------------------------ ExecuTorch
-
-
-def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], object]) -> Path:
-    """A folder that the first of all processes of a test run makes, and the others find: such an export takes a minute."""
-    base = factory.getbasetemp()
-    root = base.parent if base.name.startswith("popen-") else base
-    folder = root / name
-    with FileLock(root / f"{name}.lock"):
-        if not folder.exists():
-            make(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ from rmse_edge.runtimes.mil_file import ModelFile, operations
 from rmse_edge.runtimes.session import SessionError, restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
 
+pytestmark = pytest.mark.coreml
+
 FULL, ADAPTIVE = Dials(4), Dials(4, 1, 0.6)
 FUNCTIONS = [f"{name}_{rows}" for rows in (1, 64) for name in ("prelude", "begin", "step", "loop", "head", "commit")]
 SEGMENTS = ["blank_64", "memorize_64", "embed_segment_64"]

@@ -41,6 +41,8 @@ from rmse_edge.runtimes.coreml import CoremlMethods, InterpreterEngine
 from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_file import ModelFile, operations
 
+pytestmark = [pytest.mark.coreml, pytest.mark.slow]
+
 
 def test_a_dropped_state_write_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing complains when a write to a state is left out: the program runs, and forgets."""

@@ -31,6 +31,8 @@ from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_file import ModelFile, operations
 from rmse_edge.runtimes.torch import TorchMethods
 
+pytestmark = [pytest.mark.coreml, pytest.mark.slow]
+
 USED = {"prelude": ("embed", "inject"), "head": ("head_proj",)}
 FORMS: dict[str, dict[str, Any]] = {
     "int4 rows": {"scheme": Scheme("int4"), "compute": "cpu"},

@@ -47,6 +47,8 @@ from rmse_edge.runtimes.kernels import load_kernels
 from rmse_edge.runtimes.session import restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
 
+pytestmark = pytest.mark.executorch
+
 require_executorch()
 
 FULL = Dials(4)

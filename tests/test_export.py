@@ -35,6 +35,8 @@ from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.host import LoopRuntime
 from rmse_edge.runtimes.torch import TorchRuntime
 
+pytestmark = pytest.mark.onnx
+
 Numbers = tuple[np.ndarray, np.ndarray]  # logits, depth
 METHODS = [f"{name}_{chunk}" for chunk in (1, 64) for name in ("prelude", "loop", "step", "head", "commit")]
 

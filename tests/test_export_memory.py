@@ -36,7 +36,8 @@ from rmse_edge.runtimes import Dials, LoopRuntime, open_runtime
 from rmse_edge.runtimes.base import Arrays, Methods, Surprise
 from rmse_edge.runtimes.torch import TorchMethods, TorchRuntime
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+
 DIALS = Dials(4, 1, 0.6)
 
 

@@ -48,6 +48,8 @@ from rmse_edge.runtimes.base import Arrays
 from rmse_edge.runtimes.onnx import SMALLEST, OnnxRuntime
 from rmse_edge.runtimes.torch import TorchMethods
 
+pytestmark = pytest.mark.onnx
+
 
 def rounded(model: RMSE, **scheme: Any) -> Quantized:
     return quantize(model, QuantizeRequest(Scheme(**scheme), method="rtn"))

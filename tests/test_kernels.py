@@ -21,6 +21,8 @@ from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import kernels
 
+pytestmark = [pytest.mark.executorch, pytest.mark.native]
+
 require_executorch()
 
 KERNEL_CASES = [(32, 64, 32), (8, 64, 32), (4, 64, 32), (4, 96, 64), (8, 160, 96)]  # bits, width, expert width

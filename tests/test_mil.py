@@ -23,6 +23,8 @@ from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_file import STORED, ModelFile, TensorType, WeightsFile, operations, unpack
 from rmse_edge.runtimes.mil_steps import Run
 
+pytestmark = pytest.mark.coreml
+
 W = np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32) / 3
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -66,13 +68,13 @@ def expected(x: np.ndarray, count: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
+def looped_package(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("mil") / "looped.mlpackage", LOOPED, looped)
 
 
 @pytest.fixture
-def copied(package, tmp_path) -> Path:
-    return Path(shutil.copytree(package, tmp_path / "copied.mlpackage"))
+def copied(looped_package, tmp_path) -> Path:
+    return Path(shutil.copytree(looped_package, tmp_path / "copied.mlpackage"))
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +137,18 @@ def test_unpacking_goes_across_bytes() -> None:
     np.testing.assert_array_equal(unpack(np.uint8([0x8F, 0x07]), "int4", 3), [-1, -8, 7])
 
 
-def test_blobs_of_a_function(package) -> None:
-    file = ModelFile(package)
+def test_blobs_of_a_function(looped_package) -> None:
+    file = ModelFile(looped_package)
     blobs = {blob.name: blob for blob in file.blobs(file.function("main"))}
     (product,) = (b for name, b in blobs.items() if name.startswith("product_weight"))
     assert product.type == TensorType((8, 8), "float32") and product.dtype == "float32" and product.nbytes == 256
     assert product.file == "weights/weight.bin" and product.place.startswith("main, operation ")
-    raw = (package / WEIGHTS).read_bytes()[product.data : product.data + 256]
+    raw = (looped_package / WEIGHTS).read_bytes()[product.data : product.data + 256]
     np.testing.assert_array_equal(np.frombuffer(raw, np.float32).reshape(8, 8), W)
 
 
-def test_places_of_operations(package) -> None:
-    function = ModelFile(package).function("main")
+def test_places_of_operations(looped_package) -> None:
+    function = ModelFile(looped_package).function("main")
     found = list(operations(function))
     for operation in found:
         assert operation.place == f"main, operation {operation.number} ({operation.kind})"
@@ -278,8 +280,8 @@ def test_weights_of_all_functions_are_in_memory_once(functions) -> None:
     assert len(held) == 1
 
 
-def test_signature(package) -> None:
-    interpreter = Interpreter(package)
+def test_signature(looped_package) -> None:
+    interpreter = Interpreter(looped_package)
     signature = interpreter.signature("main")
     assert signature.inputs == {"x": TensorType((1, 8), "float32"), "limit": TensorType((1,), "int32")}
     assert signature.outputs == {"h": TensorType((1, 8), "float32"), "count": TensorType((1,), "int32")}
@@ -303,20 +305,20 @@ FEEDS = {"x": X, "limit": np.array([3], np.int32)}
         (FEEDS | {"limit": 3}, r"main: input limit is int, expected int32 \(1\)"),
     ],
 )
-def test_wrong_inputs_are_named(package, feeds, message: str) -> None:
-    with pytest.raises(UserError, match=rf"^{package}: {message}$"):
-        Interpreter(package).predict(feeds)
+def test_wrong_inputs_are_named(looped_package, feeds, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{looped_package}: {message}$"):
+        Interpreter(looped_package).predict(feeds)
 
 
-def test_an_unknown_function_is_named(package, functions) -> None:
+def test_an_unknown_function_is_named(looped_package, functions) -> None:
     with pytest.raises(UserError, match=r"has no function step; it has main$"):
-        Interpreter(package).predict(FEEDS, function="step")
+        Interpreter(looped_package).predict(FEEDS, function="step")
     with pytest.raises(UserError, match=r"has no function main; it has \w+, \w+, \w+$"):
         Interpreter(functions).signature("main")
 
 
-def test_an_unknown_operator_is_found_before_anything_runs(package) -> None:
-    interpreter = Interpreter(package)
+def test_an_unknown_operator_is_found_before_anything_runs(looped_package) -> None:
+    interpreter = Interpreter(looped_package)
     tanh = next(o for o in operations(interpreter.file.function("main")) if o.kind == "tanh")
     tanh.proto.type = "foo"
     place = rf"main, operation {tanh.number} \(foo\)".replace(".", r"\.")
@@ -324,16 +326,16 @@ def test_an_unknown_operator_is_found_before_anything_runs(package) -> None:
         interpreter.prepare("main")
 
 
-def test_a_result_of_another_shape_than_declared(package) -> None:
-    interpreter = Interpreter(package)
+def test_a_result_of_another_shape_than_declared(looped_package) -> None:
+    interpreter = Interpreter(looped_package)
     tanh = next(o for o in operations(interpreter.file.function("main")) if o.kind == "tanh")
     tanh.proto.outputs[0].type.tensorType.dimensions[1].constant.size = 9
     with pytest.raises(PackageError, match=r"\(tanh\): gives float32 \(1, 8\), the file says float32 \(1, 9\); export"):
         interpreter.predict(FEEDS)
 
 
-def test_a_name_that_nothing_makes(package) -> None:
-    interpreter = Interpreter(package)
+def test_a_name_that_nothing_makes(looped_package) -> None:
+    interpreter = Interpreter(looped_package)
     tanh = next(o for o in operations(interpreter.file.function("main")) if o.kind == "tanh")
     tanh.proto.inputs["x"].arguments[0].name = "nowhere"
     with pytest.raises(PackageError, match=r"\(tanh\): takes nowhere, which nothing before it makes$"):
@@ -344,8 +346,8 @@ def test_a_name_that_nothing_makes(package) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
-def test_while_loop(package, limit: int) -> None:
-    interpreter = Interpreter(package)
+def test_while_loop(looped_package, limit: int) -> None:
+    interpreter = Interpreter(looped_package)
     state = interpreter.make_state("main")
     feeds = FEEDS | {"limit": np.array([limit], np.int32)}
     outputs = interpreter.predict(feeds, state, "main")
@@ -356,8 +358,8 @@ def test_while_loop(package, limit: int) -> None:
     np.testing.assert_allclose(interpreter.predict(feeds)["h"], expected(X, limit), rtol=1e-5, atol=1e-5)
 
 
-def test_states_are_written_in_place(package) -> None:
-    interpreter = Interpreter(package)
+def test_states_are_written_in_place(looped_package) -> None:
+    interpreter = Interpreter(looped_package)
     state = interpreter.make_state()
     view = state["kept"][1:]
     for calls in (1, 2):
@@ -429,8 +431,8 @@ def test_nested_blocks_see_what_is_outside(tmp_path) -> None:
     assert numbers and all(".body." in n for n in numbers)
 
 
-def test_intermediate_values_are_dropped(package) -> None:
-    interpreter = Interpreter(package)
+def test_intermediate_values_are_dropped(looped_package) -> None:
+    interpreter = Interpreter(looped_package)
     interpreter.predict(FEEDS)
     prepared = interpreter._prepared["main"]
     values = prepared.template.copy()

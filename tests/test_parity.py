@@ -27,6 +27,8 @@ from rmse_edge.package import Package
 from rmse_edge.runtimes.base import Dials, Fed
 from rmse_edge.runtimes.torch import TorchRuntime
 
+pytestmark = pytest.mark.onnx
+
 # --------------------------------------------------------------------------------------------- a good package
 
 

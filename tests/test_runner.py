@@ -33,6 +33,8 @@ from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.kernels import executorch_folder
 
+pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]
+
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "runtimes" / "native"
 ARM = ROOT / "build" / "native-aarch64"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line, mixed_model, random_tokens, write_checkpoint
+from helpers import assert_one_line, mixed_model, random_tokens
 from small_models import dials as model_dials
 from small_models import whole_sequence
 
@@ -230,15 +230,8 @@ assert "torch" not in sys.modules, "a verb imported torch"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(checkpoint: Path, package: Path) -> tuple[Path, Path]:
     """(checkpoint, ONNX package) of one model."""
-    from rmse_edge.checkpoint import load_checkpoint
-    from rmse_edge.export.pipeline import ExportRequest, export_package
-
-    folder = tmp_path_factory.mktemp("onnx")
-    checkpoint = write_checkpoint(mixed_model(), folder / "tiny")
-    package = folder / "tiny.rmse"
-    export_package(load_checkpoint(checkpoint), package, ExportRequest(check=False), checkpoint)
     return checkpoint, package
 
 

@@ -18,6 +18,8 @@ from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.text import Tokenizer
 
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+
 MODEL = ROOT / "models" / "rmse-shakespeare"
 PROMPT = "ROMEO:\nIt is the east, and "
 
@@ -36,7 +38,14 @@ def test_the_gate_saw_enough_and_found_nothing(shipped: Package) -> None:
         assert len(result["undecided"]) <= 0.01 * result["positions"]
         assert result["max_logit_difference"] <= 1e-4 and result["same_depth"] == 1.0
     assert parity["settings"]["gate"]["depth_sd"] >= 0.5, "exits must vary for the comparison to mean anything"
-    assert shipped.nbytes <= 1.06 * 4 * shipped.manifest["model"]["parameters"]
+
+
+def test_the_package_is_no_larger_than_its_weights(shipped: Package) -> None:
+    """All files together are at most 1.06 x 4 bytes x parameters."""
+    parameters = sum(p.numel() for p in load_checkpoint(MODEL).parameters())
+    total = sum(p.stat().st_size for p in shipped.folder.iterdir())
+    assert shipped.manifest["model"]["parameters"] == parameters and shipped.nbytes == total
+    assert 4 * parameters < total <= 1.06 * 4 * parameters
 
 
 def test_generate_of_transformers_is_greedy_rmse_run(shipped: Package, capsys: pytest.CaptureFixture[str]) -> None:
