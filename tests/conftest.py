@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(1)  # the models of the tests are tiny: more threads only wait for each other
+# The models of the tests are tiny: more threads only wait for each other. The commands that tests start inherit this.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # --------------------------------------------------------------------------------------- which tests, and in what order
 
@@ -32,6 +36,7 @@ EXPORTS = {
     "coreml_package": "coreml",
     "coreml_int4": "coreml",
 }
+SLOW_FILE = re.compile(r"^pytestmark = .*\bmark\.slow\b", re.MULTILINE)
 # With `pytest -n`, the tests of one file run in one process, and those of these files in one, too: they export models
 # that are the same but for a flag, and `memo` knows what its own process has traced.
 TOGETHER = ("test_export", "test_export_quantized", "test_onnx_graph", "test_parity")
@@ -54,6 +59,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     order = {name: rank for rank, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run without slow tests does not even import files of nothing else: coremltools alone takes ten seconds."""
+    if "not slow" not in config.option.markexpr or collection_path.suffix != ".py":
+        return None
+    return True if SLOW_FILE.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,7 +31,7 @@ from rmse_edge.runtimes.mil_file import ModelFile, operations
 from rmse_edge.runtimes.session import SessionError, restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
 
-pytestmark = pytest.mark.coreml
+pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
 FULL, ADAPTIVE = Dials(4), Dials(4, 1, 0.6)
 FUNCTIONS = [f"{name}_{rows}" for rows in (1, 64) for name in ("prelude", "begin", "step", "loop", "head", "commit")]

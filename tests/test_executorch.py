@@ -47,7 +47,7 @@ from rmse_edge.runtimes.kernels import load_kernels
 from rmse_edge.runtimes.session import restore_session, save_session
 from rmse_edge.runtimes.torch import TorchRuntime
 
-pytestmark = pytest.mark.executorch
+pytestmark = [pytest.mark.executorch, pytest.mark.slow]
 
 require_executorch()
 

@@ -470,6 +470,7 @@ def test_a_disk_that_is_full_at_the_very_end(
     assert listing(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "when"), [(signal.SIGINT, ".p.rmse.*/new/p.rmse/*.onnx"), (signal.SIGKILL, ".p.rmse.*/new/p.rmse")]
 )

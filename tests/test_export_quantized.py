@@ -293,6 +293,7 @@ FORMS: dict[str, tuple[RMSE, dict[str, Any], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_other_forms_are_exact(form: str) -> None:
     """Zero points, one table for embedding and head, one scale per channel: each equals the dequantised model."""
@@ -307,6 +308,7 @@ def test_other_forms_are_exact(form: str) -> None:
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * max(1.0, np.abs(a).max()), err_msg=f"{method} {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_rounded_activations_are_within_their_own_error(quant: str) -> None:
     """At accuracy level 4 a product differs from the float one, by no more than int8 activations explain."""
@@ -315,6 +317,7 @@ def test_rounded_activations_are_within_their_own_error(quant: str) -> None:
     assert 1e-5 < error < 0.02
 
 
+@pytest.mark.slow
 def test_an_int8_cache_in_a_package(quick_export: Memo, tmp_path: Path) -> None:
     """The ring is int8, the gate passes by the rounded rule, and chunks agree with single tokens."""
     request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
@@ -439,6 +442,7 @@ def test_flags_that_do_not_go_together(
 # ------------------------------------------------------------------------------------------------------------- bench
 
 
+@pytest.mark.slow
 def test_bench_compares_packages_side_by_side(
     package: Path, int4: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import kernels
 
-pytestmark = [pytest.mark.executorch, pytest.mark.native]
+pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]
 
 require_executorch()
 

@@ -29,7 +29,7 @@ from rmse_edge.runtimes.coreml import CoremlRuntime
 from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_file import ModelFile, Operation
 
-pytestmark = pytest.mark.coreml
+pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
 FEW = ["--tokens", "12", "--repeats", "1"]
 CHECKS = ["loading", "functions against the interpreter", "states", "text against the interpreter", "latency",

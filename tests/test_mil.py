@@ -23,7 +23,7 @@ from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_file import STORED, ModelFile, TensorType, WeightsFile, operations, unpack
 from rmse_edge.runtimes.mil_steps import Run
 
-pytestmark = pytest.mark.coreml
+pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
 W = np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32) / 3
 MODEL = "Data/com.apple.CoreML/model.mlmodel"

@@ -24,7 +24,7 @@ from rmse_edge.runtimes import mil_operators
 from rmse_edge.runtimes.mil import Interpreter
 from rmse_edge.runtimes.mil_operators import OPERATORS, PIECE, compute_half, operator, round_half, to_half
 
-pytestmark = pytest.mark.coreml
+pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(2, 3, 4)).astype(np.float32) * 2

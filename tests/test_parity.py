@@ -437,6 +437,7 @@ class Misreporting(TorchRuntime):
         return dataclasses.replace(fed, depth=fed.depth + self.by * (positions % self.every == 0))
 
 
+@pytest.mark.slow
 def test_the_rounded_rule_forgives_rounding_and_nothing_else(tiny: RMSE) -> None:
     """A millionth of noise on the weights passes; other tokens, other depths, flatter logits or NaN do not."""
     reference = reference_of(tiny)

@@ -218,6 +218,7 @@ def test_the_gate_is_recalibrated_to_the_float_model_s_depth() -> None:
     assert recalibrate(mixed_model(exit_threshold=1.0), mixed_model(exit_threshold=1.0), blocks) is None
 
 
+@pytest.mark.slow
 def test_finetuning_the_integers_brings_them_nearer(model: RMSE) -> None:
     """Scales stay, codes move, and the divergence from the float model falls on text that was not trained on."""
     blocks = torch.from_numpy(random_tokens(8 * 65, 9).reshape(8, 65))
