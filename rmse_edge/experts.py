@@ -100,7 +100,12 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) 
     hidden = hidden * routing.weights.reshape(-1, 1).index_select(0, order).to(x.dtype)
     out = F.grouped_mm(hidden, down, offs=ends)
     position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return out[:, : x.shape[1]].index_select(0, position).view(rows, top_k, -1).sum(1)
+    if out.shape[1] != x.shape[1]:
+        out = out[:, : x.shape[1]].contiguous()
+    if out.dtype == torch.float32 and not torch.is_grad_enabled():
+        # the same sum, without a copy of `out` in rows' order
+        return F.embedding_bag(position.view(rows, top_k), out, mode="sum")
+    return out.index_select(0, position).view(rows, top_k, -1).sum(1)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -154,8 +159,11 @@ class SparseExperts(nn.Module):
         self.shared_down_proj = nn.Linear(shared, d, bias=False)
         # Rows each expert received since the last balance() call; kept out of checkpoints.
         self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
-        # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order; never exported.
+        # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order, zeros for those
+        # that have stopped and are not computed; never exported.
         self.observer: Callable[[int, Routing], None] | None = None
+        # Called as listener(rows, routing) with the rows (n, d) that are computed, stopped ones left out; never exported.
+        self.listener: Callable[[Tensor, Routing], None] | None = None
 
     def router_logits(self, x: Tensor, k: int | Tensor) -> Tensor:
         """(N, d) -> (N, E), always float32: a rounding of 1e-3 here flips which experts run."""
@@ -165,22 +173,39 @@ class SparseExperts(nn.Module):
     def forward(self, x: Tensor, k: int | Tensor, active: Tensor | None = None) -> Tensor:
         """(B, C, d) normed states of loop k -> (B, C, d); rows where `active` (B, C) is False may be skipped."""
         rows = x.reshape(-1, x.shape[-1])
-        logits = self.router_logits(rows, k)
-        if torch.compiler.is_exporting():
-            live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
-            routed = self.exported(rows, logits, live)
-        else:
-            routing = select(logits, self.balance_bias, self.config.top_k)
-            if self.observer is not None:
-                self.observer(int(k), routing)
-            if self.training:
-                self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.config.n_experts)
-            compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts
-            routed = compute(rows, routing, self.gate_up_proj, self.down_proj)
-        if torch.compiler.is_exporting() and not self.shared_down_proj.in_features:
+        if not torch.compiler.is_exporting():
+            return self._computed(rows, k, active).view(x.shape)
+        live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
+        routed = self.exported(rows, self.router_logits(rows, k), live)
+        if not self.shared_down_proj.in_features:
             return routed.view(x.shape)  # zero wide: ONNX cannot reshape what is empty to an unknown number of rows
-        shared = self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
-        return (routed + shared).view(x.shape)
+        return (routed + self._shared(rows)).view(x.shape)
+
+    def _computed(self, rows: Tensor, k: int | Tensor, active: Tensor | None) -> Tensor:
+        """The eager pass over rows (N, d) -> (N, d). Outside of training, stopped rows are not computed: they get zeros."""
+        skip = active is not None and not self.training and not bool(active.all())
+        live = active.reshape(-1).nonzero().squeeze(1) if skip else None  # type: ignore[union-attr]
+        some = rows if live is None else rows.index_select(0, live)
+        routing = self.route(some, k)
+        if self.observer is not None:
+            every = routing
+            if live is not None:
+                every = Routing(*(t.new_zeros(len(rows), t.shape[1]).index_copy_(0, live, t) for t in routing))
+            self.observer(int(k), every)
+        if self.training:
+            self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.config.n_experts)
+        if self.listener is not None:
+            self.listener(some, routing)
+        compute = gathered_experts if some.shape[0] <= GATHER_ROWS else grouped_experts
+        found = compute(some, routing, self.gate_up_proj, self.down_proj) + self._shared(some)
+        return found if live is None else torch.zeros_like(rows).index_copy_(0, live, found)
+
+    def route(self, rows: Tensor, k: int | Tensor) -> Routing:
+        """Which experts compute rows (N, d) in loop k."""
+        return select(self.router_logits(rows, k), self.balance_bias, self.config.top_k)
+
+    def _shared(self, rows: Tensor) -> Tensor:
+        return self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
 
     def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
         """The routed experts in a graph: rows (N, d), logits (N, E), active (N,) bool -> (N, d)."""

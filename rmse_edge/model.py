@@ -80,6 +80,7 @@ class Block(nn.Module):
         Args:
             past: keys and values (B, G, W, hd) of loop k from earlier calls.
             mask: (B or 1, 1, C, S), over past then chunk.
+            active: (B, C) bool; h' of the others is not going to be read, their keys and values are. None: all.
             recall: reads the memory for normed states (B, C, d) -> (B, C, d).
         Returns:
             (h' (B, C, d), this chunk's keys and values of loop k, each (B, G, C, hd)).
@@ -87,11 +88,49 @@ class Block(nn.Module):
         x = self.attention_norm(u)
         keys, values = self.attention.keys_values(x, k, cos, sin)
         seen = (keys, values) if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, (keys, values)))
+        index = self.computed(active)
+        if index is None:
+            return self._rest(u, x, k, cos, sin, seen, mask, active, recall), keys, values
+        if not index.shape[1]:
+            return u, keys, values
+
+        def few(t: Tensor) -> Tensor:  # (B or 1, C, n) -> (B, M, n)
+            t = t.expand(len(index), -1, -1)
+            return t.gather(1, index.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
+
+        masked, live = few(mask.squeeze(1)).unsqueeze(1), active.gather(1, index)  # type: ignore[union-attr]
+        h = self._rest(few(u), few(x), k, few(cos), few(sin), seen, masked, live, recall)
+        return u.scatter(1, index.unsqueeze(-1).expand_as(h), h), keys, values
+
+    def computed(self, active: Tensor | None) -> Tensor | None:
+        """The positions (B, M) of each sequence that are computed, by `active` (B, C); None: all of them.
+
+        M is the largest number of active positions, so that those of all sequences make one tensor.
+        """
+        if active is None or self.training or torch.compiler.is_exporting() or self.experts.observer is not None:
+            return None
+        most = int(active.sum(1).max())
+        if most == active.shape[1]:
+            return None
+        return active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+    def _rest(
+        self,
+        u: Tensor,
+        x: Tensor,
+        k: int | Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seen: tuple[Tensor, ...],
+        mask: Tensor,
+        active: Tensor | None,
+        recall: Recall | None,
+    ) -> Tensor:
+        """h' of u (B, C, d) with x = attention_norm(u), attending to `seen` keys and values (B, G, S, hd)."""
         u = u + self.dropout(self.attention_post_norm(self.attention(x, k, cos, sin, *seen, mask)))
         if recall is not None:
             u = u + self.dropout(recall(x))
-        h = u + self.dropout(self.experts_post_norm(self.experts(self.experts_norm(u), k, active)))
-        return h, keys, values
+        return u + self.dropout(self.experts_post_norm(self.experts(self.experts_norm(u), k, active)))
 
 
 class Hits(NamedTuple):
@@ -412,8 +451,9 @@ class RMSE(nn.Module):
         hits: Hits | None = None,
         surprises: list[Tensor] | None = None,
         together: int | None = None,
+        every: bool = True,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """All states of a whole sequence from an empty past, every iteration computed.
+        """All states of a whole sequence from an empty past, every iteration computed that somebody reads.
 
         A model with a memory goes through it segment by segment, each read by what the ones before it wrote; gradients
         flow through the writes.
@@ -431,8 +471,10 @@ class RMSE(nn.Module):
             surprises: a list to which the memory's surprise (B,) at every whole segment is added.
             together: positions computed at once by a model without a memory, all by default: attention scores take
                 the square of that. With a memory it is always a segment.
+            every: False keeps the states after the last iteration only.
         Returns:
-            (normed states after each iteration [(B, T, d)] * loops, gate logits (loops, B, T), depth (B, T)).
+            (normed states after each iteration [(B, T, d)] * loops, or one without `every`; gate logits (loops, B, T), depth
+            (B, T)).
         """
         batch, count = tokens.shape
         loops = self.config.max_loops if loops is None else loops
@@ -443,7 +485,7 @@ class RMSE(nn.Module):
         for i, start in enumerate(range(0, count, length)):
             part = tokens[:, start : start + length]
             found = {} if hits is None else hits.of_segment(i, part.shape[1])
-            piece = self._segment(part, start, past, memory, found, stop, stopped_kv)
+            piece = self._segment(part, start, past, memory, found, stop, stopped_kv, every)
             parts.append(piece)
             whole = start + length < count or (surprises is not None and start + length == count)
             if self.memory is not None and remember and whole:
@@ -463,6 +505,7 @@ class RMSE(nn.Module):
         retrieved: Tensors,
         stop: Stop | None,
         stopped_kv: str,
+        every: bool,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Positions `start` to `start + C` of `trajectory`; `past`, each loop's keys and values before them, moves on."""
         window, count = self.config.window, tokens.shape[1]
@@ -476,7 +519,8 @@ class RMSE(nn.Module):
         active = torch.ones_like(tokens, dtype=torch.bool)
         depth = torch.zeros_like(tokens)
         log_survival = torch.zeros(tokens.shape, device=tokens.device)
-        states, gates = [], []
+        states: list[Tensor] = []
+        gates = []
         frozen: tuple[Tensor, Tensor] | None = None
         recall = self.recall(memory)
         for k in range(len(past)):
@@ -485,14 +529,15 @@ class RMSE(nn.Module):
                 after, frozen = self._frozen_iteration(u, k, cos, sin, mask, past[k], active, frozen, recall)
                 keys, values = frozen
             else:
-                after, keys, values = self.block(u, k, cos, sin, mask, past[k], recall=recall)
+                running = None if stop is None else active
+                after, keys, values = self.block(u, k, cos, sin, mask, past[k], running, recall)
             if past[k] is not None:
                 keys, values = (torch.cat([p, n], 2) for p, n in zip(past[k], (keys, values)))  # type: ignore[arg-type]
             past[k] = (keys[:, :, -window:], values[:, :, -window:])
             normed = self.norm(torch.where(active.unsqueeze(-1), after, h))
             gate = self.gate(normed).float().squeeze(-1)
             log_survival = add_log_survival(log_survival, gate, active)
-            states.append(normed)
+            states = [*states, normed] if every else [normed]
             gates.append(gate)
             depth = depth + active
             before, h = h, torch.where(active.unsqueeze(-1), after, h)

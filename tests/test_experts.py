@@ -150,3 +150,22 @@ def test_a_row_alone_equals_the_same_row_in_a_crowd() -> None:
         crowd = experts(x, 2)
         alone = torch.cat([experts(x[:, i : i + 1], 2) for i in range(40)], 1)
     torch.testing.assert_close(alone, crowd, rtol=1e-5, atol=1e-5)
+
+
+def test_stopped_rows_are_not_computed() -> None:
+    """Outside of training the rows that run are all that is routed; they get what they get in a crowd, the others zeros."""
+    experts = fresh(small_config()).eval()
+    x = torch.randn(2, 30, D, generator=torch.Generator().manual_seed(0))
+    active = torch.arange(60).view(2, 30) % 4 == 1
+    computed: list[int] = []
+    heard: list[Routing] = []
+    experts.listener = lambda rows, routing: computed.append(len(rows))
+    experts.observer = lambda k, routing: heard.append(routing)
+    with torch.no_grad():
+        crowd, some = experts(x, 2), experts(x, 2, active)
+        nobody = experts(x, 2, torch.zeros_like(active))
+    assert computed == [60, 15, 0] and not nobody.any()
+    torch.testing.assert_close(some[active], crowd[active], rtol=1e-5, atol=1e-5)
+    assert not some[~active].any() and [len(routing.experts) for routing in heard] == [60, 60, 60]
+    flat = active.flatten()
+    assert torch.equal(heard[1].experts[flat], heard[0].experts[flat]) and not heard[1].weights[~flat].any()

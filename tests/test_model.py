@@ -238,6 +238,29 @@ def test_a_tensor_loop_index_equals_a_python_one(encoding: str) -> None:
             torch.testing.assert_close(a[k], b, rtol=0, atol=1e-6)
 
 
+def test_positions_that_stopped_are_not_computed() -> None:
+    """A block that computes only who is running, few or many of each sequence, says of them what it says of all."""
+    model = lively_model(small_config())
+    tokens = torch.cat([tokens_for(model, 64)] * 3)
+    last = torch.tensor([0, 2, 4])[:, None] + torch.arange(64) % 2  # (3, 64): each sequence stops at other loops
+    stop = lambda k, before, after, gate: k >= last  # noqa: E731
+    widths: list[int] = []
+    hook = model.block.experts.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    with torch.no_grad():
+        few = model.trajectory(tokens[:1], stop=lambda k, before, after, gate: k >= last[:1])
+        assert widths == [64, 32]  # then nobody is left
+        some = model.trajectory(tokens, stop=stop)
+        only = model.trajectory(tokens, stop=stop, every=False)
+        model.block.experts.observer = lambda k, routing: None  # whoever observes hears of all positions
+        widths.clear()
+        every = model.trajectory(tokens, stop=stop)
+    hook.remove()
+    assert widths == [64] * 5
+    assert torch.equal(some[2], every[2]) and torch.equal(only[0][0], some[0][-1]) and len(only[0]) == 1
+    for a, b in zip([*some[0], some[1], *few[0]], [*every[0], every[1], *(h[:1] for h in every[0])]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_frozen_keys_are_another_rule() -> None:
     """The ablated rule must differ where positions stop and agree where none does."""
     model = lively_model(small_config())
