@@ -51,6 +51,7 @@ def keeps_states(quant: str) -> bool:
     host_loop=True,
     halves=("fp16", "int8", "int4"),
     computes={"cpu": QUANTIZATIONS, "gpu": QUANTIZATIONS, "ane": ("fp16", "int8", "int4")},
+    stages=(("converting", 1.0), ("assembling", 1.0), ("joining", 0.1), ("checking", 0.5)),
     positions=512,  # the interpreter is no engine: these take it about a minute
     cache=cache_type,
     signatures=lambda spec, quant: signatures(spec, keeps_states(quant)),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 from torch import nn
+from torch.onnx._internal.exporter import _core as exporter
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from ..errors import ExportError, quiet
 from .onnx_ops import translations
@@ -33,20 +35,29 @@ def graph_file(program: LoopProgram, method: ExportedMethod) -> str:
     return f"{method.name}.onnx" if alone else f"{method.name}_{method.chunks[0]}.onnx"
 
 
+@cache
+def registry(compact: bool) -> ONNXRegistry:
+    """What `torch.onnx.export` reads its operators' translations from, with ours; see `translations`.
+
+    `torch.onnx.export` makes one in every call, from the source text of some 500 functions: half a second for each method.
+    """
+    found = ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for operator, translation in translations(compact).items():
+        found.register_op(operator, translation)
+    return found
+
+
 def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
     """One traced method as an ONNX model with its weights inline, after all passes."""
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # it reports on every optional package it does not find
-        exported = torch.onnx.export(
+        exported = exporter.export(
             method.program,
-            (),
-            dynamo=True,
             opset_version=OPSET,
             input_names=[t.name for t in method.takes],
             output_names=[t.name for t in method.gives],
-            custom_translation_table=translations(compact),
+            registry=registry(compact),
             verbose=False,
         )
-    assert exported is not None  # None is for the exporter's other modes
     model = exported.model_proto
     for apply in PASSES:
         apply(model)

@@ -65,6 +65,8 @@ class Target:
     halves: tuple[str, ...] = ()  # precisions whose packages compute in float16
     # Values of `LowerOptions.compute`, the first is the default, each with the precisions that it has.
     computes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Stages of a lowering, for people who wait: how their names begin, and what each costs per method (seconds, roughly).
+    stages: tuple[tuple[str, float], ...] = (("lowering", 1.0),)
     positions: int | None = None  # compared by the parity gate at most; None: as many as the rule says
     check_format: CheckFormat | None = None
     prepare: Prepare | None = None

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..exit import stops
 from ..model import RMSE, Stop
 from ..train.losses import token_loss
+from .parallel import cores, split_evenly
 
-BATCH = 16
+BATCH = 16  # sequences run at once: their states of all loops are kept
 
 
 def deployed_exit(model: RMSE) -> Stop | None:
@@ -35,32 +36,42 @@ def deployed_exit(model: RMSE) -> Stop | None:
 
 @torch.no_grad()
 def compare(
-    reference: RMSE, candidate: RMSE, blocks: Tensor, progress: Callable[[int], object] = lambda _: None
+    reference: RMSE, candidate: RMSE, blocks: Tensor, progress: Callable[[float], object] = lambda _: None
 ) -> dict[str, Any]:
     """Both models over the same blocks, each from an empty past, in PyTorch.
 
     Args:
         blocks: (n, T + 1) int64.
-        progress: called with the number of tokens done since the last call.
+        progress: called with the number of tokens done since the last call, from several threads.
     Returns:
         "full_depth" and, where the model has exits, "adaptive": see `_setting`; "drift": per loop, the mean relative
         difference of the normed states at full depth.
     """
     settings: dict[str, list[dict[str, Tensor]]] = {"full_depth": [], "adaptive": []}
     drift: list[Tensor] = []
-    own, its = deployed_exit(reference), deployed_exit(candidate)
-    for part in blocks.split(BATCH):
-        tokens, targets = part[:, :-1], part[:, 1:]
-        a, _, _ = reference.trajectory(tokens)
-        b, _, _ = candidate.trajectory(tokens)
-        drift.append(torch.stack([((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a, b)]) * len(part))
-        full = torch.full_like(tokens, len(a))
-        settings["full_depth"].append(_pair(reference, candidate, a[-1], b[-1], full, full, targets))
-        if own is not None:
-            a, _, ours = reference.trajectory(tokens, stop=own)
-            b, _, theirs = candidate.trajectory(tokens, stop=its)
-            settings["adaptive"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
-        progress(tokens.numel())
+    models = (reference, candidate)
+    exits = [deployed_exit(model) for model in models]
+    with cores() as workers:
+        for part in blocks.split(split_evenly(2 * len(blocks), workers.count, 4, BATCH)):
+            tokens, targets = part[:, :-1], part[:, 1:]
+            runs = [(model, None) for model in models]
+            if exits[0] is not None:
+                runs += list(zip(models, exits))
+
+            def run(
+                which: tuple[RMSE, Stop | None], tokens: Tensor = tokens, share: float = 1 / len(runs)
+            ) -> tuple[list[Tensor], Tensor]:
+                states, _, depth = which[0].trajectory(tokens, stop=which[1], every=which[1] is None)
+                progress(share * tokens.numel())
+                return states, depth
+
+            (a, ours), (b, theirs), *adaptive = workers.each(run, runs)
+            shift = [((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a, b)]
+            drift.append(torch.stack(shift) * len(part))
+            settings["full_depth"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
+            if adaptive:
+                (a, ours), (b, theirs) = adaptive
+                settings["adaptive"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
     result = {name: _setting(parts) for name, parts in settings.items() if parts}
     return result | {"drift": (torch.stack(drift).sum(0) / len(blocks)).tolist(), "tokens": blocks[:, 1:].numel()}
 
@@ -113,5 +124,7 @@ def _setting(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
 @torch.no_grad()
 def mean_depth(model: RMSE, blocks: Tensor, stop: Stop) -> float:
     """Loops a position runs on average: blocks (n, T) int64."""
-    depths = [model.trajectory(part, stop=stop)[2].double().mean() * len(part) for part in blocks.split(BATCH)]
-    return float(torch.stack(depths).sum() / len(blocks))
+    with cores() as workers:
+        parts = blocks.split(split_evenly(len(blocks), workers.count, 4, BATCH))
+        depths = list(workers.each(lambda part: model.trajectory(part, stop=stop, every=False)[2], parts))
+    return float(torch.cat(depths).double().mean())

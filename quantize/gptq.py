@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .parallel import cores
 from .tensors import Format, QuantizedTensor, decode, encode, full_range, grouped
 
 DAMP = 0.01  # of the mean diagonal, added to it
@@ -56,10 +57,11 @@ def gptq(weight: Tensor, hessian: Tensor, fmt: Format) -> QuantizedTensor:
     """
     if weight.dim() == 2:
         return _unstack(gptq(weight[None], hessian[None], fmt))
-    parts = [
-        _solve(w.float().clone(), h.float(), fmt)
-        for w, h in zip(weight.split(STACK), hessian.split(STACK), strict=True)
-    ]
+    stacks = list(zip(weight.split(STACK), hessian.split(STACK), strict=True))
+    if len(stacks) == 1:
+        return _solve(weight.float().clone(), hessian.float(), fmt)
+    with cores() as workers:
+        parts = list(workers.each(lambda stack: _solve(stack[0].float().clone(), stack[1].float(), fmt), stacks))
     zeros = None if parts[0].zeros is None else torch.cat([p.zeros for p in parts if p.zeros is not None])
     return QuantizedTensor(fmt, torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), zeros)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..model import RMSE
 from .compare import deployed_exit
-from .hessians import BATCH
 
+BATCH = 32  # sequences run at once
 HEADROOM = 1.05  # over the largest value seen
 
 
@@ -40,9 +40,9 @@ def kv_scales(model: RMSE, blocks: Tensor, progress: Callable[[int], object] = l
     handle = model.block.register_forward_hook(keep)
     try:
         for part in blocks.split(BATCH):
-            model.trajectory(part)
+            model.trajectory(part, every=False)
             if stop is not None:
-                model.trajectory(part, stop=stop)
+                model.trajectory(part, stop=stop, every=False)
             progress(part.numel())
     finally:
         handle.remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..errors import TextError, UserError
 from ..model import RMSE
+from ..progress import Report, Work, silent
 from ..shards import check_finite
 from ..text import consecutive_blocks, random_blocks, split
 from .compare import compare
@@ -23,11 +23,17 @@ from .gptq import gptq
 from .hessians import HEAD, LOOPS, Hessians, gather
 from .kv import kv_scales
 from .qat import finetune
-from .scheme import METHODS, Scheme
+from .scheme import EXPERTS, METHODS, Scheme
 from .tensors import Format, QuantizedTensor, round_to_nearest
 
 KV = ("float32", "float16", "int8")
+KV_SCALES, FINETUNING = "scales of keys and values", "finetuning"
+GATE, COMPARING = "recalibrating the exit gate", "comparing with the float model"
+
 GATE_TOKENS = 8192  # that the exit gate is recalibrated on: every trial of a bias reads them all
+# Of the calibration text, for weights that read every position: this share, and if there are so many this many tokens.
+# A routed expert reads few positions, and needs all of the text.
+DENSE_SHARE, DENSE_TOKENS = 0.25, 8192
 LEAST_TOKENS = 512  # of a calibration: fewer say too little about 512 experts
 LEAST_TEXT = 1024  # tokens of a text that is split into calibration and evaluation
 
@@ -41,9 +47,6 @@ STAGES = (
     ("block.experts.down_proj", "block.experts.shared_down_proj.weight"),
     ("head_proj.weight",),
 )
-
-# Told the stage, the tokens (or steps) done of it since the last call, and how many it has.
-Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def quantize(
     request: QuantizeRequest,
     ids: np.ndarray | None = None,
     fingerprint: str = "",
-    progress: Progress = lambda *_: None,
+    progress: Report = silent,
 ) -> Quantized:
     """Quantise a copy of `model`.
 
@@ -120,6 +123,7 @@ def quantize(
         ids: (n,) tokens of a text like those the model will read. The first 90 % calibrate, the rest evaluate. None:
             weights are rounded to the nearest, and nothing is compared.
         fingerprint: of `model`, kept with the result.
+        progress: told what is being done and how far the whole is, from several threads.
     Raises:
         UserError: a tensor the quantiser does not know, a group size that does not divide, a text that is too short or on
             which the model does not give numbers, or a method that needs a text.
@@ -138,11 +142,12 @@ def quantize(
         )
     calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
     model = model.eval()
-    work = with_kv(model, request, calibration, progress)
+    done = Work(_costs(model, request, stages(formats), calibration, held_out), progress)
+    work = with_kv(model, request, calibration, done)
     tensors: dict[str, QuantizedTensor] = {}
     rare = 0
     for stage in stages(formats):
-        found = _hessians(model, work, stage, calibration, request, progress)
+        found = _hessians(model, work, stage, calibration, request, done)
         rare = max(rare, found.rare()) if found else rare
         for name in stage:
             weight = model.get_parameter(name).detach()
@@ -150,12 +155,13 @@ def quantize(
             with torch.no_grad():
                 work.get_parameter(name).copy_(tensors[name].dequantize())
     if request.qat_steps and calibration is not None:
-        note = progress_of(progress, "finetuning", request.qat_steps)
+        note = done.start(FINETUNING, request.qat_steps)
         tensors = finetune(model, work, tensors, calibration, request.qat_steps, request.seed, lambda loss: note(1))
     moved = None
     if request.recalibrate_gate and calibration is not None:
-        progress("recalibrating the exit gate", 0, 1)
+        note = done.start(GATE, 1)
         moved = recalibrate(model, work, calibration[: max(1, GATE_TOKENS // calibration.shape[1])])
+        note(1)
     report: dict[str, Any] = {
         "quant": request.scheme.quant,
         "request": dataclasses.asdict(request),
@@ -167,8 +173,7 @@ def quantize(
         "calibration_tokens": 0 if calibration is None else calibration.numel(),
     }
     if held_out is not None:
-        note = progress_of(progress, "comparing with the float model", held_out[:, 1:].numel())
-        report["evaluation"] = compare(model, work, held_out, note)
+        report["evaluation"] = compare(model, work, held_out, done.start(COMPARING, held_out[:, 1:].numel()))
         if not math.isfinite(report["evaluation"]["full_depth"]["increase"]):
             raise UserError(
                 "--calibrate: the model's loss is no number on this text; check the checkpoint with rmse-eval"
@@ -183,7 +188,7 @@ def stages(formats: dict[str, Format]) -> list[list[str]]:
     return [stage for stage in found if stage]
 
 
-def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, progress: Progress) -> RMSE:
+def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, done: Work) -> RMSE:
     """A copy of `model` with the KV cache that was asked for, its weights unchanged."""
     if request.kv is None or request.kv == model.config.kv_dtype != "int8":
         return copy.deepcopy(model)
@@ -193,31 +198,66 @@ def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, p
         assert calibration is not None  # `needs_text`
         exact = RMSE(dataclasses.replace(model.config, kv_dtype="float32")).eval()
         exact.load_state_dict(state)
-        note = progress_of(progress, "scales of keys and values", calibration.numel())
+        note = done.start(KV_SCALES, calibration.numel())
         state["block.attention.kv_scales"] = kv_scales(exact, calibration, note)
     changed.load_state_dict(state)
     return changed
 
 
 def _hessians(
-    model: RMSE,
-    work: RMSE,
-    stage: list[str],
-    calibration: Tensor | None,
-    request: QuantizeRequest,
-    progress: Progress,
+    model: RMSE, work: RMSE, stage: list[str], calibration: Tensor | None, request: QuantizeRequest, done: Work
 ) -> Hessians | None:
     """What a stage's weights see; None where that does not matter: rounded to the nearest, or looked up."""
+    text = _text_of(model, stage, calibration, request)
+    if text is None:
+        return None
+    note = done.start(_label(stage), text.numel())
+    if stage == ["embed.weight"]:  # it is the head as well, and what the head says is what counts
+        found = gather(model, text, [HEAD], request.loops, note)
+        found.sums["embed.weight"] = found.sums.pop(HEAD)
+        return found
+    return gather(work if request.in_flow else model, text, stage, request.loops, note)
+
+
+def _text_of(model: RMSE, stage: list[str], calibration: Tensor | None, request: QuantizeRequest) -> Tensor | None:
+    """The part of the calibration text (n, T) that a stage reads; None: it needs none."""
     tied = model.config.tie_embeddings
     if calibration is None or request.method == "rtn" or (stage == ["embed.weight"] and not tied):
         return None
-    if stage == ["embed.weight"]:  # it is the head as well, and what the head says is what counts
-        note = progress_of(progress, "head", calibration.numel())
-        found = gather(model, calibration, [HEAD], request.loops, note)
-        found.sums["embed.weight"] = found.sums.pop(HEAD)
-        return found
-    note = progress_of(progress, stage[0].removesuffix(".weight").split(".")[-1], calibration.numel())
-    return gather(work if request.in_flow else model, calibration, stage, request.loops, note)
+    if set(stage) & set(EXPERTS):
+        return calibration
+    blocks, length = calibration.shape
+    return calibration[: math.ceil(max(DENSE_SHARE * blocks, DENSE_TOKENS / length))]
+
+
+def _label(stage: list[str]) -> str:
+    return stage[0].removesuffix(".weight").split(".")[-1]
+
+
+def _costs(
+    model: RMSE,
+    request: QuantizeRequest,
+    stages: list[list[str]],
+    calibration: Tensor | None,
+    held_out: Tensor | None,
+) -> dict[str, float]:
+    """Roughly what each part of a quantisation costs, in positions that are computed to the end."""
+    texts = {_label(stage): _text_of(model, stage, calibration, request) for stage in stages}
+    found: dict[str, float] = {label: text.numel() for label, text in texts.items() if text is not None}
+    if "inject" in found:
+        found["inject"] /= model.config.max_loops
+    if calibration is not None:
+        if request.kv == "int8":
+            found[KV_SCALES] = 1.5 * calibration.numel()
+        if request.qat_steps:
+            found[FINETUNING] = (
+                30 * request.qat_steps * calibration.shape[1]
+            )  # a batch of 8, forth and back, and the float model
+        if request.recalibrate_gate:
+            found[GATE] = min(calibration.numel(), GATE_TOKENS)
+    if held_out is not None:
+        found[COMPARING] = 3 * held_out[:, 1:].numel()
+    return found
 
 
 def _quantize_tensor(name: str, weight: Tensor, fmt: Format, found: Hessians | None) -> QuantizedTensor:
@@ -242,9 +282,3 @@ def tensor_report(weight: Tensor, q: QuantizedTensor) -> dict[str, Any]:
             (error.flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1).clamp_min(1e-12)).max()
         )
     return found
-
-
-def progress_of(progress: Progress, stage: str, total: int) -> Callable[[int], object]:
-    """A callback that reports how much of one stage was done."""
-    progress(stage, 0, total)
-    return lambda done: progress(stage, done, total)

@@ -175,8 +175,9 @@ class SparseExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if not torch.compiler.is_exporting():
             return self._computed(rows, k, active).view(x.shape)
+        logits = self.router_logits(rows, k)
         live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
-        routed = self.exported(rows, self.router_logits(rows, k), live)
+        routed = self.exported(rows, logits, live)
         if not self.shared_down_proj.in_features:
             return routed.view(x.shape)  # zero wide: ONNX cannot reshape what is empty to an unknown number of rows
         return (routed + self._shared(rows)).view(x.shape)

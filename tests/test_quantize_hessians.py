@@ -10,7 +10,8 @@ from torch import Tensor
 from rmse_edge.errors import UserError
 from rmse_edge.exit import exit_distribution
 from rmse_edge.experts import Routing, swiglu
-from rmse_edge.model import RMSE
+from rmse_edge.model import RMSE, Stop
+from rmse_edge.quantize.compare import deployed_exit
 from rmse_edge.quantize.hessians import DOWN, FLOOR, HEAD, PRIOR_ROWS, UP, gather
 
 Q = "block.attention.q_proj.weight"
@@ -28,17 +29,24 @@ def blocks() -> Tensor:
 
 
 @torch.no_grad()
-def recorded(model: RMSE, blocks: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, list[Tensor]]:
-    """Inputs of q_proj and of the experts by loop (rows, d), gate logits (K, rows) and normed states by loop."""
+def recorded(
+    model: RMSE, blocks: Tensor, stop: Stop | None = None
+) -> tuple[list[Tensor], list[Tensor], Tensor, list[Tensor]]:
+    """Inputs of q_proj and of the experts by loop (rows, d), gate logits (K, rows) and normed states by loop.
+
+    `stop` as in `RMSE.trajectory`; an observer has the block compute stopped positions too.
+    """
+    model.block.experts.observer = lambda k, routing: None
     queries: list[Tensor] = []
     experts: list[Tensor] = []
     hooks = [
         model.block.attention.q_proj.register_forward_pre_hook(lambda _, a: queries.append(a[0].flatten(0, 1))),
         model.block.experts.register_forward_pre_hook(lambda _, a: experts.append(a[0].flatten(0, 1))),
     ]
-    states, gates, _ = model.trajectory(blocks)
+    states, gates, _ = model.trajectory(blocks, stop=stop)
     for hook in hooks:
         hook.remove()
+    model.block.experts.observer = None
     return queries, experts, gates.flatten(1), [h.flatten(0, 1) for h in states]
 
 
@@ -52,23 +60,75 @@ def running(gates: Tensor) -> Tensor:
     return p.flip(0).cumsum(0).flip(0)
 
 
+def weighted(inputs: list[Tensor], weights: Tensor) -> Tensor:
+    """Hessian of the inputs (rows, d) of every loop, with weights (K, rows)."""
+    return sum((x * w[:, None]).T @ x for x, w in zip(inputs, weights))  # type: ignore[return-value]
+
+
 def test_dense_inputs_of_every_loop(model: RMSE, blocks: Tensor) -> None:
-    """`even` counts every loop's rows once, `first` only the first loop's, `exits` by the chance of getting there."""
+    """`even` counts every loop's rows once, `first` only the first loop's."""
     queries, _, gates, _ = recorded(model, blocks)
-    alive = FLOOR + (1 - FLOOR) * running(gates)
-    assert alive[-1].mean() < 0.9 * alive[0].mean()  # so that the weights show
-    weights = {"even": torch.ones_like(gates), "exits": alive, "first": torch.zeros_like(gates)}
+    weights = {"even": torch.ones_like(gates), "first": torch.zeros_like(gates)}
     weights["first"][0] = 1
     for loops, weight in weights.items():
-        expected = sum((x * w[:, None]).T @ x for x, w in zip(queries, weight))
-        assert close(gather(model, blocks, [Q], loops).of(Q), expected), loops
+        assert close(gather(model, blocks, [Q], loops).of(Q), weighted(queries, weight)), loops
 
 
-def test_the_head_is_read_at_every_exit(model: RMSE, blocks: Tensor) -> None:
-    _, _, gates, states = recorded(model, blocks)
+def test_a_quarter_runs_to_the_end_and_the_rest_stops(model: RMSE, blocks: Tensor) -> None:
+    """`exits` counts every loop of the first quarter, and of the others what the model computes, by its chance of running."""
+    whole, rest = blocks[:10], blocks[10:]
+    queries, _, gates, states = recorded(model, whole)
+    q = weighted(queries, torch.ones_like(gates))
+    head = weighted(states, torch.full_like(gates, 1 / len(gates)))
+    stop = deployed_exit(model)
+    queries, _, gates, states = recorded(model, rest, stop)
+    depth = model.trajectory(rest, stop=stop)[2].flatten()
+    assert 1 < depth.double().mean() < model.config.max_loops  # so that it shows who stopped
+    computed = torch.arange(len(gates))[:, None] < depth
+    found = gather(model, blocks, [Q, "block.attention.kv_proj.weight", HEAD], "exits")
+    expected = q + weighted(queries, running(gates) * computed)
+    assert close(found.of(Q), expected) and close(found.of("block.attention.kv_proj.weight"), expected)
+    assert close(found.of(HEAD), head + states[-1].T @ states[-1])
+
+
+def test_experts_hear_of_running_rows_only(model: RMSE, blocks: Tensor) -> None:
+    """Of the part whose positions stop: every row that runs, once for each of its experts, by its routing weight."""
+    found = gather(model, blocks, [UP], "exits")
+    expected, rows = torch.zeros(64, 64), 0
+    for part, stop in ((blocks[:10], None), (blocks[10:], deployed_exit(model))):
+        _, inputs, gates, _ = recorded(model, part, stop)
+        depth = model.trajectory(part, stop=stop)[2].flatten()
+        for k, x in enumerate(inputs):
+            routing = model.block.experts.route(x, k)
+            share = routing.weights.square().sum(1) * (k < depth) * (1 if stop is None else running(gates)[k])
+            expected += (x * share[:, None]).T @ x
+            rows += int((k < depth).sum()) * model.config.top_k
+    assert int(found.rows.sum()) == rows and close(found.sums[UP].sum(0), expected.detach())
+
+
+def test_without_exits_every_loop_counts_by_its_chance(blocks: Tensor) -> None:
+    """A model whose exits are off runs to the end, and a row of loop k counts by the chance that it is still running."""
+    model = mixed_model(exit_threshold=1.0)
+    queries, _, gates, states = recorded(model, blocks)
+    alive = FLOOR + (1 - FLOOR) * running(gates)
+    assert alive[-1].mean() < 0.9 * alive[0].mean()  # so that the weights show
+    found = gather(model, blocks, [Q, HEAD], "exits")
     p = FLOOR / len(gates) + (1 - FLOOR) * exit_distribution(gates)
-    expected = sum((x * w[:, None]).T @ x for x, w in zip(states, p))
-    assert close(gather(model, blocks, [HEAD], "exits").of(HEAD), expected)
+    assert close(found.of(Q), weighted(queries, alive)) and close(found.of(HEAD), weighted(states, p))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_same_text_gives_the_same_sums(model: RMSE, blocks: Tensor, threads: int) -> None:
+    """Whoever is faster, sums are added up in one order: a seed gives the same integers again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = (gather(model, blocks, [Q, UP, DOWN], "exits").sums for _ in range(2))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 def test_what_is_outside_the_loop_counts_once(model: RMSE, blocks: Tensor) -> None:

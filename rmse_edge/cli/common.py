@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError
+from ..progress import Report
 
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -133,6 +134,33 @@ class Parser(argparse.ArgumentParser):
         else:
             message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+@contextmanager
+def total_bar() -> Iterator[Callable[[float], Report]]:
+    """One bar for the whole of a command, on a terminal: what it is doing, how far it is, and how long it has still to go.
+
+    Yields:
+        part(share): for the next so much of the command, the `Report` that its parts of known cost tell.
+    """
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
+    with tqdm(total=1.0, bar_format=form, smoothing=0, leave=False, disable=None, file=sys.stderr) as bar:
+        begun = 0.0
+
+        def part(share: float) -> Report:
+            nonlocal begun
+            first, begun = begun, begun + share
+
+            def report(what: str, done: float) -> None:
+                bar.set_description_str(what, refresh=False)
+                bar.update(max(0.0, first + share * done - bar.n))
+                bar.refresh()
+
+            return report
+
+        yield part
 
 
 # -------------------------------------------------------------------------------------------------- argument types

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Parser, output_path, positive_int, verb
+from .common import Parser, output_path, positive_int, total_bar, verb
 from .quantize import add_quantize_flags, quantized, request_of
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "models/rmse-shakespeare"
 TARGETS = ("onnx", "executorch", "coreml")
 BITS = ("int8", "int4")
+QUANTIZING = 0.5  # of the time that quantising and exporting take together, about
 
 
 def parser() -> Parser:
@@ -108,17 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     output = args.output or Path(f"{name}-{args.target}.rmse")
     check_destination(output, args.force)  # before minutes of quantising
     integers = stored
-    if how:
-        integers = quantize(model, how) if args.config else quantized(args, model, folder, how)
-        model = integers.model
-    from tqdm import tqdm
-
-    with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None) as bar:
-
-        def progress(stage: str) -> None:
-            bar.set_description_str(stage)
-
-        package = export_package(model, output, request, checkpoint, progress, integers)
+    with total_bar() as part:
+        if how and args.config:
+            integers = quantize(model, how)  # rounds, in no time
+        elif how:
+            integers = quantized(args, model, folder, how, part(QUANTIZING))
+        model = integers.model if integers else model
+        share = 1 - QUANTIZING if how and not args.config else 1.0
+        package = export_package(model, output, request, checkpoint, part(share), integers)
     print_result(package)
     return 0
 

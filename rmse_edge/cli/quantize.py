@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,14 @@ from .common import (
     non_negative_int,
     output_path,
     positive_int,
+    total_bar,
     verb,
 )
 from .display import table
 
 if TYPE_CHECKING:
     from ..model import RMSE
+    from ..progress import Report
     from ..quantize import Quantized, QuantizeRequest
 
 
@@ -98,8 +99,10 @@ def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
     )
 
 
-def quantized(args: argparse.Namespace, model: RMSE, folder: Path, request: QuantizeRequest) -> Quantized:
-    """Quantise the model of the checkpoint in `folder`, with a progress bar."""
+def quantized(
+    args: argparse.Namespace, model: RMSE, folder: Path, request: QuantizeRequest, progress: Report
+) -> Quantized:
+    """Quantise the model of the checkpoint in `folder`."""
     import numpy as np
 
     from ..quantize import quantize
@@ -108,25 +111,9 @@ def quantized(args: argparse.Namespace, model: RMSE, folder: Path, request: Quan
 
     ids = None
     if args.calibrate:
+        progress("reading the text", 0)
         ids = np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(args.calibrate)), np.int64)
-    with stage_bar() as progress:
-        return quantize(model, request, ids, fingerprint(model), progress)
-
-
-@contextmanager
-def stage_bar():
-    """A bar on a terminal: the stage, and how far it is."""
-    from tqdm import tqdm
-
-    with tqdm(unit=" tokens", leave=False, disable=None, file=sys.stderr) as bar:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if done == 0:
-                bar.set_description(stage, refresh=False)
-                bar.reset(total)
-            bar.update(done)
-
-        yield progress
+    return quantize(model, request, ids, fingerprint(model), progress)
 
 
 @verb("rmse-quantize")
@@ -143,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = quantized(args, load_checkpoint(args.model), args.model, request)
+    with total_bar() as part:
+        result = quantized(args, load_checkpoint(args.model), args.model, request, part(1.0))
     save_quantized(result, output, args.model)
     print(json.dumps(result.report) if args.report == "json" else as_markdown(result.report, output))
     return None
