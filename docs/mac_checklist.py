@@ -32,6 +32,7 @@ import numpy as np
 from rmse_edge.cli.common import Parser, positive_int, verb
 from rmse_edge.config import SEGMENT
 from rmse_edge.errors import PackageError, UserError, quiet
+from rmse_edge.files import write_text
 from rmse_edge.package import Package
 from rmse_edge.runtimes.base import Arrays, Dials
 from rmse_edge.runtimes.bench import exits_disabled, third
@@ -79,7 +80,7 @@ class Report:
     def section(self, title: str, lines: Iterable[str]) -> None:
         self.sections += [f"## {title}", "", *lines, ""]
         if self.path is not None:
-            self.path.write_text(self.text(), encoding="utf-8")
+            write_text(self.path, self.text())
 
     def check(self, title: str, run: Callable[[], Outcome]) -> None:
         """Run a check; an exception is what is wrong with it, in one line."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import TextError
+from .files import write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -174,7 +175,7 @@ def train_character_tokenizer(text: str, path: str | Path) -> None:
     fast = Fast(models.WordLevel(vocab))
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     fast.decoder = decoders.Fuse()
-    Path(path).write_text(json.dumps(json.loads(fast.to_str()), indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(json.loads(fast.to_str()), indent=1) + "\n")
 
 
 def word_tokenizer(words: list[str]) -> str:

@@ -182,6 +182,7 @@ def kill_while_making(work: Path) -> dict[str, int]:
             counts["new"] += 1
         else:
             KnowledgeBase.create(folder, INFO).close()
+            assert [p.name for p in work.iterdir()] == ["a.kb"], "nothing of the killed ones is left"
             counts["old"] += 1
     return counts
 
