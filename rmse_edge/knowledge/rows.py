@@ -54,6 +54,7 @@ class Manifest:
     d_model: Count
     model: Name  # fingerprint
     passages: Whole
+    keys: Whole  # different ones: entries of the index
     generation: Whole
     index: Entry
 
