@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from helpers import ALPHABET, random_tokens
+from helpers import ALPHABET, TINY, random_tokens, require_executorch
 from small_models import small_recipe
+
+from rmse_edge.cli.train import main as rmse_train
+from rmse_edge.runtimes.kernels import executorch_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -140,6 +144,18 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
 
+# Engines start and programs are exported: half a minute together. What is added replaces what was given.
+SLOW: dict[str, list[str]] = {
+    "python docs/experiments/executorch/state.py [--windows 128,256] [--reps 60]": [
+        "--sizes", "192", "--windows", "64", "--reps", "5",
+    ],
+    "python docs/experiments/executorch/experts.py [--sizes 192x32,768x128] [--rows 1,64]": [
+        "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
+    ],
+    "python docs/experiments/executorch/decode.py --rounds 7": ["--config", "tiny.json", "--hollow", "hollow.json", "--rounds", "1"],
+    "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
+}  # fmt: skip
+
 EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"
 TRAINS = "training takes hours as documented; tests/test_train_cli.py and test_train_resume.py run the verb"
 NOT_RUN: dict[str, str] = {
@@ -167,15 +183,11 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --recipe docs/experiments/recall/recipe.json -o runs/recall": TRAINS,
     "rmse-train --recipe docs/experiments/facts/recipe.json -o runs/facts": TRAINS,
     "python docs/experiments/quantization/measure.py --text shakespeare.txt --seeds 0,1,2": "runs above, for one variant",
-    "python docs/experiments/quantization/agreement.py PACKAGE.rmse QUANTISED-CHECKPOINT --text shakespeare.txt": "slow",
-    "python docs/experiments/facts/measure.py runs/facts.rmse": "slow",
-    "python docs/experiments/executorch/experts.py --sizes 192x32": "slow",
-    "python docs/experiments/executorch/experts.py --sizes 768x128": "slow",
-    "python docs/experiments/executorch/experts.py [--sizes 192x32,768x128] [--rows 1,64]": "slow",
-    "python docs/experiments/executorch/state.py": "slow",
-    "python docs/experiments/executorch/state.py [--windows 128,256] [--reps 60]": "slow",
-    "python docs/experiments/executorch/decode.py --rounds 7": "slow",
-    "python docs/experiments/executorch/decode.py --runner build/native/rmse-runner [--config docs/benchmarks/d768.json]": "slow",
+    "python docs/experiments/quantization/agreement.py PACKAGE.rmse QUANTISED-CHECKPOINT --text shakespeare.txt": "compares as the parity gate does, with its functions; tests/test_parity.py",
+    "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
+    "python docs/experiments/executorch/experts.py --sizes 768x128": "run below, at another size",
+    "python docs/experiments/executorch/state.py": "run below, with sizes",
+    "python docs/experiments/executorch/decode.py --runner build/native/rmse-runner [--config docs/benchmarks/d768.json]": "run below, at another size",
     "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/test_mac_checklist.py",
     "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/test_mac_checklist.py",
     "pip install 'rmse-edge[coreml]'": "installs",
@@ -184,7 +196,8 @@ NOT_RUN: dict[str, str] = {
 
 def test_every_documented_command_is_run_or_says_why_not() -> None:
     listed = {re.sub(r"^OMP_NUM_THREADS=1 ", "", command) for command in BLOCKS}
-    assert listed == {*RUN, *NOT_RUN}, sorted(listed ^ {*RUN, *NOT_RUN})
+    known = {*RUN, *SLOW, *NOT_RUN}
+    assert listed == known, sorted(listed ^ known)
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +231,38 @@ def test_a_documented_command_runs(
         return
     module, function = PROJECT["scripts"][program].split(":")
     assert not getattr(importlib.import_module(module), function)(rest), capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SLOW)
+def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
+    """In a process of its own: it sets threads and logging for all of it."""
+    require_executorch()
+    _, script, *rest = words(command)
+    rest = [word for word in rest if word == "runs/facts.rmse"] + SLOW[command]
+    if "decode" in script:
+        rest += ["--runner", str(require_runner())]
+        sizes = {**TINY, "model_type": "rmse"}
+        (tmp_path / "tiny.json").write_text(json.dumps(sizes))
+        (tmp_path / "hollow.json").write_text(json.dumps(sizes | {"n_experts": 8}))
+    elif "facts" in script:
+        recipe = json.loads((ROOT / "docs/experiments/facts/recipe.json").read_text())
+        recipe |= {"steps": 2, "gate_steps": 1, "exit_steps": 1, "batch_size": 2, "warmup": 1, "eval_every": 1}
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        # A checkpoint folder answers like the package made of it.
+        assert not rmse_train(["--recipe", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "runs" / "facts")])
+        rest[0] = "runs/facts"
+    command_line = [sys.executable, str(ROOT / script), *rest]
+    done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "|" in done.stdout or json.loads(done.stdout)["questions"] == 3
+
+
+def require_runner() -> Path:
+    """The native runner, if it is built or can be."""
+    if shutil.which("make") is None or shutil.which("g++") is None:
+        pytest.skip("needs make and g++")
+    folder = ROOT / "build" / "documented"
+    make = ["make", "-C", str(ROOT / "runtimes" / "native"), f"EXECUTORCH={executorch_folder()}", f"BUILD={folder}"]
+    subprocess.run(make, check=True, capture_output=True)
+    return folder / "rmse-runner"
