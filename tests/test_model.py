@@ -67,9 +67,10 @@ def test_a_rounded_cache_reads_the_same_in_every_chunking() -> None:
         logits, host_depth = host.feed(tokens, dial, sizes)
         assert host.state["past_keys"].dtype == torch.float16
         assert torch.equal(host_depth, depth)
-        # Noise of 1e-7 rarely crosses a rounding boundary of the cache; where it does, one number moves by one step.
+        # Noise of 1e-7 crosses a rounding boundary of the cache now and then, and one number moves by one step: how often
+        # depends on the processor. Other numbers in the ring than in use change logits by a third of `rounding` and more.
         error = (logits - expected).abs().amax(-1)
-        assert error.median() <= 5e-5 and error.max() <= rounding.max()
+        assert error.median() <= 0.15 * rounding.amax(-1).median() and error.max() <= rounding.max()
 
 
 def test_a_stopped_position_supplies_propagated_keys_to_loops_that_never_ran() -> None:
