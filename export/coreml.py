@@ -19,6 +19,7 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Program
 
+from ..config import KvDtype
 from ..errors import ExportError, UserError, first_line, quiet
 from .coreml_check import Expected, check, decides, expected
 from .coreml_functions import OPSET, Assembly, Converted, signatures
@@ -32,7 +33,7 @@ MODEL = "model.mlpackage"
 FULL_PRECISION = ("begin", "blank", "memorize", "embed_segment")
 
 
-def cache_type(quant: str, own: str) -> str:
+def cache_type(quant: str, own: KvDtype) -> KvDtype:
     """Keys and values in float16 where they are kept in states; otherwise in a type that Core ML takes and gives."""
     if keeps_states(quant) or own == "float16":
         return "float16"

@@ -104,7 +104,8 @@ class NumberedLinear(nn.Module):
         digits = (number >> torch.arange(q.shape[-1]).clamp(max=62)) & 1
         codes = torch.cat([q.codes, (q.format.middle + digits).to(q.codes.dtype).unsqueeze(0)])
         longer = QuantizedTensor(q.format, codes, torch.cat([q.scales, q.scales[-1:]]))
-        self.layer = nn.Linear(*longer.shape[::-1], bias=bias is not None, device="meta")
+        outputs, inputs = longer.shape
+        self.layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
         self.layer.weight = nn.Parameter(torchao_weight(longer, True), requires_grad=False)
         if bias is not None:
             self.layer.bias = nn.Parameter(torch.cat([bias, torch.zeros(1)]), requires_grad=False)

@@ -40,7 +40,7 @@ from ..config import SEGMENT
 from ..errors import ParityError
 from ..loop import LoopSpec
 from ..model import RMSE
-from ..runtimes.base import Arrays, Dials, Methods, ModelInfo
+from ..runtimes.base import Arrays, Dials, Methods, ModelInfo, dtype_name
 from ..runtimes.host import LoopRuntime
 from ..runtimes.torch import TorchMethods, TorchRuntime
 from .parity_memory import MEMORY_TOLERANCE, compare_memory, compare_passage
@@ -232,7 +232,7 @@ def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
     draw = np.random.default_rng(seed)
     feeds: Arrays = {}
     for t in (*spec.inputs, *spec.context, *spec.state):
-        dtype = str(t.dtype).removeprefix("torch.")
+        dtype = dtype_name(t.dtype)
         if dtype == "bool":
             feeds[t.name] = draw.random(t.shape) < 0.5
             feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
@@ -295,7 +295,7 @@ def compare_methods(
 
     for chunk, spec in program.specs.items():
         reference = TorchMethods(program.model)
-        dials = {t.name: np.array(dial_values[t.name], str(t.dtype).removeprefix("torch.")) for t in dial_specs(spec)}
+        dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
         feeds = example_feeds(spec, reference)
         results: dict[str, Arrays] = {}
         for name in ("prelude", "loop", "head", *(["commit"] if spec.commit else []), *spec.extra):

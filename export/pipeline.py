@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..chat import chat_files
-from ..config import SEGMENT, RMSEConfig
+from ..config import SEGMENT, KvDtype, RMSEConfig
 from ..errors import ExportError, ParityError, UserError
 from ..loop import LoopSpec
 from ..model import RMSE
@@ -155,7 +155,7 @@ def as_cached(model: RMSE, request: ExportRequest) -> RMSE:
     return with_cache(model, cache(request.quant, model.config.kv_dtype) if cache else model.config.kv_dtype)
 
 
-def with_cache(model: RMSE, dtype: str) -> RMSE:
+def with_cache(model: RMSE, dtype: KvDtype) -> RMSE:
     """`model`, or a copy whose keys and values are stored in another type, a float."""
     if dtype == model.config.kv_dtype:
         return model

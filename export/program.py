@@ -37,6 +37,7 @@ from torch.export import ExportedProgram
 
 from ..errors import ExportError, first_line
 from ..loop import DIALS, LoopModel, LoopSpec, TensorSpec, run_loop
+from ..runtimes.base import dtype_name
 
 METHODS = ("prelude", "loop", "step", "head", "commit")
 HOST_METHODS = ("prelude", "begin", "step", "head", "commit")  # of programs whose host owns the loop
@@ -259,7 +260,7 @@ def trace(
 
 def tensors_json(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
     """Names, shapes and types, for a manifest."""
-    return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in specs]
+    return [{"name": t.name, "shape": list(t.shape), "dtype": dtype_name(t.dtype)} for t in specs]
 
 
 def rows_text(chunks: tuple[int, ...]) -> str:

@@ -13,6 +13,7 @@ from ..errors import UserError, quiet
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..config import KvDtype
     from ..loop import LoopSpec
     from ..quantize import Format, QuantizedTensor
     from .program import LoopProgram, Signature
@@ -44,7 +45,7 @@ CheckFormat = Callable[[str, "Format", int], None]
 # What a target makes of the model before it is traced; the model given stays as it is.
 Prepare = Callable[["nn.Module", LowerOptions], "nn.Module"]
 # The type in which a package stores keys and values: of its precision, and of the model's own cache.
-CacheType = Callable[[str, str], str]
+CacheType = Callable[[str, "KvDtype"], "KvDtype"]
 # What a package's methods take and give, by name: of a spec, and the package's precision.
 Signatures = Callable[["LoopSpec", str], Mapping[str, "Signature"]]
 

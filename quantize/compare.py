@@ -54,7 +54,7 @@ def compare(
     with cores() as workers:
         for part in blocks.split(split_evenly(2 * len(blocks), workers.count, 4, BATCH)):
             tokens, targets = part[:, :-1], part[:, 1:]
-            runs = [(model, None) for model in models]
+            runs: list[tuple[RMSE, Stop | None]] = [(model, None) for model in models]
             if exits[0] is not None:
                 runs += list(zip(models, exits))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 
 SMALL = 200_000_000  # parameters
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Cores:
@@ -33,7 +35,7 @@ class Cores:
 
     def each(self, work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
         """work(piece) of every piece, in order; a piece that fails raises here."""
-        futures = [self.start(lambda piece=piece: work(piece)) for piece in pieces]
+        futures = [self.start(partial(work, piece)) for piece in pieces]
         for future in futures:
             yield future.result()
 

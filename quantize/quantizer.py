@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import KvDtype
 from ..errors import TextError, UserError
 from ..model import RMSE
 from ..progress import Report, Work, silent
@@ -26,7 +27,7 @@ from .qat import finetune
 from .scheme import EXPERTS, METHODS, Scheme
 from .tensors import Format, QuantizedTensor, round_to_nearest
 
-KV = ("float32", "float16", "int8")
+KV = get_args(KvDtype)
 KV_SCALES, FINETUNING = "scales of keys and values", "finetuning"
 GATE, COMPARING = "recalibrating the exit gate", "comparing with the float model"
 
@@ -57,7 +58,7 @@ class QuantizeRequest:
     method: str = "gptq"
     loops: str = "exits"  # whose inputs GPTQ sees, see `hessians.gather`
     in_flow: bool = True  # inputs from the model as far as it is quantised; False: from the float model
-    kv: str | None = None  # the KV cache's type; None: the checkpoint's own
+    kv: KvDtype | None = None  # the KV cache's type; None: the checkpoint's own
     calibration_tokens: int = 32_768
     evaluation_tokens: int = 16_384  # 0: no comparison with the float model
     recalibrate_gate: bool = True

@@ -137,8 +137,9 @@ def validated(kind: type[T], values: Any, where: str, error: type[UserError], fi
     Raises:
         error: a value is missing or does not fit; names the first one.
     """
+    schema: Any = kind
     try:
-        return _adapter(kind).validate_json(json.dumps(values), strict=True)
+        return _adapter(schema).validate_json(json.dumps(values), strict=True)
     except ValidationError as found:
         raise error(f"{where}: {_line(kind, found, name)}{'; ' + fix if fix else ''}") from None
 
@@ -149,7 +150,8 @@ def check_fields(instance: Any, error: type[UserError]) -> None:
     Raises:
         error: naming the first field that does not fit.
     """
-    for name, kind in annotations_of(type(instance)).items():
+    schema: Any = type(instance)
+    for name, kind in annotations_of(schema).items():
         object.__setattr__(instance, name, check_value(kind, getattr(instance, name), name, error))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 from pydantic import Field
@@ -23,6 +23,13 @@ from ..schema import Name, Shape, Whole, validated
 
 Arrays = dict[str, np.ndarray]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+
+
+def dtype_name(dtype: object) -> Dtype:
+    """The name of a type of PyTorch's."""
+    return cast(Dtype, str(dtype).removeprefix("torch."))
+
+
 Kept = dict[Name, tuple[Shape, Dtype]]  # name -> (shape, type)
 
 

@@ -252,7 +252,7 @@ def _to_core_ml(value: np.ndarray, t: Mapping[str, Any]) -> np.ndarray:
 def _core_ml_form(form: Form) -> Form:
     """What Core ML has for a tensor of the LoopProgram."""
     shape, dtype = form
-    return shape or (1,), {"int64": "int32", "bool": "int32"}.get(dtype, dtype)
+    return shape or (1,), "int32" if dtype in ("int64", "bool") else dtype
 
 
 def _from_core_ml(value: np.ndarray, t: Mapping[str, Any]) -> np.ndarray:

@@ -149,7 +149,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def _form(form: tuple[tuple[int, ...], np.dtype | None] | None) -> str:
+def _form(form: tuple[tuple[int, ...], object] | None) -> str:
     return "none" if form is None else f"{list(form[0])} {form[1] or 'of another type'}"
 
 

@@ -17,7 +17,7 @@ from ..package import AGAIN, MANIFEST, Package
 from ..schema import Name, Shape
 from .base import Dtype, ModelInfo
 
-Form = tuple[tuple[int, ...], str]  # shape and type
+Form = tuple[tuple[int, ...], Dtype]  # shape and type
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 LARGEST_STATE = 4 << 30  # bytes that a model may keep between calls: what is zeroed before the first one
@@ -286,7 +286,11 @@ def _fits(form: Form, other: Form) -> bool:
 
 
 def check_engine(
-    name: str, side: str, tensors: Iterable[Any], found: Iterable[tuple[str | None, Form]], refuse: Refuse
+    name: str,
+    side: str,
+    tensors: Iterable[Any],
+    found: Iterable[tuple[str | None, tuple[tuple[int, ...], str]]],
+    refuse: Refuse,
 ) -> None:
     """Hold one side of a method, as the manifest has it, against what the engine's own file says.
 

@@ -17,7 +17,7 @@ from ..model import RMSE
 from ..quantize import is_quantized_checkpoint, load_quantized
 from ..shards import weight_files
 from ..vocabulary import Vocabulary
-from .base import Arrays, Dials, ModelInfo
+from .base import Arrays, Dials, ModelInfo, dtype_name
 from .host import LoopRuntime
 
 
@@ -80,7 +80,7 @@ def model_info(
         parameters=sum(p.numel() for p in model.parameters()),
         nbytes=nbytes,
         chunks=(1, SEGMENT),
-        state={t.name: (t.shape, str(t.dtype).removeprefix("torch.")) for t in spec.state},
+        state={t.name: (t.shape, dtype_name(t.dtype)) for t in spec.state},
         rings=dict(spec.notes["rings"]),
         memory={t.name: (t.shape, "float32") for t in spec.memory},
         retrieval={

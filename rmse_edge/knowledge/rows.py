@@ -175,14 +175,11 @@ class Rows:
                 (LARGEST_MANIFEST,),
             ).fetchall()
         manifest = parse_json(found[0][0], str(self.path), KnowledgeError, AGAIN) if len(found) == 1 else None
-        version = None
-        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
-            version = manifest.get("format_version")
-        if version is None:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "format_version" not in manifest:
             raise KnowledgeError(f"{self.path}: damaged, or not the passages of an {FORMAT}; {AGAIN}")
-        if version != FORMAT_VERSION:
+        if manifest["format_version"] != FORMAT_VERSION:
             raise KnowledgeError(
-                f"{self.path}: format version {version!r}, this rmse-edge reads {FORMAT_VERSION}; {AGAIN}"
+                f"{self.path}: format version {manifest['format_version']!r}, this rmse-edge reads {FORMAT_VERSION}; {AGAIN}"
             )
         if manifest.get("sha256") != digest_manifest(manifest):
             raise KnowledgeError(f"{self.path}: its manifest is damaged (its SHA-256 does not fit); {AGAIN}")
