@@ -270,7 +270,11 @@ FULL, GATE = Dials(4), Dials(4, 1, 0.6)
 def test_whole_texts_are_pytorchs(
     fp32: Runner, int4: Runner, tiny: RMSE, calm: Quantized, dials: Dials, tmp_path: Path
 ) -> None:
-    """A reference without ring, calls or moments of writing: what this host has of its own is seen by nothing else."""
+    """Against a reference without ring, calls or moments of writing: prompts, single tokens, a prompt.
+
+    In int4 only shares are compared. Finer faults of what the memory is taught show beside the Python runtime, above,
+    whose host is held against the same reference exactly.
+    """
     assert_pytorch_agrees(fp32, tiny, FP32_TEXT, dials, tmp_path / "logits")
     assert_pytorch_agrees(int4, calm.model, INT4_TEXT, dials, tmp_path / "logits")
     with pytest.raises(ParityError):  # a memory that is never written
@@ -312,7 +316,7 @@ HOST_FAULTS = {
 def test_a_wrong_host_is_seen(
     runner: Path, fp32: Runner, int4: Runner, tiny: RMSE, calm: Quantized, fault: str, tmp_path: Path
 ) -> None:
-    """The runner is built again with a fault in one line of its host; all else is the same."""
+    """The comparison above fails where the runner is built again with a fault in one line of its host."""
     old, new = HOST_FAULTS[fault]
     native, build = tmp_path / "native", tmp_path / "build"
     shutil.copytree(NATIVE, native)

@@ -296,15 +296,17 @@ int write_logits(const Options& options) {
   check_memory(options, package.info());
   Model model(package, options.packed_weights);
   if (options.no_memory) model.leave_memory_blank();
-  std::ofstream file(options.logits, std::ios::binary);
   std::span<const int64_t> tokens = options.prompt_tokens;
+  std::vector<float> logits;
   std::string depths;
   for (const int64_t count : parts) {
     const Fed fed = model.feed(tokens.first(count), dials, /*all_logits=*/true);
     tokens = tokens.subspan(count);
-    file.write(reinterpret_cast<const char*>(fed.logits.data()), fed.logits.size() * sizeof(float));
+    logits.insert(logits.end(), fed.logits.begin(), fed.logits.end());
     for (const int64_t depth : fed.depth) depths += std::to_string(depth) + " ";
   }
+  std::ofstream file(options.logits, std::ios::binary);
+  file.write(reinterpret_cast<const char*>(logits.data()), logits.size() * sizeof(float));
   if (!file.flush()) throw std::runtime_error(options.logits + ": cannot be written");
   std::puts(depths.c_str());
   return 0;
