@@ -26,7 +26,7 @@ ARM := build/native-aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test test-arm lint style types clean
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test test-arm fuzz lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
@@ -34,6 +34,7 @@ help:
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + all tests"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
+	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
 	@echo "make lint    ruff, ruff format --check, mypy"
 	@echo "make clean   remove what was built; .venv stays"
 
@@ -96,6 +97,10 @@ test: lint
 
 test-arm: arm-tools
 	$(BIN)/pytest -m arm
+
+# Hours: docs/robustness.md. One subject alone: make fuzz FUZZ="onnx -n 200 --seed 7"
+fuzz: runner
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: style types
 

@@ -167,13 +167,14 @@ def check_value(kind: Any, value: Any, name: str, error: type[UserError], where:
         raise error(f"{where}{where and ': '}{_line(kind, found, name)}{'; ' + fix if fix else ''}") from None
 
 
-@functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return _adapters(kind)
 
 
-@functools.cache
-def annotations_of(kind: type) -> dict[str, Any]:
+_adapters = functools.cache(TypeAdapter)  # made once: that takes milliseconds
+
+
+def annotations_of(kind: Any) -> dict[str, Any]:
     """Of every field of a dataclass or typed dictionary, its annotation."""
     hints = get_type_hints(kind, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else hints

@@ -80,6 +80,20 @@ class Tokenizer:
         """All ids that stand for a token, added ones included."""
         return set(self._fast.get_vocab(with_added_tokens=True).values())
 
+    def fitting(self, vocab_size: int) -> Tokenizer:
+        """Itself, if a model of so many tokens knows all of its own.
+
+        Raises:
+            TextError: it is another model's.
+        """
+        largest = max(self.ids(), default=0)
+        if largest >= vocab_size:
+            raise TextError(
+                f"{self.path}: {self.vocab_size} tokens up to id {largest}, but the model has vocab_size {vocab_size}; use "
+                "the tokenizer the model was trained with"
+            )
+        return self
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`.
 

@@ -24,7 +24,7 @@ from ..package import Package
 from ..schema import Name, Shape
 from .base import Arrays, ModelInfo
 from .host import LoopRuntime
-from .signatures import Form, Method, Refuse, check_engine, check_methods, read_methods, read_model, refusal
+from .signatures import Form, Method, Refuse, Tensor, check_engine, check_methods, read_methods, read_model, refusal
 
 STATEFUL = ("step", "loop", "commit")  # methods that read or write the rings, where these are states
 SCALE = "scale"  # the input of `blank`, of which Core ML wants one: 1 for the memory as it was trained
@@ -353,11 +353,7 @@ def check_program(path: Path, tables: Mapping[str, Method], rings: Mapping[str, 
             ("inputs", method.inputs, function.inputs),
             ("outputs", method.outputs, function.outputs),
         ):
-            said = [
-                dataclasses.replace(t, shape=form[0], dtype=form[1])
-                for t in tensors
-                for form in [_core_ml_form(t.form)]
-            ]
+            said = [Tensor(t.name, *_core_ml_form(t.form)) for t in tensors]  # type: ignore[arg-type]
             order = [t.name for t in said if t.name in found] + [n for n in found if n not in {t.name for t in said}]
             check_engine(name, side, said, [(n, (found[n].shape, found[n].dtype)) for n in order], refuse)  # type: ignore[misc]
         for state, found_state in function.states.items():

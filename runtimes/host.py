@@ -10,6 +10,7 @@ from ..config import SEGMENT
 from ..errors import UserError
 from ..rope import rotary_angles
 from .base import Arrays, Dials, Fed, Methods, ModelInfo, Surprise
+from .signatures import LARGEST_STATE, kept_bytes
 
 # Prefill calls have 64 rows, decode calls one. Up to this many rows, single calls beat a padded 64-row call.
 SINGLE_CALLS = 6
@@ -45,6 +46,11 @@ class LoopRuntime:
     loop = "loop"  # the method that iterates
 
     def __init__(self, info: ModelInfo, methods: Methods) -> None:
+        if kept_bytes(info) > LARGEST_STATE:
+            raise UserError(
+                f"{info.name}: keeps {kept_bytes(info)} bytes between calls, with a window of {info.window} positions and "
+                f"{info.max_loops} loops; at most {LARGEST_STATE} (4 GiB) are supported, lower window in its config.json"
+            )
         self.info = info
         self.methods = methods
         own = {} if self.kept_by_engine() else info.state

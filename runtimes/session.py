@@ -79,7 +79,8 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
         what = "is not a file" if os.path.exists(path) else "no such session file"
         raise SessionError(f"{path}: {what}; make one with rmse-run --save-session")
     own = runtime.tensors()
-    known = {name: (array.shape, array.dtype) for name, array in own.items()}
+    known: dict[str, Form] = {name: (array.shape, array.dtype) for name, array in own.items()}
+    found: dict[str, Form] = {}
     tensors: Arrays | None = None
     try:
         with safe_open(path, framework="numpy") as file:
@@ -143,13 +144,16 @@ class Header:
 
 
 # The names that safetensors has for types.
-TYPES = {
+TYPES: dict[str, np.dtype] = {
     "F32": np.dtype("float32"), "F16": np.dtype("float16"), "I8": np.dtype("int8"), "I64": np.dtype("int64"),
     "BOOL": np.dtype("bool"),
 }  # fmt: skip
 
 
-def _form(form: tuple[tuple[int, ...], object] | None) -> str:
+Form = tuple[tuple[int, ...], np.dtype | None]  # shape and type; None: a type that no session has
+
+
+def _form(form: Form | None) -> str:
     return "none" if form is None else f"{list(form[0])} {form[1] or 'of another type'}"
 
 

@@ -49,7 +49,8 @@ def read_model(package: Package) -> ModelInfo:
     Raises:
         PackageError: a value does not fit; one line names the manifest and the field.
     """
-    info = ModelInfo.from_json(package.manifest.get("model"), package.nbytes, str(package.folder / MANIFEST))
+    values = package.section(dict[str, Any], "model")
+    info = ModelInfo.from_json(values, package.nbytes, str(package.folder / MANIFEST))
     check_model(info, refusal(package))
     return info
 
@@ -116,9 +117,13 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
             refuse(
                 f"model.state.{ring}", list(info.state[ring][0]), f"{info.window} positions in the last axis but one"
             )
-    kept = sum(_nbytes(form) for form in (*info.state.values(), *info.memory.values()))
-    if kept > LARGEST_STATE:
-        refuse("model.state", f"{kept} bytes with model.memory", f"at most {LARGEST_STATE} (4 GiB)")
+    if kept_bytes(info) > LARGEST_STATE:
+        refuse("model.state", f"{kept_bytes(info)} bytes with model.memory", f"at most {LARGEST_STATE} (4 GiB)")
+
+
+def kept_bytes(info: ModelInfo) -> int:
+    """Bytes of the rings and the memory."""
+    return sum(_nbytes(form) for form in (*info.state.values(), *info.memory.values()))
 
 
 def _nbytes(form: Form) -> int:

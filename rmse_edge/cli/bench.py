@@ -276,7 +276,8 @@ def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.n
     text = args.text or folder / "sample.txt"
     if not text.is_file():
         raise TextError(f"{folder}: holds no sample.txt; give --text FILE, exits on random tokens would mean nothing")
-    tokenizer, content = Tokenizer(folder / "tokenizer.json"), read_text(text)
+    tokenizer = Tokenizer(folder / "tokenizer.json").fitting(runtime.info.vocab_size)
+    content = read_text(text)
     # A long text takes hundreds of megabytes to tokenise, which would count as memory of the model.
     ids = np.asarray(tokenizer.encode(content[: CHARACTERS * count]), np.int64)
     return ids if len(ids) >= count else np.asarray(tokenizer.encode(content), np.int64)

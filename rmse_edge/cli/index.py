@@ -95,7 +95,8 @@ def model_embedder(args: argparse.Namespace) -> Embedder:
     from ..text import Tokenizer
 
     runtime = open_model(args)
-    return ModelEmbedder(runtime, Tokenizer(args.model / "tokenizer.json"), args.model)
+    tokenizer = Tokenizer(args.model / "tokenizer.json").fitting(runtime.info.vocab_size)
+    return ModelEmbedder(runtime, tokenizer, args.model)
 
 
 def add(args: argparse.Namespace, embedder: Embedder) -> None:

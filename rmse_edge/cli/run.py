@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     runtime = open_model(args)
     assert isinstance(runtime, LoopRuntime)
     dials = chosen_dials(args, runtime.info)
-    tokenizer = Tokenizer(args.model / "tokenizer.json")
+    tokenizer = Tokenizer(args.model / "tokenizer.json").fitting(runtime.info.vocab_size)
     librarian = prepare_memory(runtime, args, warn)
     stop = list(args.stop or ())
     if template is not None and not args.ignore_eos and (end := template.end_of_turn(tokenizer)):

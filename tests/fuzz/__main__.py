@@ -112,7 +112,7 @@ def run(
         os.close(reader)
         _, status, used = os.wait4(pid, 0)
         took = time.monotonic() - start
-    # Of the runner, the process that the child started.
+    # Of the child and what it waited for: the runner.
     peak = used.ru_maxrss * 1024
     outcome, _, line = said.decode(errors="replace").partition(" ")
     defect = None
