@@ -91,9 +91,9 @@ arm-wheel: $(STAMP)
 arm-tools: $(STAMP)
 	@.ci/arm-tools
 
-# Two processes at a time; tests of one file stay together, since they share exports.
+# Two processes at a time. tests/conftest.py says which tests stay together, since they share exports, and which come first.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2
 
 test-arm: arm-tools
 	$(BIN)/pytest -m arm

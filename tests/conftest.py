@@ -45,10 +45,13 @@ FIRST = (
     "test_runner",
     "test_coreml",
     *TOGETHER,
-    "test_executorch",
-    "test_export_memory",
     "test_shipped",
+    "test_export_memory",
     "test_session",
+    "test_coreml_failures",
+    "test_coreml_program",
+    "test_executorch",
+    "test_train_tasks",
 )
 
 
