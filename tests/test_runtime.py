@@ -235,7 +235,6 @@ def folders(checkpoint: Path, package: Path) -> tuple[Path, Path]:
     return checkpoint, package
 
 
-@pytest.mark.slow
 class TestOnnx:
     """The package says what the checkpoint says, through the same code."""
 

@@ -144,16 +144,16 @@ def test_a_session_replaces_the_one_before(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["text.session"]
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def makers(remembering: Path, remembering_package: Path) -> dict[str, Callable[[], LoopRuntime]]:
+    return {
+        "torch": lambda: opened(remembering),
+        "onnx": lambda: opened(remembering_package),
+    }
+
+
 class TestOnnx:
     """A package saves and restores as its checkpoint does, and each goes on with what the other saved."""
-
-    @pytest.fixture(scope="class")
-    def makers(self, remembering: Path, remembering_package: Path) -> dict[str, Callable[[], LoopRuntime]]:
-        return {
-            "torch": lambda: opened(remembering),
-            "onnx": lambda: opened(remembering_package),
-        }
 
     @pytest.mark.parametrize(("at", "hits_at"), [(128, None), (100, INJECT_AT)])
     def test_a_text_goes_on(
