@@ -160,7 +160,7 @@ def with_cache(model: RMSE, dtype: KvDtype) -> RMSE:
     if dtype == model.config.kv_dtype:
         return model
     twin = copy.deepcopy(model)
-    config = dataclasses.replace(model.config, kv_dtype=dtype)  # type: ignore[arg-type]
+    config = dataclasses.replace(model.config, kv_dtype=dtype)
     for module in twin.modules():
         if hasattr(module, "config"):
             module.config = config  # type: ignore[assignment]

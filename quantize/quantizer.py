@@ -194,7 +194,7 @@ def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, d
     if request.kv is None or request.kv == model.config.kv_dtype != "int8":
         return copy.deepcopy(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "block.attention.kv_scales"}
-    changed = RMSE(dataclasses.replace(model.config, kv_dtype=request.kv)).eval()  # type: ignore[arg-type]
+    changed = RMSE(dataclasses.replace(model.config, kv_dtype=request.kv)).eval()
     if request.kv == "int8":
         assert calibration is not None  # `needs_text`
         exact = RMSE(dataclasses.replace(model.config, kv_dtype="float32")).eval()

@@ -353,7 +353,7 @@ def check_program(path: Path, tables: Mapping[str, Method], rings: Mapping[str, 
             ("inputs", method.inputs, function.inputs),
             ("outputs", method.outputs, function.outputs),
         ):
-            said = [Tensor(t.name, *_core_ml_form(t.form)) for t in tensors]  # type: ignore[arg-type]
+            said = [Tensor(t.name, *_core_ml_form(t.form)) for t in tensors]
             order = [t.name for t in said if t.name in found] + [n for n in found if n not in {t.name for t in said}]
             check_engine(name, side, said, [(n, (found[n].shape, found[n].dtype)) for n in order], refuse)  # type: ignore[misc]
         for state, found_state in function.states.items():
