@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*/README.md")])
 SCRIPTS = sorted(ROOT.glob("docs/**/*.py"))
-STARTS = re.compile(r"(?:\w+=\S+ +)*(rmse-[a-z]+|python|make|pip|build/native/rmse-runner)\b")
+STARTS = re.compile(r"(?:\w+=\S+ +)*(rmse-[a-z]+|python|make|pip|build/native/rmse-runner)\b(?!:)")
 FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 
 
@@ -127,6 +127,11 @@ RUN: dict[str, list[str]] = {
     'rmse-run rmse-shakespeare-onnx.rmse --prompt "..." --save-session talk.session': ["-n", "2"],
     'rmse-run MODEL --prompt "..." --save-session talk.session': ["-n", "2"],
     'rmse-run MODEL --session talk.session --prompt "..."': ["-n", "2"],
+    'rmse-run MODEL -p "ROMEO:"': ["-n", "2"],
+    "rmse-run MODEL -f scene.txt": ["-n", "2"],
+    'rmse-run MODEL -p "ROMEO:" -n 100 --save-session talk.session': ["-n", "2"],
+    'rmse-run MODEL -p "" -n 100 --session talk.session': ["-n", "2"],
+    "python docs/experiments/knowledge/recall.py --passages 10000": ["--passages", "300"],
     "rmse-index MODEL notes.txt manual.txt -o my.kb": [],
     'rmse-run MODEL --kb my.kb --prompt "..."': ["-n", "2"],
     "rmse-eval rmse-shakespeare-onnx.rmse --text shakespeare.txt --split validation --block 256": [],
@@ -162,6 +167,10 @@ NOT_RUN: dict[str, str] = {
     "make demo": "tests/test_shipped.py does what it does",
     "make test": "this is it",
     "make runner": "tests/test_runner.py builds it",
+    "make fuzz": "takes hours; tests/test_robustness.py runs a few of its cases",
+    "rmse-run MODEL --chat": "the shipped model has no template; tests/test_chat.py",
+    'rmse-run MODEL --chat --system "Be brief."': "as above",
+    "python docs/experiments/knowledge/recall.py": "runs above, at another size",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
     "rmse-export -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export -m runs/mine": EXPORTS,
@@ -212,7 +221,7 @@ def workplace(remembering: Path, remembering_package: Path, tmp_path_factory: py
     del recipe["model"]["vocab_size"]
     (folder / "models" / "rmse-shakespeare" / "base-recipe.json").write_text(json.dumps(recipe))
     text = "".join(ALPHABET[i] for i in random_tokens(4000, 5))
-    for name in ("shakespeare.txt", "FILE", "notes.txt", "manual.txt"):
+    for name in ("shakespeare.txt", "FILE", "notes.txt", "manual.txt", "scene.txt"):
         (folder / name).write_text(text)
     return folder
 

@@ -145,7 +145,7 @@ class Dictated:
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = list(tokens)
 
-    def pick(self, logits: Any) -> int:
+    def pick(self, logits: Any, unused: Any) -> int:
         return self.tokens.pop(0)
 
 

@@ -27,8 +27,8 @@ HEAD, GRAPH, NODE = 64, struct.Struct("<5Q"), 10  # bytes of the head, fields of
 MOST_LEVELS, MOST_NEIGHBOURS = 64, 4096
 
 
-def check_index(path: Path, passages: int, key_dims: int, fix: str) -> None:
-    """Fail unless the file holds a graph of `passages` nodes that leads nowhere else.
+def check_index(path: Path, entries: int, key_dims: int, fix: str) -> None:
+    """Fail unless the file holds a graph of `entries` nodes that leads nowhere else.
 
     Raises:
         KnowledgeError: it does not; names the file and the fix.
@@ -39,14 +39,14 @@ def check_index(path: Path, passages: int, key_dims: int, fix: str) -> None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             data = np.frombuffer(content, np.uint8)
             try:
-                wrong = _wrong(data, passages, key_dims)
+                wrong = _wrong(data, entries, key_dims)
             finally:
                 del data  # or the map could not be closed
     if wrong:
         raise KnowledgeError(f"{path}: {wrong}; {fix}")
 
 
-def _wrong(data: np.ndarray, passages: int, key_dims: int) -> str | None:
+def _wrong(data: np.ndarray, entries: int, key_dims: int) -> str | None:
     """What is wrong with the bytes of a file, if anything is."""
     rows, columns = (int(n) for n in data[:8].view("<u4"))
     at = 8 + rows * columns
@@ -56,8 +56,8 @@ def _wrong(data: np.ndarray, passages: int, key_dims: int) -> str | None:
     if head[:7] != MAGIC or head[13:17] != TYPES:
         return "is no usearch index of cosines in float32"
     present, deleted, dims = COUNTS.unpack_from(head, 17)
-    if (present, dims, columns) != (passages, key_dims, 4 * key_dims):
-        return f"holds {present} keys of {dims} numbers, expected {passages} of {key_dims}"
+    if (present, dims, columns) != (entries, key_dims, 4 * key_dims):
+        return f"holds {present} keys of {dims} numbers, expected {entries} of {key_dims}"
     at += HEAD
     count, connectivity, base, top, start = GRAPH.unpack(data[at : at + GRAPH.size].tobytes())
     at += GRAPH.size
@@ -84,8 +84,8 @@ def _wrong(data: np.ndarray, passages: int, key_dims: int) -> str | None:
         return "has a node that says another level than the graph"
     keys = _field(data, starts, 8).view("<u8")[:, 0]
     keys = keys[keys != DELETED]
-    if len(np.unique(keys)) != len(keys) or len(keys) != passages:
-        return "has two nodes of one passage"
+    if len(np.unique(keys)) != len(keys) or len(keys) != entries:
+        return "has two nodes of one key"
     for level in range(int(levels.max()) + 1):
         nodes = starts[levels >= level] + NODE + (first + further * (level - 1) if level else 0)
         room = connectivity if level else base

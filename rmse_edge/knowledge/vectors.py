@@ -71,7 +71,7 @@ def read_index(folder: Path, manifest: dict[str, Any], view: bool) -> Any:
             raise KnowledgeError(f"{path}: {size} bytes, expected {entry['bytes']}; truncated? {REBUILD} {folder}")
         if digest_file(path) != entry["sha256"]:
             raise KnowledgeError(f"{path}: its SHA-256 is not the recorded one; damaged, {REBUILD} {folder}")
-        check_index(path, manifest["passages"], manifest["key_dims"], f"{REBUILD} {folder}")
+        check_index(path, manifest["keys"], manifest["key_dims"], f"{REBUILD} {folder}")
         (index.view if view else index.load)(str(path))
     except FileNotFoundError:
         raise KnowledgeError(f"{path}: missing; {REBUILD} {folder}") from None
