@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Fixtures that export a model, which takes half a minute and more: every test that uses one is slow, and of this target.
 EXPORTS = {
-    "quick_export": "onnx",
+    "memo": "onnx",
     "package": "onnx",
     "remembering_package": "onnx",
     "executorch_package": "executorch",

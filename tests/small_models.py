@@ -121,7 +121,7 @@ def whole_sequence(model: RMSE, tokens: Tensor, dial: dict[str, Tensor]) -> tupl
 
 
 def small_recipe(**changes: Any) -> Recipe:
-    """Twelve steps through all three stages."""
+    """Twelve steps through all three stages, in float32 on every processor."""
     model = dict(
         vocab_size=40, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, window=64, max_loops=4, n_experts=16, top_k=2,
         expert_width=32, shared_width=32, dropout=0.1, block_size=64,
@@ -129,6 +129,7 @@ def small_recipe(**changes: Any) -> Recipe:
     values: dict[str, Any] = dict(
         model=model | changes.pop("model", {}), batch_size=4, steps=6, depths=(2, 4), gate_steps=3, exit_steps=3, warmup=2,
         eval_every=3, eval_blocks=4, clip=0.3,
+        precision="fp32",
     )  # fmt: skip
     return Recipe(**(values | changes))
 

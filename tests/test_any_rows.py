@@ -21,6 +21,8 @@ from rmse_edge.loop import LoopSpec, Tensors, TensorSpec
 from rmse_edge.model import RMSE
 from rmse_edge.runtimes.onnx import OnnxMethods
 
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+
 WIDTH, LOOPS, CHUNKS = 4, 5, (1, 8)
 DIALS = {"max_loops": LOOPS, "min_loops": 1, "exit_threshold": 0.5}
 

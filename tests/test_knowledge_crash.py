@@ -135,6 +135,7 @@ def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", CHANGES)
 def test_killed_at_every_line(work: Path, name: str) -> None:
@@ -145,6 +146,7 @@ def test_killed_at_every_line(work: Path, name: str) -> None:
     assert counts["old"] > 15 and (counts["new"] > 1 or name == "rebuild"), counts
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(work: Path) -> None:
     folder, generator = made(work / "a.kb"), random.Random(11)
     before = everything(folder)

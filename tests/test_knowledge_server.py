@@ -186,6 +186,7 @@ def test_nobody_listens() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers() -> None:
     """It takes connections and says nothing: an error in time, and a process that still ends."""
     with socket.socket() as silent:

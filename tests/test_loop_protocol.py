@@ -24,6 +24,8 @@ from rmse_edge.runtimes.base import Arrays
 from rmse_edge.runtimes.onnx import OnnxMethods
 from rmse_edge.runtimes.torch import TorchMethods
 
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+
 THRESHOLD = 0.8  # at which random boards stop at many depths
 
 

@@ -247,6 +247,7 @@ def remembering_model(kind: str, **changes: object) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("setting", [{}, {"exit_threshold": 0.7}, {"exit_epsilon": 0.4}])
 def test_chunks_of_any_size_agree_across_segments(kind: str, setting: dict[str, float]) -> None:

@@ -26,6 +26,7 @@ def model() -> RMSE:
     return mixed_model()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["learned", "temporal_rope"])
 def test_an_int8_cache_reads_the_same_in_every_chunking(encoding: str) -> None:
     """150 positions, a window of 64, positions that stop: chunks of any size against the whole sequence at once."""

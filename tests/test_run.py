@@ -198,6 +198,7 @@ def test_bars_are_as_long_as_their_share():
 # ------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_text_and_statistics(checkpoint: Path):
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

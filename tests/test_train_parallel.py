@@ -15,6 +15,8 @@ from rmse_edge.train.journal import read_rows
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import STATE_FILE, Trainer
 
+pytestmark = pytest.mark.slow
+
 STOP = 7  # in the gate stage
 # Without dropout, which every process draws for itself; clipped in every step.
 RECIPES = {
@@ -24,7 +26,7 @@ RECIPES = {
     "fsdp-accumulate": small_recipe(model={"dropout": 0.0}, accumulate=2),
     "ddp-gpt": Recipe(
         {"vocab_size": 40, "d_model": 32, "n_heads": 2, "n_layers": 2, "block_size": 64, "dropout": 0.0}, "gpt",
-        batch_size=4, steps=9, warmup=2, eval_every=3, eval_blocks=4, clip=0.3,
+        batch_size=4, steps=9, warmup=2, eval_every=3, eval_blocks=4, clip=0.3, precision="fp32",
     ),
 }  # fmt: skip
 

@@ -125,6 +125,7 @@ trainer_in(Path({out!r})).run(save_every=1)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(whole: Path, tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment while every step is saved."""
     out = tmp_path / "run"
