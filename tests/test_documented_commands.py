@@ -251,7 +251,7 @@ def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
     rest = [word for word in rest if word == "runs/facts.rmse"] + SLOW[command]
     if "decode" in script:
         rest += ["--runner", str(require_runner())]
-        sizes = {**TINY, "model_type": "rmse"}
+        sizes = {**TINY, "model_type": "rmse", "d_model": 96}  # the head begins as the embedding / 32: with its codes
         (tmp_path / "tiny.json").write_text(json.dumps(sizes))
         (tmp_path / "hollow.json").write_text(json.dumps(sizes | {"n_experts": 8}))
     elif "facts" in script:
