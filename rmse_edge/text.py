@@ -106,7 +106,10 @@ class Tokenizer:
         """
         ids = self._encode(self._fast, text, special)
         named = self.leading_token(text) if special and ids[:1] == ids[1:2] else None
-        return ids[1:] if named is not None and self._fast.token_to_id(named) == ids[0] else ids
+        if named is None or self._fast.token_to_id(named) != ids[0]:
+            return ids
+        added = self._fast.encode("").ids[:1] == ids[:1]  # otherwise the text itself has it twice
+        return ids[1:] if added else ids
 
     def encode_more(self, text: str) -> list[int]:
         """Token ids of `text` where it goes on from an earlier text: without what belongs to a text's beginning.

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from helpers import ALPHABET
 from small_models import small_recipe
-from small_tokenizers import BOS, byte_fallback, byte_level, cut_short, with_bos
+from small_tokenizers import BOS, EOS, byte_fallback, byte_level, cut_short, with_bos
 
 from rmse_edge.errors import TextError
 from rmse_edge.text import (
@@ -225,6 +225,9 @@ def test_a_text_that_goes_on_has_no_beginning(tmp_path: Path, kind: Any) -> None
         assert tokenizer.decode(ids) == tokenizer.decode(whole)
     named = BOS + "to be"
     assert tokenizer.encode(named) == tokenizer.encode(named, special=False), "what it names itself is not added again"
+    kind().save(str(tmp_path / "plain.json"))
+    twice = Tokenizer(tmp_path / "plain.json").encode(EOS + EOS)  # nothing was added, so nothing is taken away
+    assert len(twice) == 2 and twice[0] == twice[1]
     named = "x</s> he said<|im_end|>"
     assert tokenizer.encode("a" + named, special=False)[-6:] == tokenizer.encode_more(named)[-6:]
     assert tokenizer.leading_token(named) is None and tokenizer.leading_token(named[1:]) == "</s>"
