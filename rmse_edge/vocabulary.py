@@ -39,13 +39,17 @@ class Vocabulary:
         """Of a checkpoint folder, which need not have a tokenizer: then every id may be drawn.
 
         Raises:
-            CheckpointError: generation_config.json cannot be read, or its `eos_token_id` is none.
+            CheckpointError: generation_config.json cannot be read, or its `eos_token_id` is none of the model.
             TextError: tokenizer.json cannot be read, or is of another model.
         """
         eos = cls.of_config(config).eos_token_ids
         generation = folder / GENERATION_FILE
         if generation.is_file():
             eos = token_ids(_read(generation).get("eos_token_id"), f"{generation}: eos_token_id")
+            if beyond := [token for token in eos if token >= config.vocab_size]:
+                raise CheckpointError(
+                    f"{generation}: eos_token_id: got {beyond[0]}, expected below vocab_size ({config.vocab_size})"
+                )
         tokenizer = folder / TOKENIZER_FILE
         if not tokenizer.is_file():
             return cls(eos)

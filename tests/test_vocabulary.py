@@ -72,7 +72,13 @@ def test_generation_config_counts_as_in_transformers(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "not readable as JSON"), ("[]", "a JSON object"), ('{"eos_token_id": "x"}', "got 'x'")]
+    ("text", "said"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "a JSON object"),
+        ('{"eos_token_id": "x"}', "got 'x'"),
+        ('{"eos_token_id": [1, 37]}', "got 37, expected below vocab_size (37)"),
+    ],
 )
 def test_a_bad_generation_config_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
