@@ -6,7 +6,7 @@
     levels              i16 of every node
     nodes               key u64, level i16; then for every level a u32 count and room for that many u32 numbers of neighbours
 
-A file whose hash fits may have been made wrong, or to do harm. What is checked here takes no longer than the hash.
+A file whose hash fits may have been made wrong, or to do harm.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COUNTS = struct.Struct("<3Q")  # nodes with a key, nodes whose key was taken out
 DELETED = np.uint64(2**64 - 1)  # in place of a key that was taken out
 HEAD, GRAPH, NODE = 64, struct.Struct("<5Q"), 10  # bytes of the head, fields of the graph, bytes of a node's own head
 MOST_LEVELS, MOST_NEIGHBOURS = 64, 4096
+BLOCK = 1 << 12  # nodes whose neighbours are looked at at once: what is held beside the file stays small
 
 
 def check_index(path: Path, entries: int, key_dims: int, fix: str) -> None:
@@ -89,15 +90,17 @@ def _wrong(data: np.ndarray, entries: int, key_dims: int) -> str | None:
     for level in range(int(levels.max()) + 1):
         nodes = starts[levels >= level] + NODE + (first + further * (level - 1) if level else 0)
         room = connectivity if level else base
-        counts = _field(data, nodes, 4).view("<u4")[:, 0].astype(np.int64)
-        if counts.max() > room:
-            return "has a node of more neighbours than there is room for"
-        neighbours = _field(data, nodes + 4, 4 * room).view("<u4")  # (nodes, room)
-        used = np.arange(room) < counts[:, None]
-        if neighbours[used].size and int(neighbours[used].max()) >= count:
-            return "has a neighbour that is not there"
-        if (levels[neighbours[used]] < level).any():
-            return "has a neighbour that is not on its level"
+        for begin in range(0, len(nodes), BLOCK):
+            block = nodes[begin : begin + BLOCK]
+            counts = _field(data, block, 4).view("<u4")[:, 0].astype(np.int64)
+            if counts.max() > room:
+                return "has a node of more neighbours than there is room for"
+            neighbours = _field(data, block + 4, 4 * room).view("<u4")  # (nodes, room)
+            used = neighbours[np.arange(room) < counts[:, None]]
+            if used.size and int(used.max()) >= count:
+                return "has a neighbour that is not there"
+            if (levels[used] < level).any():
+                return "has a neighbour that is not on its level"
     return None
 
 
