@@ -131,7 +131,7 @@ RUN: dict[str, list[str]] = {
     "rmse-run MODEL -f scene.txt": ["-n", "2"],
     'rmse-run MODEL -p "ROMEO:" -n 100 --save-session talk.session': ["-n", "2"],
     'rmse-run MODEL -p "" -n 100 --session talk.session': ["-n", "2"],
-    "python docs/experiments/knowledge/recall.py --passages 10000": ["--passages", "300"],
+    "python docs/experiments/knowledge/recall.py --passages 10000": ["--passages", "2000"],
     "rmse-index MODEL notes.txt manual.txt -o my.kb": [],
     'rmse-run MODEL --kb my.kb --prompt "..."': ["-n", "2"],
     "rmse-eval rmse-shakespeare-onnx.rmse --text shakespeare.txt --split validation --block 256": [],

@@ -247,7 +247,7 @@ def test_all_is_ok_on_every_compute_unit(
     functions = section(printed.out, "gpu: functions against the interpreter")
     assert all(f"| {name} | 0.0e+00 | 0.0e+00 |" in functions for name in manifest["methods"])
     plan = section(printed.out, "ane: compute plan")
-    assert all(f"| {name} | " in plan for name in manifest["methods"]) and "topk 1 (cannot)" in plan
+    assert all(f"| {name} | " in plan for name in manifest["methods"]) and "topk 2 (cannot)" in plan
     assert "| loop_1, 1 of 4 loops |" in section(printed.out, "cpu: latency")
     assert "| adaptive | in the graph | 4, single tokens | 100.0% | 100.0% | 0 | 0 |" in printed.out
 

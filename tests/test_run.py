@@ -309,7 +309,7 @@ def test_a_tokenizer_that_knows_more_than_the_model(
     path.write_text(json.dumps(tokenizer))
     code, _, err = call(capsys, folder, "-p", "é")
     assert code == 2
-    assert_one_line(err, "65", "vocabulary")
+    assert_one_line(err, "66 tokens up to id 65", "vocab_size 65")
 
 
 @pytest.mark.parametrize(("raw", "said"), [(b"ab\xff", "UTF-8 at byte 2"), (b"", "prompt is empty")])

@@ -300,7 +300,8 @@ def point_of(key: np.ndarray) -> int:
     in the graph, and searches would no longer reach the others. Keys of one text differ by rounding, some 1e-7, between
     runtimes and machines; a cell is a thousand times as wide, so they seldom fall into two, and never into many.
     """
-    cell = np.rint(key.astype(np.float64) * GRID).astype("<i4")
+    with np.errstate(invalid="ignore"):  # numbers that no key of length 1 has
+        cell = np.rint(key.astype(np.float64) * GRID).astype("<i4")
     return int.from_bytes(hashlib.sha256(cell.tobytes()).digest()[:8], "little") >> 1
 
 

@@ -183,7 +183,7 @@ def session(source: Path) -> Subject:
         from rmse_edge.runtimes.session import restore_session
 
         runtime: Any = open_runtime(source)
-        pending = restore_session(runtime, path)
+        pending = restore_session(runtime, path).pending
         if pending:
             check_fed(runtime.feed(pending, runtime.info.dials), len(pending), runtime.info.vocab_size)
         feed(runtime)
@@ -244,7 +244,7 @@ def knowledge(scratch: Path) -> Subject:
                 kb.add(entries(80))
 
     def make(rng: random.Random, folder: Path) -> Path:
-        from rmse_edge.knowledge.rows import crc
+        from rmse_edge.knowledge.rows import crc, point_of
 
         copy = folder / "a.kb"
         shutil.copytree(source, copy)
@@ -271,9 +271,11 @@ def knowledge(scratch: Path) -> Subject:
                         new[2] = rng.choice([-1, 0, 2**62])
                     else:
                         new[place] = rng.choice(["", "a\nb", "x" * 10_000, "\x1b[31m"])
-                    new[6] = crc(*new[:6])
+                    if place == 4 and rng.random() < 0.5:
+                        new[6] = point_of(np.frombuffer(new[4], "<f4"))
+                    new[7] = crc(*new[:6])
                     db.execute(
-                        "UPDATE passages SET source=?, line=?, text=?, key=?, value=?, crc=? WHERE id=?",
+                        "UPDATE passages SET source=?, line=?, text=?, key=?, value=?, point=?, crc=? WHERE id=?",
                         (*new[1:], new[0]),
                     )
             else:
