@@ -125,7 +125,9 @@ def test_a_router_of_equal_rows_exports_and_agrees(target: str, tmp_path: Path) 
     reference = TorchRuntime(model, "tied")
     chosen: dict[int, set[tuple[int, ...]]] = {k: set() for k in range(3)}
     model.block.experts.observer = lambda k, routing: chosen[k].update(
-        tuple(row) for row in routing.experts.sort().values.tolist() if any(row)  # zeros: padding, not computed
+        tuple(row)
+        for row in routing.experts.sort().values.tolist()
+        if any(row)  # zeros: padding, not computed
     )
     full = Dials(3)
     expected, found = (runtime.feed(tokens, full) for runtime in (reference, open_runtime(tmp_path / "tied.rmse")))
