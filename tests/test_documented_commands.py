@@ -193,6 +193,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --recipe docs/experiments/facts/recipe.json -o runs/facts": TRAINS,
     "python docs/experiments/quantization/measure.py --text shakespeare.txt --seeds 0,1,2": "runs above, for one variant",
     "python docs/experiments/quantization/agreement.py PACKAGE.rmse QUANTISED-CHECKPOINT --text shakespeare.txt": "compares as the parity gate does, with its functions; tests/test_parity.py",
+    "python docs/experiments/quantization/speed.py BASE NEW --text shakespeare.txt [--rounds 3] [--seeds 0] [--threads N]": "needs two checkouts",
     "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
     "python docs/experiments/executorch/experts.py --sizes 768x128": "run below, at another size",
     "python docs/experiments/executorch/state.py": "run below, with sizes",
