@@ -4,7 +4,7 @@
     python docs/mac_checklist.py PACKAGE.rmse -o report.md
 
 Everything comes from the package: its manifest says what each function takes and gives, the reference is the
-interpreter of runtimes/mil.py on the same file. No checkpoint is needed. Every check runs, whatever came of those ahead
+interpreter of runtimes/mil/interpreter.py on the same file. No checkpoint is needed. Every check runs, whatever came of those ahead
 of it; with -o the file is written after each one, so that a crash of the engine leaves what was found until then.
 
 Exit codes: 0 all ok, 1 a check failed, 2 something given is wrong.
@@ -29,14 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.cli.common import Parser, positive_int, verb
-from rmse_edge.config import SEGMENT
 from rmse_edge.errors import PackageError, UserError, quiet
 from rmse_edge.files import write_text
 from rmse_edge.package import Package
-from rmse_edge.runtimes.base import Arrays, Dials
-from rmse_edge.runtimes.bench import exits_disabled, third
-from rmse_edge.runtimes.coreml import CoremlMethods, CoremlRuntime
+from rmse_edge.runtimes.engines.coreml import CoremlMethods, CoremlRuntime
+from rmse_edge.runtimes.host.base import Arrays, Dials
+from rmse_edge.runtimes.measure.bench import exits_disabled, third
 
 UNITS = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "ane": "NeuralEngine"}  # as coremltools' classes for them begin behind "ML"
@@ -197,7 +197,7 @@ class Course:
 
     def problems(self, other: Course) -> list[str]:
         """By the rounded rule of the parity gate, with some leeway."""
-        from rmse_edge.export.parity import KL, MEAN_DEPTH, SAME_DEPTH, SAME_TOKEN
+        from rmse_edge.export.gate.compare import KL, MEAN_DEPTH, SAME_DEPTH, SAME_TOKEN
 
         found, least = self.compared(other, slice(None)), LEEWAY / len(self.depth)
         here, there = found["mean depth here"], found["mean depth there"]

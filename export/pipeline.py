@@ -17,23 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..chat import chat_files
-from ..config import SEGMENT, KvDtype, RMSEConfig
-from ..errors import ExportError, ParityError, UserError
-from ..loop import LoopSpec
-from ..model import RMSE
-from ..package import Package, seal, writing
-from ..progress import Report, Stages, silent
-from ..quantize import Format, Quantized
-from ..quantize.parallel import one_thread
-from ..quantize.scheme import BITS, EXPERTS
-from ..runtimes import other_runtimes, runtime_for
-from ..runtimes.host import LoopRuntime
-from ..runtimes.torch import fingerprint, model_info
-from ..text import Tokenizer, read_text
-from ..vocabulary import TOKENIZER_FILE, Vocabulary
-from .parity import POSITIONS, compare_host, compared, gate
-from .parity_reference import LEAST_POSITIONS, Reference
+from rmse_edge.arch.rmse.config import SEGMENT, KvDtype, RMSEConfig
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.chat import chat_files
+from rmse_edge.errors import ExportError, ParityError, UserError
+from rmse_edge.loop.contract import LoopSpec
+from rmse_edge.package import Package, seal, writing
+from rmse_edge.progress import Report, Stages, silent
+from rmse_edge.quantize import Format, Quantized
+from rmse_edge.quantize.parallel import one_thread
+from rmse_edge.quantize.scheme import BITS, EXPERTS
+from rmse_edge.runtimes import other_runtimes, runtime_for
+from rmse_edge.runtimes.engines.torch import fingerprint, model_info
+from rmse_edge.runtimes.host.text import LoopRuntime
+from rmse_edge.text import Tokenizer, read_text
+from rmse_edge.vocabulary import TOKENIZER_FILE, Vocabulary
+
+from .gate.compare import POSITIONS, compare_host, compared, gate
+from .gate.reference import LEAST_POSITIONS, Reference
 from .program import Signature, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
 

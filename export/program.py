@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.export import ExportedProgram
 
-from ..errors import ExportError, first_line
-from ..loop import DIALS, LoopModel, LoopSpec, TensorSpec, run_loop
-from ..runtimes.base import dtype_name
+from rmse_edge.errors import ExportError, first_line
+from rmse_edge.loop.contract import DIALS, LoopModel, LoopSpec, TensorSpec, run_loop
+from rmse_edge.runtimes.host.base import dtype_name
 
 METHODS = ("prelude", "loop", "step", "head", "commit")
 HOST_METHODS = ("prelude", "begin", "step", "head", "commit")  # of programs whose host owns the loop

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, quiet
+from rmse_edge.errors import UserError, quiet
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..config import KvDtype
-    from ..loop import LoopSpec
-    from ..quantize import Format, QuantizedTensor
+    from rmse_edge.arch.rmse.config import KvDtype
+    from rmse_edge.loop.contract import LoopSpec
+    from rmse_edge.quantize import Format, QuantizedTensor
+
     from .program import LoopProgram, Signature
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
@@ -110,7 +111,7 @@ def get_target(name: str) -> Target:
     if name not in _TARGETS:
         try:
             with quiet():
-                importlib.import_module(f".{name}", __package__)  # registers itself
+                importlib.import_module(f".{name}.lower", __package__)  # registers itself
         except ImportError as error:
             if (error.name or "").split(".")[0] not in MODULES[name]:
                 raise

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..exit import stops
-from ..model import RMSE, Stop
-from ..train.losses import token_loss
+from rmse_edge.arch.rmse.model import RMSE, Stop
+from rmse_edge.loop.stop import stops
+from rmse_edge.train.losses import token_loss
+
 from .parallel import cores, split_evenly
 
 BATCH = 16  # sequences run at once: their states of all loops are kept

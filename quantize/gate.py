@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import RMSE
+from rmse_edge.arch.rmse.model import RMSE
+
 from .compare import deployed_exit, mean_depth
 
 CLOSE = 0.002  # relative difference of the mean depth that is good enough

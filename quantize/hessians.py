@@ -18,10 +18,11 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..exit import add_log_survival, exit_distribution
-from ..experts import Routing, swiglu
-from ..model import RMSE, Stop
+from rmse_edge.arch.rmse.model import RMSE, Stop
+from rmse_edge.errors import UserError
+from rmse_edge.layers.experts import Routing, swiglu
+from rmse_edge.loop.stop import add_log_survival, exit_distribution
+
 from .compare import deployed_exit
 from .parallel import Cores, cores, split_evenly
 

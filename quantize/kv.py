@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..model import RMSE
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.errors import UserError
+
 from .compare import deployed_exit
 
 BATCH = 32  # sequences run at once

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from ..errors import UserError
-from ..exit import exit_distribution
-from ..model import RMSE
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.errors import UserError
+from rmse_edge.loop.stop import exit_distribution
+
 from .tensors import QuantizedTensor, quantize_with
 
 RATE = 0.01  # of Adam, in steps of a weight's own scale: scales differ thirtyfold between tensors

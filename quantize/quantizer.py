@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import KvDtype
-from ..errors import TextError, UserError
-from ..model import RMSE
-from ..progress import Report, Work, silent
-from ..shards import check_finite
-from ..text import consecutive_blocks, random_blocks, split
+from rmse_edge.arch.rmse.config import KvDtype
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.errors import TextError, UserError
+from rmse_edge.progress import Report, Work, silent
+from rmse_edge.shards import check_finite
+from rmse_edge.text import consecutive_blocks, random_blocks, split
+
 from .compare import compare
 from .gate import recalibrate
 from .gptq import gptq

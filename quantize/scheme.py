@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoint import stored_keys
-from ..config import RMSEConfig
-from ..errors import UserError
-from ..model import RMSE
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.checkpoint import stored_keys
+from rmse_edge.errors import UserError
+
 from .tensors import Format
 
 BITS = {"int8": 8, "int4": 4}

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..chat import TEMPLATE_FILE
-from ..checkpoint import (
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.chat import TEMPLATE_FILE
+from rmse_edge.checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
     check_size,
@@ -29,12 +30,12 @@ from ..checkpoint import (
     read_config,
     stored_keys,
 )
-from ..errors import CheckpointError, UserError
-from ..files import changed_folder, check_folder, digest_file, tidy
-from ..model import RMSE
-from ..schema import Digest, Name, annotations_of, first_of, read_json, validated
-from ..shards import WEIGHTS_FILE, check_finite
-from ..vocabulary import GENERATION_FILE, TOKENIZER_FILE
+from rmse_edge.errors import CheckpointError, UserError
+from rmse_edge.files import changed_folder, check_folder, digest_file, tidy
+from rmse_edge.schema import Digest, Name, annotations_of, first_of, read_json, validated
+from rmse_edge.shards import WEIGHTS_FILE, check_finite
+from rmse_edge.vocabulary import GENERATION_FILE, TOKENIZER_FILE
+
 from .quantizer import Quantized
 from .tensors import Format, QuantizedTensor
 

@@ -15,8 +15,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..schema import Expected, check_fields
+from rmse_edge.errors import UserError
+from rmse_edge.schema import Expected, check_fields
 
 CODE_BITS = (4, 8)
 TINY = 1e-12  # scale of a group of zeros

@@ -1,7 +1,7 @@
 """rmse-edge: looped language models that stop early for real, from PyTorch to phones.
 
 Importing this package is cheap: names are loaded when they are first used, and torch and transformers only with them.
-It also makes `AutoModelForCausalLM.from_pretrained` know RMS-E checkpoints (see rmse_edge/autoclass.py).
+It also makes `AutoModelForCausalLM.from_pretrained` know RMS-E checkpoints (see rmse_edge/hf/auto.py).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .autoclass import install
+from .hf.auto import install
 
 if TYPE_CHECKING:
+    from .arch.rmse.config import RMSEConfig
+    from .arch.rmse.model import RMSE
     from .checkpoint import load_checkpoint, save_checkpoint
-    from .config import RMSEConfig
     from .errors import UserError
-    from .hf import RMSECache, RMSEForCausalLM, RMSEPretrainedConfig
-    from .model import RMSE
+    from .hf.model import RMSECache, RMSEForCausalLM, RMSEPretrainedConfig
 
 __version__ = "0.1.0"
 
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "RMSE": "model",
-    "RMSECache": "hf",
-    "RMSEConfig": "config",
-    "RMSEForCausalLM": "hf",
-    "RMSEPretrainedConfig": "hf_config",
+    "RMSE": "arch.rmse.model",
+    "RMSECache": "hf.cache",
+    "RMSEConfig": "arch.rmse.config",
+    "RMSEForCausalLM": "hf.model",
+    "RMSEPretrainedConfig": "hf.config",
     "UserError": "errors",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",

@@ -7,7 +7,7 @@
     tokenizer.json          where one is given
     tokenizer_config.json   what AutoTokenizer needs to read it
 
-`rmse_edge.hf` reads and writes the same files under the same names.
+`rmse_edge.hf.model` reads and writes the same files under the same names.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from .arch.rmse.config import RMSEConfig, token_ids
+from .arch.rmse.model import RMSE
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
-from .config import RMSEConfig, token_ids
 from .errors import CheckpointError, ConfigError, TextError
 from .files import changed_folder, finish_change
-from .model import RMSE
 from .shards import WEIGHTS_FILE, StoredTensors, check_finite, weight_files
 from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import RMSEConfig, token_ids
+from .arch.rmse.config import RMSEConfig, token_ids
 from .errors import CheckpointError, TextError
 from .schema import read_json
 from .text import Tokenizer

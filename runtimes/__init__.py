@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import PackageError, UserError
-from ..package import MANIFEST, Package
-from .base import Dials, Fed, Methods, ModelInfo, Runtime, Surprise
-from .host import LoopRuntime
+from rmse_edge.errors import PackageError, UserError
+from rmse_edge.package import MANIFEST, Package
+
+from .host.base import Dials, Fed, Methods, ModelInfo, Runtime, Surprise
+from .host.text import LoopRuntime
 
 __all__ = [
     "Dials",
@@ -35,15 +36,15 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
         PackageError: no runtime here runs its target.
     """
     if package.target == "onnx":
-        from .onnx import OnnxRuntime
+        from .engines.onnx import OnnxRuntime
 
         return OnnxRuntime(package, threads)
     if package.target == "executorch":
-        from .executorch import ExecutorchRuntime
+        from .engines.executorch import ExecutorchRuntime
 
         return ExecutorchRuntime(package, threads)
     if package.target == "coreml":
-        from .coreml import CoremlRuntime
+        from .engines.coreml import CoremlRuntime
 
         return CoremlRuntime(package, threads=threads)
     known = ", ".join(name for name in RUNTIMES if name != "torch")
@@ -54,7 +55,7 @@ def other_runtimes(package: Package) -> list[LoopRuntime]:
     """Runtimes beside `runtime_for`'s that a package must agree with PyTorch on: the interpreter, where Core ML is."""
     if package.target != "coreml":
         return []
-    from .coreml import CoremlRuntime, engines
+    from .engines.coreml import CoremlRuntime, engines
 
     return [CoremlRuntime(package, engine) for engine in engines()[1:]]
 
@@ -62,11 +63,11 @@ def other_runtimes(package: Package) -> list[LoopRuntime]:
 def start_engine(target: str) -> None:
     """Load what runs packages of `target`, without a model, so that its own memory can be told from the model's."""
     if target == "onnx":
-        from .onnx import start_engine as start
+        from .engines.onnx import start_engine as start
     elif target == "executorch":
-        from .executorch import start_engine as start
+        from .engines.executorch import start_engine as start
     elif target == "coreml":
-        from .coreml import start_engine as start
+        from .engines.coreml import start_engine as start
     else:
         return
     start()
@@ -98,7 +99,7 @@ def open_runtime(
         return runtime_for(package, threads)
     if runtime not in (None, "torch"):
         raise UserError(f"{path}: is not a package; --runtime {runtime} needs one (make it with rmse-export)")
-    from .torch import TorchRuntime, set_threads
+    from .engines.torch import TorchRuntime, set_threads
 
     set_threads(threads)
     return TorchRuntime.open(path, device)

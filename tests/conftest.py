@@ -15,7 +15,7 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from helpers import Memo
 
-    from rmse_edge.model import RMSE
+    from rmse_edge.arch.rmse.model import RMSE
     from rmse_edge.quantize import Quantized
 
 ROOT = Path(__file__).resolve().parent.parent

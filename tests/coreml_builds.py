@@ -14,20 +14,20 @@ import torch
 
 pytest.importorskip("coremltools")
 
+from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import quiet
-from rmse_edge.export.coreml import converted, saved, silenced_bars
-from rmse_edge.export.coreml_check import Expected, check, expected
-from rmse_edge.export.coreml_functions import Assembly
-from rmse_edge.export.coreml_ops import prepare
-from rmse_edge.export.parity import example_feeds
+from rmse_edge.export.coreml.check import Expected, check, expected
+from rmse_edge.export.coreml.functions import Assembly
+from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
+from rmse_edge.export.coreml.ops import prepare
+from rmse_edge.export.gate.compare import example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached
 from rmse_edge.export.program import ExportedMethod, Method, _traced, signature
 from rmse_edge.export.targets import LowerOptions
-from rmse_edge.model import RMSE
 from rmse_edge.quantize import QuantizedTensor
-from rmse_edge.runtimes.mil import Interpreter
-from rmse_edge.runtimes.mil_file import ModelFile, operations
-from rmse_edge.runtimes.torch import TorchMethods
+from rmse_edge.runtimes.engines.torch import TorchMethods
+from rmse_edge.runtimes.mil.file import ModelFile, operations
+from rmse_edge.runtimes.mil.interpreter import Interpreter
 
 MODEL = "model.mlpackage"
 FULL = {"max_loops": 4, "min_loops": 1, "exit_threshold": 1.0, "exit_epsilon": 0.0}

@@ -16,19 +16,19 @@ import onnx
 import pytest
 import torch
 
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import save_checkpoint
-from rmse_edge.config import RMSEConfig
-from rmse_edge.export import onnx as onnx_target
 from rmse_edge.export import pipeline
-from rmse_edge.export.parity import MARGIN
-from rmse_edge.export.parity_reference import Reference, conversation, made_up_hits
+from rmse_edge.export.gate.compare import MARGIN
+from rmse_edge.export.gate.reference import Reference, conversation, made_up_hits
+from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
-from rmse_edge.loop import InjectedHits
-from rmse_edge.model import RMSE
+from rmse_edge.loop.contract import InjectedHits
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import Dials, LoopRuntime
-from rmse_edge.runtimes.kernels import COMPILERS
-from rmse_edge.runtimes.torch import TorchRuntime, model_info
+from rmse_edge.runtimes.engines.kernels import COMPILERS
+from rmse_edge.runtimes.engines.torch import TorchRuntime, model_info
 from rmse_edge.text import train_character_tokenizer
 
 RATES = {"titans": [-3.0, 1.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # logits, as the memories' `learn` reads them

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.loop import LoopSpec, Tensors, TensorSpec
+from rmse_edge.loop.contract import LoopSpec, Tensors, TensorSpec
 
 CELLS, SYMBOLS, DIMS, MAX_LOOPS = 16, 5, 32, 8
 

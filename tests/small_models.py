@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.config import RMSEConfig
-from rmse_edge.exit import delta_stops, entropy_stops, gate_stops
-from rmse_edge.loop import DIALS, run_loop
-from rmse_edge.model import RMSE
-from rmse_edge.rope import rotary_angles
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.loop.contract import DIALS, run_loop
+from rmse_edge.loop.stop import delta_stops, entropy_stops, gate_stops
 from rmse_edge.text import split
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.sources import TextSource

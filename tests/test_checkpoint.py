@@ -16,9 +16,9 @@ from small_models import small_config
 from torch import Tensor
 
 from rmse_edge import checkpoint
+from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import CheckpointError
-from rmse_edge.model import RMSE
 from rmse_edge.text import train_character_tokenizer
 
 

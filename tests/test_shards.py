@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from small_models import lively_model, small_config
 from torch import Tensor
 
+from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint, start_from
 from rmse_edge.cli.train import main as rmse_train
 from rmse_edge.errors import CheckpointError
-from rmse_edge.model import RMSE
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.shards import INDEX_FILE, WEIGHTS_FILE
 

@@ -13,14 +13,14 @@ import torch
 from helpers import ALPHABET, Memo, assert_one_line, mixed_model
 from small_models import lively_model, small_config
 
+from rmse_edge.arch.rmse.config import RMSEConfig, token_ids
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.config import RMSEConfig, token_ids
 from rmse_edge.errors import CheckpointError, ConfigError, TextError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.runtimes import open_runtime
-from rmse_edge.runtimes.base import ModelInfo
-from rmse_edge.runtimes.sampling import Sampler, Sampling
+from rmse_edge.runtimes.host.base import ModelInfo
+from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.text import word_tokenizer
 from rmse_edge.vocabulary import Vocabulary, unused
 
@@ -111,7 +111,7 @@ def test_each_end_token_ends_a_text(tmp_path: Path, checkpoint: Path, capsys: py
 
 def test_a_manifest_has_all_end_tokens_and_an_old_one_its_single_one() -> None:
     model = mixed_model(eos_token_id=[7, 8])
-    from rmse_edge.runtimes.torch import model_info
+    from rmse_edge.runtimes.engines.torch import model_info
 
     written = json.loads(json.dumps(model_info(model, "m", 0, vocabulary=Vocabulary((1, 2), ((60, 65),))).to_json()))
     info = ModelInfo.from_json(written, 0)
@@ -129,7 +129,7 @@ def test_an_executorch_program_says_all_end_tokens() -> None:
     from executorch.exir import to_edge_transform_and_lower
     from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
-    from rmse_edge.export.executorch import metadata
+    from rmse_edge.export.executorch.lower import metadata
     from rmse_edge.export.program import LoopProgram
     from rmse_edge.export.targets import LowerOptions
 

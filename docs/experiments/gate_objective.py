@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.exit import exit_distribution
-from rmse_edge.model import RMSE
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.loop.stop import exit_distribution
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 from rmse_edge.train.losses import cross_entropies, gate_loss
 from rmse_edge.train.recipe import Recipe

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import TextError, UserError
+from rmse_edge.errors import TextError, UserError
+
 from . import profiling, streaming
 from .common import Parser, existing_file, existing_path, list_of, non_negative_int, one_of, positive_int, verb
 from .display import bars, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
 
 if TYPE_CHECKING:
-    from ..runtimes import LoopRuntime
-    from ..runtimes.bench import Bench
+    from rmse_edge.runtimes import LoopRuntime
+    from rmse_edge.runtimes.measure.bench import Bench
 
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
@@ -120,13 +121,13 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[list[LoopRuntime], int | 
         baseline = baseline_memory(args.model[0])
         yield [open_one(path, args) for path in args.model], baseline
     elif args.runtime == "torch":
-        from ..runtimes.torch import TorchRuntime, set_threads
+        from rmse_edge.runtimes.engines.torch import TorchRuntime, set_threads
 
         set_threads(args.threads)
         model = random_model(args.config)
         yield [TorchRuntime(model, args.config.stem, device=args.device)], None
     else:
-        from ..runtimes import RUNTIMES
+        from rmse_edge.runtimes import RUNTIMES
 
         if args.runtime not in (None, *RUNTIMES):
             raise UserError(f"--runtime: got {args.runtime!r}, expected one of {', '.join(RUNTIMES)}")
@@ -144,7 +145,7 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[list[LoopRuntime], int | 
 
 def open_one(path: Path, args: argparse.Namespace) -> LoopRuntime:
     """The runtime of one folder; every runtime here is built on methods that can be timed one by one."""
-    from ..runtimes import LoopRuntime
+    from rmse_edge.runtimes import LoopRuntime
 
     runtime = open_model(args, path)
     assert isinstance(runtime, LoopRuntime)
@@ -153,9 +154,9 @@ def open_one(path: Path, args: argparse.Namespace) -> LoopRuntime:
 
 def baseline_memory(path: Path) -> int | None:
     """Resident bytes with the engine started and no model; None for PyTorch, whose checkpoints are no packages."""
-    from ..package import MANIFEST, Package
-    from ..runtimes import start_engine
-    from ..runtimes.machine import resident_bytes
+    from rmse_edge.package import MANIFEST, Package
+    from rmse_edge.runtimes import start_engine
+    from rmse_edge.runtimes.measure.machine import resident_bytes
 
     if not (path / MANIFEST).is_file():
         return None
@@ -168,8 +169,8 @@ def baseline_memory(path: Path) -> int | None:
 def random_model(config: Path) -> Any:
     import torch
 
-    from ..config import RMSEConfig
-    from ..model import RMSE
+    from rmse_edge.arch.rmse.config import RMSEConfig
+    from rmse_edge.arch.rmse.model import RMSE
 
     torch.manual_seed(0)
     return RMSE(RMSEConfig.from_file(config))
@@ -177,8 +178,8 @@ def random_model(config: Path) -> Any:
 
 def export_random(config: Path, destination: Path, quant: str, target: str) -> None:
     """Export random weights to `destination`, unchecked: there is nothing to be right about but the time."""
-    from ..export.pipeline import ExportRequest, export_package
-    from ..quantize import QuantizeRequest, Scheme, quantize
+    from rmse_edge.export.pipeline import ExportRequest, export_package
+    from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 
     model, quantized = random_model(config).eval(), None
     if quant in ("int8", "int4"):
@@ -189,8 +190,8 @@ def export_random(config: Path, destination: Path, quant: str, target: str) -> N
 
 def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """One document; of several models {"models": their documents, "speedups": of each of the others over the first}."""
-    from ..runtimes.bench import ratios, run_together
-    from ..runtimes.machine import copy_bandwidth, resident_bytes
+    from rmse_edge.runtimes.measure.bench import ratios, run_together
+    from rmse_edge.runtimes.measure.machine import copy_bandwidth, resident_bytes
 
     ids = None
     prepared = []
@@ -235,7 +236,7 @@ def prepare(
     runtime: LoopRuntime, ids: np.ndarray | None, args: argparse.Namespace
 ) -> tuple[Bench, list[str], Any, Any]:
     """The bench of one runtime, what is to be noted about it, its dials, and the text that all of them read."""
-    from ..runtimes.bench import Bench, BenchSettings, exits_disabled
+    from rmse_edge.runtimes.measure.bench import Bench, BenchSettings, exits_disabled
 
     notes = []
     dials = chosen_dials(args, runtime.info)
@@ -260,7 +261,7 @@ def measure_stream(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, 
 
 def measure_profile(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
     profiling.executorch_package(runtime)  # before anything is read
-    from ..runtimes.profile import PREFILL
+    from rmse_edge.runtimes.measure.profile import PREFILL
 
     ids = read_ids(runtime, PREFILL, args)[:PREFILL]
     return profiling.measure(runtime, ids, chosen_dials(args, runtime.info), args.threads)
@@ -268,7 +269,7 @@ def measure_profile(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str,
 
 def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.ndarray:
     """The first tokens of the text, or random ones for random weights, (>= count,) int64."""
-    from ..text import Tokenizer, read_text
+    from rmse_edge.text import Tokenizer, read_text
 
     if args.config:
         return np.random.default_rng(0).integers(0, runtime.info.vocab_size, count)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ..errors import TextError, UserError
+from rmse_edge.errors import TextError, UserError
+
 from .common import INTERRUPTED, fail
 
 if TYPE_CHECKING:
-    from ..runtimes.conversation import Conversation
-    from ..runtimes.generate import Generation
+    from rmse_edge.runtimes.text.conversation import Conversation
+    from rmse_edge.runtimes.text.generate import Generation
 
 NO_QUESTION = "no question; give --prompt TEXT or one a line on stdin"
 HINT = "Ctrl-C stops an answer, Ctrl-D ends"
@@ -90,7 +91,7 @@ def piped() -> Iterator[str]:
     Raises:
         UserError: there is none.
     """
-    from ..text import decode_utf8
+    from rmse_edge.text import decode_utf8
 
     if sys.stdin is None:
         raise UserError(NO_QUESTION)

@@ -27,8 +27,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import UserError
-from ..progress import Report
+from rmse_edge.errors import UserError
+from rmse_edge.progress import Report
 
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

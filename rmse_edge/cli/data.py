@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--url", help=argparse.SUPPRESS)  # a mirror that holds the same file
     args = parser.parse_args(argv)
 
-    from ..train.download import download
+    from rmse_edge.train.download import download
 
     fetched = download(args.name, args.output, args.url)
     print(f"{args.output}: {'written' if fetched else 'already there, unchanged'}")

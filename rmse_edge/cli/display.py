@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..runtimes.generate import Span
+    from rmse_edge.runtimes.text.generate import Span
 
 # Backgrounds of the 256-colour palette from pale to strong, under black text: legible on dark and light terminals.
 SCALE = (231, 230, 229, 228, 222, 221, 220, 214, 208, 202)

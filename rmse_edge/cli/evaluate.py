@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import TextError, UserError
+from rmse_edge.errors import TextError, UserError
+
 from .common import (
     Parser,
     existing_file,
@@ -26,7 +27,7 @@ from .display import bars, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, leave_memory_blank, open_model
 
 if TYPE_CHECKING:
-    from ..runtimes import Dials, Runtime
+    from rmse_edge.runtimes import Dials, Runtime
 
 
 @verb("rmse-eval")
@@ -95,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.plot:
         if not args.sweep:
             raise UserError("--plot draws what --sweep measures; add --sweep")
-        from ..runtimes.sweep import check_plot
+        from rmse_edge.runtimes.measure.sweep import check_plot
 
         check_plot(args.plot)
     args.text = args.text or args.model / "sample.txt"
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_ids(args: argparse.Namespace) -> np.ndarray:
     """The tokens to score and the one before them, (n + 1,) int64."""
-    from ..text import Tokenizer, read_text, split
+    from rmse_edge.text import Tokenizer, read_text, split
 
     if not args.text.is_file():
         raise TextError(f"{args.model}: holds no sample.txt; give --text FILE")
@@ -114,15 +115,15 @@ def read_ids(args: argparse.Namespace) -> np.ndarray:
 
 
 def run_once(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Namespace) -> dict[str, Any]:
-    from ..runtimes.evaluate import evaluate
+    from rmse_edge.runtimes.measure.evaluate import evaluate
 
     with progress(targets(ids, args.block)) as bar:
         return evaluate(runtime, ids, dials, args.block, bar.update).summary()
 
 
 def run_sweep(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Namespace) -> dict[str, Any]:
-    from ..runtimes.evaluate import Evaluation, evaluate
-    from ..runtimes.sweep import draw, passes, sweep
+    from rmse_edge.runtimes.measure.evaluate import Evaluation, evaluate
+    from rmse_edge.runtimes.measure.sweep import draw, passes, sweep
 
     depth = runtime.info.max_loops
     with progress(targets(ids, args.block) * passes(depth, args.points)) as bar:

@@ -12,7 +12,7 @@ from .common import Parser, output_path, positive_int, total_bar, verb
 from .quantize import add_quantize_flags, quantized, request_of
 
 if TYPE_CHECKING:
-    from ..quantize import QuantizeRequest
+    from rmse_edge.quantize import QuantizeRequest
 
 DEFAULT_MODEL = "models/rmse-shakespeare"
 TARGETS = ("onnx", "executorch", "coreml")
@@ -59,16 +59,16 @@ def parser() -> Parser:
 @verb("rmse-export")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
-    from ..errors import UserError
+    from rmse_edge.errors import UserError
 
     if args.model and args.config:
         raise UserError("--model and --config: give one of them")
-    from ..checkpoint import load_checkpoint
-    from ..export import ExportRequest, describe, export_package
-    from ..export.pipeline import check_formats
-    from ..model import RMSE
-    from ..package import check_destination
-    from ..quantize import Scheme, is_quantized_checkpoint, load_quantized, quantize
+    from rmse_edge.arch.rmse.model import RMSE
+    from rmse_edge.checkpoint import load_checkpoint
+    from rmse_edge.export import ExportRequest, describe, export_package
+    from rmse_edge.export.pipeline import check_formats
+    from rmse_edge.package import check_destination
+    from rmse_edge.quantize import Scheme, is_quantized_checkpoint, load_quantized, quantize
 
     if args.threads:
         import torch
@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def random_model(args):
     import torch
 
-    from ..config import RMSEConfig
-    from ..model import RMSE
+    from rmse_edge.arch.rmse.config import RMSEConfig
+    from rmse_edge.arch.rmse.model import RMSE
 
     config = RMSEConfig.from_file(args.config)
     torch.manual_seed(args.seed)
@@ -138,8 +138,8 @@ def check_way(args, how: QuantizeRequest) -> None:
     Raises:
         UserError: naming the flag.
     """
-    from ..errors import UserError
-    from ..export.targets import get_target
+    from rmse_edge.errors import UserError
+    from rmse_edge.export.targets import get_target
 
     if args.config and (args.calibrate or how.needs_text):
         flags = "--method rtn, and no --kv int8 or --qat-steps"
@@ -159,7 +159,7 @@ def refuse_idle_flags(args, quant: str, already: bool) -> None:
     Raises:
         UserError: naming the flag.
     """
-    from ..errors import UserError
+    from rmse_edge.errors import UserError
 
     reason = "the checkpoint is quantised already" if already else f"--quant {quant} quantises nothing"
     if already or quant not in BITS:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from rmse_edge.errors import UserError
+
 from .common import finite_float, key_value, non_negative_float, positive_float, positive_int
 
 if TYPE_CHECKING:
-    from ..runtimes import Dials, ModelInfo, Runtime
-    from ..runtimes.librarian import Librarian
+    from rmse_edge.runtimes import Dials, ModelInfo, Runtime
+    from rmse_edge.runtimes.text.librarian import Librarian
 
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
     """The runtime that the flags ask for, on `args.model` or another folder."""
-    from ..runtimes import open_runtime
+    from rmse_edge.runtimes import open_runtime
 
     return open_runtime(path or args.model, args.runtime, args.device, args.threads)
 
@@ -88,7 +89,7 @@ def leave_memory_blank(runtime: Runtime) -> None:
     Raises:
         UserError: the model has none.
     """
-    from ..runtimes import LoopRuntime
+    from rmse_edge.runtimes import LoopRuntime
 
     assert isinstance(runtime, LoopRuntime)
     if not runtime.memory:
@@ -102,7 +103,7 @@ def prepare_memory(runtime: Runtime, args: argparse.Namespace, warn: Callable[[s
     Raises:
         UserError: flags that need a memory, a retrieval head or a knowledge base that is not there.
     """
-    from ..runtimes import LoopRuntime
+    from rmse_edge.runtimes import LoopRuntime
 
     assert isinstance(runtime, LoopRuntime)
     if args.no_memory:
@@ -114,8 +115,8 @@ def prepare_memory(runtime: Runtime, args: argparse.Namespace, warn: Callable[[s
         return None
     if args.no_memory:
         raise UserError("--kb: the memory's surprise decides when to ask; leave out --no-memory")
-    from ..knowledge import TIMEOUT_S, KnowledgeError, open_retriever
-    from ..runtimes.librarian import Librarian
+    from rmse_edge.knowledge import TIMEOUT_S, KnowledgeError, open_retriever
+    from rmse_edge.runtimes.text.librarian import Librarian
 
     try:
         retriever = open_retriever(args.kb, args.kb_timeout or TIMEOUT_S, dict(args.kb_storage or ()))

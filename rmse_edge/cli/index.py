@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from rmse_edge.errors import UserError
+
 from .common import Parser, existing_file, existing_path, key_value, positive_float, positive_int, verb
 from .flags import add_runtime_flags, open_model
 
 if TYPE_CHECKING:
-    from ..knowledge import Store
-    from ..knowledge.building import Embedder
+    from rmse_edge.knowledge import Store
+    from rmse_edge.knowledge.building import Embedder
 
 
 @verb("rmse-index")
@@ -66,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, embedder: Embedder | None = None) -> None:
     """What the flags ask for, with `embedder` in the place of the model's own."""
-    from ..knowledge.building import open_store
+    from rmse_edge.knowledge.building import open_store
 
     if args.rebuild:
         rebuild(args)
@@ -91,8 +92,8 @@ def run(args: argparse.Namespace, embedder: Embedder | None = None) -> None:
 
 
 def model_embedder(args: argparse.Namespace) -> Embedder:
-    from ..knowledge.building import ModelEmbedder
-    from ..text import Tokenizer
+    from rmse_edge.knowledge.building import ModelEmbedder
+    from rmse_edge.text import Tokenizer
 
     runtime = open_model(args)
     tokenizer = Tokenizer(args.model / "tokenizer.json").fitting(runtime.info.vocab_size)
@@ -101,7 +102,7 @@ def model_embedder(args: argparse.Namespace) -> Embedder:
 
 def add(args: argparse.Namespace, embedder: Embedder) -> None:
     """Build, or add to what is there; Ctrl-C keeps what was committed."""
-    from ..knowledge.building import cut_files, index_files, open_store
+    from rmse_edge.knowledge.building import cut_files, index_files, open_store
 
     files = cut_files(args.texts, embedder)
     total = sum(map(len, files.values()))
@@ -135,8 +136,8 @@ def delete(store: Store, args: argparse.Namespace) -> None:
 
 
 def rebuild(args: argparse.Namespace) -> None:
-    from ..knowledge import is_server
-    from ..knowledge.store import KnowledgeBase
+    from rmse_edge.knowledge import is_server
+    from rmse_edge.knowledge.store import KnowledgeBase
 
     if is_server(args.output):
         raise UserError(f"--rebuild: {args.output} is on a server, which keeps its own index; nothing to rebuild")
@@ -147,8 +148,8 @@ def rebuild(args: argparse.Namespace) -> None:
 
 
 def show_nearest(store: Store, args: argparse.Namespace, embedder: Embedder) -> None:
-    from ..knowledge import check_fits
-    from ..knowledge.building import query
+    from rmse_edge.knowledge import check_fits
+    from rmse_edge.knowledge.building import query
 
     ours = embedder.info
     check_fits(store.info, ours.key_dims, ours.slots, ours.d_model, ours.model, args.output)

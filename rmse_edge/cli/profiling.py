@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError
+from rmse_edge.errors import UserError
+
 from .display import table
 
 if TYPE_CHECKING:
-    from ..runtimes import Dials, LoopRuntime
+    from rmse_edge.runtimes import Dials, LoopRuntime
 
 SHOWN = 20  # operators of each table; the rest is one line
 
@@ -25,7 +26,7 @@ def measure(runtime: LoopRuntime, ids: np.ndarray, dials: Dials, threads: int | 
     Raises:
         UserError: the runtime keeps no times of operators.
     """
-    from ..runtimes.profile import profile
+    from rmse_edge.runtimes.measure.profile import profile
 
     rows = profile(executorch_package(runtime), ids, dials, threads)
     info = runtime.info
@@ -48,7 +49,7 @@ def executorch_package(runtime: LoopRuntime) -> Any:
 
 
 def as_markdown(d: dict[str, Any]) -> str:
-    from ..runtimes.profile import BETWEEN  # no operator, so no time of one
+    from rmse_edge.runtimes.measure.profile import BETWEEN  # no operator, so no time of one
 
     parts = []
     for test in dict.fromkeys(row["test"] for row in d["operators"]):

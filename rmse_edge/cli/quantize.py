@@ -9,22 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import (
-    Parser,
-    existing_file,
-    existing_folder,
-    non_negative_int,
-    output_path,
-    positive_int,
-    total_bar,
-    verb,
-)
+from .common import Parser, existing_file, existing_folder, non_negative_int, output_path, positive_int, total_bar, verb
 from .display import table
 
 if TYPE_CHECKING:
-    from ..model import RMSE
-    from ..progress import Report
-    from ..quantize import Quantized, QuantizeRequest
+    from rmse_edge.arch.rmse.model import RMSE
+    from rmse_edge.progress import Report
+    from rmse_edge.quantize import Quantized, QuantizeRequest
 
 
 def parser() -> Parser:
@@ -84,7 +75,7 @@ def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
     Raises:
         UserError: a value that does not go with the others.
     """
-    from ..quantize import QuantizeRequest, Scheme
+    from rmse_edge.quantize import QuantizeRequest, Scheme
 
     return QuantizeRequest(
         scheme=Scheme(quant, args.group_size, args.dense_group_size, not args.asymmetric),
@@ -105,9 +96,9 @@ def quantized(
     """Quantise the model of the checkpoint in `folder`."""
     import numpy as np
 
-    from ..quantize import quantize
-    from ..runtimes.torch import fingerprint
-    from ..text import Tokenizer, read_text
+    from rmse_edge.quantize import quantize
+    from rmse_edge.runtimes.engines.torch import fingerprint
+    from rmse_edge.text import Tokenizer, read_text
 
     ids = None
     if args.calibrate:
@@ -120,9 +111,9 @@ def quantized(
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
     request = request_of(args, args.quant)
-    from ..checkpoint import load_checkpoint
-    from ..quantize import save_quantized
-    from ..quantize.store import check_destination
+    from rmse_edge.checkpoint import load_checkpoint
+    from rmse_edge.quantize import save_quantized
+    from rmse_edge.quantize.store import check_destination
 
     output = args.output or Path(f"{args.model.absolute().name}-{args.quant}")
     check_destination(output, args.force)  # before minutes of quantising

@@ -10,30 +10,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FileError, UserError
-from ..files import check_file
+from rmse_edge.errors import FileError, UserError
+from rmse_edge.files import check_file
+
 from .chat import talk
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
 from .display import DepthWriter
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
 if TYPE_CHECKING:
-    from ..runtimes.conversation import Conversation
-    from ..runtimes.generate import Generation, Span
-    from ..runtimes.session import Resumed
+    from rmse_edge.runtimes.host.session import Resumed
+    from rmse_edge.runtimes.text.conversation import Conversation
+    from rmse_edge.runtimes.text.generate import Generation, Span
 
 
 @verb("rmse-run")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
 
-    from ..chat import ChatTemplate
-    from ..runtimes import LoopRuntime
-    from ..runtimes.conversation import Conversation
-    from ..runtimes.generate import BEGINNING, Generation, Tail
-    from ..runtimes.sampling import Sampler, Sampling
-    from ..runtimes.session import SessionError, restore_session, save_session
-    from ..text import Tokenizer
+    from rmse_edge.chat import ChatTemplate
+    from rmse_edge.runtimes import LoopRuntime
+    from rmse_edge.runtimes.host.session import SessionError, restore_session, save_session
+    from rmse_edge.runtimes.text.conversation import Conversation
+    from rmse_edge.runtimes.text.generate import BEGINNING, Generation, Tail
+    from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+    from rmse_edge.text import Tokenizer
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
     text = read_prompt(args)
@@ -142,7 +143,7 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if args.prompt is not None:
         return args.prompt
     if args.file not in (None, "-"):
-        from ..text import read_text
+        from rmse_edge.text import read_text
 
         return read_text(args.file)
     return None if args.chat and args.file is None else read_stdin()
@@ -152,7 +153,7 @@ def read_stdin() -> str:
     """All of stdin, exactly as given."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("no prompt; give --prompt TEXT, --file FILE, or pipe text into stdin")
-    from ..text import decode_utf8
+    from rmse_edge.text import decode_utf8
 
     return decode_utf8(sys.stdin.buffer.read(), "stdin")
 
@@ -169,7 +170,7 @@ def converse(
     args: argparse.Namespace, conversation: Conversation, resumed: Resumed | None, question: str | None
 ) -> int | None:
     """--chat: one question, or those of stdin; with a session before and after."""
-    from ..runtimes.session import save_session
+    from rmse_edge.runtimes.host.session import save_session
 
     if resumed is not None:
         conversation.resume(resumed)

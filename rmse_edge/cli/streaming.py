@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .display import table
 
 if TYPE_CHECKING:
-    from ..runtimes import Dials, LoopRuntime
+    from rmse_edge.runtimes import Dials, LoopRuntime
 
 MIB = 2**20
 
@@ -24,7 +24,7 @@ def measure(
     runtime: LoopRuntime, ids: np.ndarray, dials: Dials, tokens: int, threads: int | None, notes: list[str]
 ) -> dict[str, Any]:
     """Stream `tokens` tokens with a progress bar; everything under stable names."""
-    from ..runtimes.stream import Stream
+    from rmse_edge.runtimes.measure.stream import Stream
 
     stream = Stream(runtime, ids, dials, tokens)
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:

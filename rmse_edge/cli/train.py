@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from rmse_edge.errors import UserError
+
 from .common import Parser, existing_file, existing_folder, fraction, list_of, positive_int, verb
 
 
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     import torch
 
-    from ..train.recipe import Recipe
-    from ..train.session import RECIPE_FILE, train, train_task
+    from rmse_edge.train.recipe import Recipe
+    from rmse_edge.train.session import RECIPE_FILE, train, train_task
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -102,7 +103,7 @@ def report(argv: list[str]) -> int | None:
 
     import torch
 
-    from ..train.report import as_markdown, measure
+    from rmse_edge.train.report import as_markdown, measure
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import UserError
+from rmse_edge.errors import UserError
 
 TIMEOUT_S = 10.0  # for one answer of a server
 BATCH = 1024  # passages of one transaction, at least

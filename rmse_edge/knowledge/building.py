@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import SEGMENT
-from ..errors import TextError, UserError
-from ..text import Tokenizer, read_text
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.errors import TextError, UserError
+from rmse_edge.text import Tokenizer, read_text
+
 from .base import TIMEOUT_S, Entry, Hit, KnowledgeError, KnowledgeInfo, Passage, Store, check_fits, is_server
 from .passages import split_text
 

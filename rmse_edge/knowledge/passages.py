@@ -6,8 +6,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
-from ..config import SEGMENT
-from ..errors import TextError
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.errors import TextError
+
 from .base import Passage
 
 Encode = Callable[[str], Sequence[int]]

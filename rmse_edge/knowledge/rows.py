@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Count
-from ..package import Entry, digest_manifest
-from ..schema import Name, Whole, parse_json, validated
+from rmse_edge.arch.rmse.config import Count
+from rmse_edge.package import Entry, digest_manifest
+from rmse_edge.schema import Name, Whole, parse_json, validated
+
 from .base import KnowledgeError, Passage
 
 FORMAT = "rmse-edge knowledge base"

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import new_folder
+from rmse_edge.files import new_folder
+
 from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key, cosine
 from .rows import AGAIN, Rows, one_line, writer_lock
 from .vectors import nearest, new_index, put_in, read_index, remove_others, write_index

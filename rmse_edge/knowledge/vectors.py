@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import digest_file, sync_folder
+from rmse_edge.files import digest_file, sync_folder
+
 from .base import KnowledgeError
 from .graph import check_index
 

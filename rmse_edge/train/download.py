@@ -11,8 +11,8 @@ from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
-from ..errors import TextError, UserError
-from ..files import check_file, new_file
+from rmse_edge.errors import TextError, UserError
+from rmse_edge.files import check_file, new_file
 
 TIMEOUT = 30  # seconds without a byte
 

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import SEGMENT
-from ..errors import ConfigError
-from ..files import new_file
-from ..model import RMSE, Hits
-from ..schema import check_fields
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.arch.rmse.model import RMSE, Hits
+from rmse_edge.errors import ConfigError
+from rmse_edge.files import new_file
+from rmse_edge.schema import check_fields
+
 from .sources import IGNORED, Batch, Part, Plural, Seed, Sized
 
 QUESTION, ANSWER, STOP = 0, 1, 2  # tokens; then first names, last names, relations, values, words

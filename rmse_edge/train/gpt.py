@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..attention import rotate
-from ..config import Count, Positions, Share, Vocabulary
-from ..errors import CheckpointError, ConfigError
-from ..files import changed_folder
-from ..rope import rotary_angles
-from ..schema import check_fields, read_json
+from rmse_edge.arch.rmse.config import Count, Positions, Share, Vocabulary
+from rmse_edge.errors import CheckpointError, ConfigError
+from rmse_edge.files import changed_folder
+from rmse_edge.layers.attention import rotate
+from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.schema import check_fields, read_json
 
 MODEL_TYPE = "gpt-baseline"
 

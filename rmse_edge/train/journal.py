@@ -6,7 +6,7 @@ import csv
 from itertools import pairwise
 from pathlib import Path
 
-from ..files import new_file
+from rmse_edge.files import new_file
 
 FIELDS = (
     "step", "stage", "loops", "loss", "last_loss", "depth", "lr", "grad_norm", "idle_experts", "tokens_per_s", "val_loss"

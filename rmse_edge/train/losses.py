@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..exit import exit_distribution
-from ..model import RMSE, Hits
+from rmse_edge.arch.rmse.model import RMSE, Hits
+from rmse_edge.loop.stop import exit_distribution
+
 from .gpt import GPT
 
 

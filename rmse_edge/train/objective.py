@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..exit import gate_stops
-from ..model import RMSE, Hits
+from rmse_edge.arch.rmse.model import RMSE, Hits
+from rmse_edge.loop.stop import gate_stops
+
 from .facts import fetched, search_loss
 from .gpt import GPT
 from .losses import chosen, cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss

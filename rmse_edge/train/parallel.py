@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import UserError
+from rmse_edge.errors import UserError
 
 MODES = ("ddp", "fsdp")
 

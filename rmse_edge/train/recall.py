@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import SEGMENT
-from ..errors import ConfigError
-from ..files import new_file
-from ..model import RMSE
-from ..schema import check_fields
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.errors import ConfigError
+from rmse_edge.files import new_file
+from rmse_edge.schema import check_fields
+
 from .sources import IGNORED, Batch, Part, Plural, Seed, Sized, require
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)

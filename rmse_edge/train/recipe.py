@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..config import MAX_LOOPS, SEGMENT, Loops, RMSEConfig, Share
-from ..errors import ConfigError
-from ..schema import Expected, Finite, check_fields, first_of, read_json
+from rmse_edge.arch.rmse.config import MAX_LOOPS, SEGMENT, Loops, RMSEConfig, Share
+from rmse_edge.errors import ConfigError
+from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
+
 from .gpt import GPTConfig
 
 Steps = Annotated[int, Field(ge=1, le=10**9)]

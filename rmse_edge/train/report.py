@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import load_checkpoint
-from ..costs import average_context, macs_per_token
-from ..exit import gate_stops
-from ..experts import Routing
-from ..model import RMSE, Stop
-from ..text import Tokenizer, consecutive_blocks, read_text, split
+from rmse_edge.arch.rmse.costs import average_context, macs_per_token
+from rmse_edge.arch.rmse.model import RMSE, Stop
+from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.layers.experts import Routing
+from rmse_edge.loop.stop import gate_stops
+from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
+
 from .gpt import GPTConfig
 from .losses import losses_by_depth, token_loss
 from .trainer import evaluate

@@ -24,20 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..chat import TEMPLATE_FILE, template_source
-from ..config import RMSEConfig
-from ..errors import CheckpointError, ConfigError, TextError, UserError
-from ..files import check_file, write_text
-from ..model import RMSE
-from ..shards import INDEX_FILE, WEIGHTS_FILE
-from ..text import (
-    Tokenizer,
-    consecutive_blocks,
-    read_text,
-    split,
-    train_character_tokenizer,
-    word_tokenizer,
-)
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.chat import TEMPLATE_FILE, template_source
+from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
+from rmse_edge.files import check_file, write_text
+from rmse_edge.shards import INDEX_FILE, WEIGHTS_FILE
+from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer, word_tokenizer
+
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
@@ -275,7 +269,7 @@ def save(model: RMSE | GPT, out: Path) -> RMSE | GPT:
     if isinstance(model, GPT):
         save_gpt(model, out)
         return load_gpt(out)
-    from ..checkpoint import load_checkpoint, save_checkpoint
+    from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 
     save_checkpoint(model, out, dtype=torch.bfloat16)
     return load_checkpoint(out)

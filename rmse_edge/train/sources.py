@@ -20,11 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config import RMSEConfig
-from ..errors import ConfigError
-from ..model import RMSE
-from ..schema import Expected
-from ..text import consecutive_blocks, random_blocks
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.errors import ConfigError
+from rmse_edge.schema import Expected
+from rmse_edge.text import consecutive_blocks, random_blocks
 
 IGNORED = -100
 Batch = dict[str, Tensor]

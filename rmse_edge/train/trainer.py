@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from ..checkpoint import start_from
-from ..errors import CheckpointError, UserError, first_line
-from ..files import new_file
-from ..model import RMSE
-from ..schema import check_value, parse_json
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.checkpoint import start_from
+from rmse_edge.errors import CheckpointError, UserError, first_line
+from rmse_edge.files import new_file
+from rmse_edge.schema import check_value, parse_json
+
 from .gpt import GPT
 from .journal import Journal
 from .losses import losses_by_depth

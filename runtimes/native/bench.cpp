@@ -73,7 +73,7 @@ double copy_bandwidth(int64_t threads) {
 
 // --------------------------------------------------------------------------------------------------------- a model
 
-// Bytes of weights that decoding one token multiplies with, an estimate (rmse_edge/costs.py): every weight of the
+// Bytes of weights that decoding one token multiplies with, an estimate (rmse_edge/arch/rmse/costs.py): every weight of the
 // active experts and of the dense parts once per loop that ran, what is outside the loop once.
 double weight_bytes_per_token(const ModelInfo& info, double loops) {
   // Of a weight in memory: fp16 is widened when loaded, scales of groups of 32 count as part of int4.

@@ -1,4 +1,4 @@
-// A looped language model that remembers what it was fed: runtimes/host.py over the methods of an ExecuTorch program.
+// A looped language model that remembers what it was fed: runtimes/host/text.py over the methods of an ExecuTorch program.
 //
 // The host keeps what is kept between calls: the ring of keys and values, of which every iteration reads its row where it
 // lies, and the neural memory, written every 64 tokens.

@@ -24,7 +24,7 @@ constexpr char kTarget[] = "executorch";
 constexpr char kManifest[] = "manifest.json";
 constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
 
-// What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/signatures.py: one with more is not
+// What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/host/signatures.py: one with more is not
 // to be believed, and nothing is allocated by it.
 constexpr size_t kLargestManifest = 16 << 20;   // bytes
 constexpr int64_t kLargest = INT32_MAX;         // of sizes and counts

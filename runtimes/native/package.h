@@ -20,7 +20,7 @@ namespace rmse {
 
 constexpr int64_t kSegment = 64;  // tokens between two writes of the memory; no call crosses a multiple of it
 
-// The quality dial of one call. Loops count from 1; rmse_edge/exit.py has the rules.
+// The quality dial of one call. Loops count from 1; rmse_edge/loop/stop.py has the rules.
 struct Dials {
   int64_t max_loops = 1;
   int64_t min_loops = 1;

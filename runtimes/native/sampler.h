@@ -1,4 +1,4 @@
-// The sampler of every runtime: the same seed and logits give the same token, here and in runtimes/sampling.py.
+// The sampler of every runtime: the same seed and logits give the same token, here and in runtimes/text/sampling.py.
 //
 // It works in float64 and owns its random numbers, those of NumPy's Generator(PCG64(seed)).
 #pragma once

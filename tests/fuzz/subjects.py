@@ -49,7 +49,7 @@ class Defect(Exception):
 
 def check_fed(fed: Any, count: int, vocab: int) -> None:
     """Shapes, and finite logits; where they are not, the sampler must refuse them."""
-    from rmse_edge.runtimes.sampling import Sampler, Sampling
+    from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 
     if fed.logits.shape != (count, vocab) or fed.depth.shape != (count,):
         raise Defect(f"logits {fed.logits.shape}, depth {fed.depth.shape}, expected ({count}, {vocab}) and ({count},)")
@@ -98,7 +98,7 @@ def change_manifest(source: Path, rng: random.Random, folder: Path) -> Path:
 
 def package(source: Path, engine: str) -> Subject:
     def prepare() -> None:
-        from rmse_edge.runtimes import executorch, open_runtime, start_engine  # noqa: F401
+        from rmse_edge.runtimes import open_runtime, start_engine  # noqa: F401
 
         if engine != "executorch":  # its threads do not live through a fork
             start_engine(engine)
@@ -148,7 +148,7 @@ def session(source: Path) -> Subject:
             pid = os.fork()
             if pid == 0:
                 from rmse_edge.runtimes import open_runtime
-                from rmse_edge.runtimes.session import save_session
+                from rmse_edge.runtimes.host.session import save_session
 
                 runtime: Any = open_runtime(source)
                 runtime.feed(np.arange(70) % 4, runtime.info.dials)
@@ -160,7 +160,7 @@ def session(source: Path) -> Subject:
             whole["header"] = file.metadata()
 
     def make(rng: random.Random, folder: Path) -> Path:
-        from rmse_edge.runtimes.session import digest
+        from rmse_edge.runtimes.host.session import digest
 
         path = folder / "text.session"
         header: dict[str, Any] = dict(whole["header"])
@@ -180,7 +180,7 @@ def session(source: Path) -> Subject:
 
     def use(path: Path) -> None:
         from rmse_edge.runtimes import open_runtime
-        from rmse_edge.runtimes.session import restore_session
+        from rmse_edge.runtimes.host.session import restore_session
 
         runtime: Any = open_runtime(source)
         pending = restore_session(runtime, path).pending
@@ -378,7 +378,7 @@ def change_stored_tensor(rng: random.Random, source: Path, path: Path) -> None:
 
 
 def use_checkpoint(folder: Path) -> None:
-    from rmse_edge.runtimes.torch import TorchRuntime
+    from rmse_edge.runtimes.engines.torch import TorchRuntime
 
     feed(TorchRuntime.open(folder))
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from rmse_edge.cli.bench import export_random
 from rmse_edge.package import Package
-from rmse_edge.runtimes.bench import Bench, BenchSettings
-from rmse_edge.runtimes.onnx import OnnxRuntime
+from rmse_edge.runtimes.engines.onnx import OnnxRuntime
+from rmse_edge.runtimes.measure.bench import Bench, BenchSettings
 
 PROMPT, GENERATE = 128, 32
 MIB = 2**20

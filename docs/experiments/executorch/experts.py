@@ -36,11 +36,11 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
-from rmse_edge.experts import select
-from rmse_edge.export.executorch_ops import quantized_experts, torchao_weight
+from rmse_edge.export.executorch.ops import quantized_experts, torchao_weight
+from rmse_edge.layers.experts import select
 from rmse_edge.quantize.tensors import Format, QuantizedTensor, round_to_nearest
-from rmse_edge.runtimes.executorch import load_program, set_threads, start_engine
-from rmse_edge.runtimes.machine import release_mapped
+from rmse_edge.runtimes.engines.executorch import load_program, set_threads, start_engine
+from rmse_edge.runtimes.measure.machine import release_mapped
 
 EXPERTS, TOP_K, INT4 = 512, 10, Format(4, 32)
 MB = 1e6

@@ -34,9 +34,9 @@ from executorch.exir.passes import MemoryPlanningPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama::*)
 from torch import Tensor, nn
 
-from rmse_edge.attention import MASKED
-from rmse_edge.export.executorch_passes import EDGE_PASSES
-from rmse_edge.runtimes.executorch import load_program, set_threads, start_engine
+from rmse_edge.export.executorch.passes import EDGE_PASSES
+from rmse_edge.layers.attention import MASKED
+from rmse_edge.runtimes.engines.executorch import load_program, set_threads, start_engine
 
 LOOPS = 12
 SIZES = ((192, 6, 2, 32), (768, 12, 4, 64))  # d, heads, groups that share a key, channels of a head

@@ -23,9 +23,9 @@ import numpy as np
 from rmse_edge.cli.index import main as index
 from rmse_edge.knowledge import open_retriever
 from rmse_edge.runtimes import LoopRuntime, open_runtime
-from rmse_edge.runtimes.generate import Generation
-from rmse_edge.runtimes.librarian import Librarian
-from rmse_edge.runtimes.sampling import Sampler, Sampling
+from rmse_edge.runtimes.text.generate import Generation
+from rmse_edge.runtimes.text.librarian import Librarian
+from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.text import Tokenizer
 from rmse_edge.train.facts import ANSWER, QUESTION, Facts
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
-from rmse_edge.model import RMSE
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.quantize.compare import deployed_exit
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split

@@ -1,0 +1,330 @@
+"""How the model becomes a program for Core ML: quantised weights and experts as operators that lower to MIL.
+
+Two ways of storing integers, and two operators for them:
+
+- `stored_weight`, for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which Core ML unpacks as it
+  likes best (at load time, or inside the matrix product).
+- `stored_rows`, for tables of which a call needs a few rows (embeddings, experts): packed bytes, gathered by index and
+  unpacked in the graph, so that nothing else is touched. A constexpr that is gathered from may be unpacked whole.
+
+Experts are gathered for the CPU and the GPU. The Neural Engine has no gather worth the name: there all experts are
+computed as two dense products, and the ones not chosen are multiplied by zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from coremltools.converters.mil import register_torch_op
+from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import types
+from torch import Tensor, nn
+
+from rmse_edge.errors import ExportError
+from rmse_edge.export.targets import LowerOptions
+from rmse_edge.layers.attention import Attention, RMSNorm
+from rmse_edge.layers.experts import SparseExperts, select, swiglu
+from rmse_edge.quantize import QuantizedTensor
+from rmse_edge.quantize.tensors import Format
+
+HALF_MAX = 65504.0  # the largest float16
+
+# ----------------------------------------------------------------------------------------------- two operators
+
+
+@torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
+def stored_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """What a `QuantizedTensor` stands for: codes (N, K) uint8, scales and zeros (N, groups) -> float32 (N, K)."""
+    group = codes.shape[-1] // scales.shape[-1]
+    return _decoded(codes, scales, zeros, bits, group)
+
+
+@stored_weight.register_fake
+def _(codes, scales, zeros, bits):
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@torch.library.custom_op("rmse_edge::stored_rows", mutates_args=())
+def stored_rows(table: Tensor, scales: Tensor, zeros: Tensor | None, rows: Tensor, bits: int) -> Tensor:
+    """Rows of a table of integers, unpacked.
+
+    Args:
+        table: (R, ..., K * bits / 8) uint8, see `packed_halves`; scales and zeros: (R, ..., groups).
+        rows: which ones, int64 of any shape, each 0..R - 1.
+    Returns:
+        rows.shape + (..., K) float32.
+    """
+    codes = table[rows]
+    if bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], -1)
+    group = codes.shape[-1] // scales.shape[-1]
+    return _decoded(codes, scales[rows], None if zeros is None else zeros[rows], bits, group)
+
+
+@stored_rows.register_fake
+def _(table, scales, zeros, rows, bits):
+    return scales.new_empty(*rows.shape, *table.shape[1:-1], table.shape[-1] * 8 // bits)
+
+
+def _decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
+    zero = 2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
+    return ((codes.float().unflatten(-1, (-1, group)) - zero) * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def packed_halves(codes: Tensor, bits: int) -> Tensor:
+    """Codes (..., K) as bytes (..., K * bits / 8); of int4, the first half of a row lies in the low halves of the bytes.
+
+    A row is then unpacked by joining two pieces, not by interleaving them.
+    """
+    if bits == 8:
+        return codes
+    low, high = codes.chunk(2, -1)
+    return low | (high << 4)
+
+
+@register_torch_op(torch_alias=["rmse_edge::stored_weight", "rmse_edge.stored_weight"], override=True)
+def _lower_stored_weight(context, node):
+    codes, scales, zeros, bits = _get_inputs(context, node, expected=4)
+    width = int(bits.val)
+    kwargs = {"scale": half(scales.val).astype(np.float32)}
+    if zeros is None:  # signed, counted from the middle
+        signed = types.nptype_from_builtin(types.string_to_builtin(f"int{width}"))
+        kwargs["data"] = (codes.val.astype(np.int16) - 2 ** (width - 1)).astype(signed)
+    else:
+        unsigned = types.nptype_from_builtin(types.string_to_builtin(f"uint{width}"))
+        kwargs |= {"data": codes.val.astype(unsigned), "offset": zeros.val.astype(unsigned)}
+    context.add(mb.constexpr_blockwise_shift_scale(**kwargs, name=node.name))
+
+
+@register_torch_op(torch_alias=["rmse_edge::stored_rows", "rmse_edge.stored_rows"], override=True)
+def _lower_stored_rows(context, node):
+    table, scales, zeros, rows, bits = _get_inputs(context, node, expected=5)
+
+    def fetched(values, what):
+        const = mb.const(val=values, name=f"{node.name}_{what}")
+        return mb.gather(x=const, indices=rows, axis=0, validate_indices=False)
+
+    x = mb.cast(x=fetched(table.val.astype(np.uint8), "codes"), dtype="fp32")
+    if int(bits.val) == 4:
+        high = mb.floor(x=mb.mul(x=x, y=np.float32(1 / 16)))
+        low = mb.sub(x=x, y=mb.mul(x=high, y=np.float32(16)))
+        x = mb.concat(values=[low, high], axis=-1)
+    shape, groups = tuple(x.shape), scales.shape[-1]
+    grouped = groups > 1
+    if grouped:
+        x = mb.reshape(x=x, shape=(*shape[:-1], groups, shape[-1] // groups))
+
+    def per_group(values, what):
+        found = fetched(values, what)
+        return mb.expand_dims(x=found, axes=[-1]) if grouped else found
+
+    if zeros is None:
+        x = mb.sub(x=x, y=np.float32(2 ** (int(bits.val) - 1)))
+    else:
+        x = mb.sub(x=x, y=mb.cast(x=per_group(zeros.val.astype(np.uint8), "zeros"), dtype="fp32"))
+    x = mb.mul(x=x, y=per_group(half(scales.val).astype(np.float32), "scales"))
+    context.add(mb.reshape(x=x, shape=shape, name=node.name))
+
+
+def half(scales: np.ndarray) -> np.ndarray:
+    """Scales as packages store them. Exact from 7.6e-6 on; what a smaller one is off by is nothing beside the others."""
+    return scales.astype(np.float16)
+
+
+def _one_of_two(seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """where(seen, a, b) of two numbers: the converter would store both as tensors of the size of `seen`.
+
+    Exact for masks, which are 0 and a whole number.
+    """
+    if a.dim() or b.dim():
+        return NotImplemented
+    return b + (a - b) * seen.to(a.dtype)
+
+
+# Operators of a traced program that the converter does not know, or makes too much of, in terms of others.
+DECOMPOSITIONS = {
+    torch.ops.aten.where.self: _one_of_two,
+    torch.ops.aten.__and__.Tensor: torch.logical_and,
+    torch.ops.aten.__or__.Tensor: torch.logical_or,
+    torch.ops.aten.log_sigmoid.default: lambda x: -F.relu(-x) - torch.log1p(torch.exp(-x.abs())),
+    # The converter's own `inverse` adds 1e-4 to what it divides by.
+    torch.ops.aten.reciprocal.default: lambda x: torch.ones_like(x) / x,
+    torch.ops.aten.clamp_max.default: lambda x, most: torch.minimum(x, torch.full_like(x, most)),
+    torch.ops.aten.where.ScalarOther: lambda c, a, other: torch.where(c, a, torch.full_like(a, other)),
+    torch.ops.aten.new_zeros.default: lambda x, size, **kwargs: torch.zeros(size, dtype=kwargs.get("dtype") or x.dtype),
+}
+
+# -------------------------------------------------------------------------------------------------- modules
+
+
+class StoredLinear(nn.Module):
+    """A linear layer on integers."""
+
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bits = q.format.bits
+        self.in_features, self.out_features = q.shape[-1], q.shape[-2]
+        self.bias = bias
+        for name, tensor in (("codes", q.codes), ("scales", q.scales), ("zeros", q.zeros)):
+            self.register_buffer(name, tensor)
+
+    def weight(self) -> Tensor:
+        return stored_weight(self.codes, self.scales, self.zeros, self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(), self.bias)
+
+
+class SharedEmbedding(nn.Module):
+    """An embedding whose weights are the head's: stored once, as the head needs them."""
+
+    def __init__(self, head: StoredLinear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.head.weight())
+
+
+class StoredRows(nn.Module):
+    """A table (R, ..., K) of integers, of which single rows are asked for."""
+
+    def __init__(self, q: QuantizedTensor) -> None:
+        super().__init__()
+        self.bits = q.format.bits
+        for name, tensor in (("table", packed_halves(q.codes, self.bits)), ("scales", q.scales), ("zeros", q.zeros)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return stored_rows(self.table, self.scales, self.zeros, rows, self.bits)
+
+
+class FloatRows(nn.Module):
+    """The same of floats."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.table.index_select(0, rows.flatten()).view(*rows.shape, *self.table.shape[1:])
+
+
+class StatisticsNorm(nn.Module):
+    """`RMSNorm` written out: fewer operators than the converter's own, whose epsilon depends on the row.
+
+    Its mean must be computed in float32, see export/coreml/precision.py: in float16 a square overflows from 256 on.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class PortableExperts(SparseExperts):
+    """Experts in operators that every engine has."""
+
+    stored_gate_up_proj: nn.Module
+    stored_down_proj: nn.Module
+
+    def __init__(self, experts: SparseExperts, weights: Mapping[str, QuantizedTensor | Tensor], dense: bool) -> None:
+        """
+        Args:
+            weights: gate_up_proj (E, 2f, d) and down_proj (E, d, f), as they are to be stored.
+            dense: compute all experts instead of fetching the chosen ones.
+        """
+        with torch.device("meta"):  # everything of it is replaced
+            super().__init__(experts.config)
+        for name in ("router", "shared_gate_up_proj", "shared_down_proj", "step_logits", "balance_bias", "load"):
+            setattr(self, name, getattr(experts, name))
+        self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]
+        self.dense = dense
+        for name, weight in weights.items():
+            kept = _flat(weight, name == "down_proj") if dense else weight
+            if isinstance(kept, Tensor):
+                module: nn.Module = _linear(kept) if dense else FloatRows(kept)
+            else:
+                module = StoredLinear(kept, None) if dense else StoredRows(kept)
+            self.add_module(f"stored_{name}", module)
+
+    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
+        routing = select(logits, self.balance_bias, self.config.top_k)
+        if self.dense:
+            share = torch.zeros_like(logits).scatter(1, routing.experts, routing.weights)  # (N, E)
+            hidden = swiglu(self.stored_gate_up_proj(rows)).unflatten(-1, (logits.shape[-1], -1))  # (N, E, f)
+            return self.stored_down_proj((hidden * share.unsqueeze(-1)).flatten(1))
+        gate_up = self.stored_gate_up_proj(routing.experts)  # (N, k, 2f, d)
+        hidden = swiglu((gate_up @ rows[:, None, :, None]).squeeze(-1)) * routing.weights.unsqueeze(-1)  # (N, k, f)
+        return (self.stored_down_proj(routing.experts) @ hidden.unsqueeze(-1)).squeeze(-1).sum(1)
+
+
+def _flat(weight: QuantizedTensor | Tensor, down: bool) -> QuantizedTensor | Tensor:
+    """Weights of all experts as one matrix: (E, 2f, d) -> (E * 2f, d), or with `down` (E, d, f) -> (d, E * f)."""
+    if isinstance(weight, QuantizedTensor):
+        zeros = None if weight.zeros is None else _matrix(weight.zeros, down)
+        return QuantizedTensor(weight.format, _matrix(weight.codes, down), _matrix(weight.scales, down), zeros)
+    return _matrix(weight, down)
+
+
+def _matrix(weight: Tensor, down: bool) -> Tensor:
+    return (weight.transpose(0, 1).flatten(1) if down else weight.flatten(0, 1)).contiguous()
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------- preparation
+
+
+def check_format(name: str, fmt: Format, inputs: int) -> None:
+    """Fail unless packages have a form for this format.
+
+    Raises:
+        ExportError: naming the tensor and the fix.
+    """
+    if fmt.bits == 4 and inputs % 2:
+        raise ExportError(f"{name}: has {inputs} inputs, which make no whole bytes of int4; quantise to int8")
+
+
+def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
+    """A copy of `model` that traces to what Core ML runs well where it is to run.
+
+    Raises:
+        ExportError: a weight has scales beyond float16; names it.
+    """
+    model = copy.deepcopy(model)
+    tensors, on_ane = options.tensors, options.compute == "ane"
+    for name, q in tensors.items():
+        if float(q.scales.max()) > HALF_MAX:
+            raise ExportError(f"{name}: has scales beyond float16's range; export with --quant fp32")
+    left = dict(tensors)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, RMSNorm) and not on_ane:
+            # On the Neural Engine all is float16; the converter's own form divides by the largest value first.
+            model.set_submodule(path, StatisticsNorm(module))
+        elif isinstance(module, Attention):
+            module.rotary_operator = False
+        elif isinstance(module, SparseExperts):
+            names = ("gate_up_proj", "down_proj")
+            weights = {name: left.pop(f"{path}.{name}", getattr(module, name).data) for name in names}
+            model.set_submodule(path, PortableExperts(module, weights, on_ane).eval())
+    for name, q in left.items():
+        path = name.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        model.set_submodule(path, StoredLinear(q, owner.bias) if isinstance(owner, nn.Linear) else StoredRows(q))
+    if getattr(getattr(model, "config", None), "tie_embeddings", False) and "embed.weight" in tensors:
+        head = StoredLinear(tensors["embed.weight"], None)
+        model.set_submodule("head_proj", head)
+        model.set_submodule("embed", SharedEmbedding(head))
+    return model

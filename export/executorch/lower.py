@@ -1,0 +1,133 @@
+"""LoopProgram -> ExecuTorch: one `.pte` with a method for every METHOD_ROWS, whose weights it holds once.
+
+The loop is the host's: no control flow in the runtime both stops early and keeps XNNPACK's delegates, and a call of
+`step` costs no more than an iteration inside a graph. What is kept between calls belongs to the host, too: `step` reads
+row k of the KV ring where it lies, and leaves the call's keys and values to be committed. Rings in the program's own buffers
+are no faster, several times slower as exported by default, and out of the host's hands (docs/experiments/executorch).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.errors import ExportError, first_line, quiet
+from rmse_edge.export.program import LoopProgram
+from rmse_edge.export.targets import LowerOptions, target
+from rmse_edge.quantize import QuantizedTensor
+
+from .ops import check_format, prepare, stored_codes
+from .passes import EDGE_PASSES
+
+PROGRAM = "program.pte"
+UNLIMITED = 2**31 - 1  # of get_max_context_len: a window and a memory hold any text
+PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate would only cost
+
+
+@target(
+    "executorch",
+    quants=("fp32", "int8", "int4"),
+    accuracy_levels=(4,),
+    host_loop=True,
+    check_format=check_format,
+    prepare=prepare,
+)
+def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
+    """Write program.pte into `folder`.
+
+    Returns:
+        "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method.
+    Raises:
+        ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
+    """
+    methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
+    options.progress("lowering to XNNPACK")
+    with quiet():
+        partitioners = {name: [] if name.split("_")[0] in PLAIN else [XnnpackPartitioner()] for name in methods}
+        try:
+            edge = to_edge_transform_and_lower(
+                methods,
+                transform_passes=EDGE_PASSES,
+                partitioner=partitioners,
+                constant_methods=metadata(program, options),
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+            delegates = {name: _delegates(edge.exported_program(name)) for name in methods}
+            lowered = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    # Inputs and outputs lie where the host has them.
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False),
+                    do_quant_fusion_and_const_prop=True,  # makes readers of quantised embeddings
+                )
+            )
+        except Exception as error:
+            raise ExportError(f"ExecuTorch does not lower the program: {first_line(error)}") from error
+    path = folder / PROGRAM
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+    check_weights(path, options.tensors)
+    return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+
+
+def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
+    """Methods that return a constant, by the names that ExecuTorch's own runners look for; -1 for a token there is not."""
+    config: RMSEConfig | None = getattr(program.model, "config", None)
+    spec = next(iter(program.specs.values()))
+    found: dict[str, Any] = {"get_max_loops": spec.max_loops}
+    if config is None:
+        return found
+    limit = options.max_seq_len or UNLIMITED
+    return found | {
+        "get_vocab_size": config.vocab_size,
+        "get_bos_id": -1 if config.bos_token_id is None else config.bos_token_id,
+        "get_eos_ids": list(options.eos_token_ids),
+        "get_n_layers": 1,
+        "get_max_seq_len": limit,
+        "get_max_context_len": limit,
+        "get_window": config.window,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": False,
+    }
+
+
+def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
+    """Fail unless the file holds the codes and the scales of every quantised weight, byte for byte.
+
+    Raises:
+        ExportError: naming the weight.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name, q in tensors.items():
+            for what, forms in (
+                ("integers", stored_codes_forms(q)),
+                ("scales", [q.scales, q.scales.to(torch.bfloat16)]),
+            ):
+                if all(content.find(_bytes(form)) < 0 for form in forms):
+                    raise ExportError(
+                        f"{name}: ExecuTorch did not store the {what} it was given; export with --quant fp32"
+                    )
+
+
+def stored_codes_forms(q: QuantizedTensor) -> list[Tensor]:
+    """What a weight's codes may be stored as: for XNNPACK and the experts' kernels, or for looking up rows."""
+    if q.format.bits == 8:
+        return [stored_codes(q)]
+    return [stored_codes(q), (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _delegates(program: ExportedProgram) -> int:
+    return sum("executorch_call_delegate" in str(n.target) for n in program.graph.nodes)

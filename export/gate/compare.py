@@ -1,0 +1,420 @@
+"""The parity gate: an export fails unless the package says what the PyTorch model says.
+
+A package is run through its real runtime, teacher-forced, and held against the PyTorch model with identically rounded
+weights over the whole text at once, at full depth and at two adaptive settings. The reference (reference.py) has no
+host, no cache and no calls, so what a runtime does with keys, positions, segments and hits between the engine's calls is
+compared like everything else. Two rules:
+
+- exact (fp32): logits within 1e-4 and equal depth at every position, except from a position on where the reference
+  itself is undecided: the margin between its 10th and 11th expert, or of the exit rule, is below 1e-4. There the
+  comparison restarts from an empty state; such positions are listed and may be 1 % at most.
+- rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
+  (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
+  These are shares, so more positions are compared: 2,000, or what a target's runtime has time for. Where the target can
+  also compute with float activations (ONNX), a package that rounds them to int8 is first held to the exact rule without
+  that, on the same integers: what remains is the operators' own rounding. Otherwise the lowering looks codes and scales
+  up in the file. Shares would forgive small faults of the host, so unless some package of the export is held to the exact
+  rule, the host is, run on PyTorch's own methods (`compare_host`).
+
+The tokens are fed as in a conversation: prompts, single tokens, another prompt; in between, what is kept is taken out and
+put back, as a session is. A model with the entropy rule gets a third adaptive setting. Every method is also compared by
+itself, and the loop driven by the host through `step` must match `loop`: by the largest difference, or, where the package
+rounds activations to int8, by the root of the mean square, at fixed depths.
+
+A model with a neural memory is held to the same rule by its surprise at every segment's end, and its memory is compared
+over 32 segments, write by write and each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded). No host takes part
+in that: when it writes, and what, shows in the surprise. A model with a retrieval head embeds a passage, by the exact rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.errors import ParityError
+from rmse_edge.export.program import LoopProgram, dial_specs, next_of, signature
+from rmse_edge.loop.contract import LoopSpec
+from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
+from rmse_edge.runtimes.host.base import Arrays, Dials, Methods, ModelInfo, dtype_name
+from rmse_edge.runtimes.host.text import LoopRuntime
+
+from .memory import MEMORY_TOLERANCE, compare_memory, compare_passage
+from .reference import LEAST_POSITIONS, MARGIN, SINGLES, Course, Reference, conversation, least_positions, made_up_hits
+
+LOGITS_TOLERANCE = 1e-4
+UNDECIDED_SHARE = 0.01
+SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
+POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
+METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
+ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
+SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
+LAST_ONLY = 40  # tokens of the call of which only the last logits are asked for: a padded one
+
+
+def adaptive_settings(reference: Reference, tokens: np.ndarray) -> dict[str, Dials]:
+    """Full depth and adaptive settings at which this model's exits vary: by the gate, by the delta rule, and by the
+    entropy rule where the model has it.
+
+    The checkpoint's own setting is used where it is adaptive; otherwise a first run at full depth shows the brake scores
+    and relative changes of the middle loop, and the threshold is put among them, where it is clearest who stops.
+    """
+    own, full = reference.info.dials, reference.info.full_depth
+    middle = max(0, reference.info.max_loops // 2 - 1)
+    scores = reference.course(tokens, full).scores
+    clear = {name: clear_threshold(of_loops[middle]) for name, of_loops in scores.items()}
+    gate = own.exit_threshold if own.exit_threshold < 1 else min(clear["exit_threshold"], 0.999)
+    delta = own.exit_epsilon or clear["exit_epsilon"]
+    settings = {
+        "full depth": full,
+        "gate": dataclasses.replace(full, exit_threshold=float(np.float32(gate))),
+        "delta": dataclasses.replace(full, exit_epsilon=float(np.float32(delta)), min_loops=1),
+    }
+    if "exit_entropy" in scores:
+        entropy = own.exit_entropy or clear["exit_entropy"]
+        settings["entropy"] = dataclasses.replace(full, exit_entropy=float(np.float32(entropy)))
+    return settings
+
+
+def clear_threshold(values: np.ndarray) -> float:
+    """The middle of the widest gap among the central third of `values`; a little below them if they are all alike."""
+    low, high = np.quantile(values, [1 / 3, 2 / 3])
+    central = np.sort(values[(values >= low) & (values <= high)])
+    gaps = np.diff(central)
+    if not len(gaps) or gaps.max() < 10 * MARGIN:
+        return float(low - min(0.01, low / 2))
+    widest = int(np.argmax(gaps))
+    return float((central[widest] + central[widest + 1]) / 2)
+
+
+def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Course:
+    """Every token, fed from an empty state as `conversation` says; of the first prompt, the last 64 tokens by themselves.
+
+    Made-up hits are there from the first single token to the next boundary. Amid the single tokens the text is
+    interrupted as a session is: what is kept is taken out, and put back into an empty runtime. One position's logits
+    come from a call that was asked for its last row only, as prompts of people are.
+    """
+    first, last = conversation(len(tokens), runtime.info)
+    fed, surprise = [], np.zeros(len(tokens))
+    runtime.reset()
+    beginning = min(LAST_ONLY, first)
+    only = runtime.feed(tokens[:beginning], dials, "last").logits[-1] if beginning else None
+    runtime.reset()
+    cuts = sorted({0, max(0, first - SEGMENT), *range(first, last + 1), len(tokens)})
+    for start, end in itertools.pairwise(cuts):
+        if start == first and (hits := made_up_hits(runtime.info)) is not None:
+            runtime.inject(*hits)
+        if start == first + SINGLES // 2:
+            interrupt(runtime)
+        fed.append(runtime.feed(tokens[start:end], dials))
+        for found in fed[-1].surprises:
+            surprise[found.position - 1] = found.value
+    logits = np.concatenate([f.logits for f in fed])
+    if only is not None:
+        logits[beginning - 1] = only
+    return Course(logits, np.concatenate([f.depth for f in fed]), surprise)
+
+
+def interrupt(runtime: LoopRuntime) -> None:
+    """Take out what is kept, forget everything, and put it back."""
+    kept = runtime.position, {name: array.copy() for name, array in runtime.tensors().items()}
+    runtime.reset()
+    runtime.restore(*kept)
+
+
+def compare(
+    reference: Reference, candidate: LoopRuntime, tokens: np.ndarray, dials: Dials, exact: bool
+) -> dict[str, Any]:
+    """Run the candidate over `tokens` at one setting and measure how far it is from the reference.
+
+    Raises:
+        ParityError: they disagree beyond the rule; the message names the position and the numbers.
+    """
+    start, undecided = 0, []
+    ours, theirs, depths = [], [], []
+    surprises: list[np.ndarray] = []
+    while start < len(tokens):
+        a = reference.course(tokens[start:], dials)
+        b = teacher_forced(candidate, tokens[start:], dials)
+        difference = np.abs(a.logits - b.logits).max(1)
+        surprise = np.abs(a.surprise - b.surprise) / np.maximum(1e-3, a.surprise)  # relative
+        wrong = ~(difference <= LOGITS_TOLERANCE) | (a.depth != b.depth)  # NaN is wrong
+        wrong |= ~(surprise <= MEMORY_TOLERANCE[True])
+        n = len(wrong)
+        if exact and wrong.any():
+            first = int(np.argmax(wrong))
+            unsure = np.flatnonzero(a.margin[: first + 1] < MARGIN)
+            if not len(unsure):
+                raise ParityError(
+                    f"position {start + first}: logits differ by {difference[first]:.1e} (allowed "
+                    f"{LOGITS_TOLERANCE:.0e}), depth {b.depth[first]} instead of {a.depth[first]}, surprise by "
+                    f"{surprise[first]:.1e} relative, and the reference is decided (margin {a.margin[: first + 1].min():.1e})"
+                )
+            undecided.append(start + int(unsure[-1]))
+            n = int(unsure[-1])
+            if len(undecided) > UNDECIDED_SHARE * len(tokens):
+                listed = ", ".join(map(str, undecided))
+                raise ParityError(f"more than {UNDECIDED_SHARE:.0%} of {len(tokens)} positions are undecided: {listed}")
+        ours.append(a.logits[:n])
+        theirs.append(b.logits[:n])
+        depths.append(np.stack([a.depth[:n], b.depth[:n]]))
+        surprises.append(surprise[:n])
+        start += n + 1 if exact and wrong.any() else n
+    summary = agreement(
+        np.concatenate(ours), np.concatenate(theirs), np.concatenate(depths, 1), undecided, len(tokens), exact
+    )
+    if reference.info.memory:
+        largest = float(np.concatenate(surprises).max())  # relative
+        summary["max_surprise_difference"] = largest
+        if not exact and not largest <= SURPRISE:  # NaN is wrong
+            raise ParityError(f"surprise differs by {largest:.1e} relative (allowed {SURPRISE:.0e})")
+    return summary
+
+
+def agreement(
+    ours: np.ndarray, theirs: np.ndarray, depths: np.ndarray, undecided: list[int], total: int, exact: bool
+) -> dict[str, Any]:
+    """How well logits (n, V) and depths (2, n) of the reference and a candidate agree.
+
+    Raises:
+        ParityError: by the rounded rule (not `exact`), they do not.
+    """
+    p, q = _log_softmax(ours), _log_softmax(theirs)
+    mean = depths.mean(1)
+    result: dict[str, Any] = {
+        "positions": total,
+        "max_logit_difference": float(np.abs(ours - theirs).max()),
+        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
+        "same_top_token": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        "same_depth": float((depths[0] == depths[1]).mean()),
+        "mean_depth": [float(mean[0]), float(mean[1])],
+        "depth_sd": float(depths[0].std()),
+        "undecided": undecided,
+    }
+    if not exact:
+        checks = {
+            f"same top token {result['same_top_token']:.1%} < {SAME_TOKEN:.0%}": result["same_top_token"] >= SAME_TOKEN,
+            f"same depth {result['same_depth']:.1%} < {SAME_DEPTH:.0%}": result["same_depth"] >= SAME_DEPTH,
+            f"mean depth {mean[1]:.3f} against {mean[0]:.3f}": abs(mean[1] / mean[0] - 1) <= MEAN_DEPTH,
+            f"KL {result['kl']:.1e} > {KL:.0e}": result["kl"] <= KL,
+        }
+        for message, ok in checks.items():
+            if not ok:
+                raise ParityError(message)
+    return result
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------------------- method by method
+
+
+def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
+    """Made-up but consistent inputs for every method of one call: valid ids, real prelude results, a filled state."""
+    draw = np.random.default_rng(seed)
+    feeds: Arrays = {}
+    for t in (*spec.inputs, *spec.context, *spec.state):
+        dtype = dtype_name(t.dtype)
+        if dtype == "bool":
+            feeds[t.name] = draw.random(t.shape) < 0.5
+            feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
+        elif t.name in spec.notes.get("examples", {}):
+            feeds[t.name] = np.asarray(spec.notes["examples"][t.name], dtype).reshape(t.shape)
+        elif dtype == "int8":
+            feeds[t.name] = draw.integers(-127, 128, t.shape).astype(np.int8)
+        elif dtype == "int64":
+            feeds[t.name] = draw.integers(0, spec.notes.get("ids", 2), t.shape)
+        else:
+            feeds[t.name] = draw.standard_normal(t.shape).astype(dtype)
+    feeds |= {k: v.copy() for k, v in methods.run("prelude", spec.chunk, feeds).items()}
+    for t in spec.memory:
+        feeds[t.name] = (0.1 * np.abs(draw.standard_normal(t.shape))).astype(np.float32)
+    for takes, _ in spec.extra.values():
+        feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in takes if t.name not in feeds}
+    return feeds
+
+
+def drive_step(
+    methods: Methods, spec: LoopSpec, first: Arrays, feeds: Arrays, dials: Arrays
+) -> tuple[Arrays, list[Arrays]]:
+    """The loop as a host owns it: `step` until nothing is active. Returns the last carry and every iteration's emits."""
+    carry, emits, k = dict(first), [], 0
+    while k < int(dials["max_loops"]) and carry["active"].any():
+        rows = {t.name: np.ascontiguousarray(feeds[t.name][k]) for t in spec.state}
+        out = methods.run("step", spec.chunk, feeds | carry | rows | dials | {"k": np.array(k, np.int64)})
+        carry = {t.name: out[next_of(t).name].copy() for t in spec.carried}
+        emits.append({t.name: out[t.name].copy() for t in spec.emits})
+        k += 1
+        if not bool(out["any_active"]):
+            break
+    return carry, emits
+
+
+def compare_methods(
+    program: LoopProgram,
+    candidate: Methods,
+    dial_values: dict[str, float],
+    tolerance: float,
+    mean_square: bool = False,
+) -> dict[str, float]:
+    """Difference of every method and chunk between PyTorch and the package, relative to the values' size: the largest, or
+    with `mean_square` its root mean square.
+
+    Raises:
+        ParityError: naming the method, the tensor and the difference.
+    """
+    worst: dict[str, float] = {}
+
+    def note(label: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if mean_square:
+            difference = float(np.sqrt(np.square(a - b).mean() / max(1e-6, np.square(a).mean()))) if a.size else 0.0
+        else:
+            difference = float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) if a.size else 0.0
+        worst[label] = max(worst.get(label, 0.0), difference)
+        if not difference <= tolerance:
+            raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {tolerance:.0e})")
+
+    for chunk, spec in program.specs.items():
+        reference = TorchMethods(program.model)
+        dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
+        feeds = example_feeds(spec, reference)
+        results: dict[str, Arrays] = {}
+        for name in ("prelude", "loop", "head", *(["commit"] if spec.commit else []), *spec.extra):
+            given = feeds | results.get("loop", {}) | dials
+            expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
+            got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
+            if name == "commit" and getattr(candidate, "rings", None):
+                # What the engine keeps is compared as a whole: what was to be written, and what was not.
+                held = {k: np.array(v) for k, v in candidate.read_states().items()}  # type: ignore[attr-defined]
+                for ring, whole in committed(spec, given, expected).items():
+                    note(f"{name}_{chunk}", ring, whole, held[ring])
+                results[name] = expected
+                continue
+            for t in signature(spec, name)[1]:
+                ran = (
+                    slice(int(expected["iterations"])) if name == "loop" and t in _stacked_names(spec) else slice(None)
+                )
+                a, b = (np.atleast_1d(r[t.name]) for r in (expected, got))
+                note(f"{name}_{chunk}", t.name, a[ran], b[ran])
+            results[name] = expected
+        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
+        with torch.no_grad():
+            carry, invariants = ({k: v.numpy() for k, v in part.items()} for part in program.model.begin(tensors))
+        if any(m.name == "begin" for m in program.methods):
+            got = candidate.run("begin", chunk, feeds)
+            for key, value in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
+                note(f"begin_{chunk}", key, value, got[key])
+        carry["depth"] = np.zeros(spec.active.shape, np.int64)
+        last, emits = drive_step(candidate, spec, carry, feeds | invariants, dials)
+        note(f"step_{chunk}", "h", results["loop"]["h"], last["h"])
+        note(f"step_{chunk}", "depth", results["loop"]["depth"], last["depth"])
+        for t in spec.emits:
+            note(f"step_{chunk}", t.name, results["loop"][t.name][: len(emits)], np.stack([e[t.name] for e in emits]))
+    return worst
+
+
+def committed(spec: LoopSpec, feeds: Arrays, kept: Arrays) -> Arrays:
+    """The rings in `feeds` with what `commit` gave for the call's valid rows in their slots."""
+    n, window = int(feeds["n_valid"][0]), spec.notes["window"]
+    slots = (int(feeds["position"][0]) + np.arange(n)) % window
+    rings = {ring: feeds[ring].copy() for ring in spec.notes["rings"]}
+    for ring, source in spec.notes["rings"].items():
+        rings[ring][..., slots, :] = kept[source][..., :n, :]
+    return rings
+
+
+def _stacked_names(spec: LoopSpec):
+    from rmse_edge.export.program import stacked
+
+    return stacked(spec)
+
+
+def gate(
+    program: LoopProgram,
+    reference: Reference,
+    candidate: LoopRuntime,
+    tokens: np.ndarray,
+    exact: bool,
+    progress: Callable[[str], None] = lambda _: None,
+    rounded_activations: bool = False,
+    positions: int | None = None,
+) -> dict[str, Any]:
+    """The whole gate for a language model. Returns the report that goes into the manifest.
+
+    Args:
+        exact: the rule; see the module.
+        rounded_activations: the package rounds activations, too: to int8, or computes in float16.
+        positions: to compare, if not the rule's own number; more, where the ring would not be wrapped by then.
+    Raises:
+        ParityError: the package must not ship.
+    """
+    tokens = compared(tokens, reference.info, exact, positions)
+    report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
+    settings = adaptive_settings(reference, tokens[: least_positions(reference.info)])
+    for name, dials in settings.items():
+        progress(f"parity at {name}")
+        try:
+            result = compare(reference, candidate, tokens, dials, exact)
+        except ParityError as error:
+            raise ParityError(f"parity failed at {name}: {error}") from None
+        report["settings"][name] = {"dials": vars(dials), **result}
+    progress("parity of each method")
+    program = dataclasses.replace(program, model=reference.model)  # rounded as the package is
+    full = settings["full depth"]
+    # At half the depth, commit supplies the keys and values of loops that never ran, whatever the call's rows decided.
+    half = dataclasses.replace(full, max_loops=max(1, full.max_loops // 2))
+    worst: dict[str, float] = {}
+    tolerance = ACTIVATION_TOLERANCE if rounded_activations else METHOD_TOLERANCE[exact]
+    for dials in (full, half) if rounded_activations else (full, settings["gate"], half):
+        found = compare_methods(program, candidate.methods, vars(dials), tolerance, rounded_activations)
+        for label, difference in found.items():
+            worst[label] = max(worst.get(label, 0.0), difference)
+    report["methods"] = worst
+    if reference.info.memory:
+        progress("parity of the memory")
+        report["memory"] = compare_memory(reference, candidate.methods, exact)
+    if reference.info.retrieval is not None and exact:
+        report["passage"] = compare_passage(reference, candidate, tokens)
+    candidate.reset()
+    return report
+
+
+def compare_host(model: RMSE, tokens: np.ndarray) -> dict[str, Any]:
+    """The host by itself: PyTorch's own methods, run by it, against the whole text, by the exact rule at full depth.
+
+    What the rounded rule allows an engine would hide small faults of the host that runs it. So where packages are held
+    to that rule only, the host, which is the same for all of them, is compared without an engine.
+
+    Args:
+        model: with keys and values in float32: what is a millionth apart is otherwise rounded apart here and there.
+    Raises:
+        ParityError: they disagree; the message names the position.
+    """
+    candidate = TorchRuntime(model, "host")
+    reference = Reference(model, candidate.info)
+    tokens = compared(tokens, reference.info, True)
+    try:
+        report = compare(reference, candidate, tokens, reference.info.full_depth, True)
+        if reference.info.retrieval is not None:
+            report["passage"] = compare_passage(reference, candidate, tokens)
+        return report
+    except ParityError as error:
+        raise ParityError(f"parity of the host failed: {error}") from None
+
+
+def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | None = None) -> np.ndarray:
+    """The part of a text that the gate compares, by its rule; see `gate`. A text that is too short is read over again."""
+    least = least_positions(info)
+    count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))
+    return tokens[:count] if len(tokens) >= least else np.resize(tokens, least)

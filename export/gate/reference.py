@@ -1,0 +1,139 @@
+"""What the parity gate holds packages against: the PyTorch model over a whole text at once.
+
+There is no host in it, no cache, no ring, no plan of calls and no state handed on: `TextModel.whole_text` gives what the
+model says of all positions. The runtimes of packages share their host with the runtime of checkpoints
+(runtimes/host/text.py), so a comparison of two of them cannot see what that does wrong: a key in the wrong slot is wrong on
+both sides alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.loop.contract import InjectedHits, TextModel
+from rmse_edge.runtimes.engines.torch import TorchMethods
+from rmse_edge.runtimes.host.base import Arrays, Dials, ModelInfo
+
+MARGIN = 1e-4  # below it the reference is undecided
+LEAST_POSITIONS = 256  # that are compared at any setting
+SINGLES = 32  # of them fed one by one: through the graphs that decode, over a segment's end
+
+
+@dataclass(frozen=True)
+class Course:
+    """What n tokens of a text gave."""
+
+    logits: np.ndarray  # (n, V)
+    depth: np.ndarray  # (n,)
+    surprise: np.ndarray  # (n,) at the last position of every segment, 0 elsewhere
+
+
+@dataclass(frozen=True)
+class ReferenceCourse(Course):
+    """The reference's, with what it hung by."""
+
+    margin: np.ndarray  # (n,) smallest distance of each position to another decision
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)  # see `WholeText.scores`, (K, n) each
+
+    def first(self, count: int) -> ReferenceCourse:
+        """Of the first `count` positions."""
+        values = {f.name: getattr(self, f.name)[:count] for f in dataclasses.fields(self) if f.name != "scores"}
+        return ReferenceCourse(**values, scores={name: of_loops[:, :count] for name, of_loops in self.scores.items()})
+
+
+class Reference:
+    """A model, and what it has said so far: a text is computed once per setting, whoever is compared with it.
+
+    Args:
+        text: the longest text that is going to be asked for, where that is known: with its first beginning that is asked
+            for, all of it is computed.
+    """
+
+    def __init__(self, model: TextModel, info: ModelInfo, text: np.ndarray | None = None) -> None:
+        if isinstance(model, torch.nn.Module):
+            model.eval()
+        self.model = model
+        self.info = info
+        self.methods = TorchMethods(model)
+        self._text = np.zeros(0, np.int64) if text is None else text
+        self._courses: dict[tuple[Dials, bytes], ReferenceCourse] = {}
+        self._segments: dict[bytes, list[np.ndarray]] = {}
+
+    def course(self, tokens: np.ndarray, dials: Dials) -> ReferenceCourse:
+        """All of `tokens` from an empty past, with hits where `conversation` has them."""
+        count, whole = len(tokens), self._text
+        begins = np.array_equal(whole[:count], tokens)
+        if not begins or conversation(count, self.info) != conversation(len(whole), self.info):
+            whole = tokens
+        key = dials, whole.tobytes()
+        if key not in self._courses:
+            self._courses[key] = self._course(whole, dials)
+        return self._courses[key].first(count)
+
+    def _course(self, tokens: np.ndarray, dials: Dials) -> ReferenceCourse:
+        hits = made_up_hits(self.info)
+        given = None
+        if hits is not None:
+            vectors, cosines = (torch.from_numpy(a) for a in hits)
+            given = InjectedHits(conversation(len(tokens), self.info)[0], vectors, cosines)
+        found = self.model.whole_text(torch.from_numpy(tokens), self.scalars(dials), given)
+        surprise = np.zeros(len(tokens))
+        surprise[SEGMENT - 1 :: SEGMENT][: len(found.surprise)] = found.surprise.numpy()
+        return ReferenceCourse(
+            found.logits.numpy(),
+            found.depth.numpy(),
+            surprise,
+            found.margin.numpy(),
+            {name: score.numpy() for name, score in found.scores.items()},
+        )
+
+    def segments(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """The exit states (1, 64, d) of every whole segment of `tokens` at full depth: what a memory is taught."""
+        key = tokens.tobytes()
+        if key not in self._segments:
+            whole = tokens[: len(tokens) // SEGMENT * SEGMENT]
+            h = self.model.whole_text(torch.from_numpy(whole), self.scalars(self.info.full_depth)).h.numpy()
+            self._segments[key] = [part[None] for part in h.reshape(-1, SEGMENT, h.shape[-1])]
+        return self._segments[key]
+
+    def scalars(self, dials: Dials) -> dict[str, torch.Tensor]:
+        """The dials as the model takes them."""
+        arrays: Arrays = dials.arrays()
+        return {name: torch.from_numpy(arrays[name]) for name in self.model.spec(1).dials}
+
+
+def least_positions(info: ModelInfo) -> int:
+    """Positions that must be compared for every part of a host to take part: its ring wraps, and a memory is read."""
+    return max(LEAST_POSITIONS, (-(-info.window // SEGMENT) + 2) * SEGMENT)
+
+
+def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
+    """How a text of `count` tokens is fed, as a conversation is: prompts up to the first position given here, then token by
+    token up to the second, then a prompt again.
+
+    So large, padded and single-row calls all take part, and each kind reads what the others left behind. The places are
+    the same in all texts but short ones, so that one text can be the beginning of another.
+    """
+    least = least_positions(info)
+    # Behind a whole window, and so far into a segment that both what comes before and the single tokens pass its end.
+    first = least - 2 * SEGMENT + SEGMENT * 2 // 3 if count >= least else count * 2 // 3
+    return first, min(first + SINGLES, count)
+
+
+def made_up_hits(info: ModelInfo) -> tuple[np.ndarray, np.ndarray] | None:
+    """As many hits as the model takes but one: vectors (n, slots, d) of mean square 1 and cosines (n,) falling from 0.9.
+
+    None for a model without retrieval.
+    """
+    space = info.retrieval
+    if space is None:
+        return None
+    shape = (max(1, int(space["hits"]) - 1), int(space["slots"]), info.config["d_model"])
+    vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return vectors, np.linspace(0.9, 0.3, len(vectors)).astype(np.float32)

@@ -1,0 +1,123 @@
+"""LoopProgram -> ONNX: one graph per method for calls of any size, one file of weights for all of them.
+
+The loop is an ONNX `Loop`, with the weights and the KV ring read from outer scope: what an ONNX Runtime `Loop` carries
+is copied in every iteration. K and V of the call are a scan output, and leave the graph for the host to commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+from torch.onnx._internal.exporter import _core as exporter
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from rmse_edge.errors import ExportError, quiet
+from rmse_edge.export.program import ExportedMethod, LoopProgram
+from rmse_edge.export.targets import LowerOptions, target
+
+from .ops import translations
+from .passes import PASSES, WeightFile
+from .quantize import check_format, use_integers
+
+OPSET = 23
+WEIGHTS = "weights.bin"
+
+
+def graph_file(program: LoopProgram, method: ExportedMethod) -> str:
+    """METHOD.onnx; where other graphs of the method serve other calls, METHOD_ROWS.onnx."""
+    alone = sum(m.name == method.name for m in program.methods) == 1
+    return f"{method.name}.onnx" if alone else f"{method.name}_{method.chunks[0]}.onnx"
+
+
+@cache
+def registry(compact: bool) -> ONNXRegistry:
+    """What `torch.onnx.export` reads its operators' translations from, with ours; see `translations`.
+
+    `torch.onnx.export` makes one in every call, from the source text of some 500 functions: half a second for each method.
+    """
+    found = ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for operator, translation in translations(compact).items():
+        found.register_op(operator, translation)
+    return found
+
+
+def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
+    """One traced method as an ONNX model with its weights inline, after all passes."""
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # it reports on every optional package it does not find
+        exported = exporter.export(
+            method.program,
+            opset_version=OPSET,
+            input_names=[t.name for t in method.takes],
+            output_names=[t.name for t in method.gives],
+            registry=registry(compact),
+            verbose=False,
+        )
+    model = exported.model_proto
+    for apply in PASSES:
+        apply(model)
+    return model
+
+
+def weight_names(model: nn.Module) -> dict[bytes, str]:
+    """Content -> name for every parameter and buffer, as it is and, for matrices, transposed."""
+    names: dict[bytes, str] = {}
+    for name, tensor in model.state_dict().items():
+        array = tensor.detach().cpu().contiguous()
+        names.setdefault(array.numpy().tobytes(), name)
+        if array.dim() == 2:
+            names.setdefault(array.T.contiguous().numpy().tobytes(), f"{name}.T")
+    return names
+
+
+@target("onnx", any_rows=True, asymmetric=True, scale_bytes=4, compacts=True, check_format=check_format)
+def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
+    """Write METHOD.onnx and weights.bin into `folder`.
+
+    Returns:
+        "graphs": METHOD_ROWS -> the file that serves calls of so many rows; "weights", "opset", "compact". With
+        `options.exact_twin` also "exact_twin", the same for graphs that read the same integers with float activations.
+    Raises:
+        ExportError: a graph that ONNX's own checker refuses, or a quantised weight that no graph reads as integers.
+    """
+    names = weight_names(program.model) if isinstance(program.model, nn.Module) else {}
+    weights = WeightFile(names, half=options.quant == "fp16")
+    graphs: dict[str, str] = {}
+    twins: dict[str, str] = {}
+    read: set[str] = set()
+    for method in program.methods:
+        options.progress(f"lowering {method.label}")
+        model = to_onnx(method, compact=options.compact and max(method.chunks) > 1)
+        file = graph_file(program, method)
+        if options.exact_twin:
+            twin = copy.deepcopy(model)
+            use_integers(twin, options.tensors, names, accuracy_level=0)
+            weights.take(twin, WEIGHTS)
+            onnx.save(twin, folder / f"exact-{file}")
+            twins |= {f"{method.name}_{chunk}": f"exact-{file}" for chunk in method.chunks}
+        if options.tensors:
+            read |= use_integers(model, options.tensors, names, options.accuracy_level)
+        weights.take(model, WEIGHTS)
+        onnx.save(model, folder / file)
+        graphs |= {f"{method.name}_{chunk}": file for chunk in method.chunks}
+    for name in options.tensors:
+        if name not in read:
+            raise ExportError(
+                f"{name}: is quantised, but no graph reads it as integers; export with --quant fp32 or fp16"
+            )
+    weights.write(folder / WEIGHTS)
+    for file in dict.fromkeys(graphs.values()):
+        try:
+            onnx.checker.check_model(str(folder / file))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"{file}: {str(error).splitlines()[0]}") from error
+    found: dict[str, Any] = {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact}
+    if options.tensors:
+        found["accuracy_level"] = options.accuracy_level
+    return found | ({"exact_twin": found | {"graphs": twins, "accuracy_level": 0}} if options.exact_twin else {})

@@ -1,0 +1,290 @@
+"""ONNX graph surgery after `torch.onnx.export`: a named list of small passes, each `ModelProto -> None`, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from rmse_edge.errors import ExportError
+from rmse_edge.runtimes.engines.onnx import ROWS
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+
+
+def names_read(graph: GraphProto) -> set[str]:
+    """Every name a graph reads, in itself or in its subgraphs."""
+    read = {o.name for o in graph.output}
+    for node in graph.node:
+        read |= set(node.input)
+        for inner in subgraphs(node):
+            read |= names_read(inner)
+    return read
+
+
+def find_loop(model: ModelProto) -> NodeProto | None:
+    return next((n for n in model.graph.node if n.op_type == "Loop"), None)
+
+
+def name_rows(model: ModelProto) -> None:
+    """Give the number of rows one name in every graph: the tracer's symbols differ from method to method.
+
+    Given:   inputs and outputs (1, s41, 64), in the graph and in every body
+    Result:  (1, "rows", 64)
+
+    Raises:
+        ExportError: a dimension of an input or output is neither a number nor the number of rows.
+    """
+
+    def rename(graph: GraphProto, symbol: str | None) -> None:
+        for value in [*graph.input, *graph.output]:
+            for dim in value.type.tensor_type.shape.dim:
+                if symbol is not None and dim.dim_param == symbol:
+                    dim.dim_param = ROWS
+        for node in graph.node:
+            for inner in subgraphs(node):
+                rename(inner, symbol)
+
+    dims = [d for value in model.graph.input for d in value.type.tensor_type.shape.dim]
+    rename(model.graph, next((d.dim_param for d in dims if d.dim_param), None))
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value") and dim.dim_param != ROWS:
+                raise ExportError(f"name_rows: {value.name} has a dimension {dim.dim_param or 'of unknown size'}")
+
+
+def stack_to_scan(model: ModelProto) -> None:
+    """Turn the carried stack of emits into scan outputs: carrying it copies the whole stack in every iteration.
+
+    Given:   Loop carries `stack`; body: stack' = ScatterND(stack, [k], emit)
+    Result:  Loop has a scan output `emit` (n, ...); after it stack = Gather(emits, min(0..K-1, n - 1)), so that rows
+             from n on repeat the last one: no reader may rely on them (see `run_loop`).
+
+    Raises:
+        ExportError: the loop carries a stack that is written in a way this pass does not know.
+    """
+    loop = find_loop(model)
+    if loop is None:
+        return
+    graph, body = model.graph, next(subgraphs(loop))
+    producers = {o: n for n in body.node for o in n.output}
+    written = []  # (carry index, emit name, type of the stack)
+    for i, (inner, result) in enumerate(zip(body.input[2:], body.output[1:], strict=True)):
+        node = producers.get(result.name)
+        if node is None or node.op_type != "ScatterND" or node.input[0] != inner.name:
+            continue
+        unsqueeze = producers.get(node.input[2])
+        if unsqueeze is None or unsqueeze.op_type != "Unsqueeze":
+            raise ExportError(f"stack_to_scan: {result.name} is scattered from {node.input[2]}, not from an Unsqueeze")
+        written.append((i, unsqueeze.input[0], inner.type.tensor_type))
+    iterations = loop.output[0]  # k is the first carry
+    for i, emit, tensor in reversed(written):
+        loops, *shape = (d.dim_param or d.dim_value for d in tensor.shape.dim)
+        if not isinstance(loops, int):
+            raise ExportError(
+                f"stack_to_scan: {loop.output[i]} has room for {loops} iterations, not for a fixed number"
+            )
+        stack, scan = loop.output[i], f"{loop.output[i]}_of_runs"
+        del loop.input[2 + i], loop.output[i], body.input[2 + i], body.output[1 + i]
+        body.node.append(helper.make_node("Identity", [emit], [f"{scan}_row"]))
+        body.output.append(helper.make_tensor_value_info(f"{scan}_row", tensor.elem_type, shape))
+        loop.output.append(scan)
+        graph.initializer.append(numpy_helper.from_array(np.arange(loops, dtype=np.int64), f"{stack}_loops"))
+        graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), f"{stack}_one"))
+        graph.node.extend([
+            helper.make_node("Sub", [iterations, f"{stack}_one"], [f"{stack}_last"]),
+            helper.make_node("Min", [f"{stack}_loops", f"{stack}_last"], [f"{stack}_which"]),
+            helper.make_node("Gather", [scan, f"{stack}_which"], [stack], axis=0),
+        ])  # fmt: skip
+
+
+def hoist_invariants(model: ModelProto) -> None:
+    """Move what every iteration would compute alike in front of the loop.
+
+    Given:   body: y = Op(a, b), with a and b from outer scope
+    Result:  graph: y = Op(a, b); body reads y
+    """
+    loop = find_loop(model)
+    if loop is None:
+        return
+    graph, body = model.graph, next(subgraphs(loop))
+    outer = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    outer |= {o for n in graph.node for o in n.output}
+    results = {o.name for o in body.output}
+    at = list(graph.node).index(loop)
+    for node in list(body.node):
+        if node.op_type in ("Loop", "If", "Scan") or results & set(node.output) or not set(node.input) - {""} <= outer:
+            continue
+        if not node.input:  # constants weigh nothing where they are
+            continue
+        body.node.remove(node)
+        graph.node.insert(at, node)
+        at += 1
+        outer |= set(node.output)
+
+
+def remove_dead_nodes(model: ModelProto) -> None:
+    """Drop nodes and initializers nobody reads, in the graph and in every body.
+
+    Given:   y = Op(x), y unread
+    Result:  nothing
+    """
+
+    def sweep(graph: GraphProto) -> None:
+        while True:
+            read = names_read(graph)
+            dead = [n for n in graph.node if not read & set(n.output)]
+            if not dead:
+                break
+            for node in dead:
+                graph.node.remove(node)
+        for node in graph.node:
+            for inner in subgraphs(node):
+                sweep(inner)
+
+    sweep(model.graph)
+    read = names_read(model.graph)
+    kept = [t for t in model.graph.initializer if t.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def weights_in_outer_scope(model: ModelProto) -> None:
+    """Check that no body holds weights: a body's own initializers are kept two to three times in memory.
+
+    Raises:
+        ExportError: naming the tensor.
+    """
+    for node in model.graph.node:
+        for inner in subgraphs(node):
+            for tensor in inner.initializer:
+                if np.prod(tensor.dims) > 64:
+                    raise ExportError(f"weights_in_outer_scope: the loop body holds {tensor.name} {list(tensor.dims)}")
+
+
+def outputs_are_computed(model: ModelProto) -> None:
+    """Give every output a node: weights are renamed when they move into their file, outputs keep their names.
+
+    Given:   initializer y, which is a graph output
+    Result:  y = Identity(y_value)
+    """
+    graph = model.graph
+    outputs = {o.name for o in graph.output}
+    for tensor in graph.initializer:
+        if tensor.name in outputs:
+            graph.node.append(helper.make_node("Identity", [f"{tensor.name}_value"], [tensor.name]))
+            tensor.name = f"{tensor.name}_value"
+
+
+def drop_trace_metadata(model: ModelProto) -> None:
+    """Remove the exporter's notes (source lines, stack traces): they hold paths of the machine that exported."""
+
+    def sweep(graph: GraphProto) -> None:
+        del graph.metadata_props[:]
+        for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+            del value.metadata_props[:]
+            value.doc_string = ""
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+            for inner in subgraphs(node):
+                sweep(inner)
+
+    sweep(model.graph)
+    del model.metadata_props[:]
+    del model.graph.value_info[:]
+
+
+PASSES = (
+    name_rows,
+    stack_to_scan,
+    hoist_invariants,
+    remove_dead_nodes,
+    outputs_are_computed,
+    weights_in_outer_scope,
+    drop_trace_metadata,
+)
+
+
+class WeightFile:
+    """One file for the weights of all graphs: every distinct tensor is stored once, at an aligned offset."""
+
+    ALIGNMENT = 4096  # a page, so that a tensor can be mapped, dropped and fetched by itself
+    INLINE_BELOW = 1024  # bytes; smaller tensors stay in the graph
+
+    def __init__(self, names: dict[bytes, str], half: bool) -> None:
+        """
+        Args:
+            names: content of a float32 tensor (row-major bytes) -> the name to store it under.
+            half: store float32 tensors as float16 and cast them in front of their readers.
+        """
+        self.names = names
+        self.half = half
+        self.offsets: dict[tuple[int, bytes], int] = {}  # type and content, in whatever shape it is read
+        self.parts: list[bytes] = []
+        self.size = 0
+
+    def take(self, model: ModelProto, location: str) -> None:
+        """Move the model's large initializers into this file, renamed to what they are.
+
+        Given:   initializer val_19 (float32, inline)
+        Result:  initializer block.attention.kv_proj.weight.T (external, shared), cast from float16 if `half`
+        """
+        graph, renamed, casts = model.graph, {}, []
+        for tensor in graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.nbytes < self.INLINE_BELOW:
+                continue
+            name = self.names.get(array.tobytes(), tensor.name)
+            half = self.half and array.dtype == np.float32
+            if tensor.name != name and any(t.name == name for t in graph.initializer):
+                name = f"{name}.{tensor.name}"
+            renamed[tensor.name] = name
+            stored = array.astype(np.float16) if half else array
+            offset = self._store(stored)
+            tensor.Clear()
+            tensor.name = f"{name}.fp16" if half else name
+            tensor.dims.extend(stored.shape)
+            tensor.data_type = helper.np_dtype_to_tensor_dtype(stored.dtype)
+            onnx.external_data_helper.set_external_data(_raw(tensor), location, offset, stored.nbytes)
+            tensor.ClearField("raw_data")
+            if half:
+                casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+        _rename(graph, renamed)
+        for node in reversed(casts):
+            graph.node.insert(0, node)
+
+    def _store(self, array: np.ndarray) -> int:
+        key = (array.dtype.num, array.tobytes())
+        if key not in self.offsets:
+            padding = -self.size % (self.ALIGNMENT if array.nbytes >= self.ALIGNMENT else 64)
+            self.parts += [bytes(padding), key[1]]
+            self.offsets[key] = self.size + padding
+            self.size += padding + array.nbytes
+        return self.offsets[key]
+
+    def write(self, path) -> None:
+        with open(path, "wb") as file:
+            for part in self.parts:
+                file.write(part)
+
+
+def _raw(tensor: TensorProto) -> TensorProto:
+    """`set_external_data` insists on raw data being there."""
+    tensor.raw_data = b"\0"
+    return tensor
+
+
+def _rename(graph: GraphProto, names: dict[str, str]) -> None:
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in names:
+                node.input[i] = names[name]
+        for inner in subgraphs(node):
+            _rename(inner, names)

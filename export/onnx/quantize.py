@@ -1,0 +1,244 @@
+"""Quantised weights in ONNX: readers of a dequantised weight become ONNX Runtime's operators on its integers.
+
+    MatMul, Gemm  -> MatMulNBits            Gather -> GatherBlockQuantized            MoE -> QMoE
+
+The program is traced with the dequantised weights, so this is the only place where ONNX knows about integers. Scales
+are bfloat16 numbers stored as float32: the operators keep them beside what they pack, and so these stay pages of the file
+instead of becoming memory. Per-channel scales are stored once per channel, and `Expand` gives every block its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from rmse_edge.errors import ExportError
+from rmse_edge.quantize import Format, QuantizedTensor
+from rmse_edge.quantize.scheme import EMBEDDING, EXPERTS
+
+from .ops import CONTRIB
+from .passes import subgraphs
+
+BLOCKS = (128, 64, 32, 16)  # for weights with one scale per channel, by preference: the operators insist on blocks
+
+
+def use_integers(
+    model: ModelProto, tensors: Mapping[str, QuantizedTensor], names: Mapping[bytes, str], accuracy_level: int
+) -> set[str]:
+    """Replace every reader of a quantised weight, in the graph and in its bodies.
+
+    Given:   y = MatMul(x, w.T), w.T the dequantised weights, float32
+    Result:  y = MatMulNBits(x, w.codes, w.scales); w.codes and w.scales in outer scope
+
+    Args:
+        tensors: by name of the weight.
+        names: content of a float32 tensor (row-major bytes) -> its name, "NAME.T" if transposed.
+        accuracy_level: 4 rounds activations to int8, 0 computes in float32.
+    Returns:
+        The names of the weights that the graph reads.
+    Raises:
+        ExportError: a quantised weight is read by an operator that has no form for integers.
+    """
+    found = {}  # initializer -> weight
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            name = names.get(numpy_helper.to_array(tensor).tobytes())
+            if name is not None and name.removesuffix(".T") in tensors:
+                found[tensor.name] = name
+    stored = _Stored(model.graph, tensors)
+    for graph in _graphs(model.graph):
+        for index, node in enumerate(graph.node):
+            weights = {i: found[name] for i, name in enumerate(node.input) if name in found}
+            if not weights:
+                continue
+            replace = REPLACEMENTS.get(node.op_type)
+            new = replace(node, weights, stored, accuracy_level) if replace else None
+            if new is None:
+                name = next(iter(weights.values()))
+                raise ExportError(
+                    f"{name.removesuffix('.T')}: is quantised, but {node.op_type} reads it, which ONNX Runtime has only "
+                    "for floating point; export with --quant fp32 or fp16"
+                )
+            graph.node[index].CopyFrom(new)
+    kept = [t for t in model.graph.initializer if t.name not in found]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    stored.finish(model)
+    return {name.removesuffix(".T") for name in found.values()}
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from _graphs(inner)
+
+
+class _Stored:
+    """Codes, scales and zeros in the outer graph, each once, in the layouts that the operators read."""
+
+    def __init__(self, graph: GraphProto, tensors: Mapping[str, QuantizedTensor]) -> None:
+        self.graph, self.tensors = graph, tensors
+        self.known: set[str] = set()
+        self.nodes: list[NodeProto] = []  # that make scales, in front of everything
+
+    def lies(self, name: str, transposed: bool) -> bool:
+        """Whether an initializer of this name holds the weight as inputs x outputs (`transposed`) or outputs x inputs."""
+        if name.endswith(".T") == transposed:
+            return True
+        weight = self.tensors[name.removesuffix(".T")].dequantize()
+        # A symmetric matrix has one content, hence one name, both ways.
+        return weight.shape[0] == weight.shape[-1] and bool((weight == weight.T).all())
+
+    def block(self, *names: str) -> int:
+        """The block size that the operators are told, one for all of `names`."""
+        formats = [self.tensors[name] for name in names]
+        if formats[0].format.group is not None:
+            return formats[0].format.group
+        return next((b for b in BLOCKS if all(q.shape[-1] % b == 0 for q in formats)), BLOCKS[-1])
+
+    def codes(self, name: str, block: int | None = None) -> str:
+        """(..., N, K * bits / 8) uint8, or (N, blocks, block * bits / 8) with the last block filled up."""
+        q = self.tensors[name]
+        packed = q.packed().numpy()
+        if block is None:
+            return self._keep(f"{name}.codes", packed)
+        rows, wide = packed.shape
+        bytes_of_block = block * q.format.bits // 8
+        zero = q.format.middle if q.format.bits == 8 else q.format.middle * 0x11
+        padded = np.full((rows, -(-wide // bytes_of_block) * bytes_of_block), zero, np.uint8)
+        padded[:, :wide] = packed
+        return self._keep(f"{name}.codes.blocks", padded.reshape(rows, -1, bytes_of_block))
+
+    def scales(self, name: str, block: int | None) -> str:
+        """(..., N, blocks) float32; with `block` None one per channel, (..., N)."""
+        q = self.tensors[name]
+        scales = q.scales if block is not None else q.scales.squeeze(-1)
+        label = f"{name}.scales" if block is not None else f"{name}.scales.channels"
+        if label in self.known:
+            return label
+        blocks = 1 if block is None else -(-q.shape[-1] // block)
+        if blocks == 1 or blocks == scales.shape[-1]:
+            return self._keep(label, scales.numpy())
+        each = self._keep(f"{label}.each", scales.numpy())
+        shape = self._keep(f"{label}.shape", np.array([*scales.shape[:-1], blocks], np.int64))
+        self.nodes.append(helper.make_node("Expand", [each, shape], [label]))
+        self.known.add(label)
+        return label
+
+    def zeros(self, name: str) -> str:
+        """(..., N, bytes) uint8, two zeros of four bits in a byte; "" where symmetric."""
+        q = self.tensors[name]
+        if q.zeros is None:
+            return ""
+        zeros = q.zeros.numpy()
+        if q.format.bits == 4:
+            if zeros.shape[-1] % 2:
+                zeros = np.concatenate([zeros, np.zeros_like(zeros[..., :1])], -1)
+            zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
+        return self._keep(f"{name}.zeros", zeros)
+
+    def _keep(self, label: str, array: np.ndarray) -> str:
+        if label not in self.known:
+            self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), label))
+            self.known.add(label)
+        return label
+
+    def finish(self, model: ModelProto) -> None:
+        for node in reversed(self.nodes):
+            model.graph.node.insert(0, node)
+        if self.known and not any(o.domain == CONTRIB for o in model.opset_import):
+            model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+
+
+def _matmul(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
+    """Given: MatMul(x, w.T). Result: MatMulNBits(x, w)."""
+    if set(weights) != {1} or not stored.lies(weights[1], transposed=True):
+        return None
+    return _nbits(node, weights[1].removesuffix(".T"), "", stored, accuracy_level)
+
+
+def _gemm(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
+    """Given: Gemm(x, w, bias, transB=1), or w.T without. Result: MatMulNBits(x, w, bias)."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    plain = given.get("alpha", 1.0) == 1.0 and given.get("beta", 1.0) == 1.0 and not given.get("transA", 0)
+    if set(weights) != {1} or not plain or not stored.lies(weights[1], transposed=not given.get("transB", 0)):
+        return None
+    bias = node.input[2] if len(node.input) > 2 else ""
+    return _nbits(node, weights[1].removesuffix(".T"), bias, stored, accuracy_level)
+
+
+def _nbits(node: NodeProto, name: str, bias: str, stored: _Stored, accuracy_level: int) -> NodeProto:
+    q, block = stored.tensors[name], stored.block(name)
+    inputs = [node.input[0], stored.codes(name, block), stored.scales(name, block), stored.zeros(name), "", bias]
+    while not inputs[-1]:
+        inputs.pop()
+    rows, columns = q.shape
+    return helper.make_node(
+        "MatMulNBits", inputs, node.output, node.name, domain=CONTRIB,
+        K=columns, N=rows, bits=q.format.bits, block_size=block, accuracy_level=accuracy_level,
+    )  # fmt: skip
+
+
+def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
+    """Given: Gather(w, rows). Result: GatherBlockQuantized(w, rows)."""
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    if set(weights) != {0} or weights[0].endswith(".T") or axis != 0:
+        return None
+    name = weights[0]
+    q, block = stored.tensors[name], stored.block(name)
+    check_format(name, q.format, q.shape[-1])
+    inputs = [stored.codes(name), node.input[1], stored.scales(name, block), stored.zeros(name)]
+    return helper.make_node(
+        "GatherBlockQuantized", inputs if inputs[-1] else inputs[:-1], node.output, node.name, domain=CONTRIB,
+        bits=q.format.bits, block_size=block, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+
+
+def check_format(name: str, fmt: Format, inputs: int) -> None:
+    """Fail unless ONNX Runtime's operators have this format; `MatMulNBits` alone takes any number of inputs.
+
+    Raises:
+        ExportError: naming the tensor and the fix.
+    """
+    if inputs % BLOCKS[-1] and name in (EMBEDDING, *EXPERTS):
+        raise ExportError(
+            f"{name}: {inputs} inputs make no whole blocks of {BLOCKS[-1]}, which ONNX Runtime's operator needs; "
+            "export the float model, with --quant fp32 or fp16"
+        )
+
+
+def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
+    """Given: MoE(x, router, up, , down). Result: QMoE(x, router, up codes, scales, , down codes, scales)."""
+    if set(weights) != {2, 4} or any(name.endswith(".T") for name in weights.values()):
+        return None
+    up, down = weights[2], weights[4]
+    q = stored.tensors[up]
+    if q.format != stored.tensors[down].format:
+        return None
+    # int8 in blocks always rounds activations too, whatever the level: exact results need one scale per channel.
+    per_channel = q.format.bits == 8 and accuracy_level == 0
+    block = None if per_channel else stored.block(up, down)
+    if block is not None:
+        for name in (up, down):
+            check_format(name, q.format, stored.tensors[name].shape[-1])
+    inputs = [
+        *node.input[:2], stored.codes(up), stored.scales(up, block), "", stored.codes(down), stored.scales(down, block), "",
+        "", "", "", stored.zeros(up), stored.zeros(down),
+    ]  # fmt: skip
+    while not inputs[-1]:
+        inputs.pop()
+    new = helper.make_node(
+        "QMoE", inputs, node.output, node.name, domain=CONTRIB,
+        expert_weight_bits=q.format.bits, accuracy_level=accuracy_level,
+    )  # fmt: skip
+    new.attribute.extend(node.attribute)
+    if block is not None:
+        new.attribute.append(helper.make_attribute("block_size", block))
+    return new
+
+
+Replacement = Callable[[NodeProto, dict[int, str], _Stored, int], NodeProto | None]
+REPLACEMENTS: dict[str, Replacement] = {"MatMul": _matmul, "Gemm": _gemm, "Gather": _gather, "MoE": _moe}

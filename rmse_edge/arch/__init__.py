@@ -1,0 +1,1 @@
+"""One folder or file per architecture, named after its `model_type`."""

@@ -1,0 +1,1 @@
+"""RMS-E checkpoints in transformers: `AutoModelForCausalLM.from_pretrained` and `generate`."""

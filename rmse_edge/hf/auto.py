@@ -1,0 +1,99 @@
+"""Registers RMS-E with transformers' Auto classes, without importing transformers.
+
+`import rmse_edge` must stay cheap: a machine that runs a package has NumPy and one engine. So nothing is imported here.
+Whatever Auto module is loaded already gets its entry at once; for the others a finder waits at the head of
+`sys.meta_path` and adds the entry right after transformers has executed the module. Either order of the two imports
+works, and without transformers nothing happens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+CONFIGS = "transformers.models.auto.configuration_auto"
+MODELS = "transformers.models.auto.modeling_auto"
+
+
+def register_config() -> None:
+    """Map model_type "rmse" to `RMSEPretrainedConfig`."""
+    from rmse_edge.arch.rmse.config import MODEL_TYPE
+
+    from .config import RMSEPretrainedConfig
+
+    sys.modules[CONFIGS].AutoConfig.register(MODEL_TYPE, RMSEPretrainedConfig, exist_ok=True)
+
+
+def register_model() -> None:
+    """Map `RMSEPretrainedConfig` to `RMSEForCausalLM`, once both sides are there.
+
+    transformers may load its model list while `rmse_edge.hf.model` is still being executed; that module calls this at its end.
+    """
+    if MODELS not in sys.modules:
+        return
+    module = sys.modules.get(__package__ + ".model")
+    if module is None:
+        from importlib.util import find_spec
+
+        if find_spec("torch") is None:  # transformers can be used for its tokenizers alone
+            return
+        from . import model as module
+    if (model := getattr(module, "RMSEForCausalLM", None)) is not None:
+        sys.modules[MODELS].AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+PENDING: dict[str, Callable[[], None]] = {CONFIGS: register_config, MODELS: register_model}
+
+
+class AutoModuleFinder:
+    """Finds the modules of `PENDING` like everyone else does, and has their loader register RMS-E afterwards."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name not in PENDING:
+            return None
+        for finder in sys.meta_path:
+            if finder is not cls and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = RegisteringLoader(spec.loader)  # type: ignore[assignment]
+                    return spec
+        return None
+
+
+class RegisteringLoader:
+    """A loader that runs the real one, puts it back in its place, and registers."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        settle(module.__name__)
+
+
+def settle(name: str) -> None:
+    """Register what waited for module `name`; the finder leaves when nothing waits any more."""
+    register = PENDING.pop(name, None)
+    if register is not None:
+        register()
+    if not PENDING and AutoModuleFinder in sys.meta_path:
+        sys.meta_path.remove(AutoModuleFinder)
+
+
+def install() -> None:
+    """Register with the Auto modules that are loaded, and wait for those that are not."""
+    for name in list(PENDING):
+        if name in sys.modules:
+            settle(name)
+    if PENDING and AutoModuleFinder not in sys.meta_path:
+        sys.meta_path.insert(0, AutoModuleFinder)

@@ -1,0 +1,190 @@
+"""Gated grouped-query attention over a bounded window: RoPE, QK norm, output gate.
+
+RMSNorm on Q and K follows Henry et al. 2020 (Query-Key Normalization); the sigmoid output gate, per head or per channel,
+follows Qiu et al. 2025 (Gated Attention for LLMs).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmse_edge.arch.rmse.config import RMSEConfig
+
+from .rope import inverse_frequencies
+
+# Added to masked scores. Finite in float16, so that a row whose every key is masked stays free of NaN.
+MASKED = -1e4
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019), (..., d) -> (..., d)."""
+
+    def __init__(self, dims: int, eps: float, init: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dims,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel i with channel i + hd/2 by the given angles (the half-rotate layout).
+
+    Args:
+        x: (B, H, C, hd) queries or keys.
+        cos, sin: (B or 1, 1, C, hd/2).
+    """
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@torch.library.custom_op("rmse_edge::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` as one operator, which targets lower to their own: in a graph it is eight small nodes otherwise."""
+    return rotate(x, cos, sin)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def table_row(table: Tensor, k: int | Tensor) -> Tensor:
+    """Row k of a per-loop table (K, ...): k is a Python int when the loop is unrolled, an int64 scalar in a graph."""
+    return table[k] if isinstance(k, int) else table.index_select(0, k.reshape(1)).squeeze(0)
+
+
+class Attention(nn.Module):
+    """Projects, turns, attends and gates. Keys and values are returned so that the caller owns the cache."""
+
+    step_cos: Tensor  # (K, step_dims / 2), with temporal_rope
+    step_sin: Tensor
+    kv_scales: Tensor  # (2, K, G) of keys and of values, with kv_dtype int8: a static scale per loop and head
+
+    def __init__(self, config: RMSEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary_operator = True  # in graphs; a target that has none of its own sets it to False
+        d, heads, groups, hd = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(d, heads * hd, bias=False)
+        self.kv_proj = nn.Linear(d, 2 * groups * hd, bias=False)
+        self.gate_proj = nn.Linear(d, heads * (hd if config.attention_gate == "elementwise" else 1), bias=False)
+        self.o_proj = nn.Linear(heads * hd, d, bias=False)
+        self.q_norm = RMSNorm(hd, config.norm_eps)
+        self.k_norm = RMSNorm(hd, config.norm_eps)
+        if config.kv_dtype == "int8":
+            self.register_buffer("kv_scales", torch.ones(2, config.max_loops, groups))
+        if config.step_encoding == "temporal_rope":
+            # Loop k turns the reserved channels by k * frequency, fastest one radian per loop. Q and K of one loop meet
+            # only each other, so turning both the same way would cancel in q.k: K turns the opposite way.
+            loops = torch.arange(config.max_loops, dtype=torch.float64, device="cpu")[:, None]  # as NumPy's
+            angle = loops * torch.from_numpy(inverse_frequencies(config.step_dims, float(config.max_loops)))
+            self.register_buffer("step_cos", angle.cos().float(), persistent=False)  # (K, step_dims / 2)
+            self.register_buffer("step_sin", angle.sin().float(), persistent=False)
+
+    def angles(self, k: int | Tensor | None, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        """Position angles (B, C, rotary/2), completed by loop k's own where temporal_rope reserves channels.
+
+        With k None, the angles of all loops: (K * B, 1, C, hd/2), loops outermost.
+        """
+        if self.config.step_encoding == "temporal_rope":
+            tables = (self.step_cos, sign * self.step_sin)
+            if k is None:
+                loops = self.config.max_loops
+                cos, sin = (a.expand(loops, *a.shape) for a in (cos, sin))  # (K, B, C, rotary/2)
+                steps = [t.view(loops, 1, 1, -1).expand(*cos.shape[:-1], -1) for t in tables]
+            else:
+                steps = [table_row(t, k).expand(*cos.shape[:-1], -1) for t in tables]
+            cos, sin = (torch.cat(pair, -1).flatten(0, -3) for pair in ((cos, steps[0]), (sin, steps[1])))
+        elif k is None:
+            loops = self.config.max_loops
+            cos, sin = (a.expand(loops, *a.shape).flatten(0, 1) for a in (cos, sin))
+        return cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, C, hd/2)
+
+    def keys_values(self, x: Tensor, k: int | Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of loop k for normed states x (B, C, d), each (B, G, C, hd), rounded to the cache's type.
+
+        With k None, x is (K * B, C, d): every loop's own states, loops outermost.
+        """
+        batch, count, _ = x.shape
+        kv = self.kv_proj(x).view(batch, count, 2, self.config.n_kv_heads, self.config.head_dim)
+        keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C, hd)
+        keys = self.turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
+        return self.rounded(keys, 0, k), self.rounded(values, 1, k)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate`, in a graph as one operator."""
+        return (rotary if torch.compiler.is_exporting() and self.rotary_operator else rotate)(x, cos, sin)
+
+    def rounded(self, x: Tensor, which: int, k: int | Tensor | None) -> Tensor:
+        """Keys (`which` 0) or values (1) of loop k rounded to the cache's type *before use*, so that a token reads the
+        same number now and from the cache later.
+
+        With int8, gradients pass the rounding unchanged.
+        """
+        dtype = getattr(torch, self.config.kv_dtype)
+        if x.dtype == dtype:
+            return x
+        if dtype != torch.int8:
+            return x.to(dtype).to(x.dtype)
+        scale = self.scale(which, k)
+        if k is None:  # (K, G, 1, 1) -> (K * B, G, 1, 1)
+            scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
+        found = (x / scale).round().clamp(-127, 127) * scale
+        # Straight through where gradients are asked for; in a graph that would be three more nodes.
+        learning = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting()
+        return x + (found - x).detach() if learning else found
+
+    def scale(self, which: int, k: int | Tensor | None) -> Tensor:
+        """Scales of loop k's keys (0) or values (1), (1, G, 1, 1); with k None those of all loops, (K, G, 1, 1)."""
+        scales = self.kv_scales[which]
+        return (scales if k is None else table_row(scales, k).unsqueeze(0))[..., None, None]
+
+    def to_cache(self, x: Tensor, which: int) -> Tensor:
+        """What the cache stores for `rounded` keys or values of all loops, (K, B, G, C, hd)."""
+        if self.config.kv_dtype != "int8":
+            return x.to(getattr(torch, self.config.kv_dtype))
+        return (x / self.scale(which, None).unsqueeze(1)).round().to(torch.int8)
+
+    def from_cache(self, x: Tensor, which: int, k: int | Tensor, dtype: torch.dtype) -> Tensor:
+        """Loop k's keys or values (B, G, W, hd) as the cache stores them -> the numbers that were rounded."""
+        x = x.to(dtype)
+        return x * self.scale(which, k) if self.config.kv_dtype == "int8" else x
+
+    def forward(
+        self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Attend from x.
+
+        Args:
+            x: (B, C, d) normed states.
+            keys, values: (B, G, S, hd), every position that may be seen.
+            mask: (B or 1, 1, C, S), 0 where seen and `MASKED` elsewhere.
+        Returns:
+            (B, C, d).
+        """
+        batch, count, _ = x.shape
+        groups, hd = self.config.n_kv_heads, self.config.head_dim
+        query = self.q_norm(self.q_proj(x).view(batch, count, -1, hd)).transpose(1, 2)  # (B, H, C, hd)
+        query = self.turn(query, *self.angles(k, cos, sin, 1.0))
+        if torch.compiler.is_exporting():
+            # Heads of a group share their keys: fold them into the rows of one plain matmul instead of repeating K and V.
+            rows = query.reshape(batch, groups, -1, hd)  # (B, G, H/G * C, hd)
+            scores = torch.matmul(rows, keys.transpose(2, 3)) * hd**-0.5
+            scores = scores.view(batch, groups, -1, count, keys.shape[2]) + mask.unsqueeze(2)
+            weights = torch.softmax(scores, -1).view(batch, groups, -1, keys.shape[2])
+            out = torch.matmul(weights, values).view(batch, -1, count, hd)
+        else:
+            repeat = self.config.n_heads // groups
+            keys, values = (t.repeat_interleave(repeat, 1) for t in (keys, values))
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.to(query.dtype))
+        gate = torch.sigmoid(self.gate_proj(x))
+        if self.config.attention_gate == "headwise":
+            out = out * gate.transpose(1, 2).unsqueeze(-1)  # (B, H, C, 1)
+        out = out.transpose(1, 2).reshape(batch, count, -1)  # (B, C, H * hd)
+        if self.config.attention_gate == "elementwise":
+            out = out * gate
+        return self.o_proj(out)

@@ -1,0 +1,242 @@
+"""Memory-sparse experts: each position of each loop is computed by 10 of 512 tiny SwiGLU experts and a shared one.
+
+Routing reads the loop step twice: through the state, which carries the step encoding, and through a learned logit per
+(loop, expert), so that one block can act like a different layer in every loop. Expert weights are stacked with the
+expert as the first axis, contiguous, so that a runtime can keep, quantise or page each one by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmse_edge.arch.rmse.config import RMSEConfig
+
+from .attention import table_row
+
+# Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
+GATHER_ROWS = 4
+ALIGNMENT = 16  # bytes of a row that `grouped_mm` asks for
+
+
+class Routing(NamedTuple):
+    """What the router decided for N rows."""
+
+    logits: Tensor  # (N, E) float32, balancing bias not included
+    experts: Tensor  # (N, top_k) int64
+    weights: Tensor  # (N, top_k) float32, positive, sum 1
+
+
+def select(logits: Tensor, bias: Tensor, top_k: int) -> Routing:
+    """Pick experts and weigh them.
+
+    The balancing bias takes part in the selection only (Wang et al. 2024, auxiliary-loss-free load balancing). The
+    weights are the float32 softmax over all experts, renormalised over the chosen ones; since both steps divide by a
+    common factor, that equals the softmax over the chosen logits.
+    """
+    chosen = best(logits + bias, top_k)
+    return Routing(logits, chosen, torch.softmax(logits.gather(-1, chosen), -1))
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest scores; of equal ones, those with the lower index.
+
+    Every runtime selects by this rule. `torch.topk` leaves open which of several equal scores it returns, so it is given
+    integers that are all different: a float's bits, made to order as the float does, followed by the index.
+
+    Args:
+        scores: (N, E) float32.
+    Returns:
+        (N, count) int64, the best first; in a traced graph in the order of `best_portable`.
+    """
+    if torch.compiler.is_exporting():
+        return best_portable(scores, count)
+    if len(scores) <= GATHER_ROWS and count < scores.shape[-1] and scores.device.type == "cpu":
+        values, found = scores.topk(count + 1, -1)  # a few rows: sooner looked at than made unique
+        if all(a > b for row in values.tolist() for a, b in pairwise(row)):
+            return found[:, :count]
+    bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two are equal scores
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    size = scores.shape[-1]
+    ranks = torch.arange(size - 1, -1, -1, device=scores.device)
+    return torch.add(ranks, ordered, alpha=size).topk(count, -1).indices
+
+
+def best_portable(scores: Tensor, count: int) -> Tensor:
+    """The indices that `best` returns, by rising index within those above the last score that is selected and those equal
+    to it, in operators that every engine has.
+
+    Engines differ in the order of equal values in their own topk, and some have no integers of 64 bits. The values that a
+    topk returns are the same everywhere; the second one compares whole numbers, no two of which it selects are equal.
+    """
+    size = scores.shape[-1]
+    least = scores.topk(count, -1).values[..., -1:]
+    ranks = torch.arange(size, 0, -1, device=scores.device).to(scores.dtype)
+    above, selectable = (scores > least).to(scores.dtype), (scores >= least).to(scores.dtype)
+    return (selectable * ranks + above * size).topk(count, -1).indices
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up over interleaved channels [gate_0, up_0, gate_1, ...]: (..., 2f) -> (..., f)."""
+    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * up
+
+
+def gathered_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For a few rows: fetch the chosen experts' weights and multiply. (N, d) -> (N, d)."""
+    hidden = swiglu(torch.einsum("nd,nkfd->nkf", x, gate_up[routing.experts]))
+    return torch.einsum("nkf,nkdf->nd", hidden * routing.weights[..., None].to(x.dtype), down[routing.experts])
+
+
+def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For many rows: sort (row, expert) pairs by expert, then one grouped matmul per projection. (N, d) -> (N, d)."""
+    rows, top_k = routing.experts.shape
+    flat = routing.experts.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    # Zeros that fill up a row of another width than 4 float32 numbers change no product; they cost a copy of the weights.
+    gate_up, down = aligned(gate_up), aligned(down.transpose(1, 2))
+    hidden = swiglu(F.grouped_mm(aligned(x).index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends))
+    # The routing weight goes on the narrow hidden channels; on the output it would cost d / f times as much.
+    hidden = hidden * routing.weights.reshape(-1, 1).index_select(0, order).to(x.dtype)
+    out = F.grouped_mm(hidden, down, offs=ends)
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    if out.shape[1] != x.shape[1]:
+        out = out[:, : x.shape[1]].contiguous()
+    if out.dtype == torch.float32 and not torch.is_grad_enabled():
+        # the same sum, without a copy of `out` in rows' order
+        return F.embedding_bag(position.view(rows, top_k), out, mode="sum")
+    return out.index_select(0, position).view(rows, top_k, -1).sum(1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` (..., n) as it is, or with zeros behind its last axis where `grouped_mm` would refuse its width."""
+    missing = -x.shape[-1] % (ALIGNMENT // x.element_size())
+    return F.pad(x, (0, missing)) if missing else x
+
+
+@torch.library.custom_op("rmse_edge::sparse_experts", mutates_args=())
+def sparse_experts(
+    x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int
+) -> Tensor:
+    """The routed experts as one operator, which every target lowers in its own way.
+
+    Args:
+        x: (N, d) normed rows.
+        logits: (N, E) float32 router logits.
+        bias: (E,) balancing bias, added for selection only.
+        active: (N,) bool; rows that have stopped may be skipped, and whatever is returned for them is ignored.
+        gate_up: (E, 2f, d) with gate and up interleaved; down: (E, d, f).
+    Returns:
+        (N, d).
+    """
+    routing = select(logits, bias, top_k)
+    compute = gathered_experts if x.shape[0] <= GATHER_ROWS else grouped_experts
+    return compute(x, routing, gate_up, down)
+
+
+@sparse_experts.register_fake
+def _(x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+class SparseExperts(nn.Module):
+    """Router, routed experts and shared experts."""
+
+    balance_bias: Tensor  # (E,) added for selection only
+    load: Tensor  # (E,) rows received since the last balance()
+
+    def __init__(self, config: RMSEConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, width = config.d_model, config.expert_width
+        self.router = nn.Linear(d, config.n_experts, bias=False)
+        self.step_logits = nn.Parameter(torch.zeros(config.max_loops, config.n_experts))
+        self.register_buffer("balance_bias", torch.zeros(config.n_experts))
+        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * width, d))
+        self.down_proj = nn.Parameter(torch.empty(config.n_experts, d, width))
+        shared = config.n_shared_experts * config.shared_width
+        self.shared_gate_up_proj = nn.Linear(d, 2 * shared, bias=False)
+        self.shared_down_proj = nn.Linear(shared, d, bias=False)
+        # Rows each expert received since the last balance() call; kept out of checkpoints.
+        self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
+        # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order, zeros for those
+        # that have stopped and are not computed; never exported.
+        self.observer: Callable[[int, Routing], None] | None = None
+        # Called as listener(rows, routing) with the rows (n, d) that are computed, stopped ones left out; never exported.
+        self.listener: Callable[[Tensor, Routing], None] | None = None
+
+    def router_logits(self, x: Tensor, k: int | Tensor) -> Tensor:
+        """(N, d) -> (N, E), always float32: a rounding of 1e-3 here flips which experts run."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.router.weight.float()) + table_row(self.step_logits, k).float()
+
+    def forward(self, x: Tensor, k: int | Tensor, active: Tensor | None = None) -> Tensor:
+        """(B, C, d) normed states of loop k -> (B, C, d); rows where `active` (B, C) is False may be skipped."""
+        rows = x.reshape(-1, x.shape[-1])
+        if not torch.compiler.is_exporting():
+            return self._computed(rows, k, active).view(x.shape)
+        logits = self.router_logits(rows, k)
+        live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
+        routed = self.exported(rows, logits, live)
+        if not self.shared_down_proj.in_features:
+            return routed.view(x.shape)  # zero wide: ONNX cannot reshape what is empty to an unknown number of rows
+        return (routed + self._shared(rows)).view(x.shape)
+
+    def _computed(self, rows: Tensor, k: int | Tensor, active: Tensor | None) -> Tensor:
+        """The eager pass over rows (N, d) -> (N, d). Outside of training, stopped rows are not computed: they get zeros."""
+        skip = active is not None and not self.training and not bool(active.all())
+        live = active.reshape(-1).nonzero().squeeze(1) if skip else None  # type: ignore[union-attr]
+        some = rows if live is None else rows.index_select(0, live)
+        routing = self.route(some, k)
+        if self.observer is not None:
+            every = routing
+            if live is not None:
+                every = Routing(*(t.new_zeros(len(rows), t.shape[1]).index_copy_(0, live, t) for t in routing))
+            self.observer(int(k), every)
+        if self.training:
+            self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.config.n_experts)
+        if self.listener is not None:
+            self.listener(some, routing)
+        compute = gathered_experts if some.shape[0] <= GATHER_ROWS else grouped_experts
+        found = compute(some, routing, self.gate_up_proj, self.down_proj) + self._shared(some)
+        return found if live is None else torch.zeros_like(rows).index_copy_(0, live, found)
+
+    def route(self, rows: Tensor, k: int | Tensor) -> Routing:
+        """Which experts compute rows (N, d) in loop k."""
+        return select(self.router_logits(rows, k), self.balance_bias, self.config.top_k)
+
+    def _shared(self, rows: Tensor) -> Tensor:
+        return self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
+
+    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
+        """The routed experts in a graph: rows (N, d), logits (N, E), active (N,) bool -> (N, d)."""
+        weights = (self.gate_up_proj, self.down_proj)
+        return sparse_experts(rows, logits, self.balance_bias, active, *weights, self.config.top_k)
+
+    def margin(self, routing: Routing) -> Tensor:
+        """By how much the last expert that was selected leads the next one, (N,); infinite where all are selected."""
+        top_k = self.config.top_k
+        if top_k == self.config.n_experts:
+            return torch.full_like(routing.logits[:, 0], torch.inf)
+        last, following = (routing.logits + self.balance_bias).topk(top_k + 1).values[:, -2:].unbind(-1)
+        return last - following
+
+    @torch.no_grad()
+    def balance(self, rate: float) -> float:
+        """Raise the selection bias of experts that got less than their share, lower it for the others.
+
+        Called once per optimiser step, after the loads of all processes were summed into `load`.
+
+        Returns:
+            The share of experts that received no row since the last call.
+        """
+        idle = (self.load == 0).float().mean().item()
+        self.balance_bias += rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+        return idle

@@ -1,0 +1,1 @@
+"""Neural memories: small networks whose weights are per-sequence state."""

@@ -1,0 +1,1 @@
+"""What a looped model is: the contract, the loop, and when it stops."""

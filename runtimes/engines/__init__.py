@@ -1,0 +1,1 @@
+"""What runs the methods of a model: PyTorch, ONNX Runtime, ExecuTorch, Core ML."""

@@ -1,0 +1,230 @@
+"""ExecuTorch: the host owns the loop, and with it the KV ring, which every `step` reads where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmse_edge.errors import PackageError, UserError
+from rmse_edge.files import digest_file
+from rmse_edge.package import AGAIN, Package
+from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.signatures import check_engine, check_methods, read_methods, read_model, refusal
+from rmse_edge.runtimes.host.text import LoopRuntime
+from rmse_edge.runtimes.measure.machine import DONTNEED, release_mapped
+from rmse_edge.schema import Name
+
+from .kernels import bindings, load_kernels
+
+MOST_THREADS = 256
+# The engine's numbers of types.
+TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool", 15: "bfloat16"}
+MAGIC = b"ET12"  # at byte 4 of a program; the runtime ends the process over other bytes
+
+
+def start_engine() -> None:
+    """Load the runtime and the kernels, so that what the engine itself takes is in memory."""
+    load_kernels()
+
+
+def load_program(path: Path, profile: bool = False) -> Any:
+    """The engine's program for a file whose hash was verified.
+
+    Raises:
+        PackageError: it is no program of this runtime.
+    """
+    with path.open("rb") as file:
+        if file.read(8)[4:] != MAGIC:
+            raise PackageError(f"{path}: is not an ExecuTorch program ({MAGIC.decode()}); export the package again")
+    engine = bindings()
+    strict = engine.Verification.InternalConsistency
+    load = partial(engine._load_program, str(path), enable_etdump=profile, program_verification=strict)
+    return _ask(path, "load it", load)
+
+
+def _ask(path: Path, what: str, ask: Callable[[], Any]) -> Any:
+    """What the engine answers; its complaint in one line where it refuses.
+
+    Raises:
+        PackageError: naming the file and what was asked of it.
+    """
+    kernels = load_kernels()
+    kernels.rmse_clear_error()
+    try:
+        return ask()
+    except RuntimeError as error:
+        reason = " ".join((kernels.rmse_last_error().decode(errors="replace") or str(error)).split())
+        raise PackageError(f"{path}: executorch cannot {what} ({reason}); export the package again") from None
+
+
+class ExecutorchMethods:
+    """`Methods` over a program. `loop` is `begin`, then `step` until nothing is active."""
+
+    _sharing: ClassVar[str | None] = None  # digest of the program whose packed weights this process shares
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Any], max_loops: int, profile: bool = False, digest: str | None = None
+    ) -> None:
+        """
+        Args:
+            tensors: the manifest's "methods": what each takes and gives, in order.
+            profile: keep the time of every operator; see `write_profile`.
+            digest: SHA-256 of the program, where it is known already.
+        """
+        self.path = path
+        self.tensors = tensors
+        self.max_loops = max_loops
+        # Methods of both sizes share one packed copy of a weight. The engine knows it by its codes, whatever their scales,
+        # and keeps it for the whole process: a second program must not find the weights of the first.
+        digest = digest or digest_file(path)
+        ExecutorchMethods._sharing = ExecutorchMethods._sharing or digest
+        self._shares = ExecutorchMethods._sharing == digest
+        self._program = load_program(path, profile)
+        self._known = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
+        self._methods: dict[str, Any] = {}
+        self._stacks: dict[int, dict[str, Tensor]] = {}  # chunk -> the emits of all iterations
+
+    def load(self, name: str) -> Any:
+        """The engine's method METHOD_ROWS.
+
+        Raises:
+            PackageError: the package has no such method, the engine cannot load it, or it takes other tensors than the
+                manifest says.
+        """
+        if name not in self._methods:
+            method, _, rows = name.rpartition("_")
+            if name not in self.tensors or name not in self._known:
+                there = ", ".join(known for known in self.tensors if known in self._known)
+                raise PackageError(f"{self.path}: holds no {method} for {rows} rows; it has {there}")
+            load_kernels().rmse_share_packed_weights(int(self._shares))
+            loaded = _ask(self.path, f"load {name}", partial(self._program.load_method, name))
+            meta = loaded.method_meta()
+            for side, count, of in (
+                ("inputs", meta.num_inputs(), meta.input_tensor_meta),
+                ("outputs", meta.num_outputs(), meta.output_tensor_meta),
+            ):
+                found = [(None, (tuple(of(i).sizes()), TYPES.get(of(i).dtype(), "another type"))) for i in range(count)]
+                check_engine(name, side, self.tensors[name][side], found, self._refuse)
+            self._methods[name] = loaded
+        return self._methods[name]
+
+    def _refuse(self, field: str, got: object, expected: str) -> NoReturn:
+        raise PackageError(f"{self.path}: the manifest's {field}: got {got}, expected {expected}; {AGAIN}")
+
+    def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
+        if method == "loop":
+            return self._loop(chunk, feeds)
+        name = f"{method}_{chunk}"
+        given = self._given(name, feeds)
+        return {key: value.numpy() for key, value in self._call(name, given).items()}
+
+    def write_profile(self, path: Path) -> None:
+        """Write the times of all calls so far as an ETDump."""
+        self._program.write_etdump_result_to_file(str(path), str(path.with_suffix(".debug")))
+
+    def _given(self, name: str, feeds: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+        self.load(name)
+        given = {}
+        for t in self.tensors[name]["inputs"]:
+            value = feeds[t["name"]]
+            tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, order="C"))
+            if list(tensor.shape) != t["shape"] or str(tensor.dtype) != f"torch.{t['dtype']}":
+                got = f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+                raise ValueError(f"{t['name']}: got {got}, expected {tuple(t['shape'])} {t['dtype']}")
+            given[t["name"]] = tensor
+        return given
+
+    def _call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run METHOD_ROWS on checked tensors."""
+        inputs = [given[t["name"]] for t in self.tensors[name]["inputs"]]
+        outputs = _ask(self.path, f"run {name}", partial(self.load(name), inputs))
+        return dict(zip((t["name"] for t in self.tensors[name]["outputs"]), outputs))
+
+    def _loop(self, chunk: int, feeds: Arrays) -> Arrays:
+        begun = self._call(f"begin_{chunk}", self._given(f"begin_{chunk}", feeds))
+        step = f"step_{chunk}"
+        gives = [t["name"] for t in self.tensors[step]["outputs"]]
+        carried = [name.removeprefix("next_") for name in gives if name.startswith("next_")]
+        rows = self._rows(step, feeds)
+        stacks = self._stack(chunk)
+        first = {name: begun.pop(f"first_{name}") for name in carried if name != "depth"}
+        first["depth"] = torch.zeros(first["active"].shape, dtype=torch.int64)
+        k, limit = 0, int(feeds["max_loops"])
+        start = {name: row[0] for name, row in rows.items()}
+        given = self._given(step, feeds | begun | first | start | {"k": torch.tensor(0)})
+        running = bool(given["active"].any())
+        while running and k < limit:
+            out = self._call(step, given)
+            for name, stack in stacks.items():
+                stack[k].copy_(out[name])
+            k += 1
+            given |= {name: out[f"next_{name}"] for name in carried}
+            running = bool(out["any_active"])
+            if running and k < limit:
+                given |= {name: row[k] for name, row in rows.items()} | {"k": torch.tensor(k)}
+        result = {"h": given["h"], "depth": given["depth"], "iterations": torch.tensor(k)} | stacks
+        return {name: value.numpy() for name, value in result.items()}
+
+    def _rows(self, step: str, feeds: Arrays) -> dict[str, Tensor]:
+        """Of everything that step takes a row of, all rows: (K, ...)."""
+        rows = {}
+        for t in self.tensors[step]["inputs"]:
+            value = feeds.get(t["name"])
+            if value is not None and list(value.shape) == [self.max_loops, *t["shape"]]:
+                rows[t["name"]] = torch.from_numpy(value)
+        return rows
+
+    def _stack(self, chunk: int) -> dict[str, Tensor]:
+        if chunk not in self._stacks:
+            outputs = self.tensors[f"step_{chunk}"]["outputs"]
+            emits = [t for t in outputs if not t["name"].startswith("next_") and t["name"] != "any_active"]
+            self._stacks[chunk] = {
+                t["name"]: torch.zeros(self.max_loops, *t["shape"], dtype=getattr(torch, t["dtype"])) for t in emits
+            }
+        return self._stacks[chunk]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The manifest's "lowering", as far as it is read here."""
+
+    program: Name
+
+
+class ExecutorchRuntime(LoopRuntime):
+    """A package exported with `--target executorch`, run by the wheel's runtime."""
+
+    def __init__(self, package: Package, threads: int | None = None, profile: bool = False) -> None:
+        self.package = package
+        info, tables = read_model(package), read_methods(package)
+        name = package.section(Lowering, "lowering").program
+        path = package.path(name)
+        check_methods(info, tables, in_graph=False, refuse=refusal(package))
+        set_threads(threads)
+        manifest = package.manifest
+        digest = manifest["files"][name]["sha256"]
+        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, digest)
+        for method in manifest["methods"]:  # now, so that the first token does not wait for it
+            methods.load(method)
+        super().__init__(info, methods)
+        release_mapped(path, DONTNEED)  # XNNPACK's weights are packed by now; those of experts come back when read
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the engine's threads for the whole process.
+
+    Raises:
+        UserError: these are more than it should be asked for: it starts them all, whatever the machine has.
+    """
+    if threads is None:
+        return
+    if threads > MOST_THREADS:
+        raise UserError(f"--threads: got {threads}, expected at most {MOST_THREADS}")
+    bindings()._unsafe_reset_threadpool(threads)

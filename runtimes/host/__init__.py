@@ -1,0 +1,1 @@
+"""What a text needs around an engine: calls, positions, caches, memory, sessions."""

@@ -1,0 +1,1 @@
+"""Benchmarks, perplexity, memory and time."""

@@ -1,0 +1,95 @@
+"""Where the time goes: ExecuTorch's own event dump (ETDump) of prefill and of decoding, by operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmse_edge.arch.rmse.config import SEGMENT
+from rmse_edge.errors import UserError, quiet
+from rmse_edge.package import Package
+from rmse_edge.runtimes.engines.executorch import ExecutorchMethods, ExecutorchRuntime
+from rmse_edge.runtimes.host.base import Dials
+
+WHOLE = "Method::execute"
+PARTS = ("DELEGATE_CALL", "OPERATOR_CALL")  # of which the other events are details
+BETWEEN = "(between operators)"
+PREFILL, DECODE = 4 * SEGMENT, 32  # tokens
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an operator took in one kind of call."""
+
+    test: str  # "pp256", "tg32"
+    operator: str
+    calls: int
+    ms: float  # all calls together
+    share: float  # of the time inside the runtime
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None) -> list[Profile]:
+    """Prefill and decode a text, each in a runtime of its own; the costliest operators first.
+
+    Args:
+        ids: at least `PREFILL` tokens.
+    Raises:
+        UserError: there are fewer.
+    """
+    if len(ids) < PREFILL:
+        raise UserError(f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one (--text)")
+    rows = []
+    for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
+        runtime = ExecutorchRuntime(package, threads, profile=True)
+        runtime.info = dataclasses.replace(runtime.info, max_seq_len=None)
+        for tokens in calls:
+            runtime.feed(tokens, dials, "last")
+        assert isinstance(runtime.methods, ExecutorchMethods)
+        with tempfile.TemporaryDirectory() as folder:
+            dump = Path(folder) / "calls.etdp"
+            runtime.methods.write_profile(dump)
+            rows += summary(test, events(dump))
+    return rows
+
+
+def events(dump: Path) -> dict[str, list[float]]:
+    """Name -> milliseconds of every event in an ETDump."""
+    found: dict[str, list[float]] = defaultdict(list)
+    with quiet():  # it warns of what an ETDump without debug data does not have
+        from executorch.devtools import Inspector
+
+        for block in Inspector(etdump_path=str(dump)).event_blocks:
+            for event in block.events:
+                if event.perf_data is not None:
+                    found[event.name] += event.perf_data.raw
+    return found
+
+
+def summary(test: str, found: dict[str, list[float]]) -> list[Profile]:
+    """Operators by time. What the delegates and the runtime take beside their operators is a line of its own."""
+    total = sum(found[WHOLE])
+    grouped: dict[str, list[float]] = defaultdict(list)
+    for name, times in found.items():
+        if name.startswith("native_call_"):
+            grouped[_plain(name.removeprefix("native_call_"))] += times
+        elif name not in PARTS and not name.startswith(("Method", "Program")):
+            grouped[f"xnnpack: {_plain(name)}"] += times
+    inside = sum(sum(times) for times in grouped.values())
+    grouped[BETWEEN] = [max(0.0, total - inside)]
+    rows = [Profile(test, name, len(times), sum(times), sum(times) / total) for name, times in grouped.items()]
+    return sorted(rows, key=lambda row: -row.ms)
+
+
+def _plain(name: str) -> str:
+    """ "Fully Connected (NC, F32) GEMM #3" -> "Fully Connected (NC, F32) GEMM"; "mean.out" -> "mean"."""
+    return re.sub(r"\.\w*out$", "", re.sub(r" #\d+$", "", name))

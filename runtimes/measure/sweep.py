@@ -1,0 +1,181 @@
+"""The price of stopping early: loss against mean loops over brake thresholds, beside fixed depths.
+
+Every point is a measurement of the same text. Thresholds are placed where the mean depth changes: the largest gap
+between neighbours is halved until the points are used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmse_edge.errors import UserError
+from rmse_edge.files import check_file, new_file
+from rmse_edge.runtimes.host.base import Dials
+
+from .evaluate import Evaluation
+
+# Thresholds are moved on the scale of log-odds: 0.018 to 0.99988.
+FIRST, LAST = -4.0, 9.0
+CLOSEST = 0.02  # log-odds between two thresholds worth telling apart
+
+REFINE = 3  # measurements spent on the proposal
+
+Measure = Callable[[Dials], Evaluation]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and what it gave."""
+
+    mode: str  # "fixed" or "adaptive"
+    max_loops: int
+    exit_threshold: float | None  # None for a fixed depth
+    loss: float
+    mean_loops: float
+    depth_sd: float
+
+    @classmethod
+    def of(cls, mode: str, evaluation: Evaluation) -> Point:
+        dials = evaluation.dials
+        threshold = dials.exit_threshold if mode == "adaptive" else None
+        depth_sd = float(evaluation.depth.std())
+        return cls(mode, dials.max_loops, threshold, evaluation.loss, evaluation.mean_loops, depth_sd)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The frontier, and the threshold it proposes."""
+
+    fixed: list[Point]  # depth 1..K
+    adaptive: list[Point]  # by threshold, rising
+    budget: float  # percent of loss over full depth
+
+    @property
+    def full(self) -> Point:
+        return self.fixed[-1]
+
+    @property
+    def proposal(self) -> Point | None:
+        """The fewest loops measured within the budget; None if no threshold stays within it."""
+        return min((p for p in self.adaptive if self.within(p)), key=lambda p: p.mean_loops, default=None)
+
+    def over_full(self, point: Point) -> float:
+        """Loss over full depth, percent."""
+        return 100 * (point.loss / self.full.loss - 1)
+
+    def within(self, point: Point) -> bool:
+        return self.over_full(point) <= self.budget
+
+    def fixed_loss_at(self, mean_loops: float) -> float:
+        """What a fixed depth of that mean costs, interpolated between the two nearest depths."""
+        return float(np.interp(mean_loops, [p.mean_loops for p in self.fixed], [p.loss for p in self.fixed]))
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """A point with its comparisons, under stable names."""
+        return vars(point) | {
+            "over_full_percent": self.over_full(point),
+            "iterations_saved": 1 - point.mean_loops / self.full.max_loops,
+            "fixed_loss_at_mean": self.fixed_loss_at(point.mean_loops),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "fixed": [self.row(p) for p in self.fixed],
+            "adaptive": [self.row(p) for p in self.adaptive],
+            "budget_percent": self.budget,
+            "proposal": self.row(self.proposal) if self.proposal else None,
+        }
+
+
+def passes(full_depth: int, points: int, refine: int = REFINE) -> int:
+    """Measurements a sweep makes at most."""
+    return full_depth + max(points, 2) + refine
+
+
+def sweep(
+    measure: Measure, full_depth: int, dials: Dials, budget: float = 1.0, points: int = 10, refine: int = REFINE
+) -> Sweep:
+    """Measure fixed depths 1..`full_depth` and thresholds.
+
+    Args:
+        measure: evaluates the text at a setting.
+        dials: what the thresholds are combined with; their own threshold is not used.
+        budget: percent of loss over full depth that the proposed threshold may cost.
+        points: thresholds that map the frontier, at least 2.
+        refine: further ones between the proposed threshold and the next lower one.
+    """
+    fixed = [Point.of("fixed", measure(Dials(k))) for k in range(1, full_depth + 1)]
+
+    def at(odds: float) -> Point:
+        return Point.of("adaptive", measure(replace(dials, exit_threshold=float(1 / (1 + np.exp(-odds))))))
+
+    measured = {odds: at(odds) for odds in (FIRST, LAST)}
+    for _ in range(points - 2):
+        odds = widest_gap(measured)
+        if odds is None:
+            break
+        measured[odds] = at(odds)
+    for _ in range(refine):
+        result = Sweep(fixed, [measured[x] for x in sorted(measured)], budget)
+        best = next((x for x in sorted(measured) if measured[x] is result.proposal), None)
+        below = max((x for x in measured if best is not None and x < best), default=None)
+        if best is None or below is None or best - below < CLOSEST:
+            break
+        if measured[below].mean_loops == measured[best].mean_loops:
+            break
+        measured[(best + below) / 2] = at((best + below) / 2)
+    return Sweep(fixed, [measured[x] for x in sorted(measured)], budget)
+
+
+def widest_gap(measured: dict[float, Point]) -> float | None:
+    """The middle of the neighbours whose mean loops differ most; None when no gap is worth a measurement."""
+    ordered = sorted(measured)
+    gaps = [
+        (abs(measured[b].mean_loops - measured[a].mean_loops), (a + b) / 2)
+        for a, b in pairwise(ordered)
+        if b - a >= CLOSEST
+    ]
+    width, middle = max(gaps, default=(0.0, 0.0))
+    return middle if width > 0 else None
+
+
+def check_plot(path: Path) -> None:
+    """Fail before the measurements, not after them, where `draw` could not write `path`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib; install it with: pip install 'rmse-edge[train]'") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise UserError(f"--plot: got {path.name}, expected a file ending in one of .{', .'.join(sorted(known))}")
+    check_file(path)
+
+
+def draw(result: Sweep, path: Path, title: str) -> None:
+    """Write the frontier as a picture; the ending of `path` chooses the format."""
+    from matplotlib.figure import Figure  # not pyplot: no window system is asked for
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for points, label, style in (
+        (result.fixed, "fixed depth", "o--"),
+        (sorted(result.adaptive, key=lambda p: p.mean_loops), "adaptive, by threshold", "s-"),
+    ):
+        axes.plot([p.mean_loops for p in points], [p.loss for p in points], style, label=label, ms=5)
+    limit = result.full.loss * (1 + result.budget / 100)
+    axes.axhline(limit, color="grey", lw=1, ls=":", label=f"full depth + {result.budget:g} %")
+    chosen = result.proposal
+    if chosen:
+        label = f"threshold {chosen.exit_threshold:.4g}"
+        axes.plot([chosen.mean_loops], [chosen.loss], "*", ms=15, label=label)
+    axes.set(xlabel="mean loops per token", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with new_file(path) as part:
+        figure.savefig(part, dpi=150)

@@ -1,0 +1,1 @@
+"""An interpreter of Core ML's saved programs, in NumPy."""

@@ -1,0 +1,89 @@
+"""The sampler of every runtime, on the host: the same seed and the same logits give the same token.
+
+It works in float64 on NumPy arrays and owns its random numbers, so that neither the engine nor the device takes part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmse_edge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits. Checked once here.
+
+    Raises:
+        UserError: naming the flag and its range.
+    """
+
+    temperature: float = 0.8  # 0: the largest logit, always
+    top_k: int = 0  # keep the k largest; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of tokens with at least this probability; 1 keeps all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or a positive whole number"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1 (all tokens)"),
+            ("seed", self.seed >= 0, "a whole number of at least 0"),
+        ):
+            if not ok:  # NaN fails every comparison
+                raise UserError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
+
+
+class Sampler:
+    """Draws tokens. One random number per token, whatever the options, so that they do not shift the stream."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def pick(self, logits: np.ndarray, unused: Collection[tuple[int, int]] = ()) -> int:
+        """The next token for `logits`, (V,) of any float type.
+
+        Args:
+            unused: ranges [first, end) of ids that are never drawn, as if the head had no rows for them.
+        Raises:
+            UserError: the logits hold NaN or no finite maximum; the model that made them is damaged.
+        """
+        draw = self._random.random()
+        if unused:
+            logits = logits.copy()
+            for first, end in unused:
+                logits[first:end] = -np.inf
+        if not np.isfinite(logits.max()):  # a NaN anywhere makes the maximum NaN
+            raise UserError("the model gave logits that are not numbers; its weights are damaged")
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())  # the lowest index on ties
+        # Tokens stay in the order of their ids: a difference of 1e-6 between two runtimes then moves a boundary by as
+        # little, where an order by probability would swap whole tokens.
+        cumulative = np.cumsum(probabilities(logits, self.sampling))
+        index = np.searchsorted(cumulative, draw * cumulative[-1], side="right")
+        # The product can round up to the total; the total is first reached at the last token that was kept.
+        return int(min(index, np.searchsorted(cumulative, cumulative[-1])))
+
+
+def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """What is drawn from, (V,) float64 with sum 1: temperature, then top-k, then top-p; zero for what is left out.
+
+    Ties at a boundary are decided for the lower index. The temperature must not be 0.
+    """
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, which is right
+        scaled = (logits.astype(np.float64) - np.float64(logits.max())) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable") if sampling.top_k or sampling.top_p < 1 else None
+    if order is not None and sampling.top_k:
+        scaled[order[sampling.top_k :]] = -np.inf
+    weights = np.exp(scaled)
+    weights /= weights.sum()
+    if order is not None and sampling.top_p < 1:
+        before = np.cumsum(weights[order]) - weights[order]  # the probability of all that is likelier
+        weights[order[before >= sampling.top_p]] = 0
+        weights /= weights.sum()
+    return weights

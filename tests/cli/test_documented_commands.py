@@ -1,0 +1,278 @@
+"""What the documents tell people to type: every flag and file exists, and the commands run, here at a small size."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from helpers import ALPHABET, TINY, random_tokens, require_executorch
+from small_models import small_recipe
+
+from rmse_edge.cli.train import main as rmse_train
+from rmse_edge.runtimes.engines.kernels import executorch_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*/README.md")])
+SCRIPTS = sorted(ROOT.glob("docs/**/*.py"))
+STARTS = re.compile(r"(?:\w+=\S+ +)*(rmse-[a-z]+|python|make|pip|build/native/rmse-runner)\b(?!:)")
+FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+
+
+def cleaned(line: str) -> Iterator[str]:
+    """The commands of a line, without their comment."""
+    for part in re.sub(r"\s+# .*$", "", line).split("&&"):
+        if STARTS.match(part.strip()):
+            yield re.sub(r"\s+", " ", part.strip())
+
+
+def in_blocks() -> Iterator[tuple[str, str]]:
+    """(document, command) of every line that stands for itself: those that are copied and run."""
+    for path in DOCUMENTS:
+        for line in path.read_text().splitlines():
+            if line.startswith("    "):
+                yield from ((str(path.relative_to(ROOT)), command) for command in cleaned(line))
+    for path in SCRIPTS:
+        for line in (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines():
+            if line.startswith("    "):
+                yield from ((str(path.relative_to(ROOT)), command) for command in cleaned(line))
+
+
+def in_text() -> Iterator[tuple[str, str]]:
+    """(document, command) of every command within a sentence or a table."""
+    for path in DOCUMENTS:
+        for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)):
+            yield from ((str(path.relative_to(ROOT)), command) for command in cleaned(" ".join(code.split())))
+
+
+EVERY = sorted({*in_blocks(), *in_text()})
+BLOCKS = sorted({command for _, command in in_blocks()})
+
+
+def words(command: str) -> list[str]:
+    """A command's words; [what may be left out] is in them, settings of the environment are not."""
+    found = shlex.split(re.sub(r"[\[\]](?!')", " ", command))
+    while "=" in found[0]:
+        found.pop(0)
+    return found
+
+
+@functools.cache
+def known_flags(verb: str, sub: str | None) -> frozenset[str]:
+    """What --help of a verb, or of one of its own verbs, lists."""
+    module, function = PROJECT["scripts"][verb].split(":")
+    shown = io.StringIO()
+    with redirect_stdout(shown), pytest.raises(SystemExit):
+        getattr(importlib.import_module(module), function)([*([sub] if sub else []), "--help"])
+    return frozenset(FLAG.findall(shown.getvalue()))
+
+
+def script_flags(path: Path) -> set[str]:
+    """What a script's parser is told, read and not run: some import an engine first."""
+    calls = re.findall(r"add_argument\(([^)]*)", path.read_text())
+    return {flag for call in calls for flag in re.findall(r'"(--?[a-z][\w-]*)"', call)}
+
+
+@pytest.mark.parametrize(("document", "command"), EVERY, ids=lambda value: value.replace("/", "."))
+def test_every_flag_and_file_of_a_documented_command_exists(document: str, command: str) -> None:
+    program, *rest = words(command)
+    flags = [flag for word in rest for flag in FLAG.findall(word.split("=")[0]) if word.startswith("-")]
+    if program == "make":
+        targets = [word for word in rest if re.fullmatch(r"[a-z][a-z0-9-]*", word)]
+        makefile = (ROOT / "Makefile").read_text()
+        for name in () if "-C" in rest else targets:
+            assert re.search(rf"^\.PHONY:.* {re.escape(name)}\b", makefile, re.MULTILINE), f"make {name}"
+        return
+    if program == "pip":
+        for extra in re.findall(r"\[(\w+)\]", command):
+            assert extra in PROJECT["optional-dependencies"]
+        return
+    if program == "python":
+        assert (ROOT / rest[0]).is_file(), rest[0]
+        known = script_flags(ROOT / rest[0])
+    elif program.endswith("rmse-runner"):
+        source = "".join(p.read_text() for p in (ROOT / "runtimes" / "native").glob("*.cpp"))
+        known = set(re.findall(r'"(--?[a-z][a-z-]*)"', source))
+    else:
+        sub = rest[0] if rest and rest[0] in ("report", "gpt") and program == "rmse-train" else None
+        known = set(known_flags(program, sub))
+    assert set(flags) <= known, sorted(set(flags) - known)
+    for word in rest:
+        if word.startswith(("docs/", "models/")):
+            assert (ROOT / word).exists(), word
+
+
+# ------------------------------------------------------------------------------------------------------ and they run
+
+# In this order, in one folder; what is added makes them small.
+QUICK = ["--calibration-tokens", "512", "--evaluation-tokens", "128"]
+RUN: dict[str, list[str]] = {
+    'rmse-run rmse-shakespeare-onnx.rmse --prompt "ROMEO:" --show-depth': ["-n", "4"],
+    "rmse-eval rmse-shakespeare-onnx.rmse --text FILE --sweep": ["--block", "64", "--max-tokens", "128"],
+    "rmse-bench rmse-shakespeare-onnx.rmse": ["-p", "64", "-n", "4", "-r", "1"],
+    'rmse-run rmse-shakespeare-onnx.rmse --prompt "..." --save-session talk.session': ["-n", "2"],
+    'rmse-run MODEL --prompt "..." --save-session talk.session': ["-n", "2"],
+    'rmse-run MODEL --session talk.session --prompt "..."': ["-n", "2"],
+    'rmse-run MODEL -p "ROMEO:"': ["-n", "2"],
+    "rmse-run MODEL -f scene.txt": ["-n", "2"],
+    'rmse-run MODEL -p "ROMEO:" -n 100 --save-session talk.session': ["-n", "2"],
+    'rmse-run MODEL -p "" -n 100 --session talk.session': ["-n", "2"],
+    "python docs/experiments/knowledge/recall.py --passages 10000": ["--passages", "2000"],
+    "rmse-index MODEL notes.txt manual.txt -o my.kb": [],
+    'rmse-run MODEL --kb my.kb --prompt "..."': ["-n", "2"],
+    "rmse-eval rmse-shakespeare-onnx.rmse --text shakespeare.txt --split validation --block 256": [],
+    "rmse-eval rmse-shakespeare-onnx.rmse --text shakespeare.txt --split validation [--no-memory] [--exit-threshold 1]": [
+        "--block", "64",
+    ],
+    "rmse-train report models/rmse-shakespeare --text shakespeare.txt --thresholds 0.9": ["--max-tokens", "128"],
+    "rmse-quantize -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt": QUICK,
+    'python docs/experiments/quantization/measure.py --text shakespeare.txt [--only "NAME;NAME"] [--seeds 0,1,2]': [
+        "--only", "int8 rtn", "--max-blocks", "1", "-o", "measured.json",
+    ],
+    "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/mine --stop-at 1500": [
+        "--stop-at", "3",
+    ],
+    "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
+}  # fmt: skip
+
+# Engines start and programs are exported: half a minute together. What is added replaces what was given.
+SLOW: dict[str, list[str]] = {
+    "python docs/experiments/executorch/state.py [--windows 128,256] [--reps 60]": [
+        "--sizes", "192", "--windows", "64", "--reps", "5",
+    ],
+    "python docs/experiments/executorch/experts.py [--sizes 192x32,768x128] [--rows 1,64]": [
+        "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
+    ],
+    "python docs/experiments/executorch/decode.py --rounds 7": ["--config", "tiny.json", "--hollow", "hollow.json", "--rounds", "1"],
+    "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
+}  # fmt: skip
+
+EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"
+TRAINS = "training takes hours as documented; tests/cli/test_train_cli.py and test_train_resume.py run the verb"
+NOT_RUN: dict[str, str] = {
+    "make demo": "tests/test_shipped.py does what it does",
+    "make test": "this is it",
+    "make runner": "tests/runtimes/test_runner.py builds it",
+    "make fuzz": "takes hours; tests/cli/test_robustness.py runs a few of its cases",
+    "rmse-run MODEL --chat": "the shipped model has no template; tests/cli/test_chat.py",
+    'rmse-run MODEL --chat --system "Be brief."': "as above",
+    "python docs/experiments/knowledge/recall.py": "runs above, at another size",
+    "rmse-export -m models/rmse-shakespeare": EXPORTS,
+    "rmse-export -m rmse-shakespeare-int4": EXPORTS,
+    "rmse-export -m runs/mine": EXPORTS,
+    "rmse-export -m runs/facts -o runs/facts.rmse": EXPORTS,
+    "rmse-export --target onnx -m models/rmse-shakespeare": EXPORTS,
+    "rmse-export --target executorch -m models/rmse-shakespeare": EXPORTS,
+    "rmse-export --target executorch -m rmse-shakespeare-int4": EXPORTS,
+    "rmse-export --target coreml -m models/rmse-shakespeare --quant fp16": EXPORTS,
+    "rmse-export --target coreml -m rmse-shakespeare-int4 --compute gpu": EXPORTS,
+    "rmse-export -m models/rmse-shakespeare --quant int4 --calibrate FILE": EXPORTS,
+    "rmse-export -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt": EXPORTS,
+    'rmse-run rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_executorch.py",
+    'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
+    'rmse-run rmse-shakespeare-coreml.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_coreml.py",
+    "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
+    "rmse-data shakespeare -o shakespeare.txt": "downloads; tests/train/test_train_data.py",
+    "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/base": TRAINS,
+    "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/recipe.json --init runs/base -o runs/mine": TRAINS,
+    "rmse-train --recipe docs/experiments/recall/recipe.json -o runs/recall": TRAINS,
+    "rmse-train --recipe docs/experiments/facts/recipe.json -o runs/facts": TRAINS,
+    "python docs/experiments/quantization/measure.py --text shakespeare.txt --seeds 0,1,2": "runs above, for one variant",
+    "python docs/experiments/quantization/agreement.py PACKAGE.rmse QUANTISED-CHECKPOINT --text shakespeare.txt": "compares as the parity gate does, with its functions; tests/export/test_parity.py",
+    "python docs/experiments/quantization/speed.py BASE NEW --text shakespeare.txt [--rounds 3] [--seeds 0] [--threads N]": "needs two checkouts",
+    "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
+    "python docs/experiments/executorch/experts.py --sizes 768x128": "run below, at another size",
+    "python docs/experiments/executorch/state.py": "run below, with sizes",
+    "python docs/experiments/executorch/decode.py --runner build/native/rmse-runner [--config docs/benchmarks/d768.json]": "run below, at another size",
+    "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
+    "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
+    "pip install 'rmse-edge[coreml]'": "installs",
+}
+
+
+def test_every_documented_command_is_run_or_says_why_not() -> None:
+    listed = {re.sub(r"^OMP_NUM_THREADS=1 ", "", command) for command in BLOCKS}
+    known = {*RUN, *SLOW, *NOT_RUN}
+    assert listed == known, sorted(listed ^ known)
+
+
+@pytest.fixture(scope="module")
+def workplace(remembering: Path, remembering_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the commands name, small."""
+    folder = tmp_path_factory.mktemp("documented")
+    (folder / "docs").symlink_to(ROOT / "docs")
+    (folder / "MODEL").symlink_to(remembering)
+    (folder / "rmse-shakespeare-onnx.rmse").symlink_to(remembering_package)
+    shutil.copytree(remembering, folder / "models" / "rmse-shakespeare")
+    recipe = json.loads(small_recipe(steps=3, gate_steps=1, exit_steps=1).to_json())
+    del recipe["model"]["vocab_size"]
+    (folder / "models" / "rmse-shakespeare" / "base-recipe.json").write_text(json.dumps(recipe))
+    text = "".join(ALPHABET[i] for i in random_tokens(4000, 5))
+    for name in ("shakespeare.txt", "FILE", "notes.txt", "manual.txt", "scene.txt"):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_documented_command_runs(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the order of `RUN`: some read what others wrote."""
+    monkeypatch.chdir(workplace)
+    program, *rest = words(command)
+    rest += RUN[command]
+    if program == "python":
+        monkeypatch.setattr(sys, "argv", rest)
+        runpy.run_path(rest[0], run_name="__main__")
+        return
+    module, function = PROJECT["scripts"][program].split(":")
+    assert not getattr(importlib.import_module(module), function)(rest), capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SLOW)
+def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
+    """In a process of its own: it sets threads and logging for all of it."""
+    require_executorch()
+    _, script, *rest = words(command)
+    rest = [word for word in rest if word == "runs/facts.rmse"] + SLOW[command]
+    if "decode" in script:
+        rest += ["--runner", str(require_runner())]
+        sizes = {**TINY, "model_type": "rmse", "d_model": 96}  # the head begins as the embedding / 32: with its codes
+        (tmp_path / "tiny.json").write_text(json.dumps(sizes))
+        (tmp_path / "hollow.json").write_text(json.dumps(sizes | {"n_experts": 8}))
+    elif "facts" in script:
+        recipe = json.loads((ROOT / "docs/experiments/facts/recipe.json").read_text())
+        recipe |= {"steps": 2, "gate_steps": 1, "exit_steps": 1, "batch_size": 2, "warmup": 1, "eval_every": 1}
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        # A checkpoint folder answers like the package made of it.
+        assert not rmse_train(["--recipe", str(tmp_path / "recipe.json"), "-o", str(tmp_path / "runs" / "facts")])
+        rest[0] = "runs/facts"
+    command_line = [sys.executable, str(ROOT / script), *rest]
+    done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "|" in done.stdout or json.loads(done.stdout)["questions"] == 3
+
+
+def require_runner() -> Path:
+    """The native runner, if it is built or can be."""
+    if shutil.which("make") is None or shutil.which("g++") is None:
+        pytest.skip("needs make and g++")
+    folder = ROOT / "build" / "documented"
+    make = ["make", "-C", str(ROOT / "runtimes" / "native"), f"EXECUTORCH={executorch_folder()}", f"BUILD={folder}"]
+    subprocess.run(make, check=True, capture_output=True)
+    return folder / "rmse-runner"

@@ -1,0 +1,635 @@
+"""rmse-runner: what the Python runtime says, without Python, on ARM, too; and one line for all that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import zlib
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import ALPHABET, FEW, assert_one_line, decided_text, random_tokens, reference_of
+from small_tokenizers import cut_short
+
+pytest.importorskip("executorch")
+
+from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.cli.bench import main as rmse_bench
+from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.errors import ParityError
+from rmse_edge.export.gate.compare import agreement
+from rmse_edge.export.gate.reference import conversation
+from rmse_edge.package import MANIFEST, seal
+from rmse_edge.quantize import Quantized
+from rmse_edge.runtimes import Dials, open_runtime
+from rmse_edge.runtimes.engines.kernels import executorch_folder
+
+pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "runtimes" / "native"
+ARM = ROOT / "build" / "native-aarch64"
+ARM_WHEEL = ARM / f"executorch-{version('executorch')}" / "executorch"
+QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
+CPUS = ("cortex-a72", "neoverse-n1")  # without and with instructions for dot products
+
+# Of logits of about 10, over all processors. fp32: products are summed in another order. int4: here and there an
+# activation is rounded to the neighbouring integer, and later loops build on that.
+ACROSS_PROCESSORS = {"fp32": 1e-4, "int4": 0.5}
+
+GREEDY = ("--temperature", "0")
+LETTERS = "".join(ALPHABET[i] for i in random_tokens(100, seed=3))  # more than one call of 64 rows
+
+
+def make(executorch: Path, build: Path, *variables: str) -> Path:
+    command = ["make", "-C", str(NATIVE), f"EXECUTORCH={executorch}", f"BUILD={build}", *variables]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return build / "rmse-runner"
+
+
+@pytest.fixture(scope="module")
+def runner() -> Path:
+    """Built against this interpreter's ExecuTorch; what is up to date is kept from one run of the tests to the next."""
+    for tool in ("make", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    folder = executorch_folder()
+    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+
+
+class Runner:
+    """A command that starts the runner on one package."""
+
+    def __init__(self, command: Sequence[str | Path], package: Path) -> None:
+        self.command = [*map(str, command), str(package)]
+
+    def __call__(self, *flags: str, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([*self.command, "-t", "1", *flags], capture_output=True, text=True, **options)
+        assert done.returncode == code, done.stderr
+        return done
+
+    def refusal(self, *flags: str, **options: Any) -> str:
+        """The line that says why this is not possible: all there is."""
+        done = self(*flags, code=2, **options)
+        assert done.stdout == "" and done.stderr.startswith("rmse-runner: error: ")
+        assert_one_line(done.stderr)
+        return done.stderr
+
+    def document(self, *flags: str) -> dict[str, Any]:
+        return json.loads(self(*flags, "-o", "json").stdout)
+
+    def feed(self, tokens: np.ndarray, file: Path, *flags: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and depths of all tokens."""
+        ids = ",".join(map(str, tokens))
+        depth = self("--prompt-tokens", ids, "--logits", str(file), *flags, **options).stdout.split()
+        return np.fromfile(file, np.float32).reshape(len(tokens), -1), np.array(depth, np.int64)
+
+
+@pytest.fixture
+def fp32(runner: Path, executorch_package: Path) -> Runner:
+    return Runner([runner], executorch_package)
+
+
+@pytest.fixture
+def int4(runner: Path, executorch_int4: Path) -> Runner:
+    return Runner([runner], executorch_int4)
+
+
+# ----------------------------------------------------------------------------------------------- as Python does it
+
+TEXTS = {
+    "greedy": ("-p", "HELLO", *GREEDY),
+    "a long prompt": ("-p", LETTERS, *GREEDY),
+    "two loops": ("-p", "HELLO", "--max-loops", "2", *GREEDY),
+    "gate": ("-p", LETTERS, "--exit-threshold", "0.3", "--min-loops", "2", "--seed", "1"),
+    "no exits": ("-p", "HELLO", "--exit-threshold", "1", "--seed", "2"),
+    "delta": ("-p", "HELLO", "--exit-epsilon", "0.9", "--seed", "3"),
+    "a large seed": ("-p", "HELLO", "--temperature", "1.3", "--seed", str(2**63 + 11)),
+    "top-k, top-p": ("-p", "HELLO", "--temperature", "1.3", "--top-k", "20", "--top-p", "0.9", "--seed", "4"),
+    "one token": ("-p", "A", "-n", "1"),
+}
+TIMES = {"prompt_tokens_per_s", "time_to_first_token_s", "tokens_per_s"}
+
+
+@pytest.mark.parametrize("flags", TEXTS.values(), ids=TEXTS)
+def test_documents_are_those_of_rmse_run(
+    fp32: Runner, executorch_package: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text, tokens, depths, statistics and settings; under the same names, in the same order."""
+    every = ("-n", "60", *flags)
+    assert rmse_run([str(executorch_package), *every, "-t", "1", "-o", "json"]) == 0
+    expected, found = json.loads(capsys.readouterr().out), fp32.document(*every)
+    assert list(found) == list(expected)
+    assert found.pop("runtime") == "executorch-native" and expected.pop("runtime") == "executorch"
+    for name in TIMES:
+        assert type(found.pop(name)) is type(expected.pop(name))
+    assert found == expected
+
+
+@pytest.mark.parametrize("flags", [(), ("--show-depth",), ("--stop", "("), ("--stop", "(", "--show-depth")])
+def test_what_is_shown_is_what_rmse_run_shows(
+    fp32: Runner, executorch_package: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = ("-p", "HELLO", "-n", "40", *GREEDY, *flags)
+    assert rmse_run([str(executorch_package), *every, "-t", "1"]) == 0
+    expected, found = capsys.readouterr(), fp32(*every)
+    speeds = re.compile(r"\d+(\.\d)? (?=tokens/s|ms)")
+    assert found.stdout == expected.out
+    assert speeds.sub("", found.stderr) == speeds.sub("", expected.err)
+
+
+@pytest.mark.parametrize("flags", [GREEDY, ("--temperature", "2"), ("--temperature", "2", "--top-k", "9")])
+def test_end_tokens_and_unused_ids_are_those_of_rmse_run(
+    runner: Path, executorch_package: Path, tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them, and the single one of a package made before there could be several."""
+    free = Runner([runner], executorch_package).document("-p", "HELLO", "-n", "40", *flags)["tokens"]
+    unlike = next(token for token in range(65) if token not in free)
+    for name, values in {
+        "several": {"eos_token_ids": [unlike, free[9]]},
+        "a gap and the last ones": {"unused_token_ids": [[free[0], free[0] + 1], [50, 65]]},
+        "old": {"config": {"eos_token_id": free[9]}},
+    }.items():
+        folder = shutil.copytree(executorch_package, tmp_path / f"{name}.rmse")
+
+        def change(manifest: dict[str, Any], values: dict[str, Any] = values) -> None:
+            known = manifest["model"]
+            if "config" in values:
+                del known["eos_token_ids"], known["unused_token_ids"]
+                known["config"] |= values["config"]
+            else:
+                known |= values
+
+        reseal(folder, change)
+        assert rmse_run([str(folder), "-p", "HELLO", "-n", "40", *flags, "-t", "1", "-o", "json"]) == 0
+        expected = json.loads(capsys.readouterr().out)
+        found = Runner([runner], folder).document("-p", "HELLO", "-n", "40", *flags)
+        assert (found["tokens"], found["finish_reason"]) == (expected["tokens"], expected["finish_reason"])
+        if name == "a gap and the last ones":
+            assert not {free[0], *range(50, 65)} & set(found["tokens"])
+        else:
+            assert (found["tokens"], found["finish_reason"]) == (free[: free.index(free[9]) + 1], "eos")
+
+
+def test_prompts_come_from_stdin_too(fp32: Runner) -> None:
+    assert fp32("-n", "20", *GREEDY, input="HELLO").stdout == fp32("-n", "20", *GREEDY, "-p", "HELLO").stdout
+
+
+def test_prompts_come_from_files_too(fp32: Runner, tmp_path: Path) -> None:
+    expected = fp32("-n", "20", *GREEDY, "-p", "HELLO\n").stdout
+    (tmp_path / "prompt").write_text("HELLO\n")
+    assert fp32("-n", "20", *GREEDY, "-f", str(tmp_path / "prompt")).stdout == expected
+    assert fp32("-n", "20", *GREEDY, "--file", "-", input="\ufeffHELLO\n").stdout == expected
+    assert "prompt: not UTF-8 at byte 1" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"A\xff")))
+    assert "prompt: the file is empty" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"")))
+    assert "none: cannot be read" in fp32.refusal("-f", str(tmp_path / "none"))
+    assert "--file: leave out --prompt" in fp32.refusal("-f", "x", "-p", "A")
+    assert "--prompt-tokens" in fp32.refusal("-f", "x", "--prompt-tokens", "1")
+
+
+def test_stored_truncation_and_padding_are_left_out(
+    fp32: Runner, runner: Path, executorch_package: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut.rmse"
+    shutil.copytree(executorch_package, folder)
+    cut_short(folder / "tokenizer.json")
+    reseal(folder)
+    flags = ("-p", LETTERS, "-n", "9", "-o", "json", *GREEDY)
+    found, expected = (json.loads(run(*flags).stdout) for run in (Runner([runner], folder), fp32))
+    assert found["tokens"] == expected["tokens"] and found["prompt_tokens"] == len(LETTERS) > 16
+    assert found["text"] == expected["text"]
+
+
+def test_text_is_written_as_it_comes_and_ctrl_c_ends_it(fp32: Runner) -> None:
+    command = [*fp32.command, "-p", "HELLO", "-n", str(10**9)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130 and b"; interrupted" in err and out.endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "dials", [{}, {"max_loops": 3}, {"exit_threshold": 0.3, "min_loops": 2}, {"exit_epsilon": 0.9}]
+)
+@pytest.mark.parametrize("quant", ["fp32", "int4"])
+def test_logits_and_depths_are_the_python_runtimes(
+    request: pytest.FixtureRequest, quant: str, dials: dict[str, float], tmp_path: Path
+) -> None:
+    """int4 with a memory that is written three times, and an int8 cache."""
+    ours: Runner = request.getfixturevalue(quant)
+    package = request.getfixturevalue({"fp32": "executorch_package", "int4": "executorch_int4"}[quant])
+    tokens = random_tokens(210, seed=12, vocab=65 if quant == "fp32" else FEW)
+    reference = open_runtime(package, threads=1)
+    expected = reference.feed(tokens, reference.info.dials_with(**dials))
+    flags = [part for name, value in dials.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    logits, depth = ours.feed(tokens, tmp_path / "logits", *flags)
+    np.testing.assert_array_equal(depth, expected.depth)
+    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-5)
+
+
+def assert_pytorch_agrees(run: Runner, model: RMSE, tokens: np.ndarray, dials: Dials, file: Path, *flags: str) -> None:
+    """The runner's logits and depths of a conversation are those of PyTorch over the whole text, which has no host.
+
+    By the rule of the parity gate that the package has passed; of hits, this runner knows nothing.
+
+    Raises:
+        ParityError: they are not.
+    """
+    first, last = conversation(len(tokens), reference_of(model).info)
+    parts = [first - 64, 64, *[1] * (last - first), len(tokens) - last]
+    given = {name: torch.from_numpy(value) for name, value in dials.arrays().items()}
+    expected = model.whole_text(torch.from_numpy(tokens), given)
+    told = [part for name, value in vars(dials).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    logits, depth = run.feed(tokens, file, "--parts", ",".join(map(str, parts)), *told, *flags)
+    ours, depths = expected.logits.numpy(), np.stack([expected.depth.numpy(), depth])
+    if model.config.kv_dtype == "int8":
+        agreement(ours, logits, depths, [], len(tokens), exact=False)
+    elif (depths[0] != depths[1]).any() or not np.abs(ours - logits).max() <= 1e-4:
+        raise ParityError(
+            f"logits differ by {np.abs(ours - logits).max():.1e}, depths at {(depths[0] != depths[1]).sum()}"
+        )
+
+
+# More than a window and two segments each.
+FP32_TEXT, INT4_TEXT = decided_text(330), random_tokens(700, seed=7, vocab=FEW)
+FULL, GATE = Dials(4), Dials(4, 1, 0.6)
+
+
+@pytest.mark.parametrize("dials", [FULL, GATE], ids=["full depth", "gate"])
+def test_whole_texts_are_pytorchs(
+    fp32: Runner, int4: Runner, tiny: RMSE, calm: Quantized, dials: Dials, tmp_path: Path
+) -> None:
+    """Against a reference without ring, calls or moments of writing: prompts, single tokens, a prompt.
+
+    In int4 only shares are compared. Finer faults of what the memory is taught show beside the Python runtime, above,
+    whose host is held against the same reference exactly.
+    """
+    assert_pytorch_agrees(fp32, tiny, FP32_TEXT, dials, tmp_path / "logits")
+    assert_pytorch_agrees(int4, calm.model, INT4_TEXT, dials, tmp_path / "logits")
+    with pytest.raises(ParityError):  # a memory that is never written
+        assert_pytorch_agrees(int4, calm.model, INT4_TEXT, dials, tmp_path / "logits", "--no-memory")
+
+
+def test_greedy_tokens_are_pytorchs(fp32: Runner, tiny: RMSE) -> None:
+    """What is written, token by token, over more than the window: PyTorch, given all of it, picks the same."""
+    prompt = decided_text(100)
+    flags = ("--prompt-tokens", ",".join(map(str, prompt)), "-n", "200", "--exit-threshold", "0.6", *GREEDY)
+    found = fp32.document(*flags)
+    text = torch.from_numpy(np.concatenate([prompt, found["tokens"]]).astype(np.int64))
+    expected = tiny.whole_text(text[:-1], {k: torch.from_numpy(v) for k, v in GATE.arrays().items()})
+    best = expected.logits[len(prompt) - 1 :].topk(2)
+    # Up to where PyTorch itself can hardly decide; from there on the two may go different ways.
+    clear = ((best.values[:, 0] - best.values[:, 1]) > 1e-3) & (expected.margin[len(prompt) - 1 :] > 1e-4)
+    count = len(clear) if clear.all() else int((~clear).int().argmax())
+    assert count > 128 and len(set(found["depth"])) > 1
+    assert found["tokens"][:count] == best.indices[:count, 0].tolist()
+    assert found["depth"][:count] == expected.depth[len(prompt) - 1 :][:count].tolist()
+
+
+# Faults of the host: what is written instead of a line of model.cpp.
+HOST_FAULTS = {
+    "one slot too far": ("(position_ + row) % info_.window", "(position_ + row + 1) % info_.window"),
+    "decoding a position too far": (
+        "calls.prelude(tokens.first(n), position_)",
+        "calls.prelude(tokens.first(n), position_ + (n == 1))",
+    ),
+    "the memory written a token late": (
+        "position_ % kSegment == 0 && memorize_",
+        "position_ % kSegment == 1 && memorize_",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", HOST_FAULTS)
+def test_a_wrong_host_is_seen(
+    runner: Path, fp32: Runner, int4: Runner, tiny: RMSE, calm: Quantized, fault: str, tmp_path: Path
+) -> None:
+    """The comparison above fails where the runner is built again with a fault in one line of its host."""
+    old, new = HOST_FAULTS[fault]
+    native, build = tmp_path / "native", tmp_path / "build"
+    shutil.copytree(NATIVE, native)
+    shutil.copytree(runner.parent, build)  # objects as new as they were: only one is made again
+    source = (native / "model.cpp").read_text()
+    assert source.count(old) == 1
+    (native / "model.cpp").write_text(source.replace(old, new))
+    command = ["make", "-C", str(native), f"EXECUTORCH={executorch_folder()}", f"BUILD={build}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("compiling") == 1, done.stdout + done.stderr
+    package, model, text = (int4, calm.model, INT4_TEXT) if "memory" in fault else (fp32, tiny, FP32_TEXT)
+    with pytest.raises(ParityError):
+        wrong = Runner([build / "rmse-runner"], Path(package.command[-1]))
+        assert_pytorch_agrees(wrong, model, text, FULL, tmp_path / "logits")
+
+
+def test_threads_change_nothing(fp32: Runner, int4: Runner, tmp_path: Path) -> None:
+    for run, vocab in ((fp32, 65), (int4, FEW)):
+        tokens = random_tokens(100, seed=12, vocab=vocab)
+        one, two = (run.feed(tokens, tmp_path / "logits", "-t", count) for count in ("1", "2"))
+        np.testing.assert_array_equal(one[1], two[1])
+        np.testing.assert_allclose(one[0], two[0], rtol=0, atol=1e-5)
+
+
+def test_portable_products_give_the_same_bits(fp32: Runner, int4: Runner, tmp_path: Path) -> None:
+    for run, vocab in ((fp32, 65), (int4, FEW)):
+        tokens = random_tokens(100, seed=12, vocab=vocab)
+        fast = run.feed(tokens, tmp_path / "logits")
+        plain = run.feed(tokens, tmp_path / "logits", env={**os.environ, "RMSE_PRODUCTS": "portable"})
+        assert fast[0].tobytes() == plain[0].tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------- the bench
+
+BENCH = ("-p", "64", "-n", "8", "-r", "1", "-t", "1")
+
+
+def form(value: Any) -> Any:
+    """Names, and what identifies a row; not what was measured."""
+    if isinstance(value, dict):
+        return {k: v if k in ("test", "mode", "max_loops", "mean_loops") else form(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [form(v) for v in value]
+    return None
+
+
+def test_bench_documents_are_those_of_rmse_bench(
+    fp32: Runner, executorch_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rmse_bench([str(executorch_package), *BENCH, "-o", "json"]) == 0
+    expected, found = json.loads(capsys.readouterr().out), fp32.document("--bench", *BENCH)
+    assert json.dumps(form(found)) == json.dumps(form(expected))  # in the same order
+    same = ("quant", "parameters", "package_bytes", "state_bytes", "threads", "dials", "histogram", "notes")
+    assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+    assert 0 < found["baseline_rss_bytes"] < found["rss_bytes"] <= found["peak_rss_bytes"]
+
+
+def test_bench_tables_are_those_of_rmse_bench(
+    fp32: Runner, executorch_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for run in (
+        lambda *a: rmse_bench([str(executorch_package), *a]),
+        lambda *a: print(fp32("--bench", *a).stdout, end=""),
+    ):
+        run(*BENCH)
+        numbers = re.sub(r"[\d.,]+", "9", capsys.readouterr().out).replace("executorch-native", "executorch")
+        shown.append(re.sub(r" +|-+", " ", numbers))
+    assert shown[0] == shown[1]
+
+
+def test_without_a_text_the_bench_reads_made_up_tokens(int4: Runner, tmp_path: Path) -> None:
+    """Exits mean nothing on them: there are no adaptive rows. With a text's tokens there are."""
+    document = int4.document("--bench", *BENCH)
+    assert {row["mode"] for row in document["rows"]} == {"fixed"} and document["histogram"] is None
+    assert len(document["notes"]) == 1 and "made-up tokens" in document["notes"][0]
+    ids = ",".join(map(str, random_tokens(200, vocab=FEW)))
+    document = int4.document("--bench", "--prompt-tokens", ids, *BENCH)
+    assert {row["mode"] for row in document["rows"]} == {"fixed", "adaptive"} and document["notes"] == []
+    (tmp_path / "text").write_text("abc")
+    assert "holds no tokenizer.json" in int4.refusal("--bench", "--text", str(tmp_path / "text"), *BENCH)
+
+
+# -------------------------------------------------------------------------------------------------- packed weights
+
+
+def flip(at: float) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[int(at * (len(content) - 1))] ^= 1
+        file.write_bytes(content)
+
+    return change
+
+
+SPOILED = {
+    "flipped at the start": flip(0),
+    "flipped in the middle": flip(0.5),
+    "flipped at the end": flip(1),
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: os.truncate(file, 0),
+    "without a seal": lambda file: Path(f"{file}.sha256").unlink(),
+    "of another program": lambda file: flip(0.3)(Path(f"{file}.sha256")),
+}
+
+
+def test_packed_weights_are_kept_and_made_anew_where_they_are_spoiled(fp32: Runner, tmp_path: Path) -> None:
+    """The engine itself would compute with what it finds."""
+    file = tmp_path / "cache" / "packed"
+    file.parent.mkdir()
+    tokens = random_tokens(80, seed=12)
+    expected, _ = fp32.feed(tokens, tmp_path / "logits")
+    flags = ("--packed-weights", str(file))
+    assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes()
+    made = file.read_bytes(), file.stat().st_ino
+    assert {p.name for p in file.parent.iterdir()} == {"packed", "packed.sha256"} and len(made[0]) > 10_000
+    assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes()
+    assert (file.read_bytes(), file.stat().st_ino) == made  # used, not made again
+    for name, spoil in SPOILED.items():
+        spoil(file)
+        assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes(), name
+        assert len(file.read_bytes()) == len(made[0]) and Path(f"{file}.sha256").is_file(), name
+    (tmp_path / "diary").write_text("not to be lost")
+    line = fp32.refusal("-p", "A", "--packed-weights", str(tmp_path / "diary"))
+    assert "holds something else" in line and (tmp_path / "diary").read_text() == "not to be lost"
+
+
+def test_packed_weights_behind_a_link(fp32: Runner, tmp_path: Path) -> None:
+    """The link stays; what is no file is refused, as the weights and as their seal."""
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "packed", tmp_path / "disk" / "weights"
+    link.symlink_to("disk/weights")
+    tokens, flags = random_tokens(80, seed=12), ("--packed-weights", str(link))
+    expected, _ = fp32.feed(tokens, tmp_path / "logits")
+    for change in (lambda: None, lambda: None, lambda: flip(0.5)(file), lambda: Path(f"{file}.sha256").unlink()):
+        change()
+        assert fp32.feed(tokens, tmp_path / "logits", *flags)[0].tobytes() == expected.tobytes()
+        assert link.is_symlink() and file.stat().st_size > 10_000
+        assert {p.name for p in file.parent.iterdir()} == {"weights", "weights.sha256"}
+    os.mkfifo(tmp_path / "fifo")
+    Path(f"{file}.sha256").unlink()
+    os.mkfifo(f"{file}.sha256")
+    for path in (tmp_path / "fifo", link):
+        assert "is no file; choose another name" in fp32.refusal("-p", "A", "--packed-weights", str(path))
+
+
+def test_launches_at_the_same_time_share_packed_weights(fp32: Runner, tmp_path: Path) -> None:
+    command = [*fp32.command, "-p", "HELLO", "-n", "20", *GREEDY]
+    expected = subprocess.run(command, capture_output=True).stdout
+    command += ["--packed-weights", str(tmp_path / "packed")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    assert [process.communicate()[0] for process in running] == [expected] * 5
+    assert subprocess.run(command, capture_output=True).stdout == expected
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """Give a changed package the hashes that fit, as if it had been made like that."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in ("format", "format_version", "files", "sha256"):
+        manifest.pop(name)
+    change(manifest)
+    seal(folder, manifest)
+
+
+def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda folder: reseal(folder, change)
+
+
+def written(name: str, content: bytes, fits: bool = False) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        if fits:
+            reseal(folder)
+
+    return change
+
+
+def model(**values: Any) -> Callable[[Path], None]:
+    return resealed(lambda manifest: manifest["model"].update(values))
+
+
+def edited(folder: Path) -> None:
+    manifest = folder / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"exit_threshold": 0.6', '"exit_threshold": 0.5'))
+
+
+def cut_in_half(folder: Path) -> None:
+    program = folder / "program.pte"
+    os.truncate(program, program.stat().st_size // 2)
+    reseal(folder)
+
+
+def first_input(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["methods"]["step_1"]["inputs"][0]
+
+
+NOISE = np.random.default_rng(0).bytes(5000)
+BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no such package folder"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json: missing"),
+    "no JSON": (written(MANIFEST, b'{"a":'), "not readable as JSON"),
+    "nested deeply": (written(MANIFEST, b"[" * 10**6), "nested too deeply"),
+    "no UTF-8": (written(MANIFEST, b'{"\xff": 1}'), "not UTF-8 at byte 2"),
+    "another manifest": (written(MANIFEST, b"{}"), "not the manifest of an rmse-edge package"),
+    "an edited manifest": (edited, "was edited after the export"),
+    "another target": (resealed(lambda m: m.update(target="onnx")), "made for onnx"),
+    "a file that is missing": (lambda f: (f / "sample.txt").unlink(), "sample.txt: missing"),
+    "a file that is not listed": (written("notes", b""), "notes: not listed"),
+    "a program that is cut": (lambda f: os.truncate(f / "program.pte", 5000), "program.pte: 5000 bytes"),
+    "a flipped weight": (lambda f: flip(0.7)(f / "program.pte"), "program.pte: its SHA-256 is not the manifest's"),
+    "noise as program": (written("program.pte", NOISE, True), "not an ExecuTorch program"),
+    "noise behind the magic": (written("program.pte", b"\x30\0\0\0ET12" + NOISE, True), "cannot load it"),
+    "a fitting hash of half a program": (cut_in_half, "cannot load it"),
+    "a method that is not there": (resealed(lambda m: m["methods"].pop("step_64")), "the manifest has no step_64"),
+    "another shape": (resealed(lambda m: first_input(m).update(shape=[1, 1, 63])), "in another form than the manifest says"),
+    "a huge shape": (resealed(lambda m: first_input(m).update(shape=[2**40, 2**40])), "a tensor of shape"),
+    "an unknown type": (resealed(lambda m: first_input(m).update(dtype="float19")), 'a tensor of "float19"'),
+    "an unknown tensor": (resealed(lambda m: first_input(m).update(name="zz")), "zz"),
+    "no model": (resealed(lambda m: m.pop("model")), 'there is no "model"'),
+    "another window": (model(window=32), "window: got 32"),
+    "another vocabulary": (model(vocab_size=64), "model.vocab_size: got 64, expected 65"),
+    "another depth": (model(max_loops=5), "model.max_loops: got 5, expected 4"),
+    "calls of 100 rows": (model(chunks=[1, 100]), "chunks: got [1, 100]"),
+    "an end token that is none": (model(eos_token_ids=[1, -2]), "eos_token_ids: got [1, -2]"),
+    "unused ids beyond the head": (model(unused_token_ids=[[60, 66]]), "unused_token_ids: got [[60, 66]]"),
+    "no dials": (model(dials={}), 'there is no "max_loops"'),
+    "no tokenizer": (written("tokenizer.json", b"{}", True), "not a tokenizer.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", BAD_PACKAGES)
+def test_a_bad_package_is_one_line(runner: Path, executorch_package: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "bad.rmse"
+    shutil.copytree(executorch_package, folder)
+    change, part = BAD_PACKAGES[damage]
+    change(folder)
+    line = Runner([runner], folder).refusal("-p", "A", "-n", "1")
+    assert part in line and "bad.rmse" in line
+
+
+BAD_FLAGS = {
+    "--bogus": "--bogus", "extra": "extra", "--prompt": "--prompt: expected one argument",
+    "-n 0": "-n: got '0'", "-n 99999999999999999999": "-n: got", "--seed -1": "--seed: got",
+    "--temperature nan": "--temperature", "--temperature -1": "--temperature",
+    "--top-p 0": "--top-p", "--top-p 1.5": "--top-p", "--top-k -1": "--top-k",
+    "--max-loops 5": "--max-loops: got 5, expected 1..4", "--max-loops 0": "--max-loops",
+    "--max-loops 2 --min-loops 3": "--min-loops: got 3", "--exit-threshold 0": "--exit-threshold",
+    "--exit-epsilon -1": "--exit-epsilon", "--exit-entropy 0.5": "--exit-entropy", "--no-memory": "--no-memory",
+    "-o xml": "-o: got 'xml'", "--help=3": "--help: takes no value", "-t 0": "-t: got '0'", "-t 100000": "at most 1024",
+    "--stop=": "--stop: got an empty string", "--prompt-tokens 1": "--prompt-tokens", "--logits x": "--logits: needs",
+    "--parts 1": "--parts: needs --logits", "--parts 0": "--parts: got '0'",
+    "--depths 3": "--depths", "--packed-weights /nowhere/x": "--packed-weights: /nowhere/x: cannot be written",
+    f"--packed-weights {'x' * 300}": "longer than the 255 bytes", "--packed-weights /": "is no file",
+    "--bench --seed 3": "--seed", "--bench -d 5": "--max-loops: got 5", "--bench -r 0": "-r: got '0'",
+    "--bench -p 9999": "this bench needs 9999; lower -p or -n", "--bench --text /nowhere": "/nowhere",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_bad_flag_is_one_line(fp32: Runner, flags: str) -> None:
+    prompt = () if "--bench" in flags else ("-p", "A")
+    assert BAD_FLAGS[flags] in fp32.refusal(*prompt, *flags.split())
+
+
+def test_bad_tokens_and_texts_are_one_line(fp32: Runner, tmp_path: Path) -> None:
+    assert "token 65 is outside the vocabulary (0..64)" in fp32.refusal("--prompt-tokens", "1,65")
+    assert "--prompt-tokens: got ''" in fp32.refusal("--prompt-tokens", "1,,2")
+    assert "no token for '~'" in fp32.refusal("-p", "~")
+    assert "UTF-8" in fp32.refusal(stdin=(_file(tmp_path / "latin", b"\xe9")).open("rb"))
+    for parts in ("1", "1,2", f"{2**62},{2**62}"):
+        line = fp32.refusal("--prompt-tokens", "1,2", "--logits", str(tmp_path / "logits"), "--parts", parts)
+        assert "add up to the 2 of --prompt-tokens" in line
+    line = fp32.refusal("--prompt-tokens", "1", "--logits", str(tmp_path / "no" / "file"))
+    assert "cannot be written" in line
+
+
+def _file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- ARM
+
+
+@pytest.fixture(scope="module")
+def arm_runner() -> Path:
+    if shutil.which("aarch64-linux-gnu-g++") is None or shutil.which(QEMU[0]) is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64, which make test-arm installs")
+    if not ARM_WHEEL.is_dir():
+        pytest.skip(f"needs {ARM_WHEEL.relative_to(ROOT)}, which make test-arm fetches")
+    return make(ARM_WHEEL, ARM, "CXX=aarch64-linux-gnu-g++")
+
+
+@pytest.mark.arm
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("quant", ACROSS_PROCESSORS)
+def test_arm_processors_say_the_same(
+    request: pytest.FixtureRequest, arm_runner: Path, quant: str, cpu: str, tmp_path: Path
+) -> None:
+    """Logits within a tolerance, and the same top token wherever it leads by as much."""
+    here: Runner = request.getfixturevalue(quant)
+    there = Runner([*QEMU, cpu, arm_runner], Path(here.command[-1]))
+    tokens = random_tokens(140, seed=12, vocab=65 if quant == "fp32" else FEW)
+    full = ("--exit-threshold", "1")  # a position that stops a loop earlier is compared with nothing
+    (ours, _), (theirs, _) = (run.feed(tokens, tmp_path / "logits", *full) for run in (here, there))
+    tolerance = ACROSS_PROCESSORS[quant]
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=tolerance)
+    ranked = np.sort(ours, axis=-1)
+    same = theirs.argmax(-1) == ours.argmax(-1)
+    assert same.mean() > 0.95 and same[ranked[:, -1] - ranked[:, -2] > tolerance].all()
+    # Experts give the same bits through all instruction sets.
+    plain, _ = there.feed(tokens, tmp_path / "logits", *full, env={**os.environ, "RMSE_PRODUCTS": "portable"})
+    assert plain.tobytes() == theirs.tobytes()
