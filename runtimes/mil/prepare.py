@@ -11,7 +11,7 @@ import numpy as np
 
 from rmse_edge.errors import PackageError
 
-from . import operators_constant as mil_operators_constant  # noqa: F401  (they fill the table)
+from . import operators_constant, operators_math, operators_tensor  # noqa: F401  (they fill the table)
 from .file import Function, ModelFile, Operation, Signature, TensorType, tensor_type
 from .operators import OPERATORS, Call, Operator, round_half, to_half
 from .steps import Block, Run, Step, Values, branch, emptying, large, loop, many, one
