@@ -16,7 +16,7 @@ INSTEAD = {
     "inputs_embeds": "; give input_ids",
     "position_ids": "; positions follow from attention_mask and the cache",
     "output_attentions": "",
-    "output_hidden_states": "; rmse_edge.model.RMSE.trajectory returns the states of every loop",
+    "output_hidden_states": "; rmse_edge.arch.rmse.model.RMSE.trajectory returns the states of every loop",
 }
 
 

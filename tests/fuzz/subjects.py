@@ -318,7 +318,7 @@ def config(source: Path) -> Subject:
     """config.json beside weights that stay."""
 
     def prepare() -> None:
-        import rmse_edge.runtimes.torch  # noqa: F401
+        import rmse_edge.runtimes.engines.torch  # noqa: F401
 
     def make(rng: random.Random, folder: Path) -> Path:
         copy = folder / "model"
@@ -335,7 +335,7 @@ def quantized(source: Path) -> Subject:
     """quantization.json and the integers, with a hash that fits."""
 
     def prepare() -> None:
-        import rmse_edge.runtimes.torch  # noqa: F401
+        import rmse_edge.runtimes.engines.torch  # noqa: F401
 
     def make(rng: random.Random, folder: Path) -> Path:
         copy = folder / "model"

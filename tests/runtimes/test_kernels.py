@@ -74,7 +74,7 @@ def kernel_program(folder: Path, case: tuple[int, int, int]) -> tuple[Path, Expe
 
 RUN_KERNEL = """
 import sys, torch
-from rmse_edge.runtimes.kernels import bindings, load_kernels
+from rmse_edge.runtimes.engines.kernels import bindings, load_kernels
 
 load_kernels()
 for path in sys.argv[1:]:

@@ -33,7 +33,7 @@ RECIPES = {
 WORKER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import torch
 from torch.distributed.tensor import DTensor
 from test_train_parallel import RECIPES, STOP, trainer_in
@@ -73,7 +73,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave behind, for every recipe."""
     root = tmp_path_factory.mktemp("together")
     script = root / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), root=str(root)))
+    script.write_text(WORKER.format(tests=[str(p) for p in Path(__file__).parents[:2]], root=str(root)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     done = subprocess.run([*command, "--standalone", str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

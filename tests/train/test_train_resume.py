@@ -119,7 +119,7 @@ def test_failing_while_saving_keeps_the_old_state(
 KILLED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_train_resume import trainer_in
 trainer_in(Path({out!r})).run(save_every=1)
 """
@@ -129,7 +129,7 @@ trainer_in(Path({out!r})).run(save_every=1)
 def test_a_killed_run_goes_on(whole: Path, tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment while every step is saved."""
     out = tmp_path / "run"
-    code = KILLED.format(tests=str(Path(__file__).parents[1]), out=str(out))
+    code = KILLED.format(tests=[str(p) for p in Path(__file__).parents[:2]], out=str(out))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / STATE_FILE).exists() and process.poll() is None and time.monotonic() < deadline:
