@@ -84,22 +84,22 @@ def _wrong(data: np.ndarray, entries: int, key_dims: int) -> str | None:
     if not np.array_equal(_field(data, starts + 8, 2).view("<i2")[:, 0], levels):
         return "has a node that says another level than the graph"
     keys = _field(data, starts, 8).view("<u8")[:, 0]
-    keys = keys[keys != DELETED]
-    if len(np.unique(keys)) != len(keys) or len(keys) != entries:
+    keys = np.sort(keys[keys != DELETED])  # several times as fast as np.unique
+    if len(keys) != entries or (keys[1:] == keys[:-1]).any():
         return "has two nodes of one key"
     for level in range(int(levels.max()) + 1):
         nodes = starts[levels >= level] + NODE + (first + further * (level - 1) if level else 0)
         room = connectivity if level else base
         for begin in range(0, len(nodes), BLOCK):
             block = nodes[begin : begin + BLOCK]
-            counts = _field(data, block, 4).view("<u4")[:, 0].astype(np.int64)
+            fields = _field(data, block, 4 + 4 * room).view("<u4")  # (nodes, 1 + room)
+            counts, neighbours = fields[:, :1], fields[:, 1:]
             if counts.max() > room:
                 return "has a node of more neighbours than there is room for"
-            neighbours = _field(data, block + 4, 4 * room).view("<u4")  # (nodes, room)
-            used = neighbours[np.arange(room) < counts[:, None]]
-            if used.size and int(used.max()) >= count:
+            strange = neighbours >= count  # seldom anything: usearch leaves zeros where there is room
+            if strange.any() and (strange & (np.arange(room) < counts)).any():
                 return "has a neighbour that is not there"
-            if (levels[used] < level).any():
+            if level and (levels[neighbours[np.arange(room) < counts]] < level).any():  # all nodes are on level 0
                 return "has a neighbour that is not on its level"
     return None
 
@@ -109,5 +109,5 @@ def _numbers(data: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _field(data: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
-    """The `size` bytes from each start on, (n, size)."""
-    return np.ascontiguousarray(data[starts[:, None] + np.arange(size)])
+    """The `size` bytes from each start on, (n, size): copied run by run, not byte by byte."""
+    return np.lib.stride_tricks.sliding_window_view(data, size)[starts]
