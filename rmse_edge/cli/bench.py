@@ -24,7 +24,7 @@ from rmse_edge.errors import TextError, UserError
 
 from . import profiling, streaming
 from .common import Parser, existing_file, existing_path, list_of, non_negative_int, one_of, positive_int, verb
-from .display import bars, table
+from .display import bars, plain, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def as_markdown(d: dict[str, Any]) -> str:
         f"{d['model']} on {d['runtime']}, {d['quant']}, {d['parameters']:,} parameters, {d['repetitions']} repetitions",
         *(f"note: {note}" for note in d["notes"]),
     ]
-    return "\n".join(lines)
+    return plain("\n".join(lines))
 
 
 def memory_lines(d: dict[str, Any]) -> list[str]:
@@ -358,7 +358,8 @@ def comparison(d: dict[str, Any]) -> str:
             if m["package_bytes"]
         )
         lines.append(f"artifact of {first['package_bytes']:,} bytes; {', '.join(sizes)}")
-    return "\n".join([*lines, "", table(("test", "loops", *names), [(*key, *cells) for key, cells in rows.items()])])
+    lines = [*lines, "", table(("test", "loops", *names), [(*key, *cells) for key, cells in rows.items()])]
+    return plain("\n".join(lines))
 
 
 def mebibytes(count: int | None) -> str:

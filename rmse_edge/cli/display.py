@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes.text.generate import Span
@@ -14,11 +15,23 @@ SCALE = (231, 230, 229, 228, 222, 221, 220, 214, 208, 202)
 BLACK, RESET = "\x1b[38;5;16m", "\x1b[0m"
 
 
+PLAIN = {"█": "#", "↵": "\\n", "±": "+-", "×": "x", "µ": "u"}  # for terminals and files of few characters
+
+
+def plain(text: str, stream: TextIO | None = None) -> str:
+    """`text` with ASCII in the place of our own signs that `stream` (stdout without it) has no characters for."""
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    for sign, letters in PLAIN.items():
+        if sign in text and sign.encode(encoding, "ignore") == b"":
+            text = text.replace(sign, letters)
+    return text
+
+
 def paint(text: str, depth: int, max_loops: int) -> str:
     """`text` on the colour of its depth; a line end becomes a coloured ↵ and a bare one, or the colour would run on."""
     place = (depth - 1) / max(max_loops - 1, 1) * (len(SCALE) - 1)
     start = f"\x1b[48;5;{SCALE[round(place)]}m{BLACK}"
-    lines = text.replace("\n", "↵\n").splitlines(keepends=True)
+    lines = text.replace("\n", plain("↵") + "\n").splitlines(keepends=True)
     return "".join(start + line.removesuffix("\n") + RESET + "\n" * line.endswith("\n") for line in lines)
 
 
@@ -58,18 +71,20 @@ def bars(histogram: Sequence[int], width: int = 40) -> list[str]:
     """A histogram of depths as lines: loops, share, bar. Depths above the deepest one seen are left out."""
     total, top = sum(histogram), max(histogram, default=0)
     deepest = max((k for k, count in enumerate(histogram, 1) if count), default=0)
+    block = plain("█")
     return [
-        f"{k:>3} loops {count / total:>6.1%} {'█' * math.ceil(width * count / top)}".rstrip()
+        f"{k:>3} loops {count / total:>6.1%} {block * math.ceil(width * count / top)}".rstrip()
         for k, count in enumerate(histogram[:deepest], 1)
     ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns, the first one to the left, numbers to the right."""
-    widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
+    head, *rows = ([plain(str(cell)) for cell in row] for row in (head, *rows))
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = (str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
+        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
         return "| " + " | ".join([first, *rest]) + " |"
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"

@@ -15,7 +15,7 @@ from rmse_edge.files import check_file
 
 from .chat import talk
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
-from .display import DepthWriter
+from .display import DepthWriter, plain
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def retrieval_lines(s: dict[str, Any]) -> list[str]:
     lines = [f"asked the knowledge base {len(s['consultations'])} times at {s['surprises_heard']} chances"]
     for found in s["consultations"]:
         hits = "; ".join(f"{hit['source']} ({hit['score']:.2f})" for hit in found["hits"]) or "nothing found"
-        expected = f"{found['mean']:.3f} ± {found['std']:.3f} expected"
+        expected = plain(f"{found['mean']:.3f} ± {found['std']:.3f} expected", sys.stderr)
         lines.append(f"  at token {found['position']}: surprise {found['value']:.3f}, {expected}: {hits}")
     return lines
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from .display import table
+from .display import plain, table
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes import Dials, LoopRuntime
@@ -55,21 +55,20 @@ def as_markdown(d: dict[str, Any]) -> str:
     memory = (
         "unknown" if grown is None else f"{resident / MIB:.1f} MiB at the end, {grown:+,} bytes since the first tenth"
     )
-    return "\n".join(
-        [
-            table(head, [row(tenth) for tenth in d["tenths"]]),
-            "",
-            f"speed: the last tenth is {d['speed_ratio']:.3f} × as fast as the first (medians over calls of 64 tokens)",
-            f"  side by side, {d['paired_calls']} calls in turns at {d['paired_loops']} loops: the state at the end is "
-            f"{d['paired_speed_ratio']:.3f} × as fast as the one after the warm-up",
-            f"memory: {memory}",
-            f"state: {d['state_bytes_early']:,} bytes after 1,000 tokens, {d['state_bytes']:,} bytes at the end, "
-            + ("all of it finite" if d["finite"] else "NOT FINITE"),
-            f"{d['model']} on {d['runtime']}, {d['stream_tokens']:,} tokens, the first {d['warm_up_tokens']:,} to warm up; "
-            f"the text has {d['text_tokens']:,}",
-            *(f"note: {note}" for note in d["notes"]),
-        ]
-    )
+    lines = [
+        table(head, [row(tenth) for tenth in d["tenths"]]),
+        "",
+        f"speed: the last tenth is {d['speed_ratio']:.3f} × as fast as the first (medians over calls of 64 tokens)",
+        f"  side by side, {d['paired_calls']} calls in turns at {d['paired_loops']} loops: the state at the end is "
+        f"{d['paired_speed_ratio']:.3f} × as fast as the one after the warm-up",
+        f"memory: {memory}",
+        f"state: {d['state_bytes_early']:,} bytes after 1,000 tokens, {d['state_bytes']:,} bytes at the end, "
+        + ("all of it finite" if d["finite"] else "NOT FINITE"),
+        f"{d['model']} on {d['runtime']}, {d['stream_tokens']:,} tokens, the first {d['warm_up_tokens']:,} to warm up; "
+        f"the text has {d['text_tokens']:,}",
+        *(f"note: {note}" for note in d["notes"]),
+    ]
+    return plain("\n".join(lines))
 
 
 def as_csv(d: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from helpers import mixed_model, write_checkpoint
 from small_tokenizers import byte_level
 
 from rmse_edge.cli.common import every_character
+from rmse_edge.cli.display import bars, paint, plain, table
 
 VERBS = ("bench", "data", "evaluate", "export", "index", "quantize", "run", "train")
 ODD = "no-日×…–é"  # é and × are in cp1252, nothing of it in ASCII
@@ -70,7 +71,20 @@ def test_measurements_are_printed(checkpoint: Path, narrow: Callable[[], Narrow]
     streams = narrow()
     assert main([str(checkpoint), "--max-tokens", "600"]) == 0
     out, _ = streams.read()
-    assert "tokens/s" in out and "loops" in out and "\\u2588" in out
+    assert "tokens/s" in out and "loops" in out and "###" in out and "\\" not in out
+
+
+def test_our_own_signs(narrow: Callable[[], Narrow]):
+    streams = narrow()
+    with every_character():
+        print(table(("model", "loss"), [("tiny", "1.5 ± 0.25"), ("other", "1.75")]), *bars([1, 2]), sep="\n")
+        print(paint("a\n", 1, 2), plain("2.0 ×, 3 µs"))
+        print(plain("1 ± 2", sys.stderr), file=sys.stderr)
+    out, err = streams.read()
+    sign = "±" if streams.out.encoding == "cp1252" else "+-"
+    assert "\\u" not in out and "\\x" not in out + err and "#" * 40 in out and f"1 {sign} 2" in err
+    assert f"1.5 {sign} 0.25 |" in out and len({len(line) for line in out.splitlines()[:4]}) == 1  # still aligned
+    assert ("2.0 ×, 3 µs" if sign == "±" else "2.0 x, 3 us") in out
 
 
 @pytest.fixture(scope="module")
