@@ -31,7 +31,7 @@ from rmse_edge.checkpoint import (
     stored_keys,
 )
 from rmse_edge.errors import CheckpointError, UserError
-from rmse_edge.files import changed_folder, check_folder, digest_file, tidy
+from rmse_edge.files import changed_folder, check_changes, digest_file, tidy
 from rmse_edge.schema import Digest, Name, annotations_of, first_of, read_json, validated
 from rmse_edge.shards import WEIGHTS_FILE, check_finite
 from rmse_edge.vocabulary import GENERATION_FILE, TOKENIZER_FILE
@@ -53,8 +53,9 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         CheckpointError: something else is there, or a checkpoint that may not be replaced.
     """
     tidy(folder)
+    if folder.absolute().parent.is_dir():  # otherwise it will be made
+        check_changes(folder, CheckpointError)
     if folder.exists():
-        check_folder(folder, CheckpointError)
         finish_interrupted(folder)
     if folder.exists() and any(folder.iterdir()):
         if not is_quantized_checkpoint(folder):

@@ -24,7 +24,7 @@ from .arch.rmse.config import RMSEConfig, token_ids
 from .arch.rmse.model import RMSE
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
 from .errors import CheckpointError, ConfigError, TextError
-from .files import changed_folder, finish_change
+from .files import changed_folder, finish_change, kind_of
 from .shards import WEIGHTS_FILE, StoredTensors, check_finite, weight_files
 from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
 
@@ -193,7 +193,9 @@ def read_config(folder: Path) -> RMSEConfig:
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such checkpoint folder; train one with rmse-train or give another path")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: a file; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise CheckpointError(
+            f"{folder}: is {kind_of(folder)}, expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     finish_interrupted(folder)
     if not (folder / CONFIG_FILE).is_file():
         kind = "an exported package, not a checkpoint" if (folder / "manifest.json").is_file() else "not a checkpoint"

@@ -79,12 +79,13 @@ def new_file(path: str | Path, error: type[UserError] = FileError, mode: int = 0
     Raises:
         FileError, or `error`: `path` is no regular file, its folder does not exist, or it cannot be written.
     """
-    target = check_file(path, error)
+    target = _target(Path(path), stat.S_IFREG, error)
     with explained(path, target, error):
         tidy(target)
         with scratch_folder(target.parent, target.name) as scratch:
             part = scratch / "new" / target.name
-            yield part
+            with named(part, path):
+                yield part
             there = target.exists()
             settle(part, stat.S_IMODE(target.stat().st_mode) if there else mode & usual_mode(scratch))
             os.replace(part, target)
@@ -107,13 +108,14 @@ def new_folder(path: str | Path, error: type[UserError] = FileError, replace: bo
     Raises:
         FileError, or `error`: `path` is no folder, its parent does not exist, or it cannot be written.
     """
-    target = check_folder(path, error)
+    target = _target(Path(path), stat.S_IFDIR, error)
     with explained(path, target, error):
         tidy(target)
         with scratch_folder(target.parent, target.name) as scratch:
             part = scratch / "new" / target.name
             part.mkdir()
-            yield part
+            with named(part, path):
+                yield part
             settle_all(part, usual_mode(scratch))
             if not replace or not target.exists():
                 os.rename(part, target)
@@ -141,7 +143,7 @@ def changed_folder(
     """
     with suppress(OSError):  # what is wrong is said below
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
-    target = check_folder(path, error)
+    target = _target(Path(path), stat.S_IFDIR, error)
     with explained(path, target, error):
         tidy(target)
     if not target.exists():
@@ -152,9 +154,10 @@ def changed_folder(
         finish_change(target)
         with scratch_folder(target, CHANGE) as scratch:
             part = scratch / "new"
-            yield part
+            with named(part, path):
+                yield part
             for file in part.iterdir():
-                check_file(target / file.name, error)
+                _target(target / file.name, stat.S_IFREG, error)
             settle_all(part, usual_mode(scratch))
             (scratch / "remove").write_text(json.dumps(list(remove)), encoding="utf-8")
             os.rename(part, scratch / "ready")
@@ -170,18 +173,57 @@ def changed_folder(
                 ) from None
 
 
+@contextmanager
+def named(part: Path, path: str | Path) -> Iterator[None]:
+    """Errors that name the scratch file or folder `part`, which is going away, name what was to become of it: `path`."""
+    try:
+        yield
+    except UserError as error:
+        error.args = tuple(str(said).replace(str(part), str(path)) for said in error.args)
+        raise
+
+
+# ------------------------------------------------------------------------------------------------- before long work
+
+
 def check_file(path: str | Path, error: type[UserError] = FileError) -> Path:
-    """The path at which `path` is written, all links followed.
+    """Whether `new_file` could write to `path`, before the work that makes what is written; returns the path of it, all
+    links followed.
 
     Raises:
-        FileError, or `error`: something else than a regular file is there, or there is no folder to put it into.
+        FileError, or `error`: something else than a regular file is there, there is no folder to put it into, or nothing
+            can be written in that folder.
     """
-    return _target(Path(path), stat.S_IFREG, error)
+    target = _target(Path(path), stat.S_IFREG, error)
+    _try(target.parent, path, target, error)
+    return target
 
 
 def check_folder(path: str | Path, error: type[UserError] = FileError) -> Path:
-    """As `check_file`, for a folder."""
-    return _target(Path(path), stat.S_IFDIR, error)
+    """As `check_file`, for `new_folder`."""
+    target = _target(Path(path), stat.S_IFDIR, error)
+    if target.is_mount():
+        raise error(f"{path}: is a mount point, in whose place nothing can be put; choose a folder inside it")
+    _try(target.parent, path, target, error)
+    return target
+
+
+def check_changes(path: str | Path, error: type[UserError] = FileError) -> Path:
+    """As `check_file`, for `changed_folder`, where the folder above `path` is there."""
+    target = _target(Path(path), stat.S_IFDIR, error)
+    _try(target if target.exists() else target.parent, path, target, error)
+    return target
+
+
+def _try(folder: Path, path: str | Path, target: Path, error: type[UserError]) -> None:
+    """Write something in `folder`. Permissions do not tell: of /proc they say that root may."""
+    with explained(path, target, error), scratch_folder(folder, target.name):
+        pass
+
+
+def kind_of(path: str | Path) -> str:
+    """What is at a path where something is: "a folder", "a file", "a FIFO"."""
+    return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "of a strange kind")
 
 
 def _target(path: Path, kind: int, error: type[UserError]) -> Path:
@@ -193,7 +235,7 @@ def _target(path: Path, kind: int, error: type[UserError]) -> Path:
     except OSError as failure:
         raise error(f"{path}: cannot be written ({failure.strerror})") from None
     if found != kind:
-        raise error(f"{path}: is {KINDS.get(found, 'of a strange kind')}, expected {KINDS[kind]}; choose another name")
+        raise error(f"{path}: is {kind_of(path)}, expected {KINDS[kind]}; choose another name")
     if not target.parent.is_dir():
         raise error(f"{path}: cannot be written (there is no folder {target.parent})")
     return target
@@ -335,7 +377,7 @@ def move_ready(scratch: Path, folder: Path) -> None:
     """Move the complete files of `scratch` into `folder`. Begun and broken off, it can be called again."""
     ready = scratch / "ready"
     for file in sorted(ready.iterdir()):
-        target = check_file(folder / file.name)
+        target = _target(folder / file.name, stat.S_IFREG, FileError)
         try:
             os.replace(file, target)
         except OSError as failure:

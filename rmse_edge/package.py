@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ExportError, PackageError
-from .files import check_folder, digest_file, new_folder, tidy
+from .files import check_folder, digest_file, kind_of, new_folder, tidy
 from .schema import Digest, Name, Whole, read_json, validated
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Package:
             with suppress(OSError):
                 tidy(folder)  # a process may have been killed that was replacing it
         if not folder.is_dir():
-            what = "a file, expected a package folder" if folder.exists() else "no such package folder"
+            what = f"is {kind_of(folder)}, expected a package folder" if folder.exists() else "no such package folder"
             raise PackageError(f"{folder}: {what}; make one with rmse-export")
         package = cls(folder, _read_manifest(folder))
         package.section(Name, "target")
@@ -150,10 +150,10 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     if not destination.absolute().parent.is_dir():
         raise ExportError(f"{destination.absolute().parent}: no such folder to write {destination.name} into")
     tidy(destination)
+    check_folder(destination, ExportError)
     empty = destination.is_dir() and not any(destination.iterdir())
     if destination.exists() and not empty and not (destination / MANIFEST).is_file():
         raise ExportError(f"{destination}: exists and is not a package; choose another -o")
-    check_folder(destination, ExportError)
     if destination.exists() and not overwrite:
         raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
 

@@ -22,9 +22,11 @@ SPLITS = ("train", "validation", "all")
 TRAIN_SHARE = 0.9  # nanoGPT's split: the first 90 % trains, the last 10 % validates
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, empty: bool = False) -> str:
     """The whole file as text.
 
+    Args:
+        empty: whether there may be nothing in it.
     Raises:
         TextError: missing, not a file, empty, or not UTF-8; the message names the file and the byte.
     """
@@ -35,7 +37,7 @@ def read_text(path: str | Path) -> str:
         raise TextError(f"{path}: no such file") from None
     except OSError as error:
         raise TextError(f"{path}: cannot be read ({error.strerror})") from None
-    if not raw.removeprefix(BOM_UTF8):
+    if not empty and not raw.removeprefix(BOM_UTF8):
         raise TextError(f"{path}: the file is empty")
     return decode_utf8(raw, path)
 

@@ -253,4 +253,4 @@ def test_a_path_that_is_no_folder_is_one_line(folder: Path) -> None:
     assert_one_line(caught.value, "nowhere", "no such checkpoint folder")
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder / "model.safetensors")
-    assert_one_line(caught.value, "model.safetensors", "a file; expected a folder")
+    assert_one_line(caught.value, "model.safetensors", "is a file, expected a folder")

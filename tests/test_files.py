@@ -16,11 +16,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rmse_edge import files
-from rmse_edge.errors import FileError
+from rmse_edge.errors import FileError, PackageError, UserError
 
 Tree = dict[str, str]
 NAMES = ("a.bin", "b.bin", "c.bin")
@@ -216,6 +217,50 @@ def test_what_is_no_regular_file_is_refused(work: Path, kind: str, said: str) ->
         raise AssertionError("not reached")
     (work / "folder").rmdir()
     assert [(p.name, p.lstat().st_mode) for p in work.iterdir()] == before
+
+
+CHECKS = (files.check_file, files.check_folder, files.check_changes)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_what_cannot_be_written_is_known_before_the_work(work: Path) -> None:
+    path = special(work / "x", "FIFO")
+    for check in CHECKS:
+        with pytest.raises(FileError, match=r"x: is a FIFO, expected a (file|folder); choose another name"):
+            check(path)
+        check(work / "new")
+        with pytest.raises(UserError, match="there is no folder"):
+            check(work / "none" / "new")
+    prepare(work)
+    files.check_file(work / "file")
+    files.check_folder(work / "folder")
+    files.check_changes(work / "folder")
+    assert set(tree(work).values()) == {"old"} and not any(p.name.startswith(".") for p in work.rglob("*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("check", CHECKS)
+def test_permissions_do_not_tell_where_nothing_can_be_written(check: Callable[[Path], object]) -> None:
+    """Root may write to /proc, they say."""
+    with pytest.raises(FileError, match="/proc/x: cannot be written"):
+        check(Path("/proc/x"))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="needs a mount point")
+def test_a_mount_point_is_not_replaced() -> None:
+    with pytest.raises(FileError, match="/dev/shm: is a mount point"):
+        files.check_folder("/dev/shm")
+    files.check_changes("/dev/shm")
+
+
+@pytest.mark.parametrize("writer", [files.new_file, files.new_folder, files.changed_folder])
+def test_errors_name_what_was_to_be_written(work: Path, writer: Any) -> None:
+    """Not the scratch folder, which nobody has heard of and which is gone by then."""
+    (work / "folder").mkdir()
+    path = work / ("file" if writer is files.new_file else "folder")
+    with pytest.raises(PackageError) as caught, writer(path) as part:
+        raise PackageError(f"{part}: methods: got 5; export again")
+    assert str(caught.value) == f"{path}: methods: got 5; export again"
 
 
 def test_a_file_in_a_folder_that_is_special_is_refused(work: Path) -> None:

@@ -86,7 +86,7 @@ def a_random_file(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "a file": (a_file_instead, ["a file, expected a package folder"]),
+    "a file": (a_file_instead, ["is a file, expected a package folder"]),
     "an empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), ["manifest.json: missing"]),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), ["manifest.json: missing"]),
     "no graph": (lambda f: (f / "loop.onnx").unlink(), ["loop.onnx: missing from the package"]),
@@ -259,7 +259,7 @@ def test_nothing_but_a_package_is_ever_replaced(tmp_path: Path) -> None:
         for overwrite in (False, True):
             with pytest.raises(ExportError) as caught, writing(tmp_path / name, overwrite):
                 raise AssertionError("not reached")
-            assert_one_line(str(caught.value), name, "is not a package")
+            assert_one_line(str(caught.value), name, "is not a package" if name == "photos" else "expected a folder")
     with pytest.raises(ExportError, match="no such folder"), writing(tmp_path / "no" / "p.rmse"):
         raise AssertionError("not reached")
     with writing(tmp_path / "empty", overwrite=True) as folder:

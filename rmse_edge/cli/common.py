@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rmse_edge.errors import UserError
+from rmse_edge.files import kind_of
 from rmse_edge.progress import Report
 
 USER_ERROR = 2  # exit codes
@@ -244,7 +245,7 @@ def existing_file(text: str) -> Path:
 def existing_folder(text: str) -> Path:
     path = existing_path(text)
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: is a file, expected a folder")
+        raise argparse.ArgumentTypeError(f"{text}: is {kind_of(path)}, expected a folder")
     return path
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import check_file
 
-from .chat import talk
+from .chat import NO_QUESTION, talk
 from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
 from .display import DepthWriter, plain
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
@@ -135,18 +135,25 @@ def warn(message: str) -> None:
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
-    """The text to continue, exactly as given; None where questions come from stdin.
+    """The text to continue, exactly as given, or nothing (see `begin_of_text`); None where questions come from stdin.
 
     Raises:
-        TextError: the file is missing, empty or not UTF-8.
+        TextError: the file is missing or not UTF-8.
+        UserError: there is no stdin, or, with --chat, nothing but white space.
     """
     if args.prompt is not None:
-        return args.prompt
-    if args.file not in (None, "-"):
+        text = args.prompt
+    elif args.file not in (None, "-"):
         from rmse_edge.text import read_text
 
-        return read_text(args.file)
-    return None if args.chat and args.file is None else read_stdin()
+        text = read_text(args.file, empty=True)
+    elif args.chat and args.file is None:
+        return None
+    else:
+        text = read_stdin()
+    if args.chat and not text.strip():  # as blank lines of stdin are none
+        raise UserError(NO_QUESTION)
+    return text
 
 
 def read_stdin() -> str:

@@ -330,6 +330,10 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None
     ) -> StoppingCriteriaList:
         if generation_config.stop_strings is not None:
+            given = generation_config.stop_strings
+            stops = [given] if isinstance(given, str) else given
+            if not isinstance(stops, list | tuple) or not stops or not all(isinstance(s, str) and s for s in stops):
+                raise UserError(f"stop_strings: got {given!r}, expected the text to stop at, or a list of such texts")
             if tokenizer is None:
                 raise UserError("stop_strings: give the model's tokenizer, too: generate(..., tokenizer=tokenizer)")
             try:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.files import new_folder
+from rmse_edge.files import kind_of, new_folder
 
 from .base import BATCH, Entry, Hit, KnowledgeError, KnowledgeInfo, checked_count, checked_entry, checked_key, cosine
 from .rows import AGAIN, Rows, one_line, writer_lock
@@ -52,7 +52,7 @@ class KnowledgeBase:
             KnowledgeError: the folder exists already, or cannot be made.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_dir() and any(folder.iterdir()):
             raise KnowledgeError(f"{folder}: already exists; remove it, or choose another -o")
         shape = {"key_dims": info.key_dims, "slots": info.slots, "d_model": info.d_model, "model": info.model}
         with new_folder(folder, KnowledgeError, replace=False) as scratch:
@@ -74,8 +74,13 @@ class KnowledgeBase:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            what = "a file, expected a knowledge base folder" if folder.exists() else "no such knowledge base"
-            raise KnowledgeError(f"{folder}: {what}; make one with rmse-index MODEL TEXT... -o {folder}")
+            if folder.exists():
+                raise KnowledgeError(
+                    f"{folder}: is {kind_of(folder)}, expected a knowledge base folder; choose another name"
+                )
+            raise KnowledgeError(
+                f"{folder}: no such knowledge base; make one with rmse-index MODEL TEXT... -o {folder}"
+            )
         if not (folder / PASSAGES).is_file():
             raise KnowledgeError(f"{folder / PASSAGES}: missing; {folder} is no knowledge base, or in part: {AGAIN}")
         base = cls(folder, Rows(folder / PASSAGES))

@@ -48,11 +48,11 @@ def download(name: str, path: Path, url: str | None = None) -> bool:
     url = url or text.url
     if not url.startswith(("https://", "http://")):
         raise UserError(f"{url}: expected an http or https address")
-    if path.exists():
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == text.sha256:
-            return False
-        raise TextError(f"{path}: exists and is not the text {name!r}; remove it or choose another -o")
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == text.sha256:
+        return False
     check_file(path)
+    if path.exists():
+        raise TextError(f"{path}: exists and is not the text {name!r}; remove it or choose another -o")
     digest, count = hashlib.sha256(), 0
     try:
         with (

@@ -28,7 +28,7 @@ from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.chat import TEMPLATE_FILE, template_source
 from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
-from rmse_edge.files import check_file, write_text
+from rmse_edge.files import check_changes, check_file, write_text
 from rmse_edge.shards import INDEX_FILE, WEIGHTS_FILE
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer, word_tokenizer
 
@@ -179,10 +179,9 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
 
     And, before the training, one where something stands in the way of what it writes.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, expected a folder to write to")
-    for name in (RECIPE_FILE, TOKENIZER_FILE, LOG_FILE, "curve.png", *TRACES):
-        if out.exists():
+    if out.exists():
+        check_changes(out)
+        for name in (RECIPE_FILE, TOKENIZER_FILE, LOG_FILE, "curve.png", *TRACES):
             check_file(out / name)
     if resume:
         if not (out / STATE_FILE).exists():

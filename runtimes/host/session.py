@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rmse_edge.errors import UserError
-from rmse_edge.files import new_file
+from rmse_edge.files import kind_of, new_file
 from rmse_edge.runtimes.text.generate import BEGINNING, Tail
 from rmse_edge.schema import Expected, Name, validated
 
@@ -77,7 +77,7 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False also for a name that is too long
-        what = "is not a file" if os.path.exists(path) else "no such session file"
+        what = f"is {kind_of(path)}, expected a file" if os.path.exists(path) else "no such session file"
         raise SessionError(f"{path}: {what}; make one with rmse-run --save-session")
     own = runtime.tensors()
     known: dict[str, Form] = {name: (array.shape, array.dtype) for name, array in own.items()}

@@ -250,13 +250,12 @@ std::string read_stdin() {
   return std::string(std::istreambuf_iterator<char>(std::cin), {});
 }
 
-// The text to continue, exactly as given. Throws std::runtime_error where its file is missing, empty or not UTF-8.
+// The text to continue, exactly as given, or nothing. Throws std::runtime_error where its file is missing or not UTF-8.
 std::string read_prompt(const Options& options) {
   if (options.prompt) return *options.prompt;
   const bool piped = options.file.empty() || options.file == "-";
   std::string text = piped ? read_stdin() : read_file(options.file);
   if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // the mark that some editors and shells put before a text
-  if (!piped && text.empty()) throw std::runtime_error(options.file + ": the file is empty");
   const size_t invalid = find_invalid_utf8(text);
   if (invalid != text.npos) {
     throw std::runtime_error((piped ? "stdin" : options.file) + ": not UTF-8 at byte " + std::to_string(invalid) +

@@ -149,7 +149,15 @@ def test_a_text_that_cannot_be_indexed_writes_nothing(place: Path, embedder: Has
         (["-o", "a.kb", "--list", "--storage", "x"], "--storage: got 'x', expected KEY=VALUE"),
         (["-o", "a.kb", "--list"], "a.kb: no such knowledge base"),
         (["-o", "a.kb", "--lst"], "unknown argument --lst; did you mean --list?"),
-        (["model", "facts.txt", "-o", "facts.txt"], "facts.txt: a file, expected a knowledge base folder"),
+        (
+            ["model", "facts.txt", "-o", "facts.txt"],
+            "facts.txt: is a file, expected a knowledge base folder; choose another",
+        ),
+        (
+            ["model", "facts.txt", "-o", os.devnull],
+            f"{os.devnull}: is a device, expected a knowledge base folder; choose",
+        ),
+        (["-o", os.devnull, "--list"], f"{os.devnull}: is a device, expected a knowledge base folder; choose another"),
         (["model", "facts.txt", "-o", "no/a.kb"], "there is no folder"),
         (["model", "-o", "a.kb", "--query", "x" * 65], "--query: the text has 65 tokens, expected 1 to 64"),
         (["model", "-o", "a.kb", "--query", " "], "--query: the text has 0 tokens, expected 1 to 64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -102,8 +103,6 @@ def test_prompt_from_a_file(
     ("content", "said"),
     [
         (None, "no such file"),
-        (b"", "the file is empty"),
-        (b"\xef\xbb\xbf", "the file is empty"),
         (b"ab\xff", "not UTF-8 at byte 2"),
     ],
 )
@@ -142,13 +141,18 @@ def test_ignore_eos(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixt
 
 
 def test_an_empty_prompt_starts_from_the_begin_token(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    """Wherever nothing comes from."""
     folder = shutil.copytree(checkpoint, tmp_path / "begins")
     config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
-    document = json.loads(call(capsys, folder, "-p", "", "-n", 8, "-o", "json")[1])
-    assert document["tokens"] == json.loads(call(capsys, folder, "-p", "\n", "-n", 8, "-o", "json")[1])["tokens"]
+    expected = json.loads(call(capsys, folder, "-p", "\n", "-n", 8, "-o", "json")[1])["tokens"]
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
+    for flags in (("-p", ""), ("-f", os.devnull), ("-f", tmp_path / "mark.txt"), ("-f", "-"), ()):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        document = json.loads(call(capsys, folder, *flags, "-n", 8, "-o", "json")[1])
+        assert (document["prompt"], document["tokens"]) == ("", expected)
 
 
 def test_show_depth_in_plain_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
@@ -267,12 +271,17 @@ def test_ctrl_c_at_any_token(
         (["--stop", ""], ["--stop", "empty"]),
         (["--prompt", "AB\u00e9"], ["'é'"]),
         (["--prompt", ""], ["prompt is empty"]),
+        (["--file", os.devnull], ["prompt is empty"]),
+        (["--prompt", " ", "--chat"], ["no question"]),
+        (["--file", os.devnull, "--chat"], ["no question"]),
+        (["--save-session", "/proc/x"], ["--save-session: /proc/x: cannot be written"]),
         (["--colour", "always"], ["--colour", "--color"]),
     ],
     ids=lambda v: " ".join(v) if v and v[0].startswith("--") else "",
 )
 def test_bad_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: list[str]):
-    code, out, err = call(capsys, checkpoint, "--prompt", TEXT, *flags)
+    prompt = [] if "--file" in flags else ["--prompt", TEXT]
+    code, out, err = call(capsys, checkpoint, *prompt, *flags)
     assert (code, out) == (2, "")
     assert_one_line(err, "rmse-run: error:", *said)
 

@@ -103,7 +103,9 @@ def test_another_run_is_not_written_over(trained: Path, text: Path, recipe: Path
     assert before == {p.name: p.read_bytes() for p in trained.iterdir()}
     (tmp_path / "recipe.json").write_text(Recipe(lr=9e-3).to_json())
     fails(capsys, ["--text", text, "--recipe", recipe, "-o", tmp_path], "is another recipe; pass it with --recipe")
-    fails(capsys, ["--text", text, "-o", recipe], "is a file, expected a folder to write to")
+    fails(capsys, ["--text", text, "-o", recipe], "is a file, expected a folder; choose another name")
+    fails(capsys, ["--text", text, "-o", os.devnull], "is a device, expected a folder; choose another name")
+    fails(capsys, ["--text", text, "--recipe", recipe, "-o", os.devnull, "--resume"], "is a device, expected a folder")
     fails(capsys, ["--text", text, "-o", tmp_path / "none", "--resume"], "recipe.json: no such file")
 
 

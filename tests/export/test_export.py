@@ -311,7 +311,8 @@ def test_bad_requests_are_one_line(
         (["-m", checkpoint, "--max-seq-len", "0"], ["--max-seq-len", "at least 1"]),
         (["-m", checkpoint, "-o", "photos"], ["photos", "is not a package"]),
         (["-m", checkpoint, "-o", "photos", "--force"], ["photos", "is not a package"]),
-        (["-m", checkpoint, "-o", "file.rmse", "--force"], ["file.rmse", "is not a package"]),
+        (["-m", checkpoint, "-o", "file.rmse", "--force"], ["file.rmse: is a file, expected a folder"]),
+        (["-m", checkpoint, "-o", os.devnull], [f"{os.devnull}: is a device, expected a folder; choose another name"]),
         (["-m", checkpoint, "-o", "no/such/p.rmse"], ["no/such", "does not exist"]),
         (["-m", "nowhere"], ["nowhere", "no such checkpoint folder"]),
         (["-m", checkpoint, "--config", "c.json"], ["--model and --config"]),
@@ -321,6 +322,8 @@ def test_bad_requests_are_one_line(
         said_line = failure(capsys, *argv)
         for part in said:
             assert part in said_line, said_line
+    if Path("/proc/self").is_dir():
+        assert "/proc/x.rmse: cannot be written" in failure(capsys, "-m", checkpoint, "-o", "/proc/x.rmse")
     assert listing(tmp_path) == before
 
 

@@ -317,6 +317,10 @@ def test_stop_strings_that_cannot_be_looked_for_are_refused(
     with pytest.raises(UserError) as caught:
         idle.generate(tokens(5), max_new_tokens=3, stop_strings=["A"])
     assert_one_line(caught.value, "stop_strings: give the model's tokenizer")
+    for stops in ("", [""], ["A", ""], [], [5]):
+        with pytest.raises(UserError) as caught:
+            idle.generate(tokens(5), max_new_tokens=3, stop_strings=stops, tokenizer=object())
+        assert_one_line(caught.value, f"stop_strings: got {stops!r}, expected the text to stop at")
     train_character_tokenizer("\nABC", tmp_path / "t.json")
     save_checkpoint(lively_model(tiny_config()), tmp_path / "model", tokenizer=tmp_path / "t.json")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -414,6 +415,11 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.
         (("-m", small_vocabulary, "--calibrate", good), ("token 64", "outside the vocabulary (0..63)")),
         (("--calibrate", good, "--quant", "int2"), ("int2", "int8")),
         (("--calibrate", good, "-o", taken), (str(taken), "not a quantised checkpoint")),
+        (
+            ("--calibrate", good, "-o", os.devnull),
+            (f"{os.devnull}: is a device, expected a folder; choose another name",),
+        ),
+        (("--calibrate", good, "-o", "/proc/x"), ("/proc/x: cannot be written",)),
         (("-m", tmp_path / "nowhere", "--calibrate", good), ("nowhere",)),
         (("-m", bad, "--calibrate", good), ("NaN or Inf", "calibration text")),
         (("-m", bad, "--calibrate", good, "--method", "rtn"), ("no number on this text",)),

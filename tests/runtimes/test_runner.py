@@ -191,7 +191,14 @@ def test_prompts_come_from_files_too(fp32: Runner, tmp_path: Path) -> None:
     assert fp32("-n", "20", *GREEDY, "-f", str(tmp_path / "prompt")).stdout == expected
     assert fp32("-n", "20", *GREEDY, "--file", "-", input="\ufeffHELLO\n").stdout == expected
     assert "prompt: not UTF-8 at byte 1" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"A\xff")))
-    assert "prompt: the file is empty" in fp32.refusal("-f", str(_file(tmp_path / "prompt", b"")))
+    for nothing in (
+        ("-f", str(_file(tmp_path / "prompt", b"\xef\xbb\xbf"))),
+        ("-f", os.devnull),
+        ("-p", ""),
+        ("-f", "-"),
+        (),
+    ):
+        assert "the prompt is empty" in fp32.refusal(*nothing, input="")
     assert "none: cannot be read" in fp32.refusal("-f", str(tmp_path / "none"))
     assert "--file: leave out --prompt" in fp32.refusal("-f", "x", "-p", "A")
     assert "--prompt-tokens" in fp32.refusal("-f", "x", "--prompt-tokens", "1")

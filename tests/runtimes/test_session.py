@@ -243,7 +243,7 @@ def test_the_undamaged_file_is_taken(saved: bytes, tmp_path: Path) -> None:
 
 def test_no_file(busy: Any, tmp_path: Path) -> None:
     assert "no such session file" in refused(busy, tmp_path / "none.session")
-    assert "is not a file" in refused(busy, tmp_path)
+    assert "is a folder, expected a file" in refused(busy, tmp_path)
     assert "session" in refused(busy, tmp_path / ("long" * 200))
 
 
