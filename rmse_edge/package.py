@@ -75,7 +75,8 @@ class Package:
             path = folder / name
             size = path.stat().st_size
             if size != entry.bytes:
-                raise PackageError(f"{path}: {size} bytes, the manifest says {entry.bytes}; truncated? export again")
+                how = "truncated" if size < entry.bytes else "written to since"
+                raise PackageError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {how}? export again")
             if digest_file(path) != entry.sha256:
                 raise PackageError(f"{path}: its SHA-256 is not the manifest's; the file is damaged, export again")
         return package

@@ -103,7 +103,7 @@ class ModelInfo:
     rotary_dims: Count
     rope_theta: Positive
     parameters: Whole
-    nbytes: Whole  # of the artifact on disk
+    nbytes: Whole  # of the artifact on disk; a manifest, which is a part of it, does not say
     chunks: tuple[Count, ...]  # rows of the calls that exist, ascending; the first is 1
     state: Kept  # ring axis -2
     rings: dict[Name, Name]  # state name -> the commit result that fills it
@@ -127,7 +127,7 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "nbytes"}
 
     @classmethod
     def from_json(cls, values: Any, nbytes: int, where: str = "manifest") -> ModelInfo:

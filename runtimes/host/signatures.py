@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
-from rmse_edge.arch.rmse.config import SEGMENT, RMSEConfig
+from rmse_edge.arch.rmse.config import RINGS, SEGMENT, RMSEConfig
+from rmse_edge.arch.rmse.costs import parameters
 from rmse_edge.errors import ConfigError, PackageError, UserError
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
@@ -85,6 +86,8 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
         "window": config.window,
         "rotary_dims": config.rotary_dims,
         "rope_theta": config.rope_theta,
+        "parameters": parameters(config),
+        "rings": RINGS,
     }
     for name, value in own.items():
         if getattr(info, name) != value:
@@ -92,14 +95,17 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
     if bool(info.memory) != (config.memory != "none"):
         there = "memory tensors" if info.memory else "no memory tensors"
         refuse("model.memory", there, f"those of model.config.memory {config.memory!r}")
-    space = {"key_dims": config.retrieval_dim, "slots": config.retrieval_slots, "hits": config.retrieval_hits}
-    given = None if info.retrieval is None else {name: info.retrieval[name] for name in space}  # type: ignore[literal-required]
-    if given != (space if config.retrieval_slots else None):
-        refuse("model.retrieval", given, f"{space if config.retrieval_slots else None}, as model.config says")
+    space = {name: getattr(config, f"retrieval_{of}") for name, of in
+             (("key_dims", "dim"), ("slots", "slots"), ("hits", "hits"), ("gamma", "gamma"))}  # fmt: skip
+    if info.retrieval != (space if config.retrieval_slots else None):
+        refuse("model.retrieval", info.retrieval, f"{space if config.retrieval_slots else None}, as model.config says")
     try:
         info.dials.check(info.max_loops)
     except UserError as error:
         refuse("model.dials", f"some that cannot be set ({error})", "the checkpoint's own")
+    for name, value in vars(info.dials).items():
+        if value != getattr(config, name):
+            refuse(f"model.dials.{name}", value, f"{getattr(config, name)}, as model.config says")
     for name in ("eos_token_ids", "unused_token_ids"):
         ids = getattr(info, name)
         ranges = ids if name == "unused_token_ids" else [(token, token + 1) for token in ids]
@@ -108,18 +114,16 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
     chunks = info.chunks
     if not chunks or chunks[0] != 1 or chunks[-1] > SEGMENT or list(chunks) != sorted(set(chunks)):
         refuse("model.chunks", list(chunks), f"rising numbers of rows from 1 to {SEGMENT}, the first of them 1")
-    for name, (shape, _) in info.state.items():
-        if len(shape) < 3 or shape[0] != info.max_loops:
-            refuse(f"model.state.{name}", list(shape), f"a row for each of the {info.max_loops} loops")
-    for ring in info.rings:
-        if ring not in info.state:
-            refuse("model.rings", ring, f"some of {', '.join(info.state) or 'no states'}")
-        if info.state[ring][0][-2] != info.window:
-            refuse(
-                f"model.state.{ring}", list(info.state[ring][0]), f"{info.window} positions in the last axis but one"
-            )
     if kept_bytes(info) > LARGEST_STATE:
         refuse("model.state", f"{kept_bytes(info)} bytes with model.memory", f"at most {LARGEST_STATE} (4 GiB)")
+    for name in sorted(RINGS.keys() | info.state.keys()):
+        form, ring = info.state.get(name), (config.ring_shape, config.kv_dtype) if name in RINGS else None
+        if form != ring:
+            refuse(f"model.state.{name}", _said(form), f"{_said(ring)}, as model.config says")
+
+
+def _said(form: Form | None) -> str:
+    return "none" if form is None else f"{list(form[0])} {form[1]}"
 
 
 def kept_bytes(info: ModelInfo) -> int:

@@ -35,6 +35,8 @@ constexpr int64_t kLargestWidth = 1 << 16;
 constexpr int64_t kLargestVocabulary = 1 << 22;
 constexpr int64_t kLargestWindow = 1 << 24;
 constexpr size_t kLongestName = 200;
+// What is kept between calls <- the result of commit that fills it; rmse_edge/config.py has it, too.
+const std::map<std::string, std::string> kRings = {{"past_keys", "keys"}, {"past_values", "values"}};
 
 struct Type {
   const char* name;
@@ -108,13 +110,11 @@ double positive(const Json& object, const char* key) {
   return value;
 }
 
-// The same in "model" and in "model.config".
-void agree(const Json& model, const Json& config, const char* key) {
-  const Json &value = model.at(key), &own = config.at(key);
-  if (value.number() != own.number()) {
-    throw JsonError(std::string("model.") + key + ": got " + value.dump() + ", expected " + own.dump() +
-                    ", as model.config says");
-  }
+// What "model" says of `key` is what follows from "model.config".
+void agree(const Json& model, const char* key, const Json& own, const std::string& where = "model.") {
+  const Json& value = model.at(key);
+  const bool same = own.is_array() ? value.dump() == own.dump() : value.number() == own.number();
+  if (!same) throw JsonError(where + key + ": got " + value.dump() + ", expected " + own.dump() + ", as model.config says");
 }
 
 // A token, several or none (null).
@@ -173,16 +173,67 @@ Dials own_dials(const Json& values, int64_t trained_depth) {
   return dials;
 }
 
-// Every state has a row for each loop, a ring its positions in the last axis but one, and all of it together fits.
+// Trained numbers of the model that `config` describes; rmse_edge/costs.py has it, too.
+int64_t parameters_of(const Json& config) {
+  const auto size = [&](const char* key, int64_t least = 1) { return count(config, key, least, kLargestWidth); };
+  const int64_t d = size("d_model"), heads = size("n_heads"), head = size("head_dim");
+  const int64_t wide = heads * head, kv = size("n_kv_heads") * head, experts = size("n_experts");
+  const int64_t vocabulary = count(config, "vocab_size", 1, kLargestVocabulary), loops = count(config, "max_loops", 1, kMostLoops);
+  int64_t total = vocabulary * d * (config.at("tie_embeddings").boolean() ? 1 : 2);  // embeddings, head
+  total += d * d + (config.at("step_encoding").is("learned") ? loops * d : 0);      // injection, a bias per loop
+  const int64_t gates = config.at("attention_gate").is("elementwise") ? wide : heads;
+  total += d * (2 * wide + 2 * kv + gates) + 2 * head;                // attention and the norms of its queries and keys
+  total += experts * (loops + d + 3 * d * size("expert_width"));      // biases per loop, router, experts
+  total += 3 * d * size("n_shared_experts", 0) * size("shared_width", 0);
+  total += 5 * d + d + 1;  // norms, exit gate
+  const Json& memory = config.at("memory");
+  if (!memory.is("none")) {
+    const bool titans = memory.is("titans");
+    const int64_t values = size("memory_dim"), keys = titans ? values : size("memory_key_dim"), rates = titans ? 3 : 4;
+    const int64_t features = titans ? values : keys + keys * (keys + 1) / 2;  // ATLAS: all products of two channels, too
+    total += (features + values) * size("memory_hidden") + 4 * keys + d * 2 * (keys + values) + (rates + 1) * (d + 1);
+  }
+  if (const int64_t slots = size("retrieval_slots", 0); slots > 0) {
+    // Pooling queries, pooling and value projections, a norm; the key and search projections; attention to the hits.
+    total += 2 * slots * d + 2 * d * d + d + 1 + 2 * size("retrieval_dim") * slots * d + 4 * d * wide;
+  }
+  return total;
+}
+
+// What "model" says is what follows from "model.config", as check_model of runtimes/signatures.py has it.
+void check_against_config(const Json& model, const Json& config) {
+  for (const char* key : {"vocab_size", "max_loops", "window", "rope_theta"}) agree(model, key, config.at(key));
+  const int64_t head = count(config, "head_dim", 1, kLargestWidth);
+  const bool turned = config.at("step_encoding").is("temporal_rope");
+  agree(model, "rotary_dims", head - (turned ? count(config, "step_dims", 0, kLargestWidth) : 0));
+  agree(model, "parameters", parameters_of(config));
+  for (const char* key : {"max_loops", "min_loops", "exit_threshold", "exit_epsilon", "exit_entropy"}) {
+    agree(model.at("dials"), key, config.at(key), "model.dials.");
+  }
+  const Json shape = Json::array(std::vector<int64_t>{config.at("max_loops").integer(), 1,
+                                                      count(config, "n_kv_heads", 1, kLargestWidth),
+                                                      config.at("window").integer(), head});
+  const Json ring = Json::array(std::vector<Json>{shape, config.at("kv_dtype")});
+  for (const auto& [name, _] : model.at("state").members()) {
+    if (!kRings.contains(name)) throw JsonError("model.state." + name + ": expected none, as model.config says");
+  }
+  for (const auto& [name, source] : kRings) {
+    agree(model.at("state"), name.c_str(), ring, "model.state.");
+    if (model.at("rings").members().size() != kRings.size() || !model.at("rings").at(name.c_str()).is(source.c_str())) {
+      throw JsonError("model.rings: got " + model.at("rings").dump() + ", expected " + source + " for " + name);
+    }
+  }
+  const Json* memory = model.find("memory");
+  const bool some = memory != nullptr && !memory->members().empty();
+  if (some == config.at("memory").is("none")) {
+    throw JsonError("model.memory: expected " + std::string(some ? "none" : "some") + ", as model.config says");
+  }
+}
+
+// All that is kept together fits.
 void check_state(const ModelInfo& info) {
   size_t nbytes = 0;
-  for (const TensorSpec& state : info.state) {
-    if (state.shape.size() < 3 || state.shape[0] != info.max_loops) {
-      throw JsonError("model.state." + state.name + ": expected a row for each of the " + std::to_string(info.max_loops) +
-                      " loops");
-    }
-    nbytes += state.nbytes();
-  }
+  for (const TensorSpec& state : info.state) nbytes += state.nbytes();
   for (const TensorSpec& memory : info.memory) nbytes += memory.nbytes();
   if (nbytes > kLargestState) {
     throw JsonError("model.state: " + std::to_string(nbytes) + " bytes with model.memory, expected at most 4 GiB");
@@ -201,26 +252,27 @@ ModelInfo model_info(const Json& manifest) {
   info.rotary_dims = count(model, "rotary_dims", 2, kLargestWidth);
   info.parameters = count(model, "parameters", 0, int64_t{1} << 53);
   info.rope_theta = positive(model, "rope_theta");
-  for (const char* key : {"vocab_size", "max_loops", "window", "rope_theta"}) agree(model, config, key);
   info.dials = own_dials(model.at("dials"), info.max_loops);
   info.chunks = call_rows(model.at("chunks"));
   info.state = kept_tensors(model.at("state"));
-  for (const auto& [ring, source] : model.at("rings").members()) {
-    const auto kept = std::find_if(info.state.begin(), info.state.end(), [&](const auto& t) { return t.name == ring; });
-    const bool fits = kept != info.state.end() && kept->shape.size() >= 2 && kept->shape.rbegin()[1] == info.window;
-    if (!fits) throw JsonError(ring + ": there is no such state of " + std::to_string(info.window) + " positions");
-    info.rings[ring] = source.string();
-  }
+  info.rings = kRings;
   if (const Json* memory = model.find("memory")) info.memory = kept_tensors(*memory);
   check_state(info);
+  check_against_config(model, config);
   info.max_seq_len = optional_count(model, "max_seq_len", 1);
   info.bos_token = optional_count(config, "bos_token_id", 0, info.vocab_size - 1);
   // Packages made before a text could end in several ways have config.json's own token.
   const Json* eos = model.find("eos_token_ids");
   info.eos_tokens = token_ids(eos != nullptr ? eos : config.find("eos_token_id"), "eos_token_ids", info.vocab_size);
   info.unused_tokens = token_ranges(model.find("unused_token_ids"), info.vocab_size);
-  const std::vector<Json>& rules = config.at("exit_rules").items();
-  info.entropy_rule = std::any_of(rules.begin(), rules.end(), [](const Json& rule) { return rule.is("entropy"); });
+  std::set<std::string> rules;
+  for (const Json& rule : config.at("exit_rules").items()) {
+    const bool known = rule.is("gate") || rule.is("delta") || rule.is("entropy");
+    if (!known || !rules.insert(rule.string()).second) {
+      throw JsonError("exit_rules: got " + config.at("exit_rules").dump() + ", expected some of gate, delta, entropy, each once");
+    }
+  }
+  info.entropy_rule = rules.contains("entropy");
   info.config = config;
   for (const auto& [name, method] : manifest.at("methods").members()) {
     info.methods[name] = {tensors(method.at("inputs")), tensors(method.at("outputs"))};
@@ -253,7 +305,7 @@ void check_magic(const std::string& path) {
 
 Package Package::open(const std::string& folder) {
   if (!fs::is_directory(folder)) {
-    refuse(folder, std::string(fs::exists(folder) ? "a file, expected a package folder" : "no such package folder") +
+    refuse(folder, std::string(fs::exists(folder) ? "is no folder, expected a package folder" : "no such package folder") +
                        "; make one with rmse-export");
   }
   Package package;
@@ -317,7 +369,7 @@ void Package::check_files() {
     const auto size = static_cast<int64_t>(fs::file_size(path)), expected = entry.at("bytes").integer();
     if (size != expected) {
       refuse(path, std::to_string(size) + " bytes, the manifest says " + std::to_string(expected) +
-                       "; truncated? export again");
+                       (size < expected ? "; truncated? export again" : "; written to since? export again"));
     }
     if (sha256_of_file(path.string()) != entry.at("sha256").string()) {
       refuse(path, "its SHA-256 is not the manifest's; the file is damaged, export again");

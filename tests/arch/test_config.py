@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import assert_one_line
 from small_models import small_config
 
 from rmse_edge.arch.rmse.config import RMSEConfig
-from rmse_edge.arch.rmse.costs import average_context, macs_per_token
+from rmse_edge.arch.rmse.costs import average_context, macs_per_token, parameters
 from rmse_edge.errors import ConfigError
+from rmse_edge.model import RMSE
 from rmse_edge.train.gpt import GPTConfig
 from rmse_edge.train.recipe import Recipe
 
@@ -38,6 +40,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"exit_threshold": 0.0}, "exit_threshold: got 0.0, expected a positive number (1 or more disables the gate)"),
         ({"exit_threshold": float("nan")}, "exit_threshold: got nan, expected a positive number"),
         ({"exit_epsilon": -0.1}, "exit_epsilon: got -0.1, expected 0 (off) or a positive number"),
+        (
+            {"exit_rules": ("gate", "delta", "gate")},
+            "exit_rules: got ('gate', 'delta', 'gate'), expected each rule once",
+        ),
         ({"exit_rules": ("gate", "mood")}, "exit_rules: got 'mood', expected some of gate, delta, entropy"),
         ({"step_encoding": "sine"}, "step_encoding: got 'sine', expected one of learned, temporal_rope"),
         ({"attention_gate": "none"}, "attention_gate: got 'none', expected one of headwise, elementwise"),
@@ -213,6 +219,21 @@ def test_stages_by_step() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ costs
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"memory": "titans"}, {"memory": "atlas", "retrieval_slots": 3}, {"attention_gate": "elementwise"},
+     {"step_encoding": "temporal_rope"}, {"tie_embeddings": True}, {"n_shared_experts": 0}, {"exit_rules": ("entropy",)}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_parameters_are_those_of_the_model(values: dict[str, Any]) -> None:
+    odd = {"d_model": 48, "vocab_size": 65, "shared_width": 24, "memory_dim": 10, "memory_hidden": 12, "memory_key_dim": 6,
+           "retrieval_dim": 9}  # fmt: skip
+    with torch.device("meta"):
+        model = RMSE(small_config(**(odd | values)))
+    assert parameters(model.config) == sum(p.numel() for p in model.parameters())
 
 
 def test_costs_of_the_shipped_shape_by_hand() -> None:

@@ -23,6 +23,8 @@ from helpers import assert_one_line, remembering_model
 from safetensors.numpy import save_file
 
 from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.config import RMSEConfig
+from rmse_edge.costs import parameters
 from rmse_edge.errors import CheckpointError, PackageError, UserError
 from rmse_edge.package import MANIFEST, Package, digest_manifest, seal
 from rmse_edge.quantize import Quantized
@@ -62,6 +64,18 @@ def both(**values: Any) -> Change:
     return change
 
 
+def sized(**values: Any) -> Change:
+    """As `both`, with the number of parameters that follows."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        config = manifest["model"]["config"]
+        config.update(values)
+        manifest["model"].update({k: v for k, v in values.items() if k in manifest["model"]})
+        manifest["model"]["parameters"] = parameters(RMSEConfig.from_dict(config))
+
+    return change
+
+
 def tensor(method: str, side: str, name: str, /, **values: Any) -> Change:
     def change(manifest: dict[str, Any]) -> None:
         next(t for t in manifest["methods"][method][side] if t["name"] == name).update(values)
@@ -92,13 +106,35 @@ LIES: dict[str, tuple[Change, str]] = {
         "model.dials.exit_threshold: got '0.5'",
     ),
     "the vocabulary": (model(vocab_size=66), "model.vocab_size: got 66, expected 65, as model.config says"),
-    "the vocabulary, twice": (both(vocab_size=66), "logits: got [1, 1, 65] float32, expected [1, 1, 66] float32"),
-    "the width": (lambda m: m["model"]["config"].update(d_model=128), "[1, 1, 64] float32"),
-    "the depth, twice": (
-        both(max_loops=5),
-        "model.state.past_keys: got [4, 1, 2, 64, 16], expected a row for each of the 5",
+    "the vocabulary, throughout": (
+        sized(vocab_size=66),
+        "logits: got [1, 1, 65] float32, expected [1, 1, 66] float32",
     ),
-    "the window, twice": (both(window=128), "model.state.past_keys: got [4, 1, 2, 64, 16], expected 128 positions"),
+    "the width": (lambda m: m["model"]["config"].update(d_model=128), "model.parameters: got"),
+    "the width, throughout": (sized(d_model=128), "[1, 1, 64] float32"),
+    "the depth, throughout": (
+        sized(max_loops=5),
+        "model.dials.max_loops: got 4, expected 5, as model.config says",
+    ),
+    "the window, twice": (
+        both(window=128),
+        "model.state.past_keys: got [4, 1, 2, 64, 16] float32, expected [4, 1, 2, 128, 16]",
+    ),
+    "another cache": (lambda m: m["model"]["config"].update(kv_dtype="float16"), "expected [4, 1, 2, 64, 16] float16"),
+    "another state": (
+        lambda m: m["model"]["state"].update(more=[[4, 1, 2, 64, 16], "float32"]),
+        "model.state.more: got [4, 1, 2, 64, 16] float32, expected none",
+    ),
+    "the parameters": (model(parameters=5), "model.parameters: got 5, expected"),
+    "the width of experts": (lambda m: m["model"]["config"].update(expert_width=64), "model.parameters: got"),
+    "a dial that is not the checkpoint's": (
+        lambda m: m["model"]["config"].update(exit_threshold=0.5),
+        "model.dials.exit_threshold: got 0.6, expected 0.5, as model.config says",
+    ),
+    "a rule twice": (
+        lambda m: m["model"]["config"]["exit_rules"].append("gate"),
+        "expected each rule once",
+    ),
     "the window, throughout": (state, "2, 64, 16] float32, as the program has it"),
     "an enormous window": (both(window=2**40), "model.window: got 1099511627776"),
     "an enormous state": (
@@ -109,12 +145,18 @@ LIES: dict[str, tuple[Change, str]] = {
     "a token": (lambda m: m["model"]["config"].update(eos_token_id="</s>"), "model.config: eos_token_id: got '</s>'"),
     "rows of calls": (model(chunks=[1, 65]), "model.chunks: got [1, 65], expected rising numbers"),
     "other rows of calls": (model(chunks=[1, 32]), "prelude_32 among them"),
-    "a ring": (model(rings={"past_keys": "keys", "past_values": "nothing"}), "outputs.nothing: got no such tensor"),
-    "a ring's state": (model(rings={"past": "keys"}), "model.rings: got past, expected some of past_keys, past_values"),
+    "a ring": (
+        model(rings={"past_keys": "keys", "past_values": "keys"}),
+        "model.rings: got {'past_keys': 'keys', 'past",
+    ),
+    "a ring's state": (
+        model(rings={"past": "keys"}),
+        "model.rings: got {'past': 'keys'}, expected {'past_keys': 'keys'",
+    ),
     "a memory": (model(memory={"x": [[1], "float32"]}), "model.memory: got memory tensors"),
     "a retrieval head": (
         model(retrieval={"key_dims": 16, "slots": 2, "hits": 2, "gamma": 2.0}),
-        "model.retrieval: got {'key_dims': 16, 'slots': 2, 'hits': 2}, expected None",
+        "model.retrieval: got {'key_dims': 16, 'slots': 2, 'hits': 2, 'gamma': 2.0}, expected None",
     ),
     "a method's input": (
         tensor("head_1", "inputs", "h", shape=[1, 1, 63]),
@@ -130,6 +172,10 @@ LIES: dict[str, tuple[Change, str]] = {
     ),
     "a method": (lambda m: m["methods"].pop("head_64"), "head_64 among them"),
     "a file's size": (lambda m: m["files"]["sample.txt"].update(bytes="2000"), "files.sample.txt.bytes: got '2000'"),
+    "a file of no bytes": (
+        lambda m: m["files"]["sample.txt"].update(bytes=0),
+        "bytes, the manifest says 0; written to since? export again",
+    ),
     "a file": (lambda m: m["files"].update({"sample.txt": 7}), "files.sample.txt: got 7, expected an object"),
     "a target": (lambda m: m.update(target=["onnx"]), "target: got ['onnx'], expected text"),
     "no lowering": (lambda m: m.pop("lowering"), "lowering: is missing"),
@@ -142,6 +188,19 @@ OF_TARGET: dict[str, dict[str, tuple[Change, str]]] = {
             "methods.head_1.inputs: got h [1, 1, 64] float32, expected tokens [1, 1] int64, as the program has it",
         ),
         "a file that is not there": (lambda m: m["lowering"]["graphs"].update(head_1="x.onnx"), "holds no x.onnx"),
+        "a graph that only other hosts call": (
+            tensor("step_64", "inputs", "h", shape=[1, 64, 63]),
+            "methods.step_64.inputs: got h [1, 64, 63] float32, expected h [1, 64, 64] float32, as the program has it",
+        ),
+        "another such graph": (
+            lambda m: m["lowering"]["graphs"].update(step_1="head.onnx"),
+            "methods.step_1.inputs: got k [] int64, expected h [1, 1, 64] float32, as the program has it",
+        ),
+        "a graph without a method": (lambda m: m["methods"].pop("step_1"), "as lowering.graphs says"),
+        "rows that nothing calls": (
+            lambda m: [part.update(step_2=part["step_1"]) for part in (m["methods"], m["lowering"]["graphs"])],
+            "lowering.graphs: got step_2, expected METHOD_1 or METHOD_64",
+        ),
     },
     "executorch": {
         "the program": (lambda m: m["lowering"].update(program=None), "lowering.program: got None, expected text"),

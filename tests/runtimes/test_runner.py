@@ -28,7 +28,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ParityError
 from rmse_edge.export.gate.compare import agreement
 from rmse_edge.export.gate.reference import conversation
-from rmse_edge.package import MANIFEST, seal
+from rmse_edge.package import MANIFEST, digest_manifest, seal
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.kernels import executorch_folder
@@ -508,6 +508,44 @@ def model(**values: Any) -> Callable[[Path], None]:
     return resealed(lambda manifest: manifest["model"].update(values))
 
 
+def both(**values: Any) -> Callable[[Path], None]:
+    """The model's fields and those of its configuration, so that these agree."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"].update(values)
+        manifest["model"]["config"].update(values)
+
+    return resealed(change)
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return resealed(lambda manifest: manifest["model"]["config"].update(values))
+
+
+def listed_as(size: int) -> Callable[[Path], None]:
+    """A manifest that is wrong about a file's size."""
+
+    def change(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"]["sample.txt"]["bytes"] = size
+        manifest["sha256"] = digest_manifest(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return change
+
+
+def state_of(shape: list[int], *more: str) -> Callable[[Path], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        state = manifest["model"]["state"]
+        state.update({name: [shape, "float32"] for name in (*state, *more)})
+
+    return resealed(change)
+
+
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
 def edited(folder: Path) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(manifest.read_text().replace('"exit_threshold": 0.6', '"exit_threshold": 0.5'))
@@ -549,6 +587,27 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another window": (model(window=32), "window: got 32"),
     "another vocabulary": (model(vocab_size=64), "model.vocab_size: got 64, expected 65"),
     "another depth": (model(max_loops=5), "model.max_loops: got 5, expected 4"),
+    "another vocabulary, twice": (both(vocab_size=66), "model.parameters: got"),
+    "an enormous vocabulary": (both(vocab_size=2**30), "vocab_size: got 1073741824, expected 1 to 4194304"),
+    "another depth, twice": (both(max_loops=5), "model.parameters: got"),
+    "another number of parameters": (model(parameters=5), "model.parameters: got 5, expected"),
+    "another width of experts": (config(expert_width=64), "model.parameters: got"),
+    "an enormous state": (state_of([4, 2**15, 2**10, 64, 16]), "a tensor of shape"),
+    "more states than fit": (state_of([4, 1, 2**13, 64, 200], "more"), "expected at most 4 GiB"),
+    "a state of nearly 2 GiB": (state_of([4, 1, 2**13, 64, 200]), "model.state.past_keys: got [[4, 1, 8192, 64, 200]"),
+    "another state": (state_of([4, 1, 3, 64, 16]), "model.state.past_keys: got [[4, 1, 3, 64, 16]"),
+    "another cache": (config(kv_dtype="float16"), 'expected [[4, 1, 2, 64, 16], "float16"], as model.config says'),
+    "one state more": (state_of([4, 1, 2, 64, 16], "more"), "model.state.more: expected none"),
+    "a ring that is filled from another": (model(rings={"past_keys": "keys", "past_values": "keys"}), "model.rings: got"),
+    "other channels that turn": (model(rotary_dims=8), "model.rotary_dims: got 8, expected 16"),
+    "a memory that it has not": (model(memory={"x": [[1], "float32"]}), "model.memory: expected none"),
+    "a dial": (model(dials={"max_loops": 9, "min_loops": 1, "exit_threshold": 1, "exit_epsilon": 0, "exit_entropy": 0}), "model.dials"),
+    "a dial that is not the checkpoint's": (config(exit_threshold=0.5), "model.dials.exit_threshold: got 0.6, expected 0.5"),
+    "a rule twice": (config(exit_rules=["gate", "delta", "gate"]), 'exit_rules: got ["gate", "delta", "gate"]'),
+    "an unknown rule": (config(exit_rules=["mood"]), 'exit_rules: got ["mood"]'),
+    "a number too large": (both(rope_theta=10**400), "expected a number that is not so large"),
+    "a deep manifest": (resealed(lambda m: m.update(more=nested(40))), "nested too deeply"),
+    "a file of no bytes": (listed_as(0), "sample.txt: 2000 bytes, the manifest says 0; written to since?"),
     "calls of 100 rows": (model(chunks=[1, 100]), "chunks: got [1, 100]"),
     "an end token that is none": (model(eos_token_ids=[1, -2]), "eos_token_ids: got [1, -2]"),
     "unused ids beyond the head": (model(unused_token_ids=[[60, 66]]), "unused_token_ids: got [[60, 66]]"),

@@ -19,6 +19,7 @@ SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is 
 MAX_LOOPS = 64  # upper bound on the trained depth
 
 EXIT_RULES = ("gate", "delta", "entropy")
+RINGS = {"past_keys": "keys", "past_values": "values"}  # what is kept between calls <- the commit result that fills it
 StepEncoding = Literal["learned", "temporal_rope"]
 AttentionGate = Literal["headwise", "elementwise"]
 KvDtype = Literal["float32", "float16", "int8"]
@@ -133,6 +134,7 @@ class RMSEConfig:
         for rule in self.exit_rules:
             if rule not in EXIT_RULES:
                 raise ConfigError(f"exit_rules: got {rule!r}, expected some of {', '.join(EXIT_RULES)}")
+        self._require(len(set(self.exit_rules)) == len(self.exit_rules), "exit_rules", "each rule once")
         for rule, name, on in (
             ("gate", "exit_threshold", self.exit_threshold < 1),
             ("delta", "exit_epsilon", self.exit_epsilon > 0),
@@ -151,6 +153,11 @@ class RMSEConfig:
     def rotary_dims(self) -> int:
         """Channels of each head that turn with the position (the rest, if any, turn with the loop index)."""
         return self.head_dim - (self.step_dims if self.step_encoding == "temporal_rope" else 0)
+
+    @property
+    def ring_shape(self) -> tuple[int, ...]:
+        """Of each of `RINGS`: (loops, 1, key and value heads, positions, channels), of `kv_dtype`."""
+        return self.max_loops, 1, self.n_kv_heads, self.window, self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

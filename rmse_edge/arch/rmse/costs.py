@@ -65,6 +65,26 @@ def macs_per_token(config: RMSEConfig, context: float) -> dict[str, Any]:
     }
 
 
+def parameters(config: RMSEConfig) -> int:
+    """Trained numbers of the model that `config` describes."""
+    c, d, wide, kv = config, config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    total = c.vocab_size * d * (1 if c.tie_embeddings else 2)  # embeddings, head
+    total += d * d + (c.max_loops * d if c.step_encoding == "learned" else 0)  # injection, a bias per loop
+    gates = wide if c.attention_gate == "elementwise" else c.n_heads
+    total += d * (2 * wide + 2 * kv + gates) + 2 * c.head_dim  # attention and the norms of its queries and keys
+    total += c.n_experts * (c.max_loops + d + 3 * d * c.expert_width)  # biases per loop, router, experts
+    total += 3 * d * c.n_shared_experts * c.shared_width
+    total += 5 * d + d + 1  # norms, exit gate
+    if c.memory != "none":
+        rates, key_dims = (3, c.memory_dim) if c.memory == "titans" else (4, c.memory_key_dim)
+        total += sum(_memory_layers(c)) + 4 * key_dims + d * (2 * key_dims + 2 * c.memory_dim) + (rates + 1) * (d + 1)
+    if c.retrieval_slots:
+        # Pooling queries, pooling and value projections, a norm; the key and search projections; attention to the hits.
+        total += 2 * c.retrieval_slots * d + 2 * d * d + d + 1
+        total += 2 * c.retrieval_dim * c.retrieval_slots * d + 4 * d * wide
+    return total
+
+
 def _memory_layers(config: RMSEConfig) -> tuple[int, int]:
     """Weights of the memory's two layers. ATLAS reads keys with all products of two channels added."""
     dims = config.memory_key_dim

@@ -38,7 +38,7 @@ from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
 
-from .config import SEGMENT, RMSEConfig
+from .config import RINGS, SEGMENT, RMSEConfig
 
 WHOLE_TEXT_PIECE = 256  # positions of a whole text computed together, where the memory does not say how many
 
@@ -226,7 +226,6 @@ class RMSE(nn.Module):
         vector = (1, chunk, c.d_model)
         half = c.rotary_dims // 2
         new_kv = (1, c.n_kv_heads, chunk, c.head_dim)
-        ring = (c.max_loops, 1, c.n_kv_heads, c.window, c.head_dim)
         kv = getattr(torch, c.kv_dtype)
         scalar = ((1,), torch.int64)
         memory = self.memory.specs() if self.memory is not None else ()
@@ -241,7 +240,7 @@ class RMSE(nn.Module):
                 TensorSpec("position", *scalar),  # of the chunk's first row
                 TensorSpec("n_valid", *scalar),  # rows that are not padding
             ),
-            state=(TensorSpec("past_keys", ring, kv), TensorSpec("past_values", ring, kv)),
+            state=tuple(TensorSpec(name, c.ring_shape, kv) for name in RINGS),
             memory=memory,
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
@@ -260,7 +259,7 @@ class RMSE(nn.Module):
                 "window": c.window,
                 "rotary_dims": c.rotary_dims,
                 "rope_theta": c.rope_theta,
-                "rings": {"past_keys": "keys", "past_values": "values"},  # state <- the commit result that fills it
+                "rings": RINGS,
                 "ids": c.vocab_size,
                 # A wrapped ring, and a call of many rows over its end.
                 "examples": {"position": [3 * c.window - (chunk + 1) // 2], "n_valid": [max(1, chunk - 3)]},
