@@ -272,7 +272,8 @@ def knowledge(scratch: Path) -> Subject:
                     else:
                         new[place] = rng.choice(["", "a\nb", "x" * 10_000, "\x1b[31m"])
                     if place == 4 and rng.random() < 0.5:
-                        new[6] = point_of(np.frombuffer(new[4], "<f4"))
+                        whole = new[4][: len(new[4]) // 4 * 4]  # four bytes in the place of the last one are three more
+                        new[6] = point_of(np.frombuffer(whole, "<f4"))
                     new[7] = crc(*new[:6])
                     db.execute(
                         "UPDATE passages SET source=?, line=?, text=?, key=?, value=?, point=?, crc=? WHERE id=?",
