@@ -53,7 +53,14 @@ def read_model(package: Package) -> ModelInfo:
     """
     values = package.section(dict[str, Any], "model")
     info = ModelInfo.from_json(values, package.nbytes, str(package.folder / MANIFEST))
-    check_model(info, refusal(package))
+    refuse = refusal(package)
+    check_model(info, refuse)
+    weights = package.section(dict[str, Any], "quantization").get("weights")
+    for name, got, elsewhere, said in (
+        ("target", info.target, "target", package.target), ("quant", info.quant, "quantization.weights", weights)
+    ):  # fmt: skip
+        if got != said:
+            refuse(f"model.{name}", got, f"{said}, as {elsewhere} says")
     return info
 
 

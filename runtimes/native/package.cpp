@@ -259,6 +259,10 @@ ModelInfo model_info(const Json& manifest) {
   if (const Json* memory = model.find("memory")) info.memory = kept_tensors(*memory);
   check_state(info);
   check_against_config(model, config);
+  if (!model.at("target").is(kTarget)) throw JsonError("model.target: got " + model.at("target").dump() + ", expected " + kTarget);
+  if (const Json& weights = manifest.at("quantization").at("weights"); !weights.is(info.quant)) {
+    throw JsonError("model.quant: got " + info.quant + ", expected " + weights.dump() + ", as quantization.weights says");
+  }
   info.max_seq_len = optional_count(model, "max_seq_len", 1);
   info.bos_token = optional_count(config, "bos_token_id", 0, info.vocab_size - 1);
   // Packages made before a text could end in several ways have config.json's own token.

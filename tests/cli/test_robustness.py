@@ -125,6 +125,8 @@ LIES: dict[str, tuple[Change, str]] = {
         lambda m: m["model"]["state"].update(more=[[4, 1, 2, 64, 16], "float32"]),
         "model.state.more: got [4, 1, 2, 64, 16] float32, expected none",
     ),
+    "another target for the model": (model(target="torch"), "model.target: got torch, expected "),
+    "another quantisation": (model(quant="int4"), "model.quant: got int4, expected fp32, as quantization.weights says"),
     "the parameters": (model(parameters=5), "model.parameters: got 5, expected"),
     "the width of experts": (lambda m: m["model"]["config"].update(expert_width=64), "model.parameters: got"),
     "a dial that is not the checkpoint's": (

@@ -590,6 +590,8 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another vocabulary, twice": (both(vocab_size=66), "model.parameters: got"),
     "an enormous vocabulary": (both(vocab_size=2**30), "vocab_size: got 1073741824, expected 1 to 4194304"),
     "another depth, twice": (both(max_loops=5), "model.parameters: got"),
+    "another target for the model": (model(target="torch"), 'model.target: got "torch", expected executorch'),
+    "another quantisation": (model(quant="int4"), 'model.quant: got int4, expected "fp32", as quantization.weights says'),
     "another number of parameters": (model(parameters=5), "model.parameters: got 5, expected"),
     "another width of experts": (config(expert_width=64), "model.parameters: got"),
     "an enormous state": (state_of([4, 2**15, 2**10, 64, 16]), "a tensor of shape"),
