@@ -33,7 +33,7 @@ from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.cli.common import Parser, positive_int, verb
 from rmse_edge.errors import PackageError, UserError, quiet
 from rmse_edge.files import write_text
-from rmse_edge.package import Package
+from rmse_edge.package import MANIFEST, Package
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, CoremlRuntime
 from rmse_edge.runtimes.host.base import Arrays, Dials
 from rmse_edge.runtimes.measure.bench import exits_disabled, third
@@ -145,7 +145,7 @@ def machine() -> dict[str, str]:
 
 def described(package: Package) -> dict[str, Any]:
     model, lowering = package.manifest["model"], package.manifest["lowering"]
-    weights = [f["bytes"] for name, f in package.manifest["files"].items() if name.endswith("weight.bin")]
+    weights = [package.path(name).stat().st_size for name in package.digests if name.endswith("weight.bin")]
     return {
         "name": f"{model['name']}, {model['parameters']:,} parameters, {model['max_loops']} loops",
         "target": package.target,
@@ -153,7 +153,7 @@ def described(package: Package) -> dict[str, Any]:
         "laid out for": lowering["compute"],
         "bytes": f"{package.nbytes:,}, of which weights {sum(weights):,}",
         "fingerprint": model["fingerprint"],
-        "sha256 of the manifest": package.manifest["sha256"],
+        "sha256 of the manifest": package.digests[MANIFEST],
         "states": ", ".join(f"{name} {ring['shape']}" for name, ring in lowering["rings"].items()) or "none",
         "structure": lowering.get("structure", "not counted"),
         "functions": ", ".join(package.manifest["methods"]),

@@ -1,57 +1,47 @@
 """A package: the folder `NAME.rmse/` that an export leaves and a runtime loads.
 
-`manifest.json` names every other file with its size and SHA-256, and carries the SHA-256 of its own canonical form. A
-loader checks all of it before any runtime sees a byte: some runtimes abort the process on damaged input, others compute
-with it.
+`SHA256SUMS` lists every other file of it with its SHA-256, `manifest.json` included, as coreutils writes such lists:
+`sha256sum -c SHA256SUMS` in the folder checks a package without this project. A loader checks all of it before any
+runtime sees a byte: some runtimes abort the process on damaged input, others compute with it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ExportError, PackageError
 from .files import check_folder, digest_file, kind_of, new_folder, tidy
-from .schema import Digest, Name, Whole, read_json, validated
+from .schema import Name, Whole, read_bytes, read_json, validated
 
 T = TypeVar("T")
 
 FORMAT = "rmse-edge package"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: SHA256SUMS; in 1 the manifest had the hashes, its own among them
 SUFFIX = ".rmse"
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+SUM = re.compile(
+    r"([0-9a-f]{64}) [ *](.+)"
+)  # a line of it: the hash, how the file was read (always as it is), the name
 AGAIN = "export the package again"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the manifest says about a file."""
-
-    bytes: Whole
-    sha256: Digest
-
-
-def digest_manifest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of the manifest's canonical JSON: sorted keys, no white space, without its own `sha256`."""
-    rest = {k: v for k, v in manifest.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class Package:
     """A verified package on disk. Make one with `Package.open`."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], digests: dict[str, str]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.digests = digests  # SHA-256 of every file but SHA256SUMS, by its name
 
     @classmethod
     def open(cls, folder: str | Path) -> Package:
-        """Read and verify a package: format, its own hash, no file missing, changed, or unlisted.
+        """Read and verify a package: its format, and that no file is missing, changed, or unlisted.
 
         Raises:
             PackageError: one line saying what is wrong with which file, and what to do.
@@ -63,23 +53,33 @@ class Package:
         if not folder.is_dir():
             what = f"is {kind_of(folder)}, expected a package folder" if folder.exists() else "no such package folder"
             raise PackageError(f"{folder}: {what}; make one with rmse-export")
-        package = cls(folder, _read_manifest(folder))
+        manifest = _read_manifest(folder)
+        package = cls(folder, manifest, _read_sums(folder))
+        if digest_file(folder / MANIFEST) != package.digests[MANIFEST]:
+            raise PackageError(
+                f"{folder / MANIFEST}: was edited after the export (its SHA-256 is not that in {SUMS}); export again"
+            )
         package.section(Name, "target")
-        listed = package.section(dict[str, Entry], "files")
-        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
-        for name in sorted(set(listed) - present):
-            raise PackageError(f"{folder / name}: missing from the package; export it again")
-        for name in sorted(present - set(listed)):
-            raise PackageError(f"{folder / name}: not listed in the package's manifest; remove it or export again")
-        for name, entry in listed.items():
-            path = folder / name
-            size = path.stat().st_size
-            if size != entry.bytes:
-                how = "truncated" if size < entry.bytes else "written to since"
-                raise PackageError(f"{path}: {size} bytes, the manifest says {entry.bytes}; {how}? export again")
-            if digest_file(path) != entry.sha256:
-                raise PackageError(f"{path}: its SHA-256 is not the manifest's; the file is damaged, export again")
+        package._check_files()
         return package
+
+    def _check_files(self) -> None:
+        listed, present = self.digests, _files_in(self.folder) - {SUMS}
+        for name in sorted(set(listed) - present):
+            raise PackageError(f"{self.folder / name}: missing from the package; export it again")
+        for name in sorted(present - set(listed)):
+            raise PackageError(f"{self.folder / name}: not listed in the package's {SUMS}; remove it or export again")
+        sizes = self.section(dict[str, Whole], "sizes")
+        for name, digest in listed.items():
+            path = self.folder / name
+            if not path.is_file():  # a link to nowhere, a pipe
+                raise PackageError(f"{path}: is no file; export the package again")
+            size = path.stat().st_size
+            if size != sizes.get(name, size):  # known at once, and says more than a hash that differs
+                how = "truncated" if size < sizes[name] else "written to since"
+                raise PackageError(f"{path}: {size} bytes, the manifest says {sizes[name]}; {how}? export again")
+            if digest_file(path) != digest:
+                raise PackageError(f"{path}: its SHA-256 is not that in {SUMS}; the file is damaged, export again")
 
     def section(self, kind: type[T], name: str) -> T:
         """A part of the manifest as an instance of the type `kind`; see `schema.validated`.
@@ -98,33 +98,32 @@ class Package:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files, the manifest included."""
-        return sum(f["bytes"] for f in self.manifest["files"].values()) + (self.folder / MANIFEST).stat().st_size
+        """Bytes of all files."""
+        return sum((self.folder / name).stat().st_size for name in (*self.digests, SUMS))
 
     def path(self, name: str) -> Path:
         """The path of a listed file.
 
         Raises:
-            PackageError: the manifest lists no such file.
+            PackageError: the package lists no such file.
         """
-        if name not in self.manifest["files"]:
-            raise PackageError(
-                f"{self.folder}: the package holds no {name}; it has {', '.join(self.manifest['files'])}"
-            )
+        if name not in self.digests:
+            raise PackageError(f"{self.folder}: the package holds no {name}; it has {', '.join(self.digests)}")
         return self.folder / name
 
     def folder_of(self, name: str) -> Path:
         """The path of a folder that listed files lie in.
 
         Raises:
-            PackageError: the manifest lists none in such a folder.
+            PackageError: the package lists none in such a folder.
         """
-        if not any(file.startswith(f"{name}/") for file in self.manifest["files"]):
+        if not any(file.startswith(f"{name}/") for file in self.digests):
             raise PackageError(f"{self.folder}: the package holds no folder {name}; {AGAIN}")
         return self.folder / name
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Of any version: an older one had no SHA256SUMS, and is to be refused as what it is."""
     path = folder / MANIFEST
     try:
         manifest = read_json(path, PackageError, AGAIN)
@@ -135,11 +134,36 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise PackageError(
             f"{path}: format version {manifest.get('format_version')!r}, this rmse-edge reads {FORMAT_VERSION}; "
-            "export the package again"
+            "export the package again with this version"
         )
-    if not isinstance(manifest.get("files"), dict) or manifest.get("sha256") != digest_manifest(manifest):
-        raise PackageError(f"{path}: was edited after the export (its own SHA-256 does not fit); export again")
     return manifest
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Hashes by the names of their files, which may be any: whoever opens one looks for it in the folder first."""
+    path = folder / SUMS
+    digests: dict[str, str] = {}
+    try:
+        lines = read_bytes(path, PackageError, AGAIN).decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise PackageError(f"{path}: missing from the package; export it again") from None
+    except UnicodeDecodeError as reason:
+        raise PackageError(f"{path}: not a list of hashes ({reason}); {AGAIN}") from None
+    for number, line in enumerate(lines, 1):
+        if not line and number == len(lines):
+            break
+        found = SUM.fullmatch(line)
+        if found is None or not found[2].isprintable() or found[2] in digests:
+            what = "the same file again" if found and found[2] in digests else "no hash and name of a file"
+            raise PackageError(f"{path}: line {number}: {what}; {AGAIN}")
+        digests[found[2]] = found[1]
+    if MANIFEST not in digests:
+        raise PackageError(f"{path}: lists no {MANIFEST}; {AGAIN}")
+    return digests
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -175,11 +199,15 @@ def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Complete `manifest` with every file's size and hash and its own hash, and write it into `folder`."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
-    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": files}
-    manifest["sha256"] = digest_manifest(manifest)
+    """Write `manifest` into `folder`, with the format and every file's size, and then `SHA256SUMS`. Returns what it wrote."""
+    sizes = {name: (folder / name).stat().st_size for name in sorted(_files_in(folder) - {MANIFEST, SUMS})}
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest | {"sizes": sizes}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_sums(folder)
     return manifest
+
+
+def write_sums(folder: Path) -> None:
+    """List all files that are in `folder` now, with their SHA-256, as coreutils' `sha256sum` does."""
+    lines = [f"{digest_file(folder / name)}  {name}\n" for name in sorted(_files_in(folder) - {SUMS})]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")

@@ -60,14 +60,25 @@ def read_json(path: Path, error: type[UserError], fix: str = "copy it again") ->
         error: the file cannot be read, is too large, or is not JSON as `parse_json` takes it. A file that is not there is a
             `FileNotFoundError`: the caller knows what was expected.
     """
+    return parse_json(read_bytes(path, error, fix), str(path), error, fix)
+
+
+def read_bytes(path: Path, error: type[UserError], fix: str = "copy it again") -> bytes:
+    """The content of a small file, of which no more than `LARGEST_JSON` bytes are read, whatever its size.
+
+    Raises:
+        error: it cannot be read, or is larger. A file that is not there is a `FileNotFoundError`.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_JSON + 1)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as reason:
-        raise error(f"{path}: not readable as JSON ({reason}); {fix}") from None
-    return parse_json(data, str(path), error, fix)
+        raise error(f"{path}: cannot be read ({reason}); {fix}") from None
+    if len(data) > LARGEST_JSON:
+        raise error(f"{path}: larger than {LARGEST_JSON >> 20} MiB, which no such file is; {fix}")
+    return data
 
 
 def parse_json(data: bytes | str, where: str, error: type[UserError], fix: str = "copy it again") -> Any:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from rmse_edge.export.gate.reference import Reference, conversation, made_up_hit
 from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.loop.contract import InjectedHits
+from rmse_edge.package import MANIFEST, SUMS, seal, write_sums
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import Dials, LoopRuntime
 from rmse_edge.runtimes.engines.kernels import COMPILERS
@@ -204,6 +206,22 @@ def same_model(a: Any, b: Any) -> bool:
         return False
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """Give a changed package the sizes and hashes that fit, as if it had been made like that.
+
+    Args:
+        change: of the manifest, in place; it has the last word, on sizes too.
+    """
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name in (MANIFEST, SUMS):
+        (folder / name).unlink(missing_ok=True)  # it may be a hard link to that of the package this is a copy of
+    manifest = seal(folder, manifest)
+    change(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    write_sums(folder)
 
 
 def require_executorch() -> None:

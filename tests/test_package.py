@@ -6,17 +6,18 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_one_line
+from helpers import assert_one_line, reseal
 
 from rmse_edge import files
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ExportError, PackageError, UserError
-from rmse_edge.package import MANIFEST, Package, digest_manifest, seal, writing
+from rmse_edge.package import MANIFEST, SUMS, Package, seal, write_sums, writing
 from rmse_edge.runtimes import open_runtime
 
 
@@ -45,13 +46,34 @@ def edit(change: Callable[[dict[str, Any]], Any], sign: bool = False) -> Callabl
     """Change the manifest; `sign` gives it the hash that fits again, as another version of this project would."""
 
     def damage(folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        change(manifest)
-        if sign:
-            manifest["sha256"] = digest_manifest(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        sums = (folder / SUMS).read_bytes()
+        reseal(folder, change)
+        if not sign:
+            (folder / SUMS).write_bytes(sums)
 
     return damage
+
+
+def edit_sums(change: Callable[[str], str]) -> Callable[[Path], object]:
+    return lambda folder: (folder / SUMS).write_text(change((folder / SUMS).read_text()))
+
+
+def as_format_1(folder: Path) -> None:
+    """As earlier versions of this project made packages: the manifest had the hashes, its own among them."""
+    (folder / SUMS).unlink()
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"format_version": 1, "sha256": "0" * 64}
+    manifest["files"] = {name: {"bytes": size, "sha256": "0" * 64} for name, size in manifest.pop("sizes").items()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def a_link_to_nowhere(folder: Path) -> None:
+    (folder / "head.onnx").unlink()
+    (folder / "head.onnx").symlink_to("gone.onnx")
+
+
+def a_pipe_instead(folder: Path) -> None:
+    (folder / "head.onnx").unlink()
+    os.mkfifo(folder / "head.onnx")
 
 
 def cut(name: str, count: int) -> Callable[[Path], None]:
@@ -103,19 +125,29 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["lib.so: not listed"],
     ),
     "an edited dial": (edit(lambda m: m["model"]["dials"].update(exit_threshold=0.1)), ["manifest.json: was edited"]),
-    "an edited hash": (
-        edit(lambda m: m["files"]["weights.bin"].update(sha256="0" * 64)),
-        ["manifest.json: was edited"],
-    ),
-    "no own hash": (edit(lambda m: m.pop("sha256")), ["manifest.json: was edited"]),
-    "a manifest without files": (edit(lambda m: m.pop("files"), sign=True), ["manifest.json: was edited"]),
+    "an edited size": (edit(lambda m: m["sizes"].update({"weights.bin": 1})), ["manifest.json: was edited"]),
+    "no sizes": (edit(lambda m: m.pop("sizes"), sign=True), ["manifest.json: sizes: is missing"]),
+    "a link to nowhere": (a_link_to_nowhere, ["head.onnx: is no file"]),
+    "a pipe": (a_pipe_instead, ["head.onnx: is no file"]),
+    "no list of hashes": (lambda f: (f / SUMS).unlink(), ["SHA256SUMS: missing from the package"]),
+    "an empty list": (edit_sums(lambda s: ""), ["SHA256SUMS: lists no manifest.json"]),
+    "a list that is cut": (cut(SUMS, 78), ["weights.bin: not listed in the package's SHA256SUMS"]),
+    "a list that ends in a line": (cut(SUMS, 12), ["SHA256SUMS: line 9: no hash and name"]),
+    "an edited hash": (edit_sums(lambda s: "0" * 64 + s[64:]), ["its SHA-256 is not that in SHA256SUMS"]),
+    "a hash of another kind": (edit_sums(lambda s: s[32:]), ["SHA256SUMS: line 1: no hash and name"]),
+    "a file listed twice": (edit_sums(lambda s: s + s.splitlines()[0]), ["SHA256SUMS: line 10: the same file again"]),
+    "an empty line": (edit_sums(lambda s: "\n" + s), ["SHA256SUMS: line 1: no hash and name"]),
+    "a list that is no text": (lambda f: (f / SUMS).write_bytes(b"\xff\xfe"), ["SHA256SUMS: not a list of hashes"]),
+    "a list of itself": (edit_sums(lambda s: f"{s}{'0' * 64}  {SUMS}\n"), ["SHA256SUMS: missing from the package"]),
+    "a name that commands terminals": (edit_sums(lambda s: f"{s}{'0' * 64}  \x1b[31m\n"), ["SHA256SUMS: line 10"]),
     "a truncated manifest": (cut(MANIFEST, 30), ["manifest.json: not readable as JSON"]),
     "a manifest of another kind": (lambda f: (f / MANIFEST).write_text("[1, 2]"), ["not the manifest of"]),
     "a manifest that is no text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), ["not readable as JSON"]),
     "another format": (edit(lambda m: m.update(format="zip"), sign=True), ["not the manifest of"]),
-    "a later version": (edit(lambda m: m.update(format_version=2), sign=True), ["format version 2", "reads 1"]),
+    "format 1": (as_format_1, ["format version 1, this rmse-edge reads 2; export the package again with this version"]),
+    "a later version": (edit(lambda m: m.update(format_version=3), sign=True), ["format version 3", "reads 2"]),
     "a file outside": (
-        edit(lambda m: m["files"].update({"../tiny.txt": {"bytes": 1, "sha256": "0" * 64}}), sign=True),
+        edit_sums(lambda s: f"{s}{'0' * 64}  ../tiny.txt\n"),
         ["tiny.txt: missing from the package"],
     ),
 }
@@ -138,7 +170,7 @@ def test_a_damaged_package_is_one_line(case: str, copied: Path, capsys: pytest.C
 
 def test_every_file_of_a_package_is_protected(copied: Path) -> None:
     """One flipped bit in any file, graph, weights or text, is noticed and the file named."""
-    names = sorted(p.name for p in copied.iterdir() if p.name != MANIFEST)
+    names = sorted(p.name for p in copied.iterdir() if p.name not in (MANIFEST, SUMS))
     assert len(names) == 8  # five graphs, the weights, the tokenizer, the text sample
     for name in names:
         before = (copied / name).read_bytes()
@@ -147,6 +179,42 @@ def test_every_file_of_a_package_is_protected(copied: Path) -> None:
             Package.open(copied)
         (copied / name).write_bytes(before)
     Package.open(copied)
+
+
+def test_every_byte_of_the_list_of_hashes_is_protected(copied: Path) -> None:
+    """One flipped bit in any of them, and an end anywhere but behind the last line, is noticed on one line."""
+    whole = (copied / SUMS).read_bytes()
+    changed = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(0, len(whole), 7)]
+    for data in (*changed, *(whole[:count] for count in range(0, len(whole) - 1, 11))):
+        (copied / SUMS).write_bytes(data)
+        with pytest.raises(PackageError) as caught:
+            Package.open(copied)
+        assert_one_line(str(caught.value), str(copied))
+
+
+@pytest.mark.parametrize("text", [lambda m: json.dumps(m), lambda m: json.dumps(m, indent="\t", sort_keys=True)])
+def test_a_manifest_may_be_any_json_text(copied: Path, text: Callable[[Any], str]) -> None:
+    manifest = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(text(manifest))
+    write_sums(copied)
+    assert Package.open(copied).manifest == manifest
+
+
+def test_sha256sum_checks_a_package(copied: Path) -> None:
+    """coreutils, without this project: all of the package, and what is damaged."""
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs sha256sum")
+    command = ["sha256sum", "--check", "--strict", SUMS]
+    done = subprocess.run(command, cwd=copied, capture_output=True, text=True)
+    files = {str(p.relative_to(copied)) for p in copied.rglob("*") if p.is_file()} - {SUMS}
+    assert done.returncode == 0 and set(done.stdout.splitlines()) == {f"{name}: OK" for name in files}
+    flip("weights.bin")(copied)
+    done = subprocess.run(command, cwd=copied, capture_output=True, text=True)
+    assert done.returncode == 1 and "weights.bin: FAILED" in done.stdout
+    # And what coreutils writes is a list as good as ours.
+    listed = subprocess.run(["sha256sum", "--binary", *sorted(files)], cwd=copied, capture_output=True, check=True)
+    (copied / SUMS).write_bytes(listed.stdout)
+    assert set(Package.open(copied).digests) == files
 
 
 def test_a_package_for_another_engine_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,9 +246,7 @@ def test_a_runtime_that_does_not_fit_is_refused(package: Path, checkpoint: Path,
 def test_a_graph_that_the_engine_cannot_load_is_one_line(copied: Path) -> None:
     """A package whose hashes fit around a graph that is none: the engine's own error, on one line, with the file."""
     (copied / "loop.onnx").write_bytes(b"\x08\x0d" + b"junk" * 50)
-    manifest = json.loads((copied / MANIFEST).read_text())
-    (copied / MANIFEST).unlink()
-    seal(copied, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    reseal(copied)
     with pytest.raises(PackageError) as caught:
         runtime = open_runtime(copied)
         runtime.feed([1] * 20, runtime.info.dials)
@@ -243,7 +309,7 @@ def test_replacing_a_package_leaves_nothing_of_the_old_one(tmp_path: Path) -> No
         seal(folder, {"target": "onnx"})
     with writing(tmp_path / "p.rmse", overwrite=True) as folder:
         put(folder, "new")
-    assert sorted(contents(tmp_path)) == ["p.rmse/a.bin", "p.rmse/manifest.json"]
+    assert sorted(contents(tmp_path)) == ["p.rmse/SHA256SUMS", "p.rmse/a.bin", "p.rmse/manifest.json"]
     assert (tmp_path / "p.rmse" / "a.bin").read_text() == "new"
     assert (tmp_path / "p.rmse").stat().st_mode & 0o777 == 0o755
     Package.open(tmp_path / "p.rmse")

@@ -2,7 +2,7 @@
 
 The journal is a rollback journal (journal_mode DELETE): between transactions a knowledge base is plain files that can
 be copied. Every row carries a CRC-32, checked whenever the row is read, so that no damaged passage reaches the model;
-the manifest carries its own SHA-256, as a package's does.
+the manifest carries the SHA-256 of its own canonical form.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.arch.rmse.config import Count
-from rmse_edge.package import Entry, digest_manifest
-from rmse_edge.schema import Name, Whole, parse_json, validated
+from rmse_edge.schema import Digest, Name, Whole, parse_json, validated
 
 from .base import KnowledgeError, Passage
 
@@ -47,6 +46,14 @@ GRID = 2.0**13  # cells per unit of each number of a key
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What the manifest says about a file."""
+
+    bytes: Whole
+    sha256: Digest
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What the manifest holds."""
 
@@ -58,6 +65,12 @@ class Manifest:
     keys: Whole  # different ones: entries of the index
     generation: Whole
     index: Entry
+
+
+def digest_manifest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest's canonical JSON: sorted keys, no white space, without its own `sha256`."""
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,7 @@ class ExecutorchRuntime(LoopRuntime):
         check_methods(info, tables, in_graph=False, refuse=refusal(package))
         set_threads(threads)
         manifest = package.manifest
-        digest = manifest["files"][name]["sha256"]
-        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, digest)
+        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name])
         for method in manifest["methods"]:  # now, so that the first token does not wait for it
             methods.load(method)
         super().__init__(info, methods)

@@ -19,9 +19,11 @@ namespace fs = std::filesystem;
 using executorch::aten::ScalarType;
 
 constexpr char kFormat[] = "rmse-edge package";
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 constexpr char kTarget[] = "executorch";
 constexpr char kManifest[] = "manifest.json";
+constexpr char kSums[] = "SHA256SUMS";
+constexpr size_t kDigits = 64;  // of a hash
 constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
 
 // What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/host/signatures.py: one with more is not
@@ -291,7 +293,7 @@ std::set<std::string> files_in(const fs::path& folder) {
   for (const fs::directory_entry& entry : fs::recursive_directory_iterator(folder)) {
     if (!entry.is_directory()) found.insert(entry.path().lexically_relative(folder).generic_string());
   }
-  found.erase(kManifest);
+  found.erase(kSums);
   return found;
 }
 
@@ -315,6 +317,11 @@ Package Package::open(const std::string& folder) {
   Package package;
   package.folder_ = folder;
   package.read_manifest();
+  package.read_sums();
+  const fs::path manifest = fs::path(folder) / kManifest;
+  if (sha256_of_file(manifest.string()) != package.digests_.at(kManifest)) {
+    refuse(manifest, std::string("was edited after the export (its SHA-256 is not that in ") + kSums + "); export again");
+  }
   try {
     package.check_files();
     const std::string& target = package.manifest_.at("target").string();
@@ -322,9 +329,9 @@ Package Package::open(const std::string& folder) {
     package.info_ = model_info(package.manifest_);
     const std::string& program = package.manifest_.at("lowering").at("program").string();
     package.program_ = package.path(program);
-    package.program_digest_ = package.manifest_.at("files").at(program).at("sha256").string();
+    package.program_digest_ = package.digests_.at(program);
   } catch (const JsonError& error) {
-    refuse(fs::path(folder) / kManifest, std::string(error.what()) + "; export the package again");
+    refuse(manifest, std::string(error.what()) + "; export the package again");
   }
   check_magic(package.program_);
   return package;
@@ -345,46 +352,69 @@ void Package::read_manifest() {
   const std::string known = std::to_string(kFormatVersion);
   if (version == nullptr || version->dump() != known) {
     refuse(path, "format version " + (version == nullptr ? "None" : version->dump()) + ", this runner reads " + known +
-                     "; export the package again");
+                     "; export the package again with this version");
   }
-  const Json *files = manifest_.find("files"), *digest = manifest_.find("sha256");
-  const bool own = digest != nullptr && digest->is(sha256(manifest_.without("sha256").canonical()));
-  if (files == nullptr || !files->is_object() || !own) {
-    refuse(path, "was edited after the export (its own SHA-256 does not fit); export again");
+}
+
+// Hashes by the names of their files, as coreutils' sha256sum writes and checks them.
+void Package::read_sums() {
+  const fs::path path = fs::path(folder_) / kSums;
+  if (!fs::is_regular_file(path)) refuse(path, "missing from the package; export it again");
+  if (fs::file_size(path) > kLargestManifest) refuse(path, "larger than 16 MiB, which no such file is; export the package again");
+  const std::string text = read_file(path.string());
+  const size_t invalid = find_invalid_utf8(text);
+  if (invalid != text.npos) {
+    refuse(path, "not a list of hashes (not UTF-8 at byte " + std::to_string(invalid) + "); export the package again");
   }
+  const auto fail = [&](int64_t number, const char* what) {
+    refuse(path, "line " + std::to_string(number) + ": " + what + "; export the package again");
+  };
+  int64_t number = 1;
+  for (size_t start = 0; start < text.size(); ++number) {
+    const size_t end = std::min(text.find('\n', start), text.size());
+    const std::string line = text.substr(start, end - start), digest = line.substr(0, kDigits);
+    const std::string name = line.size() > kDigits + 2 ? line.substr(kDigits + 2) : "";
+    const bool separated = !name.empty() && line[kDigits] == ' ' && (line[kDigits + 1] == ' ' || line[kDigits + 1] == '*');
+    const bool printable = std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+    if (!separated || !printable || digest.find_first_not_of("0123456789abcdef") != digest.npos) {
+      fail(number, "no hash and name of a file");
+    }
+    if (!digests_.emplace(name, digest).second) fail(number, "the same file again");
+    start = end + 1;
+  }
+  if (!digests_.contains(kManifest)) refuse(path, std::string("lists no ") + kManifest + "; export the package again");
 }
 
 void Package::check_files() {
   const fs::path folder = folder_;
-  const Json& files = manifest_.at("files");
   const std::set<std::string> present = files_in(folder);
-  std::set<std::string> listed;
-  for (const auto& [name, _] : files.members()) listed.insert(name);
-  for (const std::string& name : listed) {
+  for (const auto& [name, _] : digests_) {
     if (!present.contains(name)) refuse(folder / name, "missing from the package; export it again");
   }
   for (const std::string& name : present) {
-    if (listed.contains(name)) continue;
-    refuse(folder / name, "not listed in the package's manifest; remove it or export again");
+    if (digests_.contains(name)) continue;
+    refuse(folder / name, std::string("not listed in the package's ") + kSums + "; remove it or export again");
   }
-  nbytes_ = fs::file_size(folder / kManifest);
-  for (const auto& [name, entry] : files.members()) {
+  const Json& sizes = manifest_.at("sizes");
+  nbytes_ = fs::file_size(folder / kSums);
+  for (const auto& [name, digest] : digests_) {
     const fs::path path = folder / name;
-    const auto size = static_cast<int64_t>(fs::file_size(path)), expected = entry.at("bytes").integer();
-    if (size != expected) {
-      refuse(path, std::to_string(size) + " bytes, the manifest says " + std::to_string(expected) +
-                       (size < expected ? "; truncated? export again" : "; written to since? export again"));
+    if (!fs::is_regular_file(path)) refuse(path, "is no file; export the package again");  // a link to nowhere, a pipe
+    const auto size = static_cast<int64_t>(fs::file_size(path));
+    const Json* expected = sizes.find(name);
+    if (expected != nullptr && expected->integer() != size) {  // known at once, and says more than a hash that differs
+      refuse(path, std::to_string(size) + " bytes, the manifest says " + expected->dump() +
+                       (size < expected->integer() ? "; truncated? export again" : "; written to since? export again"));
     }
-    if (sha256_of_file(path.string()) != entry.at("sha256").string()) {
-      refuse(path, "its SHA-256 is not the manifest's; the file is damaged, export again");
+    if (sha256_of_file(path.string()) != digest) {
+      refuse(path, std::string("its SHA-256 is not that in ") + kSums + "; the file is damaged, export again");
     }
     nbytes_ += size;
   }
 }
 
 std::string Package::path(const std::string& name) const {
-  const bool listed = manifest_.at("files").find(name) != nullptr;
-  if (!listed) refuse(folder_, "the package holds no " + name + "; export it again");
+  if (!digests_.contains(name)) refuse(folder_, "the package holds no " + name + "; export it again");
   return (fs::path(folder_) / name).string();
 }
 

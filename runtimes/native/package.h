@@ -1,4 +1,4 @@
-// A package: the folder NAME.rmse/ whose manifest.json names every other file with its size and SHA-256.
+// A package: the folder NAME.rmse/ whose SHA256SUMS lists every other file with its SHA-256, manifest.json included.
 //
 // All of it is checked before the runtime sees a byte: ExecuTorch ends the process over some damaged files and computes
 // with others.
@@ -71,17 +71,19 @@ class Package {
 
   const std::string& folder() const { return folder_; }
   const ModelInfo& info() const { return info_; }
-  uint64_t nbytes() const { return nbytes_; }              // of all files, the manifest included
+  uint64_t nbytes() const { return nbytes_; }              // of all files
   const std::string& program() const { return program_; }  // path of the ExecuTorch program
   const std::string& program_digest() const { return program_digest_; }  // SHA-256 of it
   std::string path(const std::string& name) const;         // of a listed file; std::runtime_error where it is none
 
  private:
   void read_manifest();
+  void read_sums();
   void check_files();
 
   std::string folder_;
   Json manifest_;
+  std::map<std::string, std::string> digests_;  // SHA-256 of every file but SHA256SUMS, by its name
   ModelInfo info_;
   uint64_t nbytes_ = 0;
   std::string program_, program_digest_;

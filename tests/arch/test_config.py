@@ -15,8 +15,8 @@ from small_models import small_config
 
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.costs import average_context, macs_per_token, parameters
+from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError
-from rmse_edge.model import RMSE
 from rmse_edge.train.gpt import GPTConfig
 from rmse_edge.train.recipe import Recipe
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_one_line, remembering_model
+from helpers import assert_one_line, remembering_model, reseal
 from safetensors.numpy import save_file
 
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.costs import parameters
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.config import RMSEConfig
-from rmse_edge.costs import parameters
 from rmse_edge.errors import CheckpointError, PackageError, UserError
-from rmse_edge.package import MANIFEST, Package, digest_manifest, seal
+from rmse_edge.package import Package
 from rmse_edge.quantize import Quantized
 from rmse_edge.quantize.store import load_quantized, save_quantized
 from rmse_edge.runtimes import ModelInfo, open_runtime
@@ -42,11 +42,7 @@ Change = Callable[[dict[str, Any]], object]
 def resealed(source: Path, folder: Path, change: Change) -> Path:
     """A copy of a package with a changed manifest, whose hash fits again."""
     shutil.copytree(source, folder, copy_function=os.link)
-    manifest = json.loads((source / MANIFEST).read_text())
-    change(manifest)
-    manifest["sha256"] = digest_manifest(manifest)
-    (folder / MANIFEST).unlink()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    reseal(folder, change)
     return folder
 
 
@@ -173,12 +169,12 @@ LIES: dict[str, tuple[Change, str]] = {
         "dtype: got 'complex', expected one of float32",
     ),
     "a method": (lambda m: m["methods"].pop("head_64"), "head_64 among them"),
-    "a file's size": (lambda m: m["files"]["sample.txt"].update(bytes="2000"), "files.sample.txt.bytes: got '2000'"),
-    "a file of no bytes": (
-        lambda m: m["files"]["sample.txt"].update(bytes=0),
-        "bytes, the manifest says 0; written to since? export again",
+    "a file's size": (lambda m: m["sizes"].update({"sample.txt": "2000"}), "sizes.sample.txt: got '2000'"),
+    "another size": (
+        lambda m: m["sizes"].update({"sample.txt": 7}),
+        "2000 bytes, the manifest says 7; written to since? export again",
     ),
-    "a file": (lambda m: m["files"].update({"sample.txt": 7}), "files.sample.txt: got 7, expected an object"),
+    "no sizes": (lambda m: m.pop("sizes"), "sizes: is missing"),
     "a target": (lambda m: m.update(target=["onnx"]), "target: got ['onnx'], expected text"),
     "no lowering": (lambda m: m.pop("lowering"), "lowering: is missing"),
 }
@@ -265,8 +261,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     folder = tmp_path / "p.rmse"
     shutil.copytree(package, folder)
     train_character_tokenizer("".join(map(chr, range(33, 133))), folder / "tokenizer.json")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    seal(folder, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    reseal(folder)
     assert rmse_run([str(folder), "-p", "HELLO", "-n", "1"]) == 2
     assert_one_line(capsys.readouterr().err, str(folder / "tokenizer.json"), "100 tokens", "vocab_size 65")
 
@@ -416,9 +411,10 @@ def test_an_index_that_leads_astray_is_refused(damage: Callable[[bytearray], Non
 
     from hashed_embedder import random_entries
 
+    from rmse_edge.files import digest_file
     from rmse_edge.knowledge import KnowledgeError, KnowledgeInfo
+    from rmse_edge.knowledge.rows import digest_manifest
     from rmse_edge.knowledge.store import KnowledgeBase
-    from rmse_edge.package import digest_file
 
     info = KnowledgeInfo(16, 2, 8, "model-1")
     with KnowledgeBase.create(tmp_path / "a.kb", info) as kb:

@@ -447,7 +447,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert listing(tmp_path / "disk") == ["p.rmse", "p.rmse/manifest.json"]
 
 
-@pytest.mark.parametrize("write", [1, 2])
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
 def test_a_disk_that_is_full_at_the_very_end(
     write: int,
     checkpoint: Path,
@@ -457,7 +457,7 @@ def test_a_disk_that_is_full_at_the_very_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Only the manifest does not fit any more: the first one, for the gate, or the last one, with the gate's report."""
+    """Only the manifest or the hashes do not fit any more: the first ones, for the gate, or those with its report."""
     writes = []
 
     def write_text(path: Path, text: str, encoding: str | None = None) -> int:
@@ -469,7 +469,7 @@ def test_a_disk_that_is_full_at_the_very_end(
 
     monkeypatch.setattr(Path, "write_text", write_text)
     assert "No space left" in failure(capsys, "-m", checkpoint, "-o", tmp_path / "p.rmse")
-    assert writes == ["manifest.json"] * write
+    assert writes == (["manifest.json", "SHA256SUMS"] * 2)[:write]
     assert listing(tmp_path) == []
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from rmse_edge.errors import UserError
-from rmse_edge.package import MANIFEST, digest_file, digest_manifest
+from rmse_edge.files import digest_file
+from rmse_edge.package import MANIFEST, SUMS, write_sums
 
 from .mutate import changed, damaged
 
@@ -83,16 +84,16 @@ def change_manifest(source: Path, rng: random.Random, folder: Path) -> Path:
     package = folder / "p.rmse"
     linked(source, package)
     manifest = json.loads((source / MANIFEST).read_text())
-    del manifest["sha256"]
-    part = rng.choice(["model", "model", "methods", "lowering", "files", None])
+    part = rng.choice(["model", "model", "methods", "lowering", "sizes", None])
     if part is None:
         manifest = changed(rng, manifest)
     else:
         manifest[part] = changed(rng, manifest[part])
-    if isinstance(manifest, dict):
-        with contextlib.suppress(TypeError, ValueError, RecursionError):
-            manifest["sha256"] = digest_manifest(manifest)
     rewrite(package / MANIFEST, json.dumps(manifest))
+    (package / SUMS).unlink()  # it is linked
+    write_sums(package)
+    if rng.random() < 0.05:
+        rewrite(package / SUMS, damaged(rng, (package / SUMS).read_bytes()))
     return package
 
 
@@ -244,7 +245,7 @@ def knowledge(scratch: Path) -> Subject:
                 kb.add(entries(80))
 
     def make(rng: random.Random, folder: Path) -> Path:
-        from rmse_edge.knowledge.rows import crc, point_of
+        from rmse_edge.knowledge.rows import crc, digest_manifest, point_of
 
         copy = folder / "a.kb"
         shutil.copytree(source, copy)

@@ -17,10 +17,10 @@ from hashed_embedder import files_of, random_entries
 from helpers import assert_one_line
 
 from rmse_edge.knowledge import KnowledgeError, KnowledgeInfo
-from rmse_edge.package import digest_manifest
 
 pytest.importorskip("usearch", reason="needs usearch: pip install 'rmse-edge[knowledge]'")
 
+from rmse_edge.knowledge.rows import digest_manifest
 from rmse_edge.knowledge.store import KnowledgeBase
 
 INFO = KnowledgeInfo(16, 2, 8, "model-1")

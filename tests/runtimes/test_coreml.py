@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FEW, assert_memory_and_hits_take_part, assert_one_line, decided_text, random_tokens, refused_export
+from helpers import (
+    FEW,
+    assert_memory_and_hits_take_part,
+    assert_one_line,
+    decided_text,
+    random_tokens,
+    refused_export,
+    reseal,
+)
 
 pytest.importorskip("coremltools")
 
@@ -22,7 +30,7 @@ from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import PackageError, UserError
-from rmse_edge.package import MANIFEST, Package, seal
+from rmse_edge.package import Package
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, CoremlRuntime
@@ -156,9 +164,7 @@ def test_both_loops_are_the_same_and_stop_for_real(
 def test_packages_for_gpu_and_neural_engine_are_driven_by_the_host(coreml_package: Path, tmp_path: Path) -> None:
     copy = tmp_path / "gpu.rmse"
     shutil.copytree(coreml_package, copy)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["lowering"]["compute"] = "gpu"
-    seal(copy, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    reseal(copy, lambda manifest: manifest["lowering"].update(compute="gpu"))
     assert runtime_of(copy).loop == "host_loop" and runtime_of(coreml_package).loop == "loop"
 
 
@@ -323,15 +329,14 @@ def half_a_program(folder: Path) -> None:
 def test_a_damaged_package_is_one_line(
     coreml_package: Path, tmp_path: Path, damage: Any, parts: list[str], sealed: list[str]
 ) -> None:
-    """By the manifest's hashes; and where the manifest was made anew, by the reader of the program."""
+    """By the package's hashes; and where these were made anew, by the reader of the program."""
     copy = tmp_path / "p.rmse"
     shutil.copytree(coreml_package, copy)
     damage(copy)
     with pytest.raises(PackageError) as refused:
         open_runtime(copy)
     assert_one_line(str(refused.value), *parts)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    seal(copy, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    reseal(copy)
     with pytest.raises(PackageError) as refused:
         runtime_of(copy).feed([1, 2, 3], FULL)
     assert_one_line(str(refused.value), *sealed)
@@ -351,9 +356,7 @@ def test_a_wrong_function_or_shape_is_one_line(coreml_package: Path) -> None:
 def test_a_manifest_of_another_target_is_one_line(coreml_package: Path, tmp_path: Path) -> None:
     copy = tmp_path / "p.rmse"
     shutil.copytree(coreml_package, copy)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    del manifest["lowering"]["rings"]
-    seal(copy, {k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    reseal(copy, lambda manifest: manifest["lowering"].pop("rings"))
     with pytest.raises(PackageError) as refused:
         open_runtime(copy)
     assert_one_line(str(refused.value), "lowering.rings: is missing", "export the package again")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ALPHABET, FEW, assert_one_line, decided_text, random_tokens, reference_of
+from helpers import ALPHABET, FEW, assert_one_line, decided_text, random_tokens, reference_of, reseal
 from small_tokenizers import cut_short
 
 pytest.importorskip("executorch")
@@ -28,7 +28,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ParityError
 from rmse_edge.export.gate.compare import agreement
 from rmse_edge.export.gate.reference import conversation
-from rmse_edge.package import MANIFEST, digest_manifest, seal
+from rmse_edge.package import MANIFEST, SUMS
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.kernels import executorch_folder
@@ -482,15 +482,6 @@ def test_launches_at_the_same_time_share_packed_weights(fp32: Runner, tmp_path: 
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
-def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Give a changed package the hashes that fit, as if it had been made like that."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in ("format", "format_version", "files", "sha256"):
-        manifest.pop(name)
-    change(manifest)
-    seal(folder, manifest)
-
-
 def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return lambda folder: reseal(folder, change)
 
@@ -551,6 +542,15 @@ def edited(folder: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"exit_threshold": 0.6', '"exit_threshold": 0.5'))
 
 
+def listed(change: Callable[[str], str]) -> Callable[[Path], object]:
+    return lambda folder: (folder / SUMS).write_text(change((folder / SUMS).read_text()))
+
+
+def a_pipe(folder: Path) -> None:
+    (folder / "sample.txt").unlink()
+    os.mkfifo(folder / "sample.txt")
+
+
 def cut_in_half(folder: Path) -> None:
     program = folder / "program.pte"
     os.truncate(program, program.stat().st_size // 2)
@@ -572,9 +572,19 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an edited manifest": (edited, "was edited after the export"),
     "another target": (resealed(lambda m: m.update(target="onnx")), "made for onnx"),
     "a file that is missing": (lambda f: (f / "sample.txt").unlink(), "sample.txt: missing"),
+    "format 1": (resealed(lambda m: m.update(format_version=1)), "format version 1, this runner reads 2; export the package again with this version"),
+    "no list of hashes": (lambda f: (f / SUMS).unlink(), "SHA256SUMS: missing from the package"),
+    "a list of none": (written(SUMS, b""), "SHA256SUMS: lists no manifest.json"),
+    "a list of noise": (written(SUMS, NOISE), "SHA256SUMS: not a list of hashes"),
+    "a file listed twice": (listed(lambda s: s + s.splitlines()[0]), "SHA256SUMS: line 5: the same file again"),
+    "a file elsewhere": (listed(lambda s: f"{s}{'0' * 64}  ../x\n"), "x: missing from the package"),
+    "another hash": (listed(lambda s: s.replace(s[:4], "0000", 1)), "its SHA-256 is not that in SHA256SUMS"),
+    "a size that is no number": (resealed(lambda m: m["sizes"].update({"sample.txt": "2000"})), 'got "2000", expected a whole number'),
+    "no sizes": (resealed(lambda m: m.pop("sizes")), 'there is no "sizes"'),
+    "a pipe": (a_pipe, "sample.txt: is no file"),
     "a file that is not listed": (written("notes", b""), "notes: not listed"),
     "a program that is cut": (lambda f: os.truncate(f / "program.pte", 5000), "program.pte: 5000 bytes"),
-    "a flipped weight": (lambda f: flip(0.7)(f / "program.pte"), "program.pte: its SHA-256 is not the manifest's"),
+    "a flipped weight": (lambda f: flip(0.7)(f / "program.pte"), "program.pte: its SHA-256 is not that in SHA256SUMS"),
     "noise as program": (written("program.pte", NOISE, True), "not an ExecuTorch program"),
     "noise behind the magic": (written("program.pte", b"\x30\0\0\0ET12" + NOISE, True), "cannot load it"),
     "a fitting hash of half a program": (cut_in_half, "cannot load it"),
