@@ -1,12 +1,14 @@
 // The sampler of every runtime: the same seed and logits give the same token, here and in runtimes/text/sampling.py.
 //
-// It works in float64 and owns its random numbers, those of NumPy's Generator(PCG64(seed)).
+// It works in float64, adds up from the first token to the last, and owns its random numbers.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "generator.h"
 
 namespace rmse {
 
@@ -18,18 +20,6 @@ struct Sampling {
   uint64_t seed = 0;
 
   void check() const;  // throws std::runtime_error naming the flag and its range
-};
-
-// PCG XSL RR 128/64 (O'Neill 2014), seeded by NumPy's SeedSequence.
-class Pcg64 {
- public:
-  explicit Pcg64(uint64_t seed);
-  double next();  // uniform in [0, 1)
-
- private:
-  void advance();
-
-  unsigned __int128 state_ = 0, increment_ = 0;
 };
 
 // Draws tokens. One random number per token, whatever the options, so that they do not shift the stream.
@@ -45,7 +35,7 @@ class Sampler {
   void weigh(std::span<const float> logits, double largest);
 
   Sampling sampling_;
-  Pcg64 random_;
+  SplitMix64 random_;
   std::vector<float> usable_;    // logits, without those of unused ids
   std::vector<double> weights_;  // probabilities of the tokens, then their running sum
   std::vector<int64_t> order_;   // tokens by falling logit

@@ -1,6 +1,8 @@
 """The sampler of every runtime, on the host: the same seed and the same logits give the same token.
 
-It works in float64 on NumPy arrays and owns its random numbers, so that neither the engine nor the device takes part.
+It works in float64 on NumPy arrays and owns its random numbers (generator.py), so that neither the engine nor the device
+takes part. Sums run from the first token to the last, as every language adds up, and not in NumPy's `sum`, whose order is
+its own. tests/data/sampler.json has tokens that runtimes/native/core/sampler.cpp is held against, too.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmse_edge.errors import UserError
+
+from .generator import MASK, SplitMix64
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or a positive whole number"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1 (all tokens)"),
-            ("seed", self.seed >= 0, "a whole number of at least 0"),
+            ("seed", 0 <= self.seed <= MASK, f"a whole number from 0 to {MASK}"),
         ):
             if not ok:  # NaN fails every comparison
                 raise UserError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
@@ -43,7 +47,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._random = SplitMix64(sampling.seed)
 
     def pick(self, logits: np.ndarray, unused: Collection[tuple[int, int]] = ()) -> int:
         """The next token for `logits`, (V,) of any float type.
@@ -53,7 +57,7 @@ class Sampler:
         Raises:
             UserError: the logits hold NaN or no finite maximum; the model that made them is damaged.
         """
-        draw = self._random.random()
+        draw = self._random.uniform()
         if unused:
             logits = logits.copy()
             for first, end in unused:
@@ -81,9 +85,10 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if order is not None and sampling.top_k:
         scaled[order[sampling.top_k :]] = -np.inf
     weights = np.exp(scaled)
-    weights /= weights.sum()
+    weights /= np.cumsum(weights)[-1]
     if order is not None and sampling.top_p < 1:
-        before = np.cumsum(weights[order]) - weights[order]  # the probability of all that is likelier
-        weights[order[before >= sampling.top_p]] = 0
-        weights /= weights.sum()
+        through = np.cumsum(weights[order])
+        # The first token stays; another where all that is likelier does not reach the mass.
+        weights[order[1:][through[:-1] >= sampling.top_p]] = 0
+        weights /= np.cumsum(weights)[-1]
     return weights

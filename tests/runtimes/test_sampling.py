@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 from helpers import assert_one_line
 
 from rmse_edge.errors import UserError
+from rmse_edge.runtimes.text.generator import SplitMix64, noise, number
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling, probabilities
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "sampler.json").read_text())
 LOGITS = np.random.default_rng(0).normal(size=65).astype(np.float32) * 2
 
 
@@ -44,9 +48,45 @@ def test_tokens_do_not_depend_on_the_type_or_the_last_digits_of_the_logits():
     assert (draws(500, seed=1) != draws(500, LOGITS + noise, seed=1)).sum() <= 1
 
 
-def test_known_tokens():
-    """Tokens on record: a change of the sampler that changes texts must be noticed."""
-    assert draws(12, np.log(np.arange(1, 11)), temperature=1.0, seed=0).tolist() == [7, 4, 1, 0, 8, 9, 7, 8, 7, 9, 8, 0]
+def test_random_numbers_are_those_on_record():
+    """tests/runtimes/native_core.cpp holds the runner's against the same."""
+    for known in GOLDEN["words"]:
+        stream = SplitMix64(int(known["seed"]))
+        assert [f"{stream.next():016x}" for _ in known["words"]] == known["words"]
+        assert [f"{number(int(known['seed']), n):016x}" for n in range(len(known["words"]))] == known["words"]
+    for known in GOLDEN["uniform"]:
+        stream = SplitMix64(int(known["seed"]))
+        assert [stream.uniform() for _ in known["numbers"]] == known["numbers"]
+    assert SplitMix64(1234567).next() == 6457827717110365317  # as published beside the algorithm
+
+
+def test_noise_is_that_on_record():
+    for known in GOLDEN["noise"]:
+        found = noise(int(known["seed"]), int(known["position"]), len(known["numbers"]))
+        assert found.dtype == np.float32 and found.tolist() == known["numbers"]
+
+
+def test_noise_is_normal_enough_and_every_position_has_its_own():
+    """Mean, variance and fourth moment; no correlation between seeds, positions or places; a longer one begins alike."""
+    drawn = np.stack([[noise(s, p, 20_000) for p in (0, 1, 2**40)] for s in (0, 1, 2**63)]).reshape(9, -1)
+    assert abs(drawn.mean()) < 0.01 and abs(drawn.var() - 1) < 0.02 and abs((drawn**4).mean() - 2.9) < 0.1
+    assert np.abs(drawn).max() < 6
+    between = np.corrcoef(np.concatenate([drawn, np.roll(drawn, 1, axis=1)])) - np.eye(18)
+    assert np.abs(between).max() < 0.035  # 5 standard deviations
+    np.testing.assert_array_equal(noise(3, 4, 5), noise(3, 4, 50)[:5])
+    assert noise(3, 4, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("case", GOLDEN["tokens"], ids=lambda case: case["name"])
+def test_tokens_are_those_on_record(case: dict[str, Any]):
+    """A change of the sampler that changes texts must be noticed, and is one in every language."""
+    source = case["logits"]
+    if "list" in source:
+        logits = np.array(source["list"], np.float32)
+    else:
+        logits = noise(*source["noise"]) * np.float32(source["times"])
+    sampler = Sampler(Sampling(**case["options"] | {"seed": int(case["options"]["seed"])}))
+    assert [sampler.pick(logits, [(a, b) for a, b in case["unused"]]) for _ in case["tokens"]] == case["tokens"]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -93,7 +133,7 @@ def test_one_random_number_per_token_whatever_the_options():
     sampler, greedy = Sampler(Sampling(seed=5)), Sampler(Sampling(seed=5, temperature=0))
     for _ in range(10):
         sampler.pick(logits), greedy.pick(logits)
-    assert sampler._random.random() == greedy._random.random()
+    assert sampler._random.next() == greedy._random.next()
 
 
 def test_minus_infinity_is_never_drawn():
@@ -111,7 +151,7 @@ def test_logits_that_are_not_numbers(logits: list[float]):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1), ("top_p", 0.0),
-     ("top_p", 1.1), ("top_p", float("nan")), ("seed", -1)],
+     ("top_p", 1.1), ("top_p", float("nan")), ("seed", -1), ("seed", 2**64)],
 )  # fmt: skip
 def test_options_out_of_range_name_their_flag(option: str, value: float):
     with pytest.raises(UserError) as caught:
