@@ -25,14 +25,20 @@ from rmse_edge.files import new_file
 
 NATIVE = Path(__file__).parent.with_name("native")
 SOURCES = (
-    "products.cpp",
-    "products_avx2.cpp",
-    "products_neon.cpp",
-    "products_dotprod.cpp",
-    "experts.cpp",
-    "operators.cpp",
+    "kernels/products.cpp",
+    "kernels/products_avx2.cpp",
+    "kernels/products_neon.cpp",
+    "kernels/products_dotprod.cpp",
+    "kernels/experts.cpp",
+    "executorch/operators.cpp",
 )
-HEADERS = ("products.h", "matrix_product.h", "neon_rows.h", "experts.h", "operators.h")
+HEADERS = (
+    "kernels/products.h",
+    "kernels/matrix_product.h",
+    "kernels/neon_rows.h",
+    "kernels/experts.h",
+    "executorch/operators.h",
+)
 # Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
 FLAGS = (
     "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS",

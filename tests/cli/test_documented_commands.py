@@ -105,7 +105,7 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
         assert (ROOT / rest[0]).is_file(), rest[0]
         known = script_flags(ROOT / rest[0])
     elif program.endswith("rmse-runner"):
-        source = "".join(p.read_text() for p in (ROOT / "runtimes" / "native").glob("*.cpp"))
+        source = "".join(p.read_text() for p in (ROOT / "runtimes" / "native" / "cli").glob("*.cpp"))
         known = set(re.findall(r'"(--?[a-z][a-z-]*)"', source))
     else:
         sub = rest[0] if rest and rest[0] in ("report", "gpt") and program == "rmse-train" else None

@@ -328,9 +328,9 @@ def test_a_wrong_host_is_seen(
     native, build = tmp_path / "native", tmp_path / "build"
     shutil.copytree(NATIVE, native)
     shutil.copytree(runner.parent, build)  # objects as new as they were: only one is made again
-    source = (native / "model.cpp").read_text()
+    source = (native / "core" / "model.cpp").read_text()
     assert source.count(old) == 1
-    (native / "model.cpp").write_text(source.replace(old, new))
+    (native / "core" / "model.cpp").write_text(source.replace(old, new))
     command = ["make", "-C", str(native), f"EXECUTORCH={executorch_folder()}", f"BUILD={build}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("compiling") == 1, done.stdout + done.stderr
@@ -515,14 +515,7 @@ def config(**values: Any) -> Callable[[Path], None]:
 
 def listed_as(size: int) -> Callable[[Path], None]:
     """A manifest that is wrong about a file's size."""
-
-    def change(folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["files"]["sample.txt"]["bytes"] = size
-        manifest["sha256"] = digest_manifest(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest))
-
-    return change
+    return resealed(lambda manifest: manifest["sizes"].update({"sample.txt": size}))
 
 
 def state_of(shape: list[int], *more: str) -> Callable[[Path], None]:

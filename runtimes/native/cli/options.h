@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "package.h"
-#include "sampler.h"
+#include "../core/package.h"
+#include "../core/sampler.h"
 
 namespace rmse {
 

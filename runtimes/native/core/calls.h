@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "engine.h"
+#include "../executorch/engine.h"
 #include "package.h"
 
 namespace rmse {

@@ -14,7 +14,7 @@
 
 #include <executorch/runtime/backend/options.h>
 
-#include "sha256.h"
+#include "../core/sha256.h"
 
 namespace rmse {
 namespace {

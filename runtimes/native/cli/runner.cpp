@@ -16,11 +16,11 @@
 #include <vector>
 
 #include "bench.h"
-#include "model.h"
+#include "../core/model.h"
 #include "options.h"
-#include "package.h"
-#include "sampler.h"
-#include "tokenizer.h"
+#include "../core/package.h"
+#include "../core/sampler.h"
+#include "../core/tokenizer.h"
 
 namespace rmse {
 namespace {

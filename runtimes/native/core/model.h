@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "calls.h"
-#include "engine.h"
+#include "../executorch/engine.h"
 #include "package.h"
-#include "packed_weights.h"
+#include "../executorch/packed_weights.h"
 
 namespace rmse {
 

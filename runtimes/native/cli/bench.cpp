@@ -15,10 +15,10 @@
 #include <thread>
 
 #include "bench_table.h"
-#include "json.h"
-#include "model.h"
-#include "package.h"
-#include "tokenizer.h"
+#include "../core/json.h"
+#include "../core/model.h"
+#include "../core/package.h"
+#include "../core/tokenizer.h"
 
 namespace rmse {
 namespace {

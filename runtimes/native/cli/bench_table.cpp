@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "json.h"
+#include "../core/json.h"
 
 namespace rmse {
 namespace {

@@ -21,7 +21,7 @@
 #include <executorch/runtime/kernel/operator_registry.h>
 #include <executorch/runtime/platform/platform.h>
 
-#include "experts.h"
+#include "../kernels/experts.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 
-#include "package.h"
+#include "../core/package.h"
 
 namespace rmse {
 

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string_view>
 
-#include "json.h"
+#include "../core/json.h"
 
 namespace rmse {
 namespace {
