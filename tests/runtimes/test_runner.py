@@ -28,7 +28,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ParityError
 from rmse_edge.export.gate.compare import agreement
 from rmse_edge.export.gate.reference import conversation
-from rmse_edge.package import MANIFEST, SUMS
+from rmse_edge.package import MANIFEST, SUMS, write_sums
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.kernels import executorch_folder
@@ -550,6 +550,11 @@ def cut_in_half(folder: Path) -> None:
     reseal(folder)
 
 
+def nested(depth: int) -> Any:
+    """A value with so many lists around it."""
+    return [nested(depth - 1)] if depth else 0
+
+
 def first_input(manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest["methods"]["step_1"]["inputs"][0]
 
@@ -560,7 +565,16 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json: missing"),
     "no JSON": (written(MANIFEST, b'{"a":'), "not readable as JSON"),
     "nested deeply": (written(MANIFEST, b"[" * 10**6), "nested too deeply"),
+    "objects nested deeply": (written(MANIFEST, b'{"a":' * 10**6), "nested too deeply"),
+    "nested a little too deeply": (resealed(lambda m: m.update(a=nested(32))), "nested too deeply"),
     "no UTF-8": (written(MANIFEST, b'{"\xff": 1}'), "not UTF-8 at byte 2"),
+    "half a surrogate pair": (written(MANIFEST, b'{"a": "\\ud800"}'), "not readable as JSON"),
+    "a name twice": (written(MANIFEST, b'{"a": 1, "a": 2}'), '"a" occurs twice in one object'),
+    "a number that is none": (written(MANIFEST, b'{"a": NaN}'), "not readable as JSON"),
+    "a number beyond all": (written(MANIFEST, b'{"a": 1e999}'), "not readable as JSON"),
+    "a word without end": (written(MANIFEST, b'{"a": ' + b"x" * 10**6), "not readable as JSON"),
+    "a count beyond all integers": (model(window=2**70), "got 1.1805916207174113e+21, expected a whole number"),
+    "a count with a point": (model(window=64.0), "got 64.0, expected a whole number"),
     "another manifest": (written(MANIFEST, b"{}"), "not the manifest of an rmse-edge package"),
     "an edited manifest": (edited, "was edited after the export"),
     "another target": (resealed(lambda m: m.update(target="onnx")), "made for onnx"),
@@ -628,7 +642,18 @@ def test_a_bad_package_is_one_line(runner: Path, executorch_package: Path, tmp_p
     change, part = BAD_PACKAGES[damage]
     change(folder)
     line = Runner([runner], folder).refusal("-p", "A", "-n", "1")
-    assert part in line and "bad.rmse" in line
+    assert part in line and "bad.rmse" in line and len(line) < 1000
+
+
+def test_what_a_manifest_may_well_hold(runner: Path, fp32: Runner, executorch_package: Path, tmp_path: Path) -> None:
+    """The refusals above are not about the copy: any JSON text will do, and names that this version does not know."""
+    folder = shutil.copytree(executorch_package, tmp_path / "good.rmse")
+    reseal(folder, lambda m: m.update(a=nested(31), b=[-0.0, 1e300, 2**64 - 1, "\u2028\x7f"]))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent="\t", ensure_ascii=False, sort_keys=True))
+    write_sums(folder)
+    flags = ("-p", "HELLO", "-n", "9", *GREEDY)
+    assert Runner([runner], folder).document(*flags)["tokens"] == fp32.document(*flags)["tokens"]
 
 
 BAD_FLAGS = {

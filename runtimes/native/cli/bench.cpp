@@ -15,9 +15,10 @@
 #include <thread>
 
 #include "bench_table.h"
-#include "../core/json.h"
+#include "document.h"
 #include "../core/model.h"
 #include "../core/package.h"
+#include "../core/text.h"
 #include "../core/tokenizer.h"
 
 namespace rmse {
@@ -46,7 +47,7 @@ double median(std::vector<double> x) {
 // ---------------------------------------------------------------------------------------------------- the machine
 
 // A field of /proc/self/status in bytes; null where the system does not tell.
-Json memory_in_use(const std::string& field) {
+Document memory_in_use(const std::string& field) {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {
     if (line.starts_with(field + ":")) return 1024 * std::stoll(line.substr(field.size() + 1));
@@ -75,20 +76,20 @@ double copy_bandwidth(int64_t threads) {
 
 // Bytes of weights that decoding one token multiplies with, an estimate (rmse_edge/arch/rmse/costs.py): every weight of the
 // active experts and of the dense parts once per loop that ran, what is outside the loop once.
-double weight_bytes_per_token(const ModelInfo& info, double loops) {
+double weight_bytes_per_token(const ModelInfo& info, const Json& config, double loops) {
   // Of a weight in memory: fp16 is widened when loaded, scales of groups of 32 count as part of int4.
   static const std::map<std::string, double> kWeightBytes = {{"fp32", 4}, {"fp16", 4}, {"int8", 1}, {"int4", 0.625}};
-  const auto value = [&](const char* key) { return info.config.at(key).number(); };
+  const auto value = [&](const char* key) { return number(member(config, key)); };
   const double d = value("d_model"), wide = value("n_heads") * value("head_dim");
   const double kv = 2 * value("n_kv_heads") * value("head_dim"), head = d * value("vocab_size");
-  const bool elementwise = info.config.at("attention_gate").is("elementwise");
+  const bool elementwise = member(config, "attention_gate") == "elementwise";
   double loop = d * wide + d * kv + d * (elementwise ? wide : value("n_heads")) + wide * d;
   loop += d * value("n_experts") + value("top_k") * 3 * d * value("expert_width");
   loop += value("n_shared_experts") * 3 * d * value("shared_width") + d;
   if (info.entropy_rule) loop += head;
   double once = d * d + head + d * kv;  // of the keys' and values' projection all loops share the weights
-  if (const Json& memory = info.config.at("memory"); !memory.is("none")) {
-    const bool titans = memory.is("titans");
+  if (const Json& memory = member(config, "memory"); memory != "none") {
+    const bool titans = memory == "titans";
     const double size = value("memory_dim"), narrow = value("memory_key_dim"), keys = titans ? size : narrow;
     // ATLAS reads keys with all products of two channels added.
     const double first = (titans ? size : narrow + narrow * (narrow + 1) / 2) * value("memory_hidden");
@@ -117,15 +118,14 @@ struct Row {
 
   bool adaptive() const { return mode == "adaptive"; }
 
-  Json summary() const {
-    Json result = Json::object({{"test", test}, {"mode", mode}, {"max_loops", dials.max_loops}});
+  Document summary() const {
+    Document result = Document::object({{"test", test}, {"mode", mode}, {"max_loops", dials.max_loops}});
     if (!depth.empty()) {
-      result.add("mean_loops", mean(depth));
-      result.add("mean_iterations", mean(iterations));
+      result["mean_loops"] = mean(depth);
+      result["mean_iterations"] = mean(iterations);
     }
-    result.add(depth.empty() ? "ms" : "tok_per_s", Json::object({{"mean", mean(speeds)},
-                                                                 {"sd", deviation(speeds)},
-                                                                 {"median", median(speeds)}}));
+    result[depth.empty() ? "ms" : "tok_per_s"] =
+        Document::object({{"mean", mean(speeds)}, {"sd", deviation(speeds)}, {"median", median(speeds)}});
     return result;
   }
 };
@@ -245,65 +245,54 @@ std::vector<int64_t> read_ids(const Package& package, const Options& options) {
 
 // ---------------------------------------------------------------------------------------------------- the document
 
-Json summary_of_loops(const std::vector<Row>& rows, int64_t full) {
+Document summary_of_loops(const std::vector<Row>& rows, int64_t full) {
   std::map<std::pair<std::string, int64_t>, double> ms;
   for (const Row& row : rows) ms[{row.test, row.dials.max_loops}] = median(row.speeds);
-  Json ratio = Json::object({{"max_loops", third(full)}, {"of", full}});
+  Document ratio = Document::object({{"max_loops", third(full)}, {"of", full}});
   for (const Row& row : rows) {
-    if (ratio.find(row.test) == nullptr) ratio.add(row.test, ms[{row.test, third(full)}] / ms[{row.test, full}]);
+    if (!ratio.contains(row.test)) ratio[row.test] = ms[{row.test, third(full)}] / ms[{row.test, full}];
   }
   return ratio;
 }
 
-Json speedups(const std::vector<Row>& rows, int64_t full) {
-  Json found = Json::object();
+Document speedups(const std::vector<Row>& rows, int64_t full) {
+  Document found = Document::object();
   for (const Row& row : rows) {
     const auto fixed = std::find_if(rows.begin(), rows.end(), [&](const Row& other) {
       return other.test == row.test && !other.adaptive() && other.dials.max_loops == full;
     });
-    if (row.adaptive() && fixed != rows.end()) found.add(row.test, median(row.speeds) / median(fixed->speeds));
+    if (row.adaptive() && fixed != rows.end()) found[row.test] = median(row.speeds) / median(fixed->speeds);
   }
   return found;
 }
 
-template <typename Items, typename Function>
-Json list_of(const Items& items, Function function) {
-  std::vector<Json> list;
-  std::transform(items.begin(), items.end(), std::back_inserter(list), function);
-  return Json::array(std::move(list));
-}
-
-void add_results(Json& document, const std::vector<Row>& rows, const std::vector<Row>& loops, const ModelInfo& info) {
-  document.add("rows", list_of(rows, [&](const Row& row) {
+void add_results(Document& document, const std::vector<Row>& rows, const std::vector<Row>& loops, const ModelInfo& info) {
+  const Json config = parse_json(info.config);
+  document["rows"] = Document::array();
+  for (const Row& row : rows) {
     // Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
-    Json result = row.summary();
-    const double moved = weight_bytes_per_token(info, mean(row.depth)) * median(row.speeds) / 1e9;
-    result.add("gb_per_s", row.test.starts_with("tg") ? Json(moved) : Json());
-    return result;
-  }));
-  document.add("loop_rows", list_of(loops, [](const Row& row) { return row.summary(); }));
-  document.add("loop_time_ratio", summary_of_loops(loops, info.max_loops));
-  document.add("adaptive_speedup", speedups(rows, info.max_loops));
+    Document& line = document["rows"].emplace_back(row.summary());
+    const double moved = weight_bytes_per_token(info, config, mean(row.depth)) * median(row.speeds) / 1e9;
+    line["gb_per_s"] = known(row.test.starts_with("tg"), moved);
+  }
+  document["loop_rows"] = Document::array();
+  for (const Row& row : loops) document["loop_rows"].push_back(row.summary());
+  document["loop_time_ratio"] = summary_of_loops(loops, info.max_loops);
+  document["adaptive_speedup"] = speedups(rows, info.max_loops);
   const Row* adaptive = nullptr;  // the one with the most positions
   for (const Row& row : rows) {
     if (row.adaptive() && (adaptive == nullptr || row.depth.size() > adaptive->depth.size())) adaptive = &row;
   }
-  document.add("histogram", adaptive ? Json::array(histogram(adaptive->depth, info.max_loops)) : Json());
-  document.add("work_skipped", adaptive ? Json(1 - mean(adaptive->depth) / info.max_loops) : Json());
+  document["histogram"] = adaptive ? Document(histogram(adaptive->depth, info.max_loops)) : Document();
+  document["work_skipped"] = known(adaptive != nullptr, adaptive ? 1 - mean(adaptive->depth) / info.max_loops : 0);
 }
 
 }  // namespace
 
-std::vector<int64_t> histogram(const std::vector<int64_t>& depth, int64_t full) {
-  std::vector<int64_t> counts(full);
-  for (const int64_t k : depth) ++counts[k - 1];
-  return counts;
-}
-
 std::string bench(const Options& options) {
   // With the engine started and no model. Code of it that has not run yet is not in there: a program would have to be
   // loaded, and there is none without weights.
-  const Json baseline = memory_in_use("VmRSS");
+  const Document baseline = memory_in_use("VmRSS");
   const Package package = Package::open(options.package);
   const ModelInfo& info = package.info();
   const Dials dials = options.dials(info);
@@ -322,9 +311,9 @@ std::string bench(const Options& options) {
     }
   }
   // Before the bandwidth is measured, which needs memory of its own.
-  const Json peak = memory_in_use("VmHWM"), resident = memory_in_use("VmRSS");
+  const Document peak = memory_in_use("VmHWM"), resident = memory_in_use("VmRSS");
   const int64_t threads = options.threads > 0 ? options.threads : std::max(1u, std::thread::hardware_concurrency());
-  Json document = Json::object({{"model", info.name},
+  Document document = Document::object({{"model", info.name},
                                 {"runtime", "executorch-native"},
                                 {"quant", info.quant},
                                 {"parameters", info.parameters},
@@ -333,22 +322,21 @@ std::string bench(const Options& options) {
                                 {"peak_rss_bytes", peak},
                                 {"rss_bytes", resident},
                                 {"baseline_rss_bytes", baseline},
-                                {"threads", options.threads > 0 ? Json(options.threads) : Json()},
+                                {"threads", options.threads > 0 ? Document(options.threads) : Document()},
                                 {"memory_gb_per_s", copy_bandwidth(threads) / 1e9},
                                 {"memory_threads", threads},
-                                {"dials", dials.to_json()},
+                                {"dials", document_of(dials)},
                                 {"repetitions", options.repetitions}});
   add_results(document, rows, loops, info);
-  Json notes = Json::array();
+  document["notes"] = Document::array();
   if (made_up) {
-    notes = Json::array({"made-up tokens, the package holds no sample.txt: exits would mean nothing, fixed depths only "
-                         "(give --text FILE)"});
+    document["notes"].push_back("made-up tokens, the package holds no sample.txt: exits would mean nothing, fixed depths only "
+                                "(give --text FILE)");
   } else if (!adaptive) {
-    notes = Json::array(
-        {"the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)"});
+    document["notes"].push_back(
+        "the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)");
   }
-  document.add("notes", notes);
-  return options.output == "json" ? document.dump() : markdown(document);
+  return options.output == "json" ? dump(document) : markdown(document);
 }
 
 }  // namespace rmse

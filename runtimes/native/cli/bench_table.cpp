@@ -8,8 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "../core/json.h"
-
 namespace rmse {
 namespace {
 
@@ -25,8 +23,8 @@ std::string with_commas(int64_t value) {
   return digits;
 }
 
-std::string mebibytes(const Json& count) {
-  return count.is_null() ? "unknown" : format("%.1f MiB", count.number() / (1 << 20));
+std::string mebibytes(const Document& count) {
+  return count.is_null() ? "unknown" : format("%.1f MiB", count.get<double>() / (1 << 20));
 }
 
 size_t characters(const std::string& text) {
@@ -56,18 +54,17 @@ std::string table(const std::vector<std::vector<std::string>>& rows) {
   return lines;
 }
 
-std::vector<std::string> cells(const Json& row, const char* unit, int digits) {
-  const Json& speed = row.at(unit);
+std::vector<std::string> cells(const Document& row, const char* unit, int digits) {
+  const Document& speed = row.at(unit);
   const std::string depth = row.at("max_loops").dump(), form = "%." + std::to_string(digits) + "f";
-  const auto value = [&](const char* key) { return format(form.c_str(), speed.at(key).number()); };
-  return {row.at("test").string(), row.at("mode").is("fixed") ? depth : "adaptive, at most " + depth,
+  const auto value = [&](const char* key) { return format(form.c_str(), speed.at(key).get<double>()); };
+  return {row.at("test").get<std::string>(), row.at("mode") == "fixed" ? depth : "adaptive, at most " + depth,
           value("mean") + " ± " + value("sd"), value("median")};
 }
 
 // Depths as bars. Depths above the deepest one seen are left out.
-std::string bars(const std::vector<Json>& histogram) {
-  std::vector<int64_t> counts;
-  for (const Json& count : histogram) counts.push_back(count.integer());
+std::string bars(const Document& histogram) {
+  std::vector<int64_t> counts = histogram.get<std::vector<int64_t>>();
   while (!counts.empty() && counts.back() == 0) counts.pop_back();
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   const int64_t top = *std::max_element(counts.begin(), counts.end());
@@ -80,52 +77,52 @@ std::string bars(const std::vector<Json>& histogram) {
   return lines;
 }
 
-std::string memory_lines(const Json& d) {
-  const Json &now = d.at("rss_bytes"), &baseline = d.at("baseline_rss_bytes"), &package = d.at("package_bytes");
+std::string memory_lines(const Document& d) {
+  const Document &now = d.at("rss_bytes"), &baseline = d.at("baseline_rss_bytes"), &package = d.at("package_bytes");
   std::string lines = "memory: " + mebibytes(d.at("peak_rss_bytes")) + " at most, " + mebibytes(now) +
                       " now; artifact " + mebibytes(package) + ", state " +
-                      with_commas(d.at("state_bytes").integer()) + " bytes\n";
+                      with_commas(d.at("state_bytes").get<int64_t>()) + " bytes\n";
   if (now.is_null() || baseline.is_null()) return lines;
-  const int64_t added = now.integer() - baseline.integer();
+  const int64_t added = now.get<int64_t>() - baseline.get<int64_t>();
   return lines + "without a model the engine takes " + mebibytes(baseline) + ": this one adds " +
-         mebibytes(added) + format(", %.2f × the artifact\n", added / package.number());
+         mebibytes(added) + format(", %.2f × the artifact\n", added / package.get<double>());
 }
 
 }  // namespace
 
-std::string markdown(const Json& d) {
+std::string markdown(const Document& d) {
   std::vector<std::vector<std::string>> rows = {
       {"test", "loops", "mean loops", "tokens/s", "median", "GB/s of weights"}};
-  for (const Json& row : d.at("rows").items()) {
+  for (const Document& row : d.at("rows")) {
     std::vector<std::string> line = cells(row, "tok_per_s", 1);
-    line.insert(line.begin() + 2, format("%.2f", row.at("mean_loops").number()));
-    line.push_back(row.at("gb_per_s").is_null() ? "" : format("%.2f", row.at("gb_per_s").number()));
+    line.insert(line.begin() + 2, format("%.2f", row.at("mean_loops").get<double>()));
+    line.push_back(row.at("gb_per_s").is_null() ? "" : format("%.2f", row.at("gb_per_s").get<double>()));
     rows.push_back(std::move(line));
   }
   std::vector<std::vector<std::string>> loops = {{"test", "loops", "ms", "median"}};
-  for (const Json& row : d.at("loop_rows").items()) loops.push_back(cells(row, "ms", 3));
-  const Json& ratio = d.at("loop_time_ratio");
+  for (const Document& row : d.at("loop_rows")) loops.push_back(cells(row, "ms", 3));
+  const Document& ratio = d.at("loop_time_ratio");
   std::string measured;
-  for (const auto& [test, value] : ratio.members()) {
+  for (const auto& [test, value] : ratio.items()) {
     if (test.starts_with("loop")) {
-      measured += (measured.empty() ? "" : ", ") + format("%.2f", value.number()) + " (" + test + ")";
+      measured += (measured.empty() ? "" : ", ") + format("%.2f", value.get<double>()) + " (" + test + ")";
     }
   }
   std::string text = table(rows) + "\n" + table(loops) + "\nloop stopped at " + ratio.at("max_loops").dump() + " of " +
                      ratio.at("of").dump() + ": " + measured + " of the time of full depth\n";
-  for (const auto& [test, times] : d.at("adaptive_speedup").members()) {
-    text += test + format(": adaptive exit is %.2f × as fast as full depth\n", times.number());
+  for (const auto& [test, times] : d.at("adaptive_speedup").items()) {
+    text += test + format(": adaptive exit is %.2f × as fast as full depth\n", times.get<double>());
   }
   if (!d.at("histogram").is_null()) {
-    const double percent = 100 * d.at("work_skipped").number();
+    const double percent = 100 * d.at("work_skipped").get<double>();
     text += format("adaptive exit skips %.1f%% of the iterations of full depth:\n", percent);
-    text += bars(d.at("histogram").items());
+    text += bars(d.at("histogram"));
   }
-  text += format("memory bandwidth %.1f GB/s", d.at("memory_gb_per_s").number()) + " (copying, threads: " +
+  text += format("memory bandwidth %.1f GB/s", d.at("memory_gb_per_s").get<double>()) + " (copying, threads: " +
           d.at("memory_threads").dump() + "); looped weights may come faster, from the cache\n" + memory_lines(d);
-  text += d.at("model").string() + " on " + d.at("runtime").string() + ", " + d.at("quant").string() + ", " +
-          with_commas(d.at("parameters").integer()) + " parameters, " + d.at("repetitions").dump() + " repetitions";
-  for (const Json& note : d.at("notes").items()) text += "\nnote: " + note.string();
+  text += d.at("model").get<std::string>() + " on " + d.at("runtime").get<std::string>() + ", " + d.at("quant").get<std::string>() + ", " +
+          with_commas(d.at("parameters").get<int64_t>()) + " parameters, " + d.at("repetitions").dump() + " repetitions";
+  for (const Document& note : d.at("notes")) text += "\nnote: " + note.get<std::string>();
   return text;
 }
 

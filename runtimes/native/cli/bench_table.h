@@ -3,10 +3,10 @@
 
 #include <string>
 
+#include "../core/json.h"
+
 namespace rmse {
 
-class Json;
-
-std::string markdown(const Json& document);
+std::string markdown(const Document& document);
 
 }  // namespace rmse

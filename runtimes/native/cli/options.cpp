@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string_view>
 
-#include "../core/json.h"
+#include "../core/text.h"
 
 namespace rmse {
 namespace {

@@ -16,10 +16,12 @@
 #include <vector>
 
 #include "bench.h"
+#include "document.h"
 #include "../core/model.h"
 #include "options.h"
 #include "../core/package.h"
 #include "../core/sampler.h"
+#include "../core/text.h"
 #include "../core/tokenizer.h"
 
 namespace rmse {
@@ -138,7 +140,7 @@ struct Generation {
   double decode_s = 0;       // spent on all further tokens
 
   void run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials, Writer& writer);
-  Json statistics(int64_t full) const;
+  Document statistics(int64_t full) const;
 };
 
 void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials,
@@ -176,11 +178,10 @@ void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& op
 }
 
 // Counts, speeds (tokens/s), time to the first token (s) and loops; null where there was nothing to measure.
-Json Generation::statistics(int64_t full) const {
-  const auto known = [](bool there, double value) { return there ? Json(value) : Json(); };
+Document Generation::statistics(int64_t full) const {
   const bool any = !tokens.empty();
   const double prompt_size = std::ssize(prompt), decoded = std::ssize(tokens) - 1, loops = any ? mean(depth) : 0;
-  return Json::object({{"prompt_tokens", prompt.size()},
+  return Document::object({{"prompt_tokens", prompt.size()},
                        {"prompt_mean_loops", known(any, any ? mean(prompt_depth) : 0)},
                        {"prompt_tokens_per_s", known(any, prompt_size / first_token_s)},
                        {"time_to_first_token_s", known(any, first_token_s)},
@@ -189,12 +190,12 @@ Json Generation::statistics(int64_t full) const {
                        {"mean_loops", known(any, loops)},
                        {"max_loops", full},
                        {"iterations_saved", known(any, 1 - loops / full)},
-                       {"histogram", Json::array(histogram(depth, full))},
+                       {"histogram", histogram(depth, full)},
                        {"finish_reason", finish_reason}});
 }
 
-void print_statistics(const Json& s, bool show_depth) {
-  const auto value = [&](const char* key) { return s.at(key).number(); };
+void print_statistics(const Document& s, bool show_depth) {
+  const auto value = [&](const char* key) { return s.at(key).get<double>(); };
   const std::string prompt = s.at("prompt_tokens").dump(), generated = s.at("generated_tokens").dump();
   if (s.at("mean_loops").is_null()) {
     std::fprintf(stderr, "prompt %s tokens; stopped before the first new token\n", prompt.c_str());
@@ -205,39 +206,36 @@ void print_statistics(const Json& s, bool show_depth) {
                1000 * value("time_to_first_token_s"));
   std::fprintf(stderr, "generated %s tokens", generated.c_str());
   if (!s.at("tokens_per_s").is_null()) std::fprintf(stderr, " at %.1f tokens/s", value("tokens_per_s"));
-  const Json& reason = s.at("finish_reason");
+  const Document& reason = s.at("finish_reason");
   std::fprintf(stderr, ", %.2f of %s loops on average, %.0f%% of the iterations saved%s\n", value("mean_loops"),
                s.at("max_loops").dump().c_str(), 100 * value("iterations_saved"),
-               reason.is("eos")           ? "; ended by the model"
-               : reason.is("stop")        ? "; ended at a stop text"
-               : reason.is("interrupted") ? "; interrupted"
-               : reason.is("max_seq_len") ? "; ended at the package's --max-seq-len"
+               reason == "eos"           ? "; ended by the model"
+               : reason == "stop"        ? "; ended at a stop text"
+               : reason == "interrupted" ? "; interrupted"
+               : reason == "max_seq_len" ? "; ended at the package's --max-seq-len"
                                           : "");
   if (!show_depth) return;
   std::fprintf(stderr, "tokens by loops:");
-  const std::vector<Json>& counts = s.at("histogram").items();
+  const Document& counts = s.at("histogram");
   for (size_t k = 0; k < counts.size(); ++k) {
-    if (counts[k].integer() > 0) std::fprintf(stderr, " %zu:%s", k + 1, counts[k].dump().c_str());
+    if (counts[k] > 0) std::fprintf(stderr, " %zu:%s", k + 1, counts[k].dump().c_str());
   }
   std::fprintf(stderr, "\n");
 }
 
-Json document(const Generation& generation, const std::string& text, const std::string& prompt, const Model& model,
-              const Dials& dials, const Sampling& sampling) {
-  Json result = Json::object({{"text", text},
-                              {"tokens", Json::array(generation.tokens)},
-                              {"depth", Json::array(generation.depth)},
-                              {"prompt", prompt}});
-  const Json statistics = generation.statistics(model.info().max_loops);
-  for (const auto& [key, value] : statistics.members()) result.add(key, value);
-  result.add("model", model.info().name);
-  result.add("runtime", "executorch-native");
-  result.add("state_bytes", model.state_bytes());
-  result.add("dials", dials.to_json());
-  result.add("sampling", Json::object({{"temperature", sampling.temperature},
-                                       {"top_k", sampling.top_k},
-                                       {"top_p", sampling.top_p},
-                                       {"seed", sampling.seed}}));
+Document document(const Generation& generation, const std::string& text, const std::string& prompt, const Model& model,
+                  const Dials& dials, const Sampling& sampling) {
+  Document result = Document::object(
+      {{"text", text}, {"tokens", generation.tokens}, {"depth", generation.depth}, {"prompt", prompt}});
+  result.update(generation.statistics(model.info().max_loops));
+  result["model"] = model.info().name;
+  result["runtime"] = "executorch-native";
+  result["state_bytes"] = model.state_bytes();
+  result["dials"] = document_of(dials);
+  result["sampling"] = Document::object({{"temperature", sampling.temperature},
+                                         {"top_k", sampling.top_k},
+                                         {"top_p", sampling.top_p},
+                                         {"seed", sampling.seed}});
   return result;
 }
 
@@ -337,7 +335,7 @@ int generate(const Options& options) {
   sigaction(SIGINT, &once, nullptr);
   generation.run(model, tokenizer, options, dials, writer);
   if (options.output == "json") {
-    std::puts(document(generation, writer.text(), text, model, dials, options.sampling).dump().c_str());
+    std::puts(dump(document(generation, writer.text(), text, model, dials, options.sampling)).c_str());
   } else {
     writer.close();
     if (options.show_depth || !writer.text().ends_with('\n')) std::puts("");

@@ -1,80 +1,40 @@
-// JSON as Python's json module reads and writes it: objects keep their order, numbers the text they were written as.
+// Reading JSON that anybody may have written, and writing it as Python's json module does. The parser is nlohmann's.
 #pragma once
 
-#include <concepts>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <utility>
-#include <vector>
+
+#include <nlohmann/json.hpp>
 
 namespace rmse {
+
+using Json = nlohmann::json;              // what is read
+using Document = nlohmann::ordered_json;  // what is written: members stay in the order they were put in
 
 // A text that is not JSON, or a value that is not what a reader expected.
 struct JsonError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-class Json {
- public:
-  using Member = std::pair<std::string, Json>;
+// Throws JsonError saying what is wrong and where: it is not UTF-8, a name occurs twice in an object, a number is too large
+// for any type, values are nested more than 32 deep.
+Json parse_json(std::string_view text);
 
-  Json() = default;  // null
-  Json(bool value) : kind_(Kind::kBool), truth_(value) {}
-  template <std::integral Integer>
-  Json(Integer value) : kind_(Kind::kNumber), text_(std::to_string(value)) {}
-  Json(double value);
-  Json(const char* value) : Json(std::string(value)) {}
-  Json(std::string value) : kind_(Kind::kString), text_(std::move(value)) {}
-  static Json array(std::vector<Json> items = {});
-  static Json array(const std::vector<int64_t>& values);
-  static Json object(std::vector<Member> members = {});
+// Values of a known kind; JsonError where they are another, or not there.
+const Json& member(const Json& object, std::string_view key);
+bool truth(const Json& value);
+int64_t integer(const Json& value);
+double number(const Json& value);
+const std::string& string(const Json& value);
+const Json::array_t& items(const Json& value);
+const Json::object_t& members(const Json& value);
 
-  // Throws JsonError saying what is wrong at which byte.
-  static Json parse(std::string_view text);
+const Json* find(const Json& object, std::string_view key);  // null where this is no object or has no such member
 
-  bool is_null() const { return kind_ == Kind::kNull; }
-  bool is_array() const { return kind_ == Kind::kArray; }
-  bool is_object() const { return kind_ == Kind::kObject; }
-
-  // Values of a known kind; JsonError where it is another.
-  bool boolean() const;
-  int64_t integer() const;
-  double number() const;
-  const std::string& string() const;
-  const std::vector<Json>& items() const;
-  const std::vector<Member>& members() const;
-  const Json& at(std::string_view key) const;
-
-  const Json* find(std::string_view key) const;  // null where this is no object or has no such member
-  bool is(std::string_view text) const { return kind_ == Kind::kString && text_ == text; }
-
-  Json without(std::string_view key) const;
-  void add(std::string key, Json value) { members_.emplace_back(std::move(key), std::move(value)); }
-
-  std::string dump() const;       // json.dumps(value)
-  std::string canonical() const;  // json.dumps(value, sort_keys=True, separators=(",", ":"))
-
- private:
-  enum class Kind { kNull, kBool, kNumber, kString, kArray, kObject };
-  friend class JsonParser;
-
-  void expect(Kind kind, const char* name) const;
-  void write(std::string& out, bool canonical) const;
-
-  Kind kind_ = Kind::kNull;
-  bool truth_ = false;
-  std::string text_;  // of a string, or of a number as it was written
-  std::vector<Json> items_;
-  std::vector<Member> members_;
-};
-
-// UTF-8, in which JSON and all texts here are kept.
-
-// The byte at which `text` stops being UTF-8; npos where it is.
-size_t find_invalid_utf8(std::string_view text);
-// The character that starts at byte `i` of valid UTF-8; moves `i` behind it.
-char32_t next_character(std::string_view text, size_t& i);
+// json.dumps(value)
+std::string dump(const Json& value);
+std::string dump(const Document& value);
 
 }  // namespace rmse

@@ -1,7 +1,6 @@
 #include "package.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -10,7 +9,9 @@
 #include <set>
 #include <stdexcept>
 
+#include "json.h"
 #include "sha256.h"
+#include "text.h"
 
 namespace rmse {
 namespace {
@@ -28,7 +29,7 @@ constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
 
 // What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/host/signatures.py: one with more is not
 // to be believed, and nothing is allocated by it.
-constexpr size_t kLargestManifest = 16 << 20;   // bytes
+constexpr size_t kLargestText = 16 << 20;       // bytes of the manifest, of the list of hashes
 constexpr int64_t kLargest = INT32_MAX;         // of sizes and counts
 constexpr int64_t kLargestTensor = 2LL << 30;   // bytes
 constexpr int64_t kLargestState = 4LL << 30;    // bytes kept between calls
@@ -37,8 +38,6 @@ constexpr int64_t kLargestWidth = 1 << 16;
 constexpr int64_t kLargestVocabulary = 1 << 22;
 constexpr int64_t kLargestWindow = 1 << 24;
 constexpr size_t kLongestName = 200;
-// What is kept between calls <- the result of commit that fills it; rmse_edge/config.py has it, too.
-const std::map<std::string, std::string> kRings = {{"past_keys", "keys"}, {"past_values", "values"}};
 
 struct Type {
   const char* name;
@@ -59,16 +58,16 @@ constexpr Type kTypes[] = {
 // ------------------------------------------------------------------------------------------- reading the manifest
 
 TensorSpec tensor(const std::string& name, const Json& shape, const Json& type) {
-  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return type.is(t.name); });
-  if (known == std::end(kTypes)) throw JsonError(name + ": a tensor of " + type.dump());
+  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return type == t.name; });
+  if (known == std::end(kTypes)) throw JsonError(name + ": a tensor of " + dump(type));
   if (name.empty() || name.size() > kLongestName) throw JsonError("a tensor's name of " + std::to_string(name.size()) + " bytes");
   TensorSpec spec{name, known->type, {}};
   const int64_t largest = kLargestTensor / static_cast<int64_t>(known->nbytes);
   int64_t elements = 1;
-  if (shape.items().size() > 8) throw JsonError(name + ": a tensor of shape " + shape.dump().substr(0, 80));
-  for (const Json& size : shape.items()) {
-    const int64_t n = size.integer();
-    if (n < 1 || n > largest / elements) throw JsonError(name + ": a tensor of shape " + shape.dump());
+  if (items(shape).size() > 8) throw JsonError(name + ": a tensor of shape " + dump(shape).substr(0, 80));
+  for (const Json& size : items(shape)) {
+    const int64_t n = integer(size);
+    if (n < 1 || n > largest / elements) throw JsonError(name + ": a tensor of shape " + dump(shape));
     elements *= n;
     spec.shape.push_back(static_cast<int32_t>(n));
   }
@@ -77,23 +76,25 @@ TensorSpec tensor(const std::string& name, const Json& shape, const Json& type) 
 
 std::vector<TensorSpec> tensors(const Json& list) {
   std::vector<TensorSpec> specs;
-  for (const Json& t : list.items()) specs.push_back(tensor(t.at("name").string(), t.at("shape"), t.at("dtype")));
+  for (const Json& t : items(list)) {
+    specs.push_back(tensor(string(member(t, "name")), member(t, "shape"), member(t, "dtype")));
+  }
   return specs;
 }
 
 // {name: [shape, type]}: state and memory.
 std::vector<TensorSpec> kept_tensors(const Json& kept) {
   std::vector<TensorSpec> specs;
-  for (const auto& [name, value] : kept.members()) {
-    const std::vector<Json>& pair = value.items();
-    if (pair.size() != 2) throw JsonError(name + ": got " + value.dump() + ", expected a shape and a type");
+  for (const auto& [name, value] : members(kept)) {
+    const auto& pair = items(value);
+    if (pair.size() != 2) throw JsonError(name + ": got " + dump(value) + ", expected a shape and a type");
     specs.push_back(tensor(name, pair[0], pair[1]));
   }
   return specs;
 }
 
 int64_t count(const Json& object, const char* key, int64_t least = 1, int64_t most = kLargest) {
-  const int64_t value = object.at(key).integer();
+  const int64_t value = integer(member(object, key));
   if (value < least || value > most) {
     throw JsonError(std::string(key) + ": got " + std::to_string(value) + ", expected " + std::to_string(least) + " to " +
                     std::to_string(most));
@@ -102,21 +103,23 @@ int64_t count(const Json& object, const char* key, int64_t least = 1, int64_t mo
 }
 
 std::optional<int64_t> optional_count(const Json& object, const char* key, int64_t least = 0, int64_t most = kLargest) {
-  const Json* found = object.find(key);
+  const Json* found = find(object, key);
   return found == nullptr || found->is_null() ? std::nullopt : std::optional(count(object, key, least, most));
 }
 
 double positive(const Json& object, const char* key) {
-  const double value = object.at(key).number();
-  if (!(value > 0)) throw JsonError(std::string(key) + ": got " + object.at(key).dump() + ", expected a positive number");
+  const double value = number(member(object, key));
+  if (!(value > 0)) throw JsonError(std::string(key) + ": got " + dump(member(object, key)) + ", expected a positive number");
   return value;
 }
 
-// What "model" says of `key` is what follows from "model.config".
-void agree(const Json& model, const char* key, const Json& own, const std::string& where = "model.") {
-  const Json& value = model.at(key);
-  const bool same = own.is_array() ? value.dump() == own.dump() : value.number() == own.number();
-  if (!same) throw JsonError(where + key + ": got " + value.dump() + ", expected " + own.dump() + ", as model.config says");
+// The same in "model" and in "model.config".
+void agree(const Json& model, const Json& config, const char* key) {
+  const Json &value = member(model, key), &own = member(config, key);
+  if (number(value) != number(own)) {
+    throw JsonError(std::string("model.") + key + ": got " + dump(value) + ", expected " + dump(own) +
+                    ", as model.config says");
+  }
 }
 
 // A token, several or none (null).
@@ -124,11 +127,11 @@ std::vector<int64_t> token_ids(const Json* value, const char* key, int64_t vocab
   std::vector<int64_t> ids;
   if (value == nullptr || value->is_null()) return ids;
   const auto take = [&](const Json& token) {
-    ids.push_back(token.integer());
-    if (ids.back() < 0 || ids.back() >= vocab_size) throw JsonError(std::string(key) + ": got " + value->dump());
+    ids.push_back(integer(token));
+    if (ids.back() < 0 || ids.back() >= vocab_size) throw JsonError(std::string(key) + ": got " + dump(*value));
   };
   if (value->is_array()) {
-    for (const Json& token : value->items()) take(token);
+    for (const Json& token : items(*value)) take(token);
   } else {
     take(*value);
   }
@@ -139,11 +142,11 @@ std::vector<int64_t> token_ids(const Json* value, const char* key, int64_t vocab
 std::vector<std::pair<int64_t, int64_t>> token_ranges(const Json* list, int64_t vocab_size) {
   std::vector<std::pair<int64_t, int64_t>> ranges;
   if (list == nullptr) return ranges;
-  for (const Json& range : list->items()) {
-    const std::vector<Json>& ends = range.items();
+  for (const Json& range : items(*list)) {
+    const auto& ends = items(range);
     const bool pair = ends.size() == 2;
-    const int64_t first = pair ? ends[0].integer() : -1, end = pair ? ends[1].integer() : -1;
-    if (first < 0 || end <= first || end > vocab_size) throw JsonError("unused_token_ids: got " + list->dump());
+    const int64_t first = pair ? integer(ends[0]) : -1, end = pair ? integer(ends[1]) : -1;
+    if (first < 0 || end <= first || end > vocab_size) throw JsonError("unused_token_ids: got " + dump(*list));
     ranges.emplace_back(first, end);
   }
   return ranges;
@@ -151,10 +154,10 @@ std::vector<std::pair<int64_t, int64_t>> token_ranges(const Json* list, int64_t 
 
 std::vector<int64_t> call_rows(const Json& list) {
   std::vector<int64_t> rows;
-  for (const Json& n : list.items()) rows.push_back(n.integer());
+  for (const Json& n : items(list)) rows.push_back(integer(n));
   const bool ascending = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
   if (rows.empty() || rows.front() != 1 || rows.back() > kSegment || !ascending) {
-    throw JsonError("chunks: got " + list.dump() + ", expected numbers of rows from 1 to 64, the first of them 1");
+    throw JsonError("chunks: got " + dump(list) + ", expected numbers of rows from 1 to 64, the first of them 1");
   }
   return rows;
 }
@@ -162,74 +165,15 @@ std::vector<int64_t> call_rows(const Json& list) {
 Dials own_dials(const Json& values, int64_t trained_depth) {
   const Dials dials = {.max_loops = count(values, "max_loops"),
           .min_loops = count(values, "min_loops"),
-          .exit_threshold = values.at("exit_threshold").number(),
-          .exit_epsilon = values.at("exit_epsilon").number(),
-          .exit_entropy = values.at("exit_entropy").number()};
+          .exit_threshold = number(member(values, "exit_threshold")),
+          .exit_epsilon = number(member(values, "exit_epsilon")),
+          .exit_entropy = number(member(values, "exit_entropy"))};
   try {
     dials.check(trained_depth);
-  } catch (const JsonError&) {
-    throw;
   } catch (const std::runtime_error& error) {
     throw JsonError(std::string("model.dials: some that cannot be set (") + error.what() + ")");
   }
   return dials;
-}
-
-// Trained numbers of the model that `config` describes; rmse_edge/costs.py has it, too.
-int64_t parameters_of(const Json& config) {
-  const auto size = [&](const char* key, int64_t least = 1) { return count(config, key, least, kLargestWidth); };
-  const int64_t d = size("d_model"), heads = size("n_heads"), head = size("head_dim");
-  const int64_t wide = heads * head, kv = size("n_kv_heads") * head, experts = size("n_experts");
-  const int64_t vocabulary = count(config, "vocab_size", 1, kLargestVocabulary), loops = count(config, "max_loops", 1, kMostLoops);
-  int64_t total = vocabulary * d * (config.at("tie_embeddings").boolean() ? 1 : 2);  // embeddings, head
-  total += d * d + (config.at("step_encoding").is("learned") ? loops * d : 0);      // injection, a bias per loop
-  const int64_t gates = config.at("attention_gate").is("elementwise") ? wide : heads;
-  total += d * (2 * wide + 2 * kv + gates) + 2 * head;                // attention and the norms of its queries and keys
-  total += experts * (loops + d + 3 * d * size("expert_width"));      // biases per loop, router, experts
-  total += 3 * d * size("n_shared_experts", 0) * size("shared_width", 0);
-  total += 5 * d + d + 1;  // norms, exit gate
-  const Json& memory = config.at("memory");
-  if (!memory.is("none")) {
-    const bool titans = memory.is("titans");
-    const int64_t values = size("memory_dim"), keys = titans ? values : size("memory_key_dim"), rates = titans ? 3 : 4;
-    const int64_t features = titans ? values : keys + keys * (keys + 1) / 2;  // ATLAS: all products of two channels, too
-    total += (features + values) * size("memory_hidden") + 4 * keys + d * 2 * (keys + values) + (rates + 1) * (d + 1);
-  }
-  if (const int64_t slots = size("retrieval_slots", 0); slots > 0) {
-    // Pooling queries, pooling and value projections, a norm; the key and search projections; attention to the hits.
-    total += 2 * slots * d + 2 * d * d + d + 1 + 2 * size("retrieval_dim") * slots * d + 4 * d * wide;
-  }
-  return total;
-}
-
-// What "model" says is what follows from "model.config", as check_model of runtimes/signatures.py has it.
-void check_against_config(const Json& model, const Json& config) {
-  for (const char* key : {"vocab_size", "max_loops", "window", "rope_theta"}) agree(model, key, config.at(key));
-  const int64_t head = count(config, "head_dim", 1, kLargestWidth);
-  const bool turned = config.at("step_encoding").is("temporal_rope");
-  agree(model, "rotary_dims", head - (turned ? count(config, "step_dims", 0, kLargestWidth) : 0));
-  agree(model, "parameters", parameters_of(config));
-  for (const char* key : {"max_loops", "min_loops", "exit_threshold", "exit_epsilon", "exit_entropy"}) {
-    agree(model.at("dials"), key, config.at(key), "model.dials.");
-  }
-  const Json shape = Json::array(std::vector<int64_t>{config.at("max_loops").integer(), 1,
-                                                      count(config, "n_kv_heads", 1, kLargestWidth),
-                                                      config.at("window").integer(), head});
-  const Json ring = Json::array(std::vector<Json>{shape, config.at("kv_dtype")});
-  for (const auto& [name, _] : model.at("state").members()) {
-    if (!kRings.contains(name)) throw JsonError("model.state." + name + ": expected none, as model.config says");
-  }
-  for (const auto& [name, source] : kRings) {
-    agree(model.at("state"), name.c_str(), ring, "model.state.");
-    if (model.at("rings").members().size() != kRings.size() || !model.at("rings").at(name.c_str()).is(source.c_str())) {
-      throw JsonError("model.rings: got " + model.at("rings").dump() + ", expected " + source + " for " + name);
-    }
-  }
-  const Json* memory = model.find("memory");
-  const bool some = memory != nullptr && !memory->members().empty();
-  if (some == config.at("memory").is("none")) {
-    throw JsonError("model.memory: expected " + std::string(some ? "none" : "some") + ", as model.config says");
-  }
 }
 
 // All that is kept together fits.
@@ -243,10 +187,10 @@ void check_state(const ModelInfo& info) {
 }
 
 ModelInfo model_info(const Json& manifest) {
-  const Json &model = manifest.at("model"), &config = model.at("config");
+  const Json &model = member(manifest, "model"), &config = member(model, "config");
   ModelInfo info;
-  info.name = model.at("name").string();
-  info.quant = model.at("quant").string();
+  info.name = string(member(model, "name"));
+  info.quant = string(member(model, "quant"));
   info.vocab_size = count(model, "vocab_size", 1, kLargestVocabulary);
   info.width = count(config, "d_model", 1, kLargestWidth);
   info.max_loops = count(model, "max_loops", 1, kMostLoops);
@@ -254,34 +198,33 @@ ModelInfo model_info(const Json& manifest) {
   info.rotary_dims = count(model, "rotary_dims", 2, kLargestWidth);
   info.parameters = count(model, "parameters", 0, int64_t{1} << 53);
   info.rope_theta = positive(model, "rope_theta");
-  info.dials = own_dials(model.at("dials"), info.max_loops);
-  info.chunks = call_rows(model.at("chunks"));
-  info.state = kept_tensors(model.at("state"));
-  info.rings = kRings;
-  if (const Json* memory = model.find("memory")) info.memory = kept_tensors(*memory);
+  for (const char* key : {"vocab_size", "max_loops", "window", "rope_theta"}) agree(model, config, key);
+  info.dials = own_dials(member(model, "dials"), info.max_loops);
+  info.chunks = call_rows(member(model, "chunks"));
+  info.state = kept_tensors(member(model, "state"));
+  for (const auto& [ring, source] : members(member(model, "rings"))) {
+    const auto kept = std::find_if(info.state.begin(), info.state.end(), [&](const auto& t) { return t.name == ring; });
+    const bool fits = kept != info.state.end() && kept->shape.size() >= 2 && kept->shape.rbegin()[1] == info.window;
+    if (!fits) throw JsonError(ring + ": there is no such state of " + std::to_string(info.window) + " positions");
+    info.rings[ring] = string(source);
+  }
+  if (const Json* memory = find(model, "memory")) info.memory = kept_tensors(*memory);
   check_state(info);
-  check_against_config(model, config);
-  if (!model.at("target").is(kTarget)) throw JsonError("model.target: got " + model.at("target").dump() + ", expected " + kTarget);
-  if (const Json& weights = manifest.at("quantization").at("weights"); !weights.is(info.quant)) {
-    throw JsonError("model.quant: got " + info.quant + ", expected " + weights.dump() + ", as quantization.weights says");
+  if (member(model, "target") != kTarget) throw JsonError("model.target: got " + dump(member(model, "target")) + ", expected " + kTarget);
+  if (const Json& weights = member(member(manifest, "quantization"), "weights"); weights != info.quant) {
+    throw JsonError("model.quant: got " + info.quant + ", expected " + dump(weights) + ", as quantization.weights says");
   }
   info.max_seq_len = optional_count(model, "max_seq_len", 1);
   info.bos_token = optional_count(config, "bos_token_id", 0, info.vocab_size - 1);
   // Packages made before a text could end in several ways have config.json's own token.
-  const Json* eos = model.find("eos_token_ids");
-  info.eos_tokens = token_ids(eos != nullptr ? eos : config.find("eos_token_id"), "eos_token_ids", info.vocab_size);
-  info.unused_tokens = token_ranges(model.find("unused_token_ids"), info.vocab_size);
-  std::set<std::string> rules;
-  for (const Json& rule : config.at("exit_rules").items()) {
-    const bool known = rule.is("gate") || rule.is("delta") || rule.is("entropy");
-    if (!known || !rules.insert(rule.string()).second) {
-      throw JsonError("exit_rules: got " + config.at("exit_rules").dump() + ", expected some of gate, delta, entropy, each once");
-    }
-  }
-  info.entropy_rule = rules.contains("entropy");
-  info.config = config;
-  for (const auto& [name, method] : manifest.at("methods").members()) {
-    info.methods[name] = {tensors(method.at("inputs")), tensors(method.at("outputs"))};
+  const Json* eos = find(model, "eos_token_ids");
+  info.eos_tokens = token_ids(eos != nullptr ? eos : find(config, "eos_token_id"), "eos_token_ids", info.vocab_size);
+  info.unused_tokens = token_ranges(find(model, "unused_token_ids"), info.vocab_size);
+  const auto& rules = items(member(config, "exit_rules"));
+  info.entropy_rule = std::any_of(rules.begin(), rules.end(), [](const Json& rule) { return rule == "entropy"; });
+  info.config = dump(config);
+  for (const auto& [name, method] : members(member(manifest, "methods"))) {
+    info.methods[name] = {tensors(member(method, "inputs")), tensors(member(method, "outputs"))};
   }
   return info;
 }
@@ -295,6 +238,26 @@ std::set<std::string> files_in(const fs::path& folder) {
   }
   found.erase(kSums);
   return found;
+}
+
+// Of any version: an older one had no SHA256SUMS, and is to be refused as what it is.
+Json read_manifest(const fs::path& path) {
+  if (!fs::is_regular_file(path)) refuse(path, "missing; " + path.parent_path().string() + " is not a package");
+  if (fs::file_size(path) > kLargestText) refuse(path, "larger than 16 MiB, which no such file is; export the package again");
+  Json manifest;
+  try {
+    manifest = parse_json(read_file(path.string()));
+  } catch (const JsonError& error) {
+    refuse(path, std::string("not readable as JSON (") + error.what() + "); export the package again");
+  }
+  const Json* format = find(manifest, "format");
+  if (format == nullptr || *format != kFormat) refuse(path, std::string("not the manifest of an ") + kFormat);
+  const Json* version = find(manifest, "format_version");
+  if (version == nullptr || *version != kFormatVersion) {
+    refuse(path, "format version " + (version == nullptr ? "None" : dump(*version).substr(0, 80)) + ", this runner reads " +
+                     std::to_string(kFormatVersion) + "; export the package again with this version");
+  }
+  return manifest;
 }
 
 void check_magic(const std::string& path) {
@@ -316,51 +279,34 @@ Package Package::open(const std::string& folder) {
   }
   Package package;
   package.folder_ = folder;
-  package.read_manifest();
+  const fs::path path = fs::path(folder) / kManifest;
+  const Json manifest = read_manifest(path);
   package.read_sums();
-  const fs::path manifest = fs::path(folder) / kManifest;
-  if (sha256_of_file(manifest.string()) != package.digests_.at(kManifest)) {
-    refuse(manifest, std::string("was edited after the export (its SHA-256 is not that in ") + kSums + "); export again");
+  if (sha256_of_file(path.string()) != package.digests_.at(kManifest)) {
+    refuse(path, std::string("was edited after the export (its SHA-256 is not that in ") + kSums + "); export again");
   }
   try {
-    package.check_files();
-    const std::string& target = package.manifest_.at("target").string();
+    std::map<std::string, int64_t> sizes;
+    for (const auto& [name, size] : members(member(manifest, "sizes"))) sizes[name] = integer(size);
+    package.check_files(sizes);
+    const std::string& target = string(member(manifest, "target"));
     if (target != kTarget) refuse(folder, "made for " + target + "; this runner takes packages made for " + kTarget);
-    package.info_ = model_info(package.manifest_);
-    const std::string& program = package.manifest_.at("lowering").at("program").string();
+    package.info_ = model_info(manifest);
+    const std::string& program = string(member(member(manifest, "lowering"), "program"));
     package.program_ = package.path(program);
     package.program_digest_ = package.digests_.at(program);
   } catch (const JsonError& error) {
-    refuse(manifest, std::string(error.what()) + "; export the package again");
+    refuse(path, std::string(error.what()) + "; export the package again");
   }
   check_magic(package.program_);
   return package;
-}
-
-void Package::read_manifest() {
-  const fs::path path = fs::path(folder_) / kManifest;
-  if (!fs::is_regular_file(path)) refuse(path, "missing; " + folder_ + " is not a package");
-  try {
-    if (fs::file_size(path) > kLargestManifest) refuse(path, "larger than 16 MiB, which no manifest is; export the package again");
-    manifest_ = Json::parse(read_file(path.string()));
-  } catch (const JsonError& error) {
-    refuse(path, std::string("not readable as JSON (") + error.what() + "); export the package again");
-  }
-  const Json* format = manifest_.find("format");
-  if (format == nullptr || !format->is(kFormat)) refuse(path, std::string("not the manifest of an ") + kFormat);
-  const Json* version = manifest_.find("format_version");
-  const std::string known = std::to_string(kFormatVersion);
-  if (version == nullptr || version->dump() != known) {
-    refuse(path, "format version " + (version == nullptr ? "None" : version->dump()) + ", this runner reads " + known +
-                     "; export the package again with this version");
-  }
 }
 
 // Hashes by the names of their files, as coreutils' sha256sum writes and checks them.
 void Package::read_sums() {
   const fs::path path = fs::path(folder_) / kSums;
   if (!fs::is_regular_file(path)) refuse(path, "missing from the package; export it again");
-  if (fs::file_size(path) > kLargestManifest) refuse(path, "larger than 16 MiB, which no such file is; export the package again");
+  if (fs::file_size(path) > kLargestText) refuse(path, "larger than 16 MiB, which no such file is; export the package again");
   const std::string text = read_file(path.string());
   const size_t invalid = find_invalid_utf8(text);
   if (invalid != text.npos) {
@@ -385,7 +331,7 @@ void Package::read_sums() {
   if (!digests_.contains(kManifest)) refuse(path, std::string("lists no ") + kManifest + "; export the package again");
 }
 
-void Package::check_files() {
+void Package::check_files(const std::map<std::string, int64_t>& sizes) {
   const fs::path folder = folder_;
   const std::set<std::string> present = files_in(folder);
   for (const auto& [name, _] : digests_) {
@@ -395,16 +341,15 @@ void Package::check_files() {
     if (digests_.contains(name)) continue;
     refuse(folder / name, std::string("not listed in the package's ") + kSums + "; remove it or export again");
   }
-  const Json& sizes = manifest_.at("sizes");
   nbytes_ = fs::file_size(folder / kSums);
   for (const auto& [name, digest] : digests_) {
     const fs::path path = folder / name;
     if (!fs::is_regular_file(path)) refuse(path, "is no file; export the package again");  // a link to nowhere, a pipe
     const auto size = static_cast<int64_t>(fs::file_size(path));
-    const Json* expected = sizes.find(name);
-    if (expected != nullptr && expected->integer() != size) {  // known at once, and says more than a hash that differs
-      refuse(path, std::to_string(size) + " bytes, the manifest says " + expected->dump() +
-                       (size < expected->integer() ? "; truncated? export again" : "; written to since? export again"));
+    const auto expected = sizes.find(name);
+    if (expected != sizes.end() && expected->second != size) {  // known at once, and says more than a hash that differs
+      refuse(path, std::to_string(size) + " bytes, the manifest says " + std::to_string(expected->second) +
+                       (size < expected->second ? "; truncated? export again" : "; written to since? export again"));
     }
     if (sha256_of_file(path.string()) != digest) {
       refuse(path, std::string("its SHA-256 is not that in ") + kSums + "; the file is damaged, export again");
@@ -418,13 +363,6 @@ std::string Package::path(const std::string& name) const {
   return (fs::path(folder_) / name).string();
 }
 
-std::string read_file(const std::string& path) {
-  if (fs::is_directory(path)) refuse(path, "is a folder, expected a file");
-  std::ifstream file(path, std::ios::binary);
-  if (!file) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")");
-  return std::string(std::istreambuf_iterator<char>(file), {});
-}
-
 // ------------------------------------------------------------------------------------------------ specs and dials
 
 size_t TensorSpec::nbytes() const {
@@ -435,26 +373,18 @@ size_t TensorSpec::nbytes() const {
 }
 
 void Dials::check(int64_t trained_depth) const {
-  const auto fail = [](const char* flag, const Json& got, const std::string& expected) {
-    throw std::runtime_error(std::string(flag) + ": got " + got.dump() + ", expected " + expected);
+  const auto fail = [](const char* flag, const std::string& got, const std::string& expected) {
+    throw std::runtime_error(std::string(flag) + ": got " + got + ", expected " + expected);
   };
   if (max_loops < 1 || max_loops > trained_depth) {
-    fail("--max-loops", max_loops, "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
+    fail("--max-loops", std::to_string(max_loops), "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
   }
   if (min_loops < 1 || min_loops > max_loops) {
-    fail("--min-loops", min_loops, "1..max-loops (" + std::to_string(max_loops) + ")");
+    fail("--min-loops", std::to_string(min_loops), "1..max-loops (" + std::to_string(max_loops) + ")");
   }
-  if (!(exit_threshold > 0)) fail("--exit-threshold", exit_threshold, "a positive number (1 disables it)");
-  if (!(exit_epsilon >= 0)) fail("--exit-epsilon", exit_epsilon, "0 (off) or more");
-  if (!(exit_entropy >= 0)) fail("--exit-entropy", exit_entropy, "0 (off) or more");
-}
-
-Json Dials::to_json() const {
-  return Json::object({{"max_loops", max_loops},
-                       {"min_loops", min_loops},
-                       {"exit_threshold", exit_threshold},
-                       {"exit_epsilon", exit_epsilon},
-                       {"exit_entropy", exit_entropy}});
+  if (!(exit_threshold > 0)) fail("--exit-threshold", shown(exit_threshold), "a positive number (1 disables it)");
+  if (!(exit_epsilon >= 0)) fail("--exit-epsilon", shown(exit_epsilon), "0 (off) or more");
+  if (!(exit_entropy >= 0)) fail("--exit-entropy", shown(exit_entropy), "0 (off) or more");
 }
 
 }  // namespace rmse

@@ -14,8 +14,6 @@
 
 #include <executorch/runtime/core/exec_aten/exec_aten.h>
 
-#include "json.h"
-
 namespace rmse {
 
 constexpr int64_t kSegment = 64;  // tokens between two writes of the memory; no call crosses a multiple of it
@@ -29,7 +27,6 @@ struct Dials {
   double exit_entropy = 0;    // 0 disables the entropy rule
 
   void check(int64_t trained_depth) const;  // throws std::runtime_error naming the dial and its range
-  Json to_json() const;
 };
 
 // A tensor as a method takes or gives it.
@@ -60,7 +57,7 @@ struct ModelInfo {
   std::vector<int64_t> eos_tokens;             // each of them ends a text
   std::vector<std::pair<int64_t, int64_t>> unused_tokens;  // ranges [first, end) of ids that are never to be drawn
   bool entropy_rule;  // whether exits can look at the entropy
-  Json config;        // of the checkpoint
+  std::string config;  // of the checkpoint, its config.json
   std::map<std::string, MethodSpec> methods;
 };
 
@@ -77,19 +74,14 @@ class Package {
   std::string path(const std::string& name) const;         // of a listed file; std::runtime_error where it is none
 
  private:
-  void read_manifest();
   void read_sums();
-  void check_files();
+  void check_files(const std::map<std::string, int64_t>& sizes);
 
   std::string folder_;
-  Json manifest_;
   std::map<std::string, std::string> digests_;  // SHA-256 of every file but SHA256SUMS, by its name
   ModelInfo info_;
   uint64_t nbytes_ = 0;
   std::string program_, program_digest_;
 };
-
-// The whole file; std::runtime_error where it cannot be read.
-std::string read_file(const std::string& path);
 
 }  // namespace rmse

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "json.h"
-#include "package.h"
+#include "text.h"
 
 namespace rmse {
 namespace {
@@ -37,51 +37,64 @@ std::string quoted(std::string_view text) {
   return result + "'";
 }
 
+std::string type_of(const Json& file, const char* part) {
+  const Json& found = member(file, part);
+  return found.is_null() ? "" : string(member(found, "type"));
+}
+
+// Pieces that are looked up as they stand. Truncation and padding are left out on purpose: they are what some program
+// asked for last before it saved the file.
+bool looks_up(const Json& file) {
+  return member(file, "normalizer").is_null() && member(file, "post_processor").is_null() &&
+         items(member(file, "added_tokens")).empty() && type_of(file, "model") == "WordLevel";
+}
+
+bool splits_into_characters(const Json& file) {
+  if (type_of(file, "pre_tokenizer") != "Split" || type_of(file, "decoder") != "Fuse") return false;
+  const Json& splitter = member(file, "pre_tokenizer");
+  const Json* regex = find(member(splitter, "pattern"), "Regex");
+  return regex != nullptr && *regex == "[\\s\\S]" && member(splitter, "behavior") == "Isolated" &&
+         !truth(member(splitter, "invert"));
+}
+
+bool splits_into_words(const Json& file) {
+  return type_of(file, "pre_tokenizer") == "WhitespaceSplit" && type_of(file, "decoder").empty();
+}
+
 }  // namespace
 
 Tokenizer Tokenizer::open(const std::string& path) {
   Tokenizer tokenizer;
   try {
-    tokenizer.read(Json::parse(read_file(path)));
+    tokenizer.read(read_file(path));
   } catch (const JsonError& error) {
     throw std::runtime_error(path + ": not a tokenizer.json (" + error.what() + ")");
   }
   return tokenizer;
 }
 
-void Tokenizer::read(const Json& file) {
-  kind_ = kind_of(file);
-  if (kind_ == Kind::kOther) return;
-  const Json& model = file.at("model");
-  for (const auto& [piece, value] : model.at("vocab").members()) {
-    const int64_t id = value.integer();
+void Tokenizer::read(const std::string& json) {
+  const Json file = parse_json(json);
+  if (!looks_up(file)) return;
+  if (splits_into_characters(file)) {
+    kind_ = Kind::kCharacters;
+  } else if (splits_into_words(file)) {
+    kind_ = Kind::kWords;
+  } else {
+    return;
+  }
+  const Json& model = member(file, "model");
+  for (const auto& [piece, value] : members(member(model, "vocab"))) {
+    const int64_t id = integer(value);
     if (id < 0 || id > kLargestId) throw JsonError("token " + std::to_string(id) + " is out of range");
     if (id >= std::ssize(pieces_)) pieces_.resize(id + 1);
     pieces_[id] = piece;
     ids_.emplace(piece, id);
   }
-  if (const Json* unknown = model.find("unk_token"); unknown != nullptr && !unknown->is_null()) {
-    const auto found = ids_.find(unknown->string());
+  if (const Json* unknown = find(model, "unk_token"); unknown != nullptr && !unknown->is_null()) {
+    const auto found = ids_.find(string(*unknown));
     if (found != ids_.end()) unknown_ = found->second;
   }
-}
-
-Tokenizer::Kind Tokenizer::kind_of(const Json& file) {
-  const auto type_of = [&](const char* part) {
-    return file.at(part).is_null() ? "" : file.at(part).at("type").string();
-  };
-  // Truncation and padding are left out on purpose: they are what some program asked for last before it saved the file.
-  const bool plain = file.at("normalizer").is_null() && file.at("post_processor").is_null() &&
-                     file.at("added_tokens").items().empty();
-  if (!plain || type_of("model") != "WordLevel") return Kind::kOther;
-  const Json& splitter = file.at("pre_tokenizer");
-  if (type_of("pre_tokenizer") == "Split" && type_of("decoder") == "Fuse") {
-    const Json* regex = splitter.at("pattern").find("Regex");
-    const bool characters = regex != nullptr && regex->is("[\\s\\S]") && splitter.at("behavior").is("Isolated") &&
-                            !splitter.at("invert").boolean();
-    return characters ? Kind::kCharacters : Kind::kOther;
-  }
-  return type_of("pre_tokenizer") == "WhitespaceSplit" && type_of("decoder").empty() ? Kind::kWords : Kind::kOther;
 }
 
 std::vector<int64_t> Tokenizer::encode(std::string_view text, size_t limit) const {

@@ -10,8 +10,6 @@
 
 namespace rmse {
 
-class Json;
-
 class Tokenizer {
  public:
   // Throws std::runtime_error where the file is not there or is no tokenizer.json. One of another kind is opened, too:
@@ -30,8 +28,7 @@ class Tokenizer {
  private:
   enum class Kind { kCharacters, kWords, kOther };
 
-  void read(const Json& file);
-  static Kind kind_of(const Json& file);
+  void read(const std::string& json);
   std::vector<std::string_view> split(std::string_view text, size_t limit) const;
   [[noreturn]] void refuse(std::string_view piece) const;
 
