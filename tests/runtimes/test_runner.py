@@ -526,10 +526,6 @@ def state_of(shape: list[int], *more: str) -> Callable[[Path], None]:
     return resealed(change)
 
 
-def nested(depth: int) -> list[Any]:
-    return [nested(depth - 1)] if depth else []
-
-
 def edited(folder: Path) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(manifest.read_text().replace('"exit_threshold": 0.6', '"exit_threshold": 0.5'))
