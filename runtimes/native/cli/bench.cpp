@@ -20,6 +20,7 @@
 #include "../core/package.h"
 #include "../core/text.h"
 #include "../core/tokenizer.h"
+#include "../executorch/engine.h"
 
 namespace rmse {
 namespace {
@@ -293,14 +294,14 @@ std::string bench(const Options& options) {
   // With the engine started and no model. Code of it that has not run yet is not in there: a program would have to be
   // loaded, and there is none without weights.
   const Document baseline = memory_in_use("VmRSS");
-  const Package package = Package::open(options.package);
+  const Package package = Package::open(options.package, kExecutorch);
   const ModelInfo& info = package.info();
   const Dials dials = options.dials(info);
   const bool made_up = !has_text(package, options);
   const std::optional<Dials> adaptive = made_up || exits_disabled(dials) ? std::nullopt : std::optional(dials);
   std::vector<Row> rows = token_rows(options, info, adaptive), loops = loop_rows(options, info);
   const std::vector<int64_t> ids = read_ids(package, options);
-  Model model(package, options.packed_weights);
+  Model model(package, open_executorch(package, options.packed_weights));
   // One warm-up and then the repetitions, round robin over all rows: drift of the machine meets all alike.
   for (int64_t repetition = 0; repetition <= options.repetitions; ++repetition) {
     for (std::vector<Row>* kind : {&rows, &loops}) {

@@ -23,6 +23,7 @@
 #include "../core/sampler.h"
 #include "../core/text.h"
 #include "../core/tokenizer.h"
+#include "../executorch/engine.h"
 
 namespace rmse {
 namespace {
@@ -288,10 +289,10 @@ int write_logits(const Options& options) {
     throw std::runtime_error("--parts: expected numbers that add up to the " +
                              std::to_string(options.prompt_tokens.size()) + " of --prompt-tokens");
   }
-  const Package package = Package::open(options.package);
+  const Package package = Package::open(options.package, kExecutorch);
   const Dials dials = options.dials(package.info());
   check_memory(options, package.info());
-  Model model(package, options.packed_weights);
+  Model model(package, open_executorch(package, options.packed_weights));
   if (options.no_memory) model.leave_memory_blank();
   std::span<const int64_t> tokens = options.prompt_tokens;
   std::vector<float> logits;
@@ -319,7 +320,7 @@ int generate(const Options& options) {
     throw std::runtime_error("--prompt-tokens: leave out --prompt and --file, or the other way round");
   }
   const std::string text = options.prompt_tokens.empty() ? read_prompt(options) : "";
-  const Package package = Package::open(options.package);
+  const Package package = Package::open(options.package, kExecutorch);
   const Dials dials = options.dials(package.info());
   check_memory(options, package.info());
   const Tokenizer tokenizer = Tokenizer::open(package.path("tokenizer.json"));
@@ -327,7 +328,7 @@ int generate(const Options& options) {
   generation.prompt = options.prompt_tokens.empty() ? tokenizer.encode(text) : options.prompt_tokens;
   if (generation.prompt.empty()) generation.prompt = begin_of_text(package.info());
   Writer writer(options);
-  Model model(package, options.packed_weights);
+  Model model(package, open_executorch(package, options.packed_weights));
   if (options.no_memory) model.leave_memory_blank();
   struct sigaction once = {};  // Ctrl-C ends the text; a second one the program
   once.sa_handler = [](int) { interrupted = 1; };
@@ -351,7 +352,7 @@ int run(int argc, char** argv) {
     std::fputs(Options::usage().c_str(), stdout);
     return 0;
   }
-  start_engine(options.threads);
+  start_executorch(options.threads);
   if (!options.logits.empty()) return write_logits(options);
   if (!options.bench) return generate(options);
   std::puts(bench(options).c_str());

@@ -6,10 +6,8 @@
 namespace rmse {
 namespace {
 
-using executorch::aten::ScalarType;
-
 bool is_row_of(const TensorSpec& row, const TensorSpec& stack) {
-  return row.type == stack.type && !stack.shape.empty() &&
+  return row.dtype == stack.dtype && !stack.shape.empty() &&
          std::equal(row.shape.begin(), row.shape.end(), stack.shape.begin() + 1, stack.shape.end());
 }
 
@@ -32,44 +30,51 @@ void require(const Method& method, const std::string& output) {
 
 }  // namespace
 
-Calls::Calls(Program& program, const ModelInfo& info, int64_t rows, const Buffers& shared)
+std::unique_ptr<Method> load_method(Engine& engine, const ModelInfo& info, const std::string& name, int64_t rows) {
+  const std::string of_rows = std::to_string(rows);
+  const auto known = info.methods.find(name + "_" + of_rows);
+  if (known == info.methods.end()) engine.refuse("holds no " + name + " for " + of_rows + " rows");
+  return engine.load(known->first, known->second);
+}
+
+Calls::Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers& shared)
     : rows_(rows),
       max_loops_(info.max_loops),
       shared_(shared),
-      prelude_(program, info, "prelude", rows),
-      begin_(program, info, "begin", rows),
-      step_(program, info, "step", rows),
-      head_(program, info, "head", rows),
-      commit_(program, info, "commit", rows) {
+      prelude_(load_method(engine, info, "prelude", rows)),
+      begin_(load_method(engine, info, "begin", rows)),
+      step_(load_method(engine, info, "step", rows)),
+      head_(load_method(engine, info, "head", rows)),
+      commit_(load_method(engine, info, "commit", rows)) {
   make_known(info);
   bind_step_outputs();
-  for (Method* method : {&prelude_, &head_, &commit_}) bind_outputs(*method);
-  bind_outputs(begin_, "first_");  // first_X is X before the first iteration
-  bind_inputs(step_, rows_read_);
-  for (Method* method : {&prelude_, &begin_, &head_, &commit_}) {
+  for (const auto* method : {&prelude_, &head_, &commit_}) bind_outputs(**method);
+  bind_outputs(*begin_, "first_");  // first_X is X before the first iteration
+  bind_inputs(*step_, rows_read_);
+  for (const auto* method : {&prelude_, &begin_, &head_, &commit_}) {
     std::vector<Row> rows_of_stacks;
-    bind_inputs(*method, rows_of_stacks);
-    if (!rows_of_stacks.empty()) method->refuse("takes rows of what is kept, as only step does");
+    bind_inputs(**method, rows_of_stacks);
+    if (!rows_of_stacks.empty()) (*method)->refuse("takes rows of what is kept, as only step does");
   }
-  for (const char* name : {"next_h", "next_depth", "any_active"}) require(step_, name);
-  require(head_, "logits");
-  for (const auto& [_, source] : info.rings) require(commit_, source);
+  for (const char* name : {"next_h", "next_depth", "any_active"}) require(*step_, name);
+  require(*head_, "logits");
+  for (const auto& [_, source] : info.rings) require(*commit_, source);
 }
 
 // What this class itself reads and writes: where a call stands, and what it is to give. All else is only passed on.
 void Calls::make_known(const ModelInfo& info) {
   const auto rows = static_cast<int32_t>(rows_), pairs = static_cast<int32_t>(info.rotary_dims / 2);
-  make({"tokens", ScalarType::Long, {1, rows}});
-  make({"cos", ScalarType::Float, {1, rows, pairs}});
-  make({"sin", ScalarType::Float, {1, rows, pairs}});
-  make({"position", ScalarType::Long, {1}});
-  make({"n_valid", ScalarType::Long, {1}});
-  make({"k", ScalarType::Long, {}});
-  make({"any_active", ScalarType::Bool, {}});
-  make({"iterations", ScalarType::Long, {}});
-  make({"depth", ScalarType::Long, {1, rows}});
-  make({"h", ScalarType::Float, {1, rows, static_cast<int32_t>(info.width)}});
-  make({"logits", ScalarType::Float, {1, rows, static_cast<int32_t>(info.vocab_size)}});
+  make({"tokens", Dtype::kInt64, {1, rows}});
+  make({"cos", Dtype::kFloat32, {1, rows, pairs}});
+  make({"sin", Dtype::kFloat32, {1, rows, pairs}});
+  make({"position", Dtype::kInt64, {1}});
+  make({"n_valid", Dtype::kInt64, {1}});
+  make({"k", Dtype::kInt64, {}});
+  make({"any_active", Dtype::kBool, {}});
+  make({"iterations", Dtype::kInt64, {}});
+  make({"depth", Dtype::kInt64, {1, rows}});
+  make({"h", Dtype::kFloat32, {1, rows, static_cast<int32_t>(info.width)}});
+  make({"logits", Dtype::kFloat32, {1, rows, static_cast<int32_t>(info.vocab_size)}});
   for (const auto& [ring, source] : info.rings) {
     TensorSpec spec = shared_.at(ring).spec();
     spec.name = source;
@@ -98,19 +103,19 @@ void Calls::bind_outputs(Method& method, std::string_view prefix) {
 }
 
 void Calls::bind_step_outputs() {
-  const auto& [inputs, outputs] = step_.spec();
+  const auto& [inputs, outputs] = step_->spec();
   for (size_t i = 0; i < outputs.size(); ++i) {
     const TensorSpec& next = outputs[i];
     if (next.name == "any_active") {
-      step_.write(i, made_by(step_, i, next).data());
+      step_->write(i, made_by(*step_, i, next).data());
     } else if (!next.name.starts_with("next_")) {
-      rows_written_.push_back({i, made_by(step_, i, stack_of(next, max_loops_)).data(), next.nbytes()});
+      rows_written_.push_back({i, made_by(*step_, i, stack_of(next, max_loops_)).data(), next.nbytes()});
     } else {
       const TensorSpec x = without("next_", next);
       const auto named = [&](const TensorSpec& t) { return t.name == x.name; };
       const auto input = std::find_if(inputs.begin(), inputs.end(), named);
-      if (input == inputs.end()) step_.refuse("gives " + next.name + ", but takes no " + x.name);
-      carried_.push_back({static_cast<size_t>(input - inputs.begin()), i, &made_by(step_, i, x), &make(next)});
+      if (input == inputs.end()) step_->refuse("gives " + next.name + ", but takes no " + x.name);
+      carried_.push_back({static_cast<size_t>(input - inputs.begin()), i, &made_by(*step_, i, x), &make(next)});
     }
   }
 }
@@ -148,24 +153,24 @@ void Calls::prelude(std::span<const int64_t> tokens, int64_t position) {
       *sin++ = static_cast<float>(std::sin(angle));
     }
   }
-  prelude_.run();
+  prelude_->run();
 }
 
 int64_t Calls::loop() {
-  begin_.run();
+  begin_->run();
   own_.at("depth").clear();
   int64_t& k = *own_.at("k").as<int64_t>();
   const int64_t limit = *shared_.at("max_loops").as<int64_t>();
   const bool& any_active = *own_.at("any_active").as<bool>();
   k = 0;
   do {
-    for (const Row& row : rows_read_) step_.read(row.argument, row.stack + k * row.stride);
-    for (const Row& row : rows_written_) step_.write(row.argument, row.stack + k * row.stride);
+    for (const Row& row : rows_read_) step_->read(row.argument, row.stack + k * row.stride);
+    for (const Row& row : rows_written_) step_->write(row.argument, row.stack + k * row.stride);
     for (const Carried& c : carried_) {
-      step_.read(c.input, (k % 2 == 0 ? c.x : c.next)->data());
-      step_.write(c.output, (k % 2 == 0 ? c.next : c.x)->data());
+      step_->read(c.input, (k % 2 == 0 ? c.x : c.next)->data());
+      step_->write(c.output, (k % 2 == 0 ? c.next : c.x)->data());
     }
-    step_.run();
+    step_->run();
     ++k;
   } while (any_active && k < limit);
   if (k % 2 == 1) {  // head and commit read X

@@ -3,27 +3,31 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "../executorch/engine.h"
+#include "engine.h"
 #include "package.h"
 
 namespace rmse {
+
+// Loads NAME_ROWS. Throws std::runtime_error where the manifest has no such method.
+std::unique_ptr<Method> load_method(Engine& engine, const ModelInfo& info, const std::string& name, int64_t rows);
 
 // They, and the tensors that one gives to the next.
 class Calls {
  public:
   // `shared`: tensors that calls of all numbers of rows read.
-  Calls(Program& program, const ModelInfo& info, int64_t rows, const Buffers& shared);
+  Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers& shared);
   Calls(const Calls&) = delete;
 
   void prelude(std::span<const int64_t> tokens, int64_t position);
   int64_t loop();  // iterations that ran
-  void head() { head_.run(); }
-  void commit() { commit_.run(); }
+  void head() { head_->run(); }
+  void commit() { commit_->run(); }
 
   int64_t rows() const { return rows_; }
   const Buffer& at(const std::string& name) const { return own_.at(name); }
@@ -52,7 +56,7 @@ class Calls {
   const Buffers& shared_;
   Buffers own_;
   std::vector<double> frequencies_;  // of the rotary channels, radians per position
-  Method prelude_, begin_, step_, head_, commit_;
+  std::unique_ptr<Method> prelude_, begin_, step_, head_, commit_;
   std::vector<Row> rows_read_, rows_written_;
   std::vector<Carried> carried_;
 };

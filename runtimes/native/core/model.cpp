@@ -1,13 +1,7 @@
 #include "model.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cinttypes>
-#include <cstdio>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -15,8 +9,6 @@
 
 namespace rmse {
 namespace {
-
-using executorch::aten::ScalarType;
 
 // Prefill calls have 64 rows, decode calls one. Up to this many rows, single calls beat a padded call.
 constexpr int64_t kSingleCalls = 6;
@@ -37,63 +29,42 @@ std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t co
   return calls;
 }
 
-// Gives the pages of a file that this process has mapped back to the system; they return when they are read, from the
-// system's cache. XNNPACK has packed its weights into memory of its own by now, and experts are read one by one.
-void release_mapped(const std::string& path) {
-#if defined(MADV_DONTNEED)
-  std::error_code ignored;
-  const std::string name = std::filesystem::canonical(path, ignored).string();
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
-    uintptr_t start = 0, end = 0;
-    int at = 0;  // of the name
-    const int found = std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %n", &start, &end, &at);
-    if (found == 2 && line.compare(at, line.npos, name) == 0) {
-      madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);  // a refusal costs nothing but memory
-    }
-  }
-#endif
-}
-
 }  // namespace
 
-Model::Model(const Package& package, const std::string& packed_weights)
-    : info_(package.info()),
-      packed_weights_(packed_weights, package.program_digest()),
-      program_(package.program(), packed_weights_.path()) {
+Model::Model(const Package& package, std::unique_ptr<Engine> engine)
+    : info_(package.info()), engine_(std::move(engine)) {
   check_methods();
   make_shared();
-  for (const int64_t rows : info_.chunks) calls_.push_back(std::make_unique<Calls>(program_, info_, rows, shared_));
+  for (const int64_t rows : info_.chunks) calls_.push_back(std::make_unique<Calls>(*engine_, info_, rows, shared_));
   if (!info_.memory.empty()) make_memory();
-  packed_weights_.seal();
-  release_mapped(package.program());
+  engine_->finish_loading();
   reset();
 }
 
 // Before anything is allocated: what the manifest says of the methods is what the program has, and what it says of the model
 // is what the methods take and give.
 void Model::check_methods() {
-  for (const auto& [name, spec] : info_.methods) program_.check(name, spec);
+  for (const auto& [name, spec] : info_.methods) engine_->check(name, spec);
   const auto find = [&](const std::string& method, std::vector<TensorSpec> MethodSpec::* side, const std::string& name) {
     const auto known = info_.methods.find(method);
-    if (known == info_.methods.end()) program_.refuse("the manifest has no " + method);
+    if (known == info_.methods.end()) engine_->refuse("the manifest has no " + method);
     const auto& tensors = known->second.*side;
     return std::find_if(tensors.begin(), tensors.end(), [&](const TensorSpec& t) { return t.name == name; });
   };
   const auto expect = [&](const std::string& method, std::vector<TensorSpec> MethodSpec::* side, const TensorSpec& spec) {
     const auto found = find(method, side, spec.name);
     if (found == (info_.methods.at(method).*side).end() || !found->fits(spec)) {
-      program_.refuse(method + " has " + spec.name + " in another form than the manifest's model");
+      engine_->refuse(method + " has " + spec.name + " in another form than the manifest's model");
     }
   };
   for (const int64_t rows : info_.chunks) {
     std::string of_rows = "_";
     of_rows += std::to_string(rows);
     const auto n = static_cast<int32_t>(rows);
-    expect("prelude" + of_rows, &MethodSpec::inputs, {"tokens", ScalarType::Long, {1, n}});
+    expect("prelude" + of_rows, &MethodSpec::inputs, {"tokens", Dtype::kInt64, {1, n}});
     expect("head" + of_rows, &MethodSpec::outputs,
-           {"logits", ScalarType::Float, {1, n, static_cast<int32_t>(info_.vocab_size)}});
-    expect("step" + of_rows, &MethodSpec::inputs, {"h", ScalarType::Float, {1, n, static_cast<int32_t>(info_.width)}});
+           {"logits", Dtype::kFloat32, {1, n, static_cast<int32_t>(info_.vocab_size)}});
+    expect("step" + of_rows, &MethodSpec::inputs, {"h", Dtype::kFloat32, {1, n, static_cast<int32_t>(info_.width)}});
     for (TensorSpec state : info_.state) {
       state.shape.erase(state.shape.begin());  // one loop's
       expect("step" + of_rows, &MethodSpec::inputs, state);
@@ -104,8 +75,8 @@ void Model::check_methods() {
 
 void Model::make_shared() {
   const auto make = [&](const TensorSpec& spec) { shared_.try_emplace(spec.name, spec); };
-  for (const char* name : {"max_loops", "min_loops"}) make({name, ScalarType::Long, {}});
-  for (const char* name : {"exit_threshold", "exit_epsilon", "exit_entropy"}) make({name, ScalarType::Float, {}});
+  for (const char* name : {"max_loops", "min_loops"}) make({name, Dtype::kInt64, {}});
+  for (const char* name : {"exit_threshold", "exit_epsilon", "exit_entropy"}) make({name, Dtype::kFloat32, {}});
   std::for_each(info_.state.begin(), info_.state.end(), make);
   std::for_each(info_.memory.begin(), info_.memory.end(), make);
   // Nothing is looked up here: hits stay empty.
@@ -116,13 +87,13 @@ void Model::make_shared() {
 
 void Model::make_memory() {
   // Exit states since the last boundary: what the memory is going to be taught.
-  const TensorSpec segment = {"segment", ScalarType::Float, {1, kSegment, static_cast<int32_t>(info_.width)}};
+  const TensorSpec segment = {"segment", Dtype::kFloat32, {1, kSegment, static_cast<int32_t>(info_.width)}};
   shared_.try_emplace(segment.name, segment);
-  const TensorSpec valid = {"n_valid", ScalarType::Long, {1}};
+  const TensorSpec valid = {"n_valid", Dtype::kInt64, {1}};
   *learned_.try_emplace(valid.name, valid).first->second.as<int64_t>() = kSegment;
-  Method blank(program_, info_, "blank", kSegment);
-  memorize_ = std::make_unique<Method>(program_, info_, "memorize", kSegment);
-  for (auto [method, results] : {std::pair(&blank, &blank_), std::pair(memorize_.get(), &learned_)}) {
+  const std::unique_ptr<Method> blank = load_method(*engine_, info_, "blank", kSegment);
+  memorize_ = load_method(*engine_, info_, "memorize", kSegment);
+  for (auto [method, results] : {std::pair(blank.get(), &blank_), std::pair(memorize_.get(), &learned_)}) {
     const auto& [inputs, outputs] = method->spec();
     for (size_t i = 0; i < outputs.size(); ++i) {
       method->write(i, results->try_emplace(outputs[i].name, outputs[i]).first->second.data());
@@ -142,7 +113,7 @@ void Model::make_memory() {
       if (found == results->end() || !found->second.spec().fits(memory)) memorize_->refuse("gives no " + name);
     }
   }
-  blank.run();
+  blank->run();
 }
 
 size_t Model::state_bytes() const {

@@ -1,4 +1,4 @@
-// A looped language model that remembers what it was fed: runtimes/host/text.py over the methods of an ExecuTorch program.
+// A looped language model that remembers what it was fed: runtimes/host/text.py over the methods of a package.
 //
 // The host keeps what is kept between calls: the ring of keys and values, of which every iteration reads its row where it
 // lies, and the neural memory, written every 64 tokens.
@@ -12,9 +12,8 @@
 #include <vector>
 
 #include "calls.h"
-#include "../executorch/engine.h"
+#include "engine.h"
 #include "package.h"
-#include "../executorch/packed_weights.h"
 
 namespace rmse {
 
@@ -28,7 +27,8 @@ struct Fed {
 class Model {
  public:
   // Loads all methods. Throws std::runtime_error: one line saying what is wrong, and what to do.
-  explicit Model(const Package& package, const std::string& packed_weights = "");
+  // `engine` is that of the package.
+  Model(const Package& package, std::unique_ptr<Engine> engine);
   Model(const Model&) = delete;
 
   const ModelInfo& info() const { return info_; }
@@ -53,8 +53,7 @@ class Model {
   void memorize();
 
   ModelInfo info_;
-  PackedWeights packed_weights_;
-  Program program_;
+  std::unique_ptr<Engine> engine_;
   Buffers shared_;  // dials, state, memory, hits
   std::vector<std::unique_ptr<Calls>> calls_;
   std::unique_ptr<Method> memorize_;  // null: there is no memory

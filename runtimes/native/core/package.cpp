@@ -1,9 +1,7 @@
 #include "package.h"
 
 #include <algorithm>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <iterator>
 #include <set>
@@ -17,15 +15,12 @@ namespace rmse {
 namespace {
 
 namespace fs = std::filesystem;
-using executorch::aten::ScalarType;
 
 constexpr char kFormat[] = "rmse-edge package";
 constexpr int64_t kFormatVersion = 2;
-constexpr char kTarget[] = "executorch";
 constexpr char kManifest[] = "manifest.json";
 constexpr char kSums[] = "SHA256SUMS";
 constexpr size_t kDigits = 64;  // of a hash
-constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
 
 // What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/host/signatures.py: one with more is not
 // to be believed, and nothing is allocated by it.
@@ -39,18 +34,6 @@ constexpr int64_t kLargestVocabulary = 1 << 22;
 constexpr int64_t kLargestWindow = 1 << 24;
 constexpr size_t kLongestName = 200;
 
-struct Type {
-  const char* name;
-  ScalarType type;
-  size_t nbytes;
-};
-
-constexpr Type kTypes[] = {
-    {"float32", ScalarType::Float, 4}, {"float16", ScalarType::Half, 2}, {"bfloat16", ScalarType::BFloat16, 2},
-    {"int64", ScalarType::Long, 8},    {"int32", ScalarType::Int, 4},    {"int8", ScalarType::Char, 1},
-    {"uint8", ScalarType::Byte, 1},    {"bool", ScalarType::Bool, 1},
-};
-
 [[noreturn]] void refuse(const fs::path& path, const std::string& what) {
   throw std::runtime_error(path.string() + ": " + what);
 }
@@ -58,11 +41,11 @@ constexpr Type kTypes[] = {
 // ------------------------------------------------------------------------------------------- reading the manifest
 
 TensorSpec tensor(const std::string& name, const Json& shape, const Json& type) {
-  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return type == t.name; });
-  if (known == std::end(kTypes)) throw JsonError(name + ": a tensor of " + dump(type));
+  const std::optional<Dtype> dtype = type.is_string() ? dtype_of(string(type)) : std::nullopt;
+  if (!dtype) throw JsonError(name + ": a tensor of " + dump(type));
   if (name.empty() || name.size() > kLongestName) throw JsonError("a tensor's name of " + std::to_string(name.size()) + " bytes");
-  TensorSpec spec{name, known->type, {}};
-  const int64_t largest = kLargestTensor / static_cast<int64_t>(known->nbytes);
+  TensorSpec spec{name, *dtype, {}};
+  const int64_t largest = kLargestTensor / static_cast<int64_t>(nbytes_of(*dtype));
   int64_t elements = 1;
   if (items(shape).size() > 8) throw JsonError(name + ": a tensor of shape " + dump(shape).substr(0, 80));
   for (const Json& size : items(shape)) {
@@ -260,19 +243,11 @@ Json read_manifest(const fs::path& path) {
   return manifest;
 }
 
-void check_magic(const std::string& path) {
-  char start[8] = {};
-  std::ifstream(path, std::ios::binary).read(start, sizeof start);
-  if (std::memcmp(start + 4, kMagic, 4) != 0) {
-    refuse(path, std::string("is not an ExecuTorch program (") + kMagic + "); export the package again");
-  }
-}
-
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------------- package
 
-Package Package::open(const std::string& folder) {
+Package Package::open(const std::string& folder, const std::string& target) {
   if (!fs::is_directory(folder)) {
     refuse(folder, std::string(fs::exists(folder) ? "is no folder, expected a package folder" : "no such package folder") +
                        "; make one with rmse-export");
@@ -289,8 +264,8 @@ Package Package::open(const std::string& folder) {
     std::map<std::string, int64_t> sizes;
     for (const auto& [name, size] : members(member(manifest, "sizes"))) sizes[name] = integer(size);
     package.check_files(sizes);
-    const std::string& target = string(member(manifest, "target"));
-    if (target != kTarget) refuse(folder, "made for " + target + "; this runner takes packages made for " + kTarget);
+    const std::string& own = string(member(manifest, "target"));
+    if (own != target) refuse(folder, "made for " + own + "; this runner takes packages made for " + target);
     package.info_ = model_info(manifest);
     const std::string& program = string(member(member(manifest, "lowering"), "program"));
     package.program_ = package.path(program);
@@ -298,7 +273,6 @@ Package Package::open(const std::string& folder) {
   } catch (const JsonError& error) {
     refuse(path, std::string(error.what()) + "; export the package again");
   }
-  check_magic(package.program_);
   return package;
 }
 
@@ -363,14 +337,7 @@ std::string Package::path(const std::string& name) const {
   return (fs::path(folder_) / name).string();
 }
 
-// ------------------------------------------------------------------------------------------------ specs and dials
-
-size_t TensorSpec::nbytes() const {
-  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return t.type == type; });
-  size_t bytes = known->nbytes;
-  for (const int32_t n : shape) bytes *= n;
-  return bytes;
-}
+// ---------------------------------------------------------------------------------------------------------- dials
 
 void Dials::check(int64_t trained_depth) const {
   const auto fail = [](const char* flag, const std::string& got, const std::string& expected) {

@@ -1,7 +1,6 @@
 // A package: the folder NAME.rmse/ whose SHA256SUMS lists every other file with its SHA-256, manifest.json included.
 //
-// All of it is checked before the runtime sees a byte: ExecuTorch ends the process over some damaged files and computes
-// with others.
+// All of it is checked before an engine sees a byte: some end the process over damaged files, and compute with others.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include <executorch/runtime/core/exec_aten/exec_aten.h>
+#include "tensor.h"
 
 namespace rmse {
 
@@ -27,20 +26,6 @@ struct Dials {
   double exit_entropy = 0;    // 0 disables the entropy rule
 
   void check(int64_t trained_depth) const;  // throws std::runtime_error naming the dial and its range
-};
-
-// A tensor as a method takes or gives it.
-struct TensorSpec {
-  std::string name;
-  executorch::aten::ScalarType type;
-  std::vector<int32_t> shape;
-
-  size_t nbytes() const;
-  bool fits(const TensorSpec& other) const { return type == other.type && shape == other.shape; }
-};
-
-struct MethodSpec {
-  std::vector<TensorSpec> inputs, outputs;
 };
 
 // What the manifest says about the model.
@@ -64,12 +49,13 @@ struct ModelInfo {
 class Package {
  public:
   // Throws std::runtime_error: one line saying what is wrong with which file, and what to do.
-  static Package open(const std::string& folder);
+  // `target`: what it must have been made for.
+  static Package open(const std::string& folder, const std::string& target);
 
   const std::string& folder() const { return folder_; }
   const ModelInfo& info() const { return info_; }
   uint64_t nbytes() const { return nbytes_; }              // of all files
-  const std::string& program() const { return program_; }  // path of the ExecuTorch program
+  const std::string& program() const { return program_; }  // path of the engine's file
   const std::string& program_digest() const { return program_digest_; }  // SHA-256 of it
   std::string path(const std::string& name) const;         // of a listed file; std::runtime_error where it is none
 

@@ -1,15 +1,24 @@
 #include "engine.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <iterator>
-#include <new>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/backend/interface.h>
 
 #include "operators.h"
+#include "packed_weights.h"
 
 // The wheel brings the thread pool, but not its header.
 namespace executorch::extension::threadpool {
@@ -23,17 +32,169 @@ ThreadPool* get_threadpool();
 namespace rmse {
 namespace {
 
+using executorch::aten::ScalarType;
 using executorch::extension::Module;
+using executorch::extension::TensorPtr;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
 
-constexpr size_t kAlignment = 64;
-constexpr size_t kSlack = 128;  // bytes: XNNPACK reads a few beyond the end
+constexpr char kMagic[] = "ET12";  // bytes 4..8 of a program
 constexpr char kXnnpack[] = "XnnpackBackend";
+
+ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32: return ScalarType::Float;
+    case Dtype::kFloat16: return ScalarType::Half;
+    case Dtype::kBfloat16: return ScalarType::BFloat16;
+    case Dtype::kInt64: return ScalarType::Long;
+    case Dtype::kInt32: return ScalarType::Int;
+    case Dtype::kInt8: return ScalarType::Char;
+    case Dtype::kUint8: return ScalarType::Byte;
+    case Dtype::kBool: break;
+  }
+  return ScalarType::Bool;
+}
+
+// The runtime ends the process over other bytes.
+std::string checked_program(const std::string& path) {
+  char start[8] = {};
+  std::ifstream(path, std::ios::binary).read(start, sizeof start);
+  if (std::memcmp(start + 4, kMagic, 4) != 0) {
+    throw std::runtime_error(path + ": is not an ExecuTorch program (" + kMagic + "); export the package again");
+  }
+  return path;
+}
+
+// Gives the pages of a file that this process has mapped back to the system; they return when they are read, from the
+// system's cache. XNNPACK has packed its weights into memory of its own by now, and experts are read one by one.
+void release_mapped(const std::string& path) {
+#if defined(MADV_DONTNEED)
+  std::error_code ignored;
+  const std::string name = std::filesystem::canonical(path, ignored).string();
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    uintptr_t start = 0, end = 0;
+    int at = 0;  // of the name
+    const int found = std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %n", &start, &end, &at);
+    if (found == 2 && line.compare(at, line.npos, name) == 0) {
+      madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);  // a refusal costs nothing but memory
+    }
+  }
+#endif
+}
+
+// `what`, with the engine's own complaint about what it was asked last, if it had one.
+std::string with_complaint(const std::string& what) {
+  const std::string complaint = rmse_last_error();
+  return complaint.empty() ? what : what + " (" + complaint + ")";
+}
+
+// The engine, to be asked one thing: what a message quotes is about that.
+Module& ask(Module& module) {
+  rmse_clear_error();
+  return module;
+}
+
+// ---------------------------------------------------------------------------------------------------- one method
+
+class ExecutorchMethod final : public Method {
+ public:
+  ExecutorchMethod(const std::string& program, Module& module, const std::string& name, const MethodSpec& spec)
+      : Method(program, name, spec), module_(module) {
+    const auto holder = [](const TensorSpec& tensor) {
+      return executorch::extension::from_blob(nullptr, tensor.shape, scalar_type(tensor.dtype));
+    };
+    std::transform(spec.inputs.begin(), spec.inputs.end(), std::back_inserter(inputs_), holder);
+    std::transform(spec.outputs.begin(), spec.outputs.end(), std::back_inserter(outputs_), holder);
+  }
+
+  void read(size_t input, std::byte* data) override {
+    inputs_[input]->unsafeGetTensorImpl()->set_data(data);
+    if (ask(module_).set_input(name(), EValue(*inputs_[input]), input) != Error::Ok) {
+      refuse(with_complaint("does not take " + spec().inputs[input].name));
+    }
+  }
+
+  void write(size_t output, std::byte* data) override {
+    outputs_[output]->unsafeGetTensorImpl()->set_data(data);
+    if (ask(module_).set_output(name(), EValue(*outputs_[output]), output) != Error::Ok) {
+      refuse(with_complaint("does not give " + spec().outputs[output].name));
+    }
+  }
+
+  void run() override {
+    if (!ask(module_).execute(name()).ok()) refuse(with_complaint("failed"));
+  }
+
+ private:
+  Module& module_;
+  std::vector<TensorPtr> inputs_, outputs_;  // a shape and where the data is
+};
+
+// ------------------------------------------------------------------------------------------------- the program
+
+class ExecutorchEngine final : public Engine {
+ public:
+  ExecutorchEngine(const Package& package, const std::string& packed_weights)
+      : Engine(checked_program(package.program())),
+        packed_weights_(packed_weights, package.program_digest()),
+        // Methods run one after the other: they can have one piece of working memory between them.
+        module_(program(), Module::LoadMode::Mmap, nullptr, nullptr, nullptr, /*share_memory_arenas=*/true) {
+    executorch::runtime::BackendOptions<2> options;
+    Error error = options.set_option("weight_cache_enabled", true);  // one packed copy of a weight for all methods
+    if (!packed_weights_.path().empty()) {
+      executorch::runtime::BackendOptions<1> saving;
+      if (error == Error::Ok) error = options.set_option("packed_cache_path", packed_weights_.path().c_str());
+      if (error == Error::Ok) error = saving.set_option("save_weight_cache_on_disk", true);
+      if (error == Error::Ok) error = executorch::runtime::set_option(kXnnpack, saving.view());
+    }
+    executorch::runtime::LoadBackendOptionsMap map;
+    if (error == Error::Ok) error = map.set_options(kXnnpack, options.view());
+    constexpr auto kVerification = executorch::runtime::Program::Verification::InternalConsistency;
+    if (error == Error::Ok) error = ask(module_).load(map, kVerification);
+    if (error != Error::Ok) refuse(with_complaint("executorch cannot load it"));
+  }
+
+  // Tensors as the manifest has them and as the program has them.
+  void check(const std::string& method, const MethodSpec& spec) override {
+    const auto meta = ask(module_).method_meta(method);
+    const auto fits = [](const TensorSpec& tensor, const auto& found) {
+      if (!found.ok() || found->scalar_type() != scalar_type(tensor.dtype)) return false;
+      const auto sizes = found->sizes();
+      return std::equal(sizes.begin(), sizes.end(), tensor.shape.begin(), tensor.shape.end());
+    };
+    if (!meta.ok()) refuse("holds no " + method + ", which the manifest has");
+    if (meta->num_inputs() != spec.inputs.size() || meta->num_outputs() != spec.outputs.size()) {
+      refuse(method + " takes or gives another number of tensors than the manifest says");
+    }
+    for (size_t i = 0; i < spec.inputs.size(); ++i) {
+      if (fits(spec.inputs[i], meta->input_tensor_meta(i))) continue;
+      refuse(method + " takes " + spec.inputs[i].name + " in another form than the manifest says");
+    }
+    for (size_t i = 0; i < spec.outputs.size(); ++i) {
+      if (fits(spec.outputs[i], meta->output_tensor_meta(i))) continue;
+      refuse(method + " gives " + spec.outputs[i].name + " in another form than the manifest says");
+    }
+  }
+
+  std::unique_ptr<Method> load(const std::string& method, const MethodSpec& spec) override {
+    if (ask(module_).load_method(method) != Error::Ok) refuse(with_complaint("executorch cannot load " + method));
+    return std::make_unique<ExecutorchMethod>(program(), module_, method, spec);
+  }
+
+  void finish_loading() override {
+    packed_weights_.seal();
+    release_mapped(program());
+  }
+
+ private:
+  PackedWeights packed_weights_;
+  Module module_;
+};
 
 }  // namespace
 
-void start_engine(int64_t threads) {
+void start_executorch(int64_t threads) {
   rmse_take_messages();
   auto* pool = executorch::extension::threadpool::get_threadpool();
   if (threads > 0 && (pool == nullptr || !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads)))) {
@@ -41,116 +202,8 @@ void start_engine(int64_t threads) {
   }
 }
 
-// --------------------------------------------------------------------------------------------- memory of a tensor
-
-Buffer::Buffer(const TensorSpec& spec)
-    : spec_(spec),
-      nbytes_(spec.nbytes()),
-      bytes_(new (std::align_val_t{kAlignment}) std::byte[nbytes_ + kSlack]()) {}
-
-void Buffer::Free::operator()(std::byte* bytes) const { operator delete[](bytes, std::align_val_t{kAlignment}); }
-
-void Buffer::copy(const Buffer& other) { std::memcpy(data(), other.data(), nbytes_); }
-
-void Buffer::clear() { std::memset(data(), 0, nbytes_); }
-
-// ------------------------------------------------------------------------------------------------- the program
-
-Program::Program(const std::string& path, const std::string& packed_weights)
-    : path_(path),
-      // Methods run one after the other: they can have one piece of working memory between them.
-      module_(path, Module::LoadMode::Mmap, nullptr, nullptr, nullptr, /*share_memory_arenas=*/true) {
-  executorch::runtime::BackendOptions<2> options;
-  Error error = options.set_option("weight_cache_enabled", true);  // one packed copy of a weight for all methods
-  if (!packed_weights.empty()) {
-    executorch::runtime::BackendOptions<1> saving;
-    if (error == Error::Ok) error = options.set_option("packed_cache_path", packed_weights.c_str());
-    if (error == Error::Ok) error = saving.set_option("save_weight_cache_on_disk", true);
-    if (error == Error::Ok) error = executorch::runtime::set_option(kXnnpack, saving.view());
-  }
-  executorch::runtime::LoadBackendOptionsMap map;
-  if (error == Error::Ok) error = map.set_options(kXnnpack, options.view());
-  constexpr auto kVerification = executorch::runtime::Program::Verification::InternalConsistency;
-  if (error == Error::Ok) error = engine().load(map, kVerification);
-  if (error != Error::Ok) fail("executorch cannot load it");
-  auto names = engine().method_names();
-  if (!names.ok()) fail("executorch cannot list its methods");
-  methods_ = std::move(*names);
+std::unique_ptr<Engine> open_executorch(const Package& package, const std::string& packed_weights) {
+  return std::make_unique<ExecutorchEngine>(package, packed_weights);
 }
-
-Module& Program::engine() {
-  rmse_clear_error();
-  return module_;
-}
-
-void Program::fail(const std::string& what) const {
-  const std::string complaint = rmse_last_error();
-  refuse(complaint.empty() ? what : what + " (" + complaint + ")");
-}
-
-void Program::refuse(const std::string& what) const {
-  throw std::runtime_error(path_ + ": " + what + "; export the package again");
-}
-
-// Tensors as the manifest has them and as the program has them.
-void Program::check(const std::string& method, const MethodSpec& spec) {
-  const auto meta = engine().method_meta(method);
-  const auto fits = [](const TensorSpec& tensor, const auto& found) {
-    if (!found.ok() || found->scalar_type() != tensor.type) return false;
-    const auto sizes = found->sizes();
-    return std::equal(sizes.begin(), sizes.end(), tensor.shape.begin(), tensor.shape.end());
-  };
-  if (!meta.ok()) refuse("holds no " + method + ", which the manifest has");
-  if (meta->num_inputs() != spec.inputs.size() || meta->num_outputs() != spec.outputs.size()) {
-    refuse(method + " takes or gives another number of tensors than the manifest says");
-  }
-  for (size_t i = 0; i < spec.inputs.size(); ++i) {
-    if (fits(spec.inputs[i], meta->input_tensor_meta(i))) continue;
-    refuse(method + " takes " + spec.inputs[i].name + " in another form than the manifest says");
-  }
-  for (size_t i = 0; i < spec.outputs.size(); ++i) {
-    if (fits(spec.outputs[i], meta->output_tensor_meta(i))) continue;
-    refuse(method + " gives " + spec.outputs[i].name + " in another form than the manifest says");
-  }
-}
-
-// --------------------------------------------------------------------------------------------------- one method
-
-Method::Method(Program& program, const ModelInfo& info, const std::string& name, int64_t rows)
-    : program_(program), name_(name + "_" + std::to_string(rows)) {
-  const auto known = info.methods.find(name_);
-  if (known == info.methods.end() || !program.has(name_)) {
-    program.refuse("holds no " + name + " for " + std::to_string(rows) + " rows");
-  }
-  spec_ = known->second;
-  if (program.engine().load_method(name_) != Error::Ok) program.fail("executorch cannot load " + name_);
-  const auto holder = [](const TensorSpec& spec) {
-    return executorch::extension::from_blob(nullptr, spec.shape, spec.type);
-  };
-  std::transform(spec_.inputs.begin(), spec_.inputs.end(), std::back_inserter(inputs_), holder);
-  std::transform(spec_.outputs.begin(), spec_.outputs.end(), std::back_inserter(outputs_), holder);
-}
-
-void Method::read(size_t input, std::byte* data) {
-  inputs_[input]->unsafeGetTensorImpl()->set_data(data);
-  if (program_.engine().set_input(name_, EValue(*inputs_[input]), input) != Error::Ok) {
-    fail("does not take " + spec_.inputs[input].name);
-  }
-}
-
-void Method::write(size_t output, std::byte* data) {
-  outputs_[output]->unsafeGetTensorImpl()->set_data(data);
-  if (program_.engine().set_output(name_, EValue(*outputs_[output]), output) != Error::Ok) {
-    fail("does not give " + spec_.outputs[output].name);
-  }
-}
-
-void Method::run() {
-  if (!program_.engine().execute(name_).ok()) fail("failed");
-}
-
-void Method::fail(const std::string& what) const { program_.fail(name_ + " " + what); }
-
-void Method::refuse(const std::string& what) const { program_.refuse(name_ + " " + what); }
 
 }  // namespace rmse

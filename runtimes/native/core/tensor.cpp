@@ -1,0 +1,54 @@
+#include "tensor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <new>
+
+namespace rmse {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kSlack = 128;  // bytes: XNNPACK reads a few beyond the end
+
+struct Type {
+  std::string_view name;
+  Dtype dtype;
+  size_t nbytes;
+};
+
+constexpr Type kTypes[] = {
+    {"float32", Dtype::kFloat32, 4}, {"float16", Dtype::kFloat16, 2}, {"bfloat16", Dtype::kBfloat16, 2},
+    {"int64", Dtype::kInt64, 8},     {"int32", Dtype::kInt32, 4},     {"int8", Dtype::kInt8, 1},
+    {"uint8", Dtype::kUint8, 1},     {"bool", Dtype::kBool, 1},
+};
+
+}  // namespace
+
+std::optional<Dtype> dtype_of(std::string_view name) {
+  const auto known = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return t.name == name; });
+  return known == std::end(kTypes) ? std::nullopt : std::optional(known->dtype);
+}
+
+size_t nbytes_of(Dtype dtype) {
+  return std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return t.dtype == dtype; })->nbytes;
+}
+
+size_t TensorSpec::nbytes() const {
+  size_t bytes = nbytes_of(dtype);
+  for (const int32_t n : shape) bytes *= n;
+  return bytes;
+}
+
+Buffer::Buffer(const TensorSpec& spec)
+    : spec_(spec),
+      nbytes_(spec.nbytes()),
+      bytes_(new (std::align_val_t{kAlignment}) std::byte[nbytes_ + kSlack]()) {}
+
+void Buffer::Free::operator()(std::byte* bytes) const { operator delete[](bytes, std::align_val_t{kAlignment}); }
+
+void Buffer::copy(const Buffer& other) { std::memcpy(data(), other.data(), nbytes_); }
+
+void Buffer::clear() { std::memset(data(), 0, nbytes_); }
+
+}  // namespace rmse

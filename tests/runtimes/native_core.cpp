@@ -1,0 +1,155 @@
+// runtimes/native/core alone, without ExecuTorch: its random numbers and tokens are those of tests/data/sampler.json, and
+// a package runs on an engine of ours. test_native_core.py compiles and starts it: native_core SAMPLER.JSON PACKAGE
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/engine.h"
+#include "core/generator.h"
+#include "core/json.h"
+#include "core/model.h"
+#include "core/package.h"
+#include "core/sampler.h"
+#include "core/text.h"
+
+namespace rmse {
+namespace {
+
+int failures = 0;
+
+template <typename Found, typename Expected>
+void expect(const std::string& what, const Found& found, const Expected& expected) {
+  if (found == expected) return;
+  ++failures;
+  std::cout << what << ": got " << dump(Json(found)) << ", expected " << dump(Json(expected)) << "\n";
+}
+
+uint64_t unsigned_of(const Json& text, int base = 10) { return std::stoull(string(text), nullptr, base); }
+
+// ------------------------------------------------------------------------------------------------------ on record
+
+void check_words(const Json& known) {
+  SplitMix64 stream(unsigned_of(known["seed"]));
+  for (const Json& word : known["words"]) expect("a word of seed " + dump(known["seed"]), stream.next(), unsigned_of(word, 16));
+}
+
+void check_uniform(const Json& known) {
+  SplitMix64 stream(unsigned_of(known["seed"]));
+  for (const Json& x : known["numbers"]) expect("a number of seed " + dump(known["seed"]), stream.uniform(), x.get<double>());
+}
+
+void check_noise(const Json& known) {
+  const auto expected = known["numbers"].get<std::vector<float>>();
+  const auto found = noise(unsigned_of(known["seed"]), unsigned_of(known["position"]), expected.size());
+  expect("noise of seed " + dump(known["seed"]), found, expected);
+}
+
+void check_tokens(const Json& known) {
+  std::vector<float> logits;
+  if (const Json* list = find(known["logits"], "list")) {
+    logits = list->get<std::vector<float>>();
+  } else {
+    const auto of = known["logits"]["noise"].get<std::vector<uint64_t>>();
+    logits = noise(of[0], of[1], of[2]);
+    for (float& logit : logits) logit *= known["logits"]["times"].get<float>();
+  }
+  const Json& options = known["options"];
+  Sampler sampler({.temperature = options["temperature"].get<double>(),
+                   .top_k = options.value("top_k", int64_t{0}),
+                   .top_p = options.value("top_p", 1.0),
+                   .seed = unsigned_of(options["seed"])});
+  const auto unused = known["unused"].get<std::vector<std::pair<int64_t, int64_t>>>();
+  std::vector<int64_t> found;
+  while (found.size() < known["tokens"].size()) found.push_back(sampler.pick(logits, unused));
+  expect(string(known["name"]), found, known["tokens"].get<std::vector<int64_t>>());
+}
+
+// ------------------------------------------------------------------------------------------------ another engine
+
+// A method as a function of what its arguments are bound to, by name.
+class CountingMethod final : public Method {
+ public:
+  using Arguments = std::map<std::string, std::byte*>;
+  using Work = std::function<void(const Arguments&)>;
+
+  CountingMethod(const std::string& program, const std::string& name, const MethodSpec& spec, Work work)
+      : Method(program, name, spec), work_(std::move(work)) {}
+
+  void read(size_t input, std::byte* data) override { bound_[spec().inputs[input].name] = data; }
+  void write(size_t output, std::byte* data) override { bound_[spec().outputs[output].name] = data; }
+  void run() override { work_(bound_); }
+
+ private:
+  Work work_;
+  Arguments bound_;
+};
+
+// A model that counts: token t takes t + 1 loops, each adds one to h, and the logits point at the sum.
+class CountingEngine final : public Engine {
+ public:
+  using Engine::Engine;
+
+  void check(const std::string&, const MethodSpec&) override {}
+
+  std::unique_ptr<Method> load(const std::string& method, const MethodSpec& spec) override {
+    using Arguments = CountingMethod::Arguments;
+    const auto f32 = [](const Arguments& a, const char* name) { return reinterpret_cast<float*>(a.at(name)); };
+    const auto i64 = [](const Arguments& a, const char* name) { return reinterpret_cast<int64_t*>(a.at(name)); };
+    const std::map<std::string, CountingMethod::Work> works = {
+        {"prelude_1", [=](const Arguments& a) { *f32(a, "x0") = static_cast<float>(*i64(a, "tokens")); }},
+        {"begin_1", [=](const Arguments& a) { *f32(a, "first_h") = 0; }},
+        {"step_1",
+         [=](const Arguments& a) {
+           *f32(a, "next_h") = *f32(a, "h") + 1;
+           *i64(a, "next_depth") = *i64(a, "depth") + 1;
+           *reinterpret_cast<bool*>(a.at("any_active")) = static_cast<float>(*i64(a, "k")) < *f32(a, "x0");
+         }},
+        {"head_1",
+         [=](const Arguments& a) {
+           for (int v = 0; v < 4; ++v) f32(a, "logits")[v] = -std::fabs(static_cast<float>(v) - *f32(a, "h"));
+         }},
+        {"commit_1", [](const Arguments&) {}},
+    };
+    return std::make_unique<CountingMethod>(program(), method, spec, works.at(method));
+  }
+};
+
+void check_engine(const std::string& folder) {
+  const Package package = Package::open(folder, "counting");
+  Model model(package, std::make_unique<CountingEngine>(package.program()));
+  const std::vector<int64_t> tokens = {0, 2, 1, 0};
+  const Fed fed = model.feed(tokens, {.max_loops = 3}, /*all_logits=*/true);
+  expect("depth", fed.depth, std::vector<int64_t>{1, 3, 2, 1});
+  expect("iterations", fed.iterations, fed.depth);
+  Sampler greedy({.temperature = 0});
+  std::vector<int64_t> best;
+  for (size_t i = 0; i < tokens.size(); ++i) best.push_back(greedy.pick(std::span(fed.logits).subspan(4 * i, 4)));
+  expect("the likeliest tokens", best, fed.depth);
+  expect("depth at a bound", model.feed(tokens, {.max_loops = 2}).depth, std::vector<int64_t>{1, 2, 2, 1});
+  expect("position", model.position(), 8);
+  std::string refusal;
+  try {
+    Package::open(folder, "executorch");
+  } catch (const std::runtime_error& error) {
+    refusal = error.what();
+  }
+  expect("another target", refusal.ends_with("made for counting; this runner takes packages made for executorch"), true);
+}
+
+}  // namespace
+}  // namespace rmse
+
+int main(int, char** argv) {
+  const rmse::Json golden = rmse::parse_json(rmse::read_file(argv[1]));
+  for (const auto& known : golden["words"]) rmse::check_words(known);
+  for (const auto& known : golden["uniform"]) rmse::check_uniform(known);
+  for (const auto& known : golden["noise"]) rmse::check_noise(known);
+  for (const auto& known : golden["tokens"]) rmse::check_tokens(known);
+  rmse::check_engine(argv[2]);
+  return rmse::failures == 0 ? 0 : 1;
+}
