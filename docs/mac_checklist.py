@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.cli.common import Parser, positive_int, verb
 from rmse_edge.errors import PackageError, UserError, quiet
 from rmse_edge.files import write_text
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import MANIFEST, Package
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, CoremlRuntime
 from rmse_edge.runtimes.host.base import Arrays, Dials

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import SEGMENT, KvDtype, RMSEConfig
+from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ExportError, ParityError, UserError
 from rmse_edge.loop.contract import LoopSpec
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
@@ -153,21 +154,7 @@ def rounded(model: RMSE, quant: str) -> RMSE:
 def as_cached(model: RMSE, request: ExportRequest) -> RMSE:
     """`model`, or a copy whose keys and values are stored in the type that the request's packages have, a float."""
     cache = get_target(request.target).cache
-    return with_cache(model, cache(request.quant, model.config.kv_dtype) if cache else model.config.kv_dtype)
-
-
-def with_cache(model: RMSE, dtype: KvDtype) -> RMSE:
-    """`model`, or a copy whose keys and values are stored in another type, a float."""
-    if dtype == model.config.kv_dtype:
-        return model
-    twin = copy.deepcopy(model)
-    config = dataclasses.replace(model.config, kv_dtype=dtype)
-    for module in twin.modules():
-        if hasattr(module, "config"):
-            module.config = config  # type: ignore[assignment]
-    if hasattr(twin.block.attention, "kv_scales"):  # of an int8 cache
-        del twin.block.attention.kv_scales
-    return twin
+    return model.with_cache_dtype(cache(request.quant, model.config.kv_dtype)) if cache else model
 
 
 def export_package(
@@ -192,7 +179,11 @@ def export_package(
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
-    vocabulary = Vocabulary.of_folder(checkpoint, model.config) if checkpoint else Vocabulary.of_config(model.config)
+    end = model.config.eos_token_id
+    if checkpoint:
+        vocabulary = Vocabulary.of_folder(checkpoint, model.config.vocab_size, end)
+    else:
+        vocabulary = Vocabulary.of_model(end)
     with writing(destination, request.overwrite) as folder, one_thread(model):
         target = get_target(request.target)
         source = quantized.fingerprint if quantized else None
@@ -254,7 +245,7 @@ def export_package(
             alone = None
             if not exact and not (found is not None and float_cache):
                 stage("parity of the host")
-                alone = compare_host(with_cache(counterpart, "float32"), tokens)
+                alone = compare_host(counterpart.with_cache_dtype("float32"), tokens)
             candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
             try:
                 reports = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmse_edge.arch.rmse.model import RMSE, Stop
 from rmse_edge.loop.stop import stops
-from rmse_edge.train.losses import token_loss
+from rmse_edge.losses import token_loss
 
 from .parallel import cores, split_evenly
 

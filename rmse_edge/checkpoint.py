@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .arch.rmse.config import RMSEConfig, token_ids
+from .arch.rmse.config import RMSEConfig
 from .arch.rmse.model import RMSE
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
 from .errors import CheckpointError, ConfigError, TextError
 from .files import changed_folder, finish_change, kind_of
+from .numbers import token_ids
 from .shards import WEIGHTS_FILE, StoredTensors, check_finite, weight_files
 from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
 

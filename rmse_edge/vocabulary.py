@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arch.rmse.config import RMSEConfig, token_ids
 from .errors import CheckpointError, TextError
+from .numbers import token_ids
 from .schema import read_json
 from .text import Tokenizer
 
@@ -30,31 +30,33 @@ class Vocabulary:
     unused_token_ids: Ranges = ()  # never to be drawn
 
     @classmethod
-    def of_config(cls, config: RMSEConfig) -> Vocabulary:
-        """Of a model alone, without the files beside it."""
-        return cls(token_ids(config.eos_token_id, "eos_token_id"))
+    def of_model(cls, eos_token_id: int | Iterable[int] | None) -> Vocabulary:
+        """Of a model alone, without the files beside it: `eos_token_id` as its configuration has it."""
+        return cls(token_ids(eos_token_id, "eos_token_id"))
 
     @classmethod
-    def of_folder(cls, folder: Path, config: RMSEConfig) -> Vocabulary:
+    def of_folder(cls, folder: Path, vocab_size: int, eos_token_id: int | Iterable[int] | None) -> Vocabulary:
         """Of a checkpoint folder, which need not have a tokenizer: then every id may be drawn.
 
+        Args:
+            vocab_size, eos_token_id: as the model's configuration has them.
         Raises:
             CheckpointError: generation_config.json cannot be read, or its `eos_token_id` is none of the model.
             TextError: tokenizer.json cannot be read, or is of another model.
         """
-        eos = cls.of_config(config).eos_token_ids
+        eos = cls.of_model(eos_token_id).eos_token_ids
         generation = folder / GENERATION_FILE
         if generation.is_file():
             eos = token_ids(_read(generation).get("eos_token_id"), f"{generation}: eos_token_id")
-            if beyond := [token for token in eos if token >= config.vocab_size]:
+            if beyond := [token for token in eos if token >= vocab_size]:
                 raise CheckpointError(
-                    f"{generation}: eos_token_id: got {beyond[0]}, expected below vocab_size ({config.vocab_size})"
+                    f"{generation}: eos_token_id: got {beyond[0]}, expected below vocab_size ({vocab_size})"
                 )
         tokenizer = folder / TOKENIZER_FILE
         if not tokenizer.is_file():
             return cls(eos)
         # A model may have learned to end with a token that its tokenizer has no text for.
-        return cls(eos, unused(tokenizer, Tokenizer(tokenizer).ids(), config.vocab_size, eos))
+        return cls(eos, unused(tokenizer, Tokenizer(tokenizer).ids(), vocab_size, eos))
 
 
 def unused(where: object, ids: Iterable[int], vocab_size: int, eos: Sequence[int] = ()) -> Ranges:

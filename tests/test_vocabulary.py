@@ -13,11 +13,12 @@ import torch
 from helpers import ALPHABET, Memo, assert_one_line, mixed_model
 from small_models import lively_model, small_config
 
-from rmse_edge.arch.rmse.config import RMSEConfig, token_ids
+from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import CheckpointError, ConfigError, TextError
 from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.numbers import token_ids
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.host.base import ModelInfo
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
@@ -37,7 +38,7 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(("given", "ids"), [(None, ()), (3, (3,)), ([1, 2], (1, 2)), ((1, 2), (1, 2)), ([], ())])
 def test_end_tokens_are_one_several_or_none(given: Any, ids: tuple[int, ...]) -> None:
     config = small_config(eos_token_id=given)
-    assert token_ids(config.eos_token_id, "eos") == ids == Vocabulary.of_config(config).eos_token_ids
+    assert token_ids(config.eos_token_id, "eos") == ids == Vocabulary.of_model(config.eos_token_id).eos_token_ids
     written = json.loads(config.to_json())
     assert written["eos_token_id"] == (list(given) if isinstance(given, tuple) else given)  # as it was given
     assert RMSEConfig.from_dict(written) == config and hash(config)
@@ -63,7 +64,8 @@ def test_generation_config_counts_as_in_transformers(
     file = tmp_path / "generation_config.json"
     file.unlink() if generation is None else file.write_text(json.dumps(generation))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
-    found = Vocabulary.of_folder(tmp_path, load_checkpoint(tmp_path).config).eos_token_ids
+    config = load_checkpoint(tmp_path).config
+    found = Vocabulary.of_folder(tmp_path, config.vocab_size, config.eos_token_id).eos_token_ids
     assert (
         found
         == token_ids(theirs, "")
@@ -83,7 +85,7 @@ def test_generation_config_counts_as_in_transformers(
 def test_a_bad_generation_config_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises((CheckpointError, ConfigError)) as caught:
-        Vocabulary.of_folder(tmp_path, small_config())
+        Vocabulary.of_folder(tmp_path, 37, None)
     assert_one_line(str(caught.value), "generation_config.json", said)
 
 

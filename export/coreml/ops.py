@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
-from rmse_edge.layers.attention import Attention, RMSNorm
-from rmse_edge.layers.experts import SparseExperts, select, swiglu
+from rmse_edge.layers.attention import Attention
+from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
+from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.tensors import Format
 
@@ -229,7 +230,7 @@ class StatisticsNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-class PortableExperts(SparseExperts):
+class PortableExperts(StoredExperts):
     """Experts in operators that every engine has."""
 
     stored_gate_up_proj: nn.Module
@@ -241,11 +242,7 @@ class PortableExperts(SparseExperts):
             weights: gate_up_proj (E, 2f, d) and down_proj (E, d, f), as they are to be stored.
             dense: compute all experts instead of fetching the chosen ones.
         """
-        with torch.device("meta"):  # everything of it is replaced
-            super().__init__(experts.config)
-        for name in ("router", "shared_gate_up_proj", "shared_down_proj", "step_logits", "balance_bias", "load"):
-            setattr(self, name, getattr(experts, name))
-        self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]
+        super().__init__(experts)
         self.dense = dense
         for name, weight in weights.items():
             kept = _flat(weight, name == "down_proj") if dense else weight
@@ -256,7 +253,7 @@ class PortableExperts(SparseExperts):
             self.add_module(f"stored_{name}", module)
 
     def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
-        routing = select(logits, self.balance_bias, self.config.top_k)
+        routing = select(logits, self.balance_bias, self.top_k)
         if self.dense:
             share = torch.zeros_like(logits).scatter(1, routing.experts, routing.weights)  # (N, E)
             hidden = swiglu(self.stored_gate_up_proj(rows)).unflatten(-1, (logits.shape[-1], -1))  # (N, E, f)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
-from rmse_edge.layers.attention import Attention, RMSNorm
-from rmse_edge.layers.experts import SparseExperts, gathered_experts, select
+from rmse_edge.layers.attention import Attention
+from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
+from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.scheme import EXPERTS
 from rmse_edge.quantize.tensors import Format
@@ -114,7 +114,7 @@ class NumberedLinear(nn.Module):
         return self.layer(x)[..., :-1]
 
 
-class IntegerExperts(SparseExperts):
+class IntegerExperts(StoredExperts):
     """Experts that trace to `quantized_experts`."""
 
     gate_up_codes: Tensor  # see there
@@ -122,17 +122,15 @@ class IntegerExperts(SparseExperts):
     down_codes: Tensor
     down_scales: Tensor
 
-    def __init__(self, config: RMSEConfig, gate_up: QuantizedTensor, down: QuantizedTensor) -> None:
-        with torch.device("meta"):  # everything of it is replaced
-            super().__init__(config)
-        self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]
+    def __init__(self, experts: SparseExperts, gate_up: QuantizedTensor, down: QuantizedTensor) -> None:
+        super().__init__(experts)
         for name, q in (("gate_up", gate_up), ("down", down)):
             self.register_buffer(f"{name}_codes", stored_codes(q))
             self.register_buffer(f"{name}_scales", q.scales.to(torch.bfloat16))
 
     def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
         weights = (self.gate_up_codes, self.gate_up_scales, self.down_codes, self.down_scales)
-        return quantized_experts(rows, logits, self.balance_bias, active, *weights, self.config.top_k)
+        return quantized_experts(rows, logits, self.balance_bias, active, *weights, self.top_k)
 
 
 def stored_codes(q: QuantizedTensor) -> Tensor:
@@ -208,10 +206,7 @@ def _replace_experts(model: nn.Module, path: str, module: SparseExperts, left: d
     up, down = (left.pop(name) for name in names)
     for name, q in zip(names, (up, down)):
         check_format(name, q.format, q.shape[-1])
-    new = IntegerExperts(module.config, up, down).eval()
-    for name in ("router", "shared_gate_up_proj", "shared_down_proj", "step_logits", "balance_bias"):
-        setattr(new, name, getattr(module, name))
-    model.set_submodule(path, new)
+    model.set_submodule(path, IntegerExperts(module, up, down).eval())
 
 
 def torchao_weight(q: QuantizedTensor, dynamic: bool) -> Tensor:

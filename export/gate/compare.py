@@ -36,11 +36,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram, dial_specs, next_of, signature
 from rmse_edge.loop.contract import LoopSpec
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays, Dials, Methods, ModelInfo, dtype_name
 from rmse_edge.runtimes.host.text import LoopRuntime

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import ParityError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.host.base import Arrays, Methods
 from rmse_edge.runtimes.host.text import LoopRuntime
 

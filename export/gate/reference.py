@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.loop.contract import InjectedHits, TextModel
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays, Dials, ModelInfo
 

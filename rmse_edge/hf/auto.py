@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -27,21 +29,12 @@ def register_config() -> None:
 
 
 def register_model() -> None:
-    """Map `RMSEPretrainedConfig` to `RMSEForCausalLM`, once both sides are there.
+    """Map `RMSEPretrainedConfig` to `RMSEForCausalLM`, which that class's module does at its end.
 
-    transformers may load its model list while `rmse_edge.hf.model` is still being executed; that module calls this at its end.
+    That module may be what has transformers load its model list: then it is not at its end yet, and is left to get there.
     """
-    if MODELS not in sys.modules:
-        return
-    module = sys.modules.get(__package__ + ".model")
-    if module is None:
-        from importlib.util import find_spec
-
-        if find_spec("torch") is None:  # transformers can be used for its tokenizers alone
-            return
-        from . import model as module
-    if (model := getattr(module, "RMSEForCausalLM", None)) is not None:
-        sys.modules[MODELS].AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+    if find_spec("torch") is not None:  # transformers can be used for its tokenizers alone
+        import_module(__package__ + ".model")
 
 
 PENDING: dict[str, Callable[[], None]] = {CONFIGS: register_config, MODELS: register_model}

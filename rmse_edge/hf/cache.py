@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import UserError
 from rmse_edge.loop.contract import Tensors
+from rmse_edge.numbers import SEGMENT
 
 
 class RMSECache(Cache):

@@ -29,22 +29,22 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import QUANTIZATION_FILE, TIED, require_tied, stored_keys
 from rmse_edge.errors import CheckpointError, UserError, first_line
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts
-from rmse_edge.layers.memory.omega import Atlas
+from rmse_edge.layers.memory.atlas import Atlas
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import DIALS, Tensors, run_loop
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.shards import StoredTensors, check_finite, is_sharded
 from rmse_edge.text import Tokenizer
 from rmse_edge.vocabulary import TOKENIZER_FILE, unused
 
-from .auto import register_model
 from .cache import RMSECache
 from .config import RMSEPretrainedConfig
 from .inputs import checked_tokens, refuse_arguments, resolve_dials, valid_columns
@@ -52,11 +52,6 @@ from .inputs import checked_tokens, refuse_arguments, resolve_dials, valid_colum
 __all__ = ["RMSECache", "RMSECausalLMOutput", "RMSEForCausalLM", "RMSEPretrainedConfig"]
 
 PREFIX = "rmse"  # where the wrapper holds the model; on disk the names have no prefix
-# Constants that modules compute when they are made, and that no checkpoint holds.
-TABLES: dict[type[Attention] | type[Atlas], tuple[str, ...]] = {
-    Attention: ("step_cos", "step_sin"),
-    Atlas: ("first", "second", "scale"),
-}
 STATIC_PREFIX = "abcdef"  # of StopStringCriteria.clean_tokenizer_vocab
 SEARCHES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -115,12 +110,11 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         """Fill the buffers that no checkpoint holds. Parameters were initialised by `RMSE` or are read from the file."""
         if isinstance(module, SparseExperts):
             module.get_buffer("load").zero_()
-        for kind, names in TABLES.items():
-            if isinstance(module, kind) and any(name in module._buffers for name in names):
-                with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                    fresh = kind(module.config)
-                for name in names:
-                    module.get_buffer(name).copy_(fresh.get_buffer(name))
+        if isinstance(module, (Attention, Atlas)):
+            with torch.device("cpu"):
+                tables = module.tables()
+            for name, table in tables.items():
+                module.get_buffer(name).copy_(table)
 
     @staticmethod
     def _require_float32(dtype: torch.dtype) -> None:
@@ -383,4 +377,4 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
             self.token_ids = None if tokenizer is None else frozenset(Tokenizer(tokenizer).ids())
 
 
-register_model()
+AutoModelForCausalLM.register(RMSEPretrainedConfig, RMSEForCausalLM, exist_ok=True)

@@ -12,9 +12,8 @@ from .base import (
     Retriever,
     Store,
     check_fits,
-    is_server,
-    open_retriever,
 )
+from .open import is_server, open_retriever
 
 __all__ = [
     "TIMEOUT_S",

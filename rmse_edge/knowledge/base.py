@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +19,6 @@ from rmse_edge.errors import UserError
 
 TIMEOUT_S = 10.0  # for one answer of a server
 BATCH = 1024  # passages of one transaction, at least
-SERVER_SCHEMES = ("s3", "gs", "az", "db", "lance")
 
 
 class KnowledgeError(UserError):
@@ -195,31 +193,3 @@ def checked_count(n: int) -> int:
     if n < 1:
         raise KnowledgeError(f"passages to find: got {n}, expected at least 1")
     return n
-
-
-# --------------------------------------------------------------------------------------------------------- locations
-
-
-def is_server(location: str | Path) -> bool:
-    """Whether `location` is server-backed: "s3://...", "gs://...", "az://...", "db://..." or "lance:PATH"."""
-    return str(location).partition(":")[0] in SERVER_SCHEMES and ":" in str(location)
-
-
-def open_retriever(
-    location: str | Path, timeout_s: float = TIMEOUT_S, options: Mapping[str, str] | None = None
-) -> Retriever:
-    """The knowledge base at a folder or server location, for searching.
-
-    Args:
-        timeout_s: seconds that a server may take for an answer.
-        options: of a server's storage, as LanceDB names them ("aws_region", "endpoint", ...).
-    Raises:
-        KnowledgeError: not there, damaged, of another version, or not answering; one line.
-    """
-    if is_server(location):
-        from .server import ServerKnowledge
-
-        return ServerKnowledge.open(str(location), timeout_s, options)
-    from .store import KnowledgeBase
-
-    return KnowledgeBase.open(location)

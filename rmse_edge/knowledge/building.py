@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import TextError, UserError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.text import Tokenizer, read_text
 
-from .base import TIMEOUT_S, Entry, Hit, KnowledgeError, KnowledgeInfo, Passage, Store, check_fits, is_server
+from .base import TIMEOUT_S, Entry, Hit, KnowledgeError, KnowledgeInfo, Passage, Store, check_fits
+from .open import is_server
 from .passages import split_text
 
 

@@ -6,8 +6,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import TextError
+from rmse_edge.numbers import SEGMENT
 
 from .base import Passage
 

@@ -10,24 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.arch.rmse.config import RMSEConfig
-
+from .norm import RMSNorm
 from .rope import inverse_frequencies
 
 # Added to masked scores. Finite in float16, so that a row whose every key is masked stays free of NaN.
 MASKED = -1e4
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019), (..., d) -> (..., d)."""
-
-    def __init__(self, dims: int, eps: float, init: float = 1.0) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.full((dims,), init))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,47 +47,78 @@ def table_row(table: Tensor, k: int | Tensor) -> Tensor:
 class Attention(nn.Module):
     """Projects, turns, attends and gates. Keys and values are returned so that the caller owns the cache."""
 
-    step_cos: Tensor  # (K, step_dims / 2), with temporal_rope
+    step_cos: Tensor  # (K, step_dims / 2), with step_dims
     step_sin: Tensor
     kv_scales: Tensor  # (2, K, G) of keys and of values, with kv_dtype int8: a static scale per loop and head
 
-    def __init__(self, config: RMSEConfig) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        max_loops: int,
+        gate: str = "headwise",
+        step_dims: int = 0,
+        kv_dtype: str = "float32",
+        norm_eps: float = 1e-6,
+    ) -> None:
+        """
+        Args:
+            n_kv_heads: a divisor of n_heads.
+            max_loops: K, the trained depth.
+            gate: the output gate: one sigmoid per head ("headwise") or per channel ("elementwise").
+            step_dims: channels of each head that turn with the loop index, even; 0: none.
+            kv_dtype: keys and values are rounded to it before any use: "float32", "float16" or "int8".
+        """
         super().__init__()
-        self.config = config
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.max_loops, self.gate, self.step_dims, self.kv_dtype = max_loops, gate, step_dims, kv_dtype
         self.rotary_operator = True  # in graphs; a target that has none of its own sets it to False
-        d, heads, groups, hd = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(d, heads * hd, bias=False)
-        self.kv_proj = nn.Linear(d, 2 * groups * hd, bias=False)
-        self.gate_proj = nn.Linear(d, heads * (hd if config.attention_gate == "elementwise" else 1), bias=False)
-        self.o_proj = nn.Linear(heads * hd, d, bias=False)
-        self.q_norm = RMSNorm(hd, config.norm_eps)
-        self.k_norm = RMSNorm(hd, config.norm_eps)
-        if config.kv_dtype == "int8":
-            self.register_buffer("kv_scales", torch.ones(2, config.max_loops, groups))
-        if config.step_encoding == "temporal_rope":
-            # Loop k turns the reserved channels by k * frequency, fastest one radian per loop. Q and K of one loop meet
-            # only each other, so turning both the same way would cancel in q.k: K turns the opposite way.
-            loops = torch.arange(config.max_loops, dtype=torch.float64, device="cpu")[:, None]  # as NumPy's
-            angle = loops * torch.from_numpy(inverse_frequencies(config.step_dims, float(config.max_loops)))
-            self.register_buffer("step_cos", angle.cos().float(), persistent=False)  # (K, step_dims / 2)
-            self.register_buffer("step_sin", angle.sin().float(), persistent=False)
+        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=False)
+        self.kv_proj = nn.Linear(d_model, 2 * n_kv_heads * head_dim, bias=False)
+        self.gate_proj = nn.Linear(d_model, n_heads * (head_dim if gate == "elementwise" else 1), bias=False)
+        self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=False)
+        self.q_norm = RMSNorm(head_dim, norm_eps)
+        self.k_norm = RMSNorm(head_dim, norm_eps)
+        if kv_dtype == "int8":
+            self.register_buffer("kv_scales", torch.ones(2, max_loops, n_kv_heads))
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def tables(self) -> dict[str, Tensor]:
+        """The buffers that follow from the numbers alone, and that no checkpoint holds: (K, step_dims / 2) each."""
+        if not self.step_dims:
+            return {}
+        # Loop k turns the reserved channels by k * frequency, fastest one radian per loop. Q and K of one loop meet
+        # only each other, so turning both the same way would cancel in q.k: K turns the opposite way.
+        loops = torch.arange(self.max_loops, dtype=torch.float64, device="cpu")[:, None]  # as NumPy's
+        angle = loops * torch.from_numpy(inverse_frequencies(self.step_dims, float(self.max_loops)))
+        return {"step_cos": angle.cos().float(), "step_sin": angle.sin().float()}
+
+    def keep_in(self, kv_dtype: str) -> None:
+        """Round keys and values to another type, a float, from now on."""
+        self.kv_dtype = kv_dtype
+        if "kv_scales" in self._buffers:  # of an int8 cache
+            del self.kv_scales
 
     def angles(self, k: int | Tensor | None, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        """Position angles (B, C, rotary/2), completed by loop k's own where temporal_rope reserves channels.
+        """Position angles (B, C, rotary/2), completed by loop k's own where channels are reserved for them.
 
         With k None, the angles of all loops: (K * B, 1, C, hd/2), loops outermost.
         """
-        if self.config.step_encoding == "temporal_rope":
+        if self.step_dims:
             tables = (self.step_cos, sign * self.step_sin)
             if k is None:
-                loops = self.config.max_loops
+                loops = self.max_loops
                 cos, sin = (a.expand(loops, *a.shape) for a in (cos, sin))  # (K, B, C, rotary/2)
                 steps = [t.view(loops, 1, 1, -1).expand(*cos.shape[:-1], -1) for t in tables]
             else:
                 steps = [table_row(t, k).expand(*cos.shape[:-1], -1) for t in tables]
             cos, sin = (torch.cat(pair, -1).flatten(0, -3) for pair in ((cos, steps[0]), (sin, steps[1])))
         elif k is None:
-            loops = self.config.max_loops
+            loops = self.max_loops
             cos, sin = (a.expand(loops, *a.shape).flatten(0, 1) for a in (cos, sin))
         return cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, C, hd/2)
 
@@ -110,7 +128,7 @@ class Attention(nn.Module):
         With k None, x is (K * B, C, d): every loop's own states, loops outermost.
         """
         batch, count, _ = x.shape
-        kv = self.kv_proj(x).view(batch, count, 2, self.config.n_kv_heads, self.config.head_dim)
+        kv = self.kv_proj(x).view(batch, count, 2, self.n_kv_heads, self.head_dim)
         keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C, hd)
         keys = self.turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
         return self.rounded(keys, 0, k), self.rounded(values, 1, k)
@@ -125,7 +143,7 @@ class Attention(nn.Module):
 
         With int8, gradients pass the rounding unchanged.
         """
-        dtype = getattr(torch, self.config.kv_dtype)
+        dtype = getattr(torch, self.kv_dtype)
         if x.dtype == dtype:
             return x
         if dtype != torch.int8:
@@ -145,14 +163,14 @@ class Attention(nn.Module):
 
     def to_cache(self, x: Tensor, which: int) -> Tensor:
         """What the cache stores for `rounded` keys or values of all loops, (K, B, G, C, hd)."""
-        if self.config.kv_dtype != "int8":
-            return x.to(getattr(torch, self.config.kv_dtype))
+        if self.kv_dtype != "int8":
+            return x.to(getattr(torch, self.kv_dtype))
         return (x / self.scale(which, None).unsqueeze(1)).round().to(torch.int8)
 
     def from_cache(self, x: Tensor, which: int, k: int | Tensor, dtype: torch.dtype) -> Tensor:
         """Loop k's keys or values (B, G, W, hd) as the cache stores them -> the numbers that were rounded."""
         x = x.to(dtype)
-        return x * self.scale(which, k) if self.config.kv_dtype == "int8" else x
+        return x * self.scale(which, k) if self.kv_dtype == "int8" else x
 
     def forward(
         self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor
@@ -167,7 +185,7 @@ class Attention(nn.Module):
             (B, C, d).
         """
         batch, count, _ = x.shape
-        groups, hd = self.config.n_kv_heads, self.config.head_dim
+        groups, hd = self.n_kv_heads, self.head_dim
         query = self.q_norm(self.q_proj(x).view(batch, count, -1, hd)).transpose(1, 2)  # (B, H, C, hd)
         query = self.turn(query, *self.angles(k, cos, sin, 1.0))
         if torch.compiler.is_exporting():
@@ -178,13 +196,13 @@ class Attention(nn.Module):
             weights = torch.softmax(scores, -1).view(batch, groups, -1, keys.shape[2])
             out = torch.matmul(weights, values).view(batch, -1, count, hd)
         else:
-            repeat = self.config.n_heads // groups
+            repeat = self.n_heads // groups
             keys, values = (t.repeat_interleave(repeat, 1) for t in (keys, values))
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.to(query.dtype))
         gate = torch.sigmoid(self.gate_proj(x))
-        if self.config.attention_gate == "headwise":
+        if self.gate == "headwise":
             out = out * gate.transpose(1, 2).unsqueeze(-1)  # (B, H, C, 1)
         out = out.transpose(1, 2).reshape(batch, count, -1)  # (B, C, H * hd)
-        if self.config.attention_gate == "elementwise":
+        if self.gate == "elementwise":
             out = out * gate
         return self.o_proj(out)

@@ -7,6 +7,7 @@ expert as the first axis, contiguous, so that a runtime can keep, quantise or pa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,8 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from rmse_edge.arch.rmse.config import RMSEConfig
 
 from .attention import table_row
 
@@ -151,20 +150,27 @@ class SparseExperts(nn.Module):
     balance_bias: Tensor  # (E,) added for selection only
     load: Tensor  # (E,) rows received since the last balance()
 
-    def __init__(self, config: RMSEConfig) -> None:
+    def __init__(
+        self, d_model: int, *, n_experts: int, top_k: int, expert_width: int, shared_width: int, max_loops: int
+    ) -> None:
+        """
+        Args:
+            top_k: experts that compute a position, at most n_experts.
+            expert_width: hidden channels of each routed expert.
+            shared_width: hidden channels of all shared experts together; 0: there are none.
+            max_loops: K, the trained depth.
+        """
         super().__init__()
-        self.config = config
-        d, width = config.d_model, config.expert_width
-        self.router = nn.Linear(d, config.n_experts, bias=False)
-        self.step_logits = nn.Parameter(torch.zeros(config.max_loops, config.n_experts))
-        self.register_buffer("balance_bias", torch.zeros(config.n_experts))
-        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * width, d))
-        self.down_proj = nn.Parameter(torch.empty(config.n_experts, d, width))
-        shared = config.n_shared_experts * config.shared_width
-        self.shared_gate_up_proj = nn.Linear(d, 2 * shared, bias=False)
-        self.shared_down_proj = nn.Linear(shared, d, bias=False)
+        self.n_experts, self.top_k = n_experts, top_k
+        self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.step_logits = nn.Parameter(torch.zeros(max_loops, n_experts))
+        self.register_buffer("balance_bias", torch.zeros(n_experts))
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * expert_width, d_model))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, expert_width))
+        self.shared_gate_up_proj = nn.Linear(d_model, 2 * shared_width, bias=False)
+        self.shared_down_proj = nn.Linear(shared_width, d_model, bias=False)
         # Rows each expert received since the last balance() call; kept out of checkpoints.
-        self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
+        self.register_buffer("load", torch.zeros(n_experts), persistent=False)
         # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order, zeros for those
         # that have stopped and are not computed; never exported.
         self.observer: Callable[[int, Routing], None] | None = None
@@ -200,7 +206,7 @@ class SparseExperts(nn.Module):
                 every = Routing(*(t.new_zeros(len(rows), t.shape[1]).index_copy_(0, live, t) for t in routing))
             self.observer(int(k), every)
         if self.training:
-            self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.config.n_experts)
+            self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.n_experts)
         if self.listener is not None:
             self.listener(some, routing)
         compute = gathered_experts if some.shape[0] <= GATHER_ROWS else grouped_experts
@@ -209,7 +215,7 @@ class SparseExperts(nn.Module):
 
     def route(self, rows: Tensor, k: int | Tensor) -> Routing:
         """Which experts compute rows (N, d) in loop k."""
-        return select(self.router_logits(rows, k), self.balance_bias, self.config.top_k)
+        return select(self.router_logits(rows, k), self.balance_bias, self.top_k)
 
     def _shared(self, rows: Tensor) -> Tensor:
         return self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
@@ -217,12 +223,12 @@ class SparseExperts(nn.Module):
     def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
         """The routed experts in a graph: rows (N, d), logits (N, E), active (N,) bool -> (N, d)."""
         weights = (self.gate_up_proj, self.down_proj)
-        return sparse_experts(rows, logits, self.balance_bias, active, *weights, self.config.top_k)
+        return sparse_experts(rows, logits, self.balance_bias, active, *weights, self.top_k)
 
     def margin(self, routing: Routing) -> Tensor:
         """By how much the last expert that was selected leads the next one, (N,); infinite where all are selected."""
-        top_k = self.config.top_k
-        if top_k == self.config.n_experts:
+        top_k = self.top_k
+        if top_k == self.n_experts:
             return torch.full_like(routing.logits[:, 0], torch.inf)
         last, following = (routing.logits + self.balance_bias).topk(top_k + 1).values[:, -2:].unbind(-1)
         return last - following
@@ -240,3 +246,16 @@ class SparseExperts(nn.Module):
         self.balance_bias += rate * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
         return idle
+
+
+class StoredExperts(SparseExperts):
+    """Base of experts whose stacked weights, `gate_up_proj` and `down_proj`, are stored in a form of a target's own.
+
+    All else, whatever it may be, is that of the experts they are made from.
+    """
+
+    def __init__(self, experts: SparseExperts) -> None:
+        nn.Module.__init__(self)
+        for name, value in vars(experts).items():  # numbers, and the dictionaries of parameters, buffers and modules
+            self.__dict__[name] = copy.copy(value)
+        self.gate_up_proj = self.down_proj = None  # type: ignore[assignment]

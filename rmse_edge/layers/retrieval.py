@@ -1,7 +1,7 @@
-"""Atlas retrieval: passages become vectors with the model's own states, and hits enter x0 by cross-attention.
+"""Retrieval: passages become vectors with the model's own states, and hits enter x0 by cross-attention.
 
 A passage of at most 64 tokens is run through the model from an empty past. From the normed states its positions stop
-with, learned queries pool 2 x `retrieval_slots` vectors. The first half together become its **key**, each of the others
+with, learned queries pool 2 x `slots` vectors. The first half together become its **key**, each of the others
 a vector of its **value**: what a passage is found by is not what it says. What searches is embedded alike, through a
 projection of its own (a question does not look like its answer):
 
@@ -21,25 +21,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.rmse.config import RMSEConfig
-
-from .attention import MASKED, RMSNorm
-from .memory.base import rms, unit
+from .attention import MASKED
+from .norm import RMSNorm, rms, unit
 
 
 class Retrieval(nn.Module):
     """The retrieval head and the cross-attention of the prelude."""
 
-    def __init__(self, config: RMSEConfig) -> None:
+    def __init__(
+        self, d_model: int, *, slots: int, key_dims: int, n_heads: int, head_dim: int, norm_eps: float = 1e-6
+    ) -> None:
+        """
+        Args:
+            slots: vectors of a passage's value.
+            key_dims: channels of the keys that are searched.
+            n_heads, head_dim: of the cross-attention.
+        """
         super().__init__()
-        self.config = config
-        d, wide = config.d_model, config.n_heads * config.head_dim
-        self.pool_queries = nn.Parameter(torch.zeros(2 * config.retrieval_slots, d))
+        self.n_heads, self.head_dim = n_heads, head_dim
+        d, wide = d_model, n_heads * head_dim
+        self.pool_queries = nn.Parameter(torch.zeros(2 * slots, d))
         self.pool_proj = nn.Linear(d, d, bias=False)
-        self.key_proj = nn.Linear(config.retrieval_slots * d, config.retrieval_dim, bias=False)
-        self.search_proj = nn.Linear(config.retrieval_slots * d, config.retrieval_dim, bias=False)
+        self.key_proj = nn.Linear(slots * d, key_dims, bias=False)
+        self.search_proj = nn.Linear(slots * d, key_dims, bias=False)
         self.value_proj = nn.Linear(d, d, bias=False)
-        self.norm = RMSNorm(d, config.norm_eps)
+        self.norm = RMSNorm(d, norm_eps)
         self.q_proj = nn.Linear(d, wide, bias=False)
         self.kv_proj = nn.Linear(d, 2 * wide, bias=False)
         self.o_proj = nn.Linear(wide, d, bias=False)
@@ -48,14 +54,15 @@ class Retrieval(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Projections are drawn by the model; see `RMSE.reset_parameters`. Like finds like, and comes out as it went in."""
+        d = len(self.o_proj.weight)
         self.pool_queries.normal_(std=1.0)
         self.search_proj.weight.copy_(self.key_proj.weight)
-        self.value_proj.weight.copy_(torch.eye(self.config.d_model))
+        self.value_proj.weight.copy_(torch.eye(d))
         keys, values = self.kv_proj.weight.chunk(2)
         self.q_proj.weight.copy_(keys)
-        self.o_proj.weight.copy_(values.T * (self.config.d_model / len(values)))
+        self.o_proj.weight.copy_(values.T * (d / len(values)))
         self.match.fill_(8.0)
-        self.pool_proj.weight.mul_(self.config.d_model**-0.5)
+        self.pool_proj.weight.mul_(d**-0.5)
 
     def embed(self, n: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors of a segment.
@@ -63,7 +70,7 @@ class Retrieval(nn.Module):
         Args:
             n: (B, C, d) normed exit states; count: (B,) rows that are there.
         Returns:
-            (key (B, retrieval_dim), query (B, retrieval_dim), both unit vectors; value (B, slots, d)), float32.
+            (key (B, key_dims), query (B, key_dims), both unit vectors; value (B, slots, d)), float32.
         """
         with torch.autocast(n.device.type, enabled=False):
             n = n.float()
@@ -84,7 +91,7 @@ class Retrieval(nn.Module):
             scores: (B, R) cosine of each hit's key and the query that found it.
             valid: (B, R) or (B, C, R) bool, which of them are there.
         """
-        heads, hd = self.config.n_heads, self.config.head_dim
+        heads, hd = self.n_heads, self.head_dim
         batch, count, _ = x.shape
         query = self.q_proj(self.norm(x)).view(batch, count, heads, hd).transpose(1, 2)  # (B, H, C, hd)
         kv = self.kv_proj(retrieved).view(batch, -1, 2, heads, hd).permute(2, 0, 3, 1, 4)

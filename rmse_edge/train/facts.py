@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE, Hits
 from rmse_edge.errors import ConfigError
 from rmse_edge.files import new_file
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.schema import check_fields
 
 from .sources import IGNORED, Batch, Part, Plural, Seed, Sized

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmse_edge.arch.rmse.config import Count, Positions, Share, Vocabulary
 from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.files import changed_folder
 from rmse_edge.layers.attention import rotate
 from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.numbers import Count, Positions, Share, VocabularySize
 from rmse_edge.schema import check_fields, read_json
 
 MODEL_TYPE = "gpt-baseline"
@@ -32,7 +32,7 @@ MODEL_TYPE = "gpt-baseline"
 class GPTConfig:
     """Shape of the baseline; the fields mean what they mean in `RMSEConfig`."""
 
-    vocab_size: Vocabulary = 65
+    vocab_size: VocabularySize = 65
     d_model: Count = 192
     n_heads: Count = 6
     n_layers: Count = 12

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rmse_edge.arch.rmse.model import RMSE, Hits
 from rmse_edge.loop.stop import exit_distribution
+from rmse_edge.losses import token_loss
 
 from .gpt import GPT
 
@@ -19,11 +19,6 @@ def cross_entropies(model: RMSE, states: list[Tensor], targets: Tensor) -> Tenso
         states: normed, (..., d) each; targets: (...).
     """
     return torch.stack([token_loss(model.head_proj(h), targets) for h in states])
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(..., V), (...) -> (...) nats, in float32."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def losses_by_depth(

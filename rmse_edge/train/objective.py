@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE, Hits
 from rmse_edge.loop.stop import gate_stops
+from rmse_edge.losses import token_loss
 
 from .facts import fetched, search_loss
 from .gpt import GPT
-from .losses import chosen, cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
+from .losses import chosen, cross_entropies, expected_loss, gate_loss, losses_by_depth
 from .recipe import Recipe
 from .sources import IGNORED, Batch
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError
 from rmse_edge.files import new_file
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.schema import check_fields
 
 from .sources import IGNORED, Batch, Part, Plural, Seed, Sized, require

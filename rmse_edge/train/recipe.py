@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rmse_edge.arch.rmse.config import MAX_LOOPS, SEGMENT, Loops, RMSEConfig, Share
+from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ConfigError
+from rmse_edge.numbers import MAX_LOOPS, SEGMENT, Loops, Share
 from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
 
 from .gpt import GPTConfig

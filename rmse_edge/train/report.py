@@ -25,10 +25,11 @@ from rmse_edge.arch.rmse.model import RMSE, Stop
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.layers.experts import Routing
 from rmse_edge.loop.stop import gate_stops
+from rmse_edge.losses import token_loss
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 
 from .gpt import GPTConfig
-from .losses import losses_by_depth, token_loss
+from .losses import losses_by_depth
 from .trainer import evaluate
 
 RULES = ("propagate", "frozen", "selected")

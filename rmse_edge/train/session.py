@@ -35,7 +35,8 @@ from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, trai
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
-from .sources import TextSource, make_task
+from .sources import TextSource
+from .tasks import make_task
 from .trainer import LOG_FILE, STATE_FILE, Trainer, build_model, evaluate
 
 RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"

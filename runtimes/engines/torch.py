@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import UserError
 from rmse_edge.loop.contract import LoopModel, run_loop
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.quantize import is_quantized_checkpoint, load_quantized
 from rmse_edge.runtimes.host.base import Arrays, Dials, ModelInfo, dtype_name
 from rmse_edge.runtimes.host.text import LoopRuntime
@@ -65,7 +65,7 @@ def model_info(
     """
     config, spec = model.config, model.spec(1)
     slots = config.retrieval_slots
-    vocabulary = vocabulary or Vocabulary.of_config(config)
+    vocabulary = vocabulary or Vocabulary.of_model(config.eos_token_id)
     return ModelInfo(
         name=name,
         target=target,
@@ -146,7 +146,7 @@ class TorchRuntime(LoopRuntime):
         quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
         model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
         nbytes = sum(file.stat().st_size for file in weight_files(folder))
-        vocabulary = Vocabulary.of_folder(folder, model.config)
+        vocabulary = Vocabulary.of_folder(folder, model.config.vocab_size, model.config.eos_token_id)
         return cls(model, folder.absolute().name, nbytes, device, source, vocabulary)
 
 

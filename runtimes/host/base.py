@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
-from rmse_edge.arch.rmse.config import Count, Finite, Loops, Positions, Positive, Token, Vocabulary
 from rmse_edge.errors import PackageError, UserError
-from rmse_edge.schema import Name, Shape, Whole, validated
+from rmse_edge.numbers import Count, Loops, Positions, Positive, Token, VocabularySize
+from rmse_edge.schema import Finite, Name, Shape, Whole, validated
 
 Arrays = dict[str, np.ndarray]
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
@@ -96,7 +96,7 @@ class ModelInfo:
 
     name: Annotated[str, Field(max_length=200)]
     target: Name  # "torch", "onnx", ...
-    vocab_size: Vocabulary
+    vocab_size: VocabularySize
     max_loops: Loops  # the trained depth
     dials: Dials  # the checkpoint's own settings
     window: Positions
@@ -115,7 +115,7 @@ class ModelInfo:
     max_seq_len: Annotated[int, Field(ge=1, le=2**53)] | None = None
     eos_token_ids: tuple[Token, ...] = ()  # each of them ends a text
     # ranges [first, end) of ids without a token, ascending; never to be drawn
-    unused_token_ids: tuple[tuple[Token, Vocabulary], ...] = ()
+    unused_token_ids: tuple[tuple[Token, VocabularySize], ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
     def dials_with(self, **overrides: float | int | None) -> Dials:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from rmse_edge.arch.rmse.config import RINGS, SEGMENT, RMSEConfig
 from rmse_edge.arch.rmse.costs import parameters
 from rmse_edge.errors import ConfigError, PackageError, UserError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import UserError
 from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.numbers import SEGMENT
 
 from .base import Arrays, Dials, Fed, Methods, ModelInfo, Surprise
 from .signatures import LARGEST_STATE, kept_bytes

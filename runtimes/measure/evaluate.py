@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import UserError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.host.base import Dials, Runtime
 
 # Targets of one batch of the standard error: beyond this distance losses are taken to be independent.

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import UserError, quiet
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
 from rmse_edge.runtimes.engines.executorch import ExecutorchMethods, ExecutorchRuntime
 from rmse_edge.runtimes.host.base import Dials

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import UserError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.host.base import Arrays, Dials, Fed
 from rmse_edge.runtimes.host.text import LoopRuntime
 

@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from helpers import FEW, Memo, decided_text, random_tokens, reference_of, remembered_text, remembering_model
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ParityError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared
 from rmse_edge.export.gate.reference import SINGLES, Reference, conversation, least_positions
-from rmse_edge.export.pipeline import with_cache
 from rmse_edge.loop.contract import TextModel
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, LoopRuntime, runtime_for
@@ -307,7 +306,7 @@ def test_a_wrong_host_of_other_engines_fails(
 @pytest.mark.parametrize("case", FAULTS | MEMORY_FAULTS)
 def test_the_rounded_rule_does_not_hide_a_wrong_host(case: str, calm: Quantized, monkeypatch: Patch) -> None:
     """A model on which most of the faults pass by shares of tokens and depths: its host is compared without the rounding."""
-    model = with_cache(calm.model, "float32")
+    model = calm.model.with_cache_dtype("float32")
     tokens = random_tokens(256, 7, FEW)
     assert compare_host(model, tokens)["max_logit_difference"] < 1e-4
     (FAULTS | MEMORY_FAULTS)[case](monkeypatch)

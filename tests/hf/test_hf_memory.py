@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rmse_edge import RMSEForCausalLM, RMSEPretrainedConfig, load_checkpoint, save_checkpoint
-from rmse_edge.layers.memory.omega import Atlas
+from rmse_edge.arch.rmse.parts import make_memory
+from rmse_edge.layers.memory.atlas import Atlas
 
 PAD = 65  # outside the vocabulary
 RATES = {"titans": [-2.0, 0.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # learns fast, forgets slowly
@@ -222,8 +223,8 @@ def test_the_tables_of_atlas_survive_the_meta_device() -> None:
         for name, buffer in module.named_buffers(recurse=False):
             getattr(module, name).copy_(torch.full_like(buffer, 7))
     hollow.apply(hollow._init_weights)
-    memory, fresh = hollow.rmse.memory, Atlas(config.to_rmse())
-    assert isinstance(memory, Atlas)
+    memory, fresh = hollow.rmse.memory, make_memory(config.to_rmse())
+    assert isinstance(memory, Atlas) and fresh is not None
     for name in ("first", "second", "scale"):
         assert torch.equal(memory.get_buffer(name), fresh.get_buffer(name))
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from small_models import small_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.config import RMSEConfig
-from rmse_edge.layers.experts import GATHER_ROWS, Routing, SparseExperts, gathered_experts, grouped_experts, select
+from rmse_edge.arch.rmse.parts import make_experts
+from rmse_edge.layers.experts import (
+    GATHER_ROWS,
+    Routing,
+    SparseExperts,
+    StoredExperts,
+    gathered_experts,
+    grouped_experts,
+    select,
+)
 
 E, K, D, F = 24, 3, 32, 32
 
@@ -91,7 +100,7 @@ def test_a_width_of_eight_bytes_in_half_precision(dtype: torch.dtype) -> None:
 
 def fresh(config: RMSEConfig) -> SparseExperts:
     torch.manual_seed(0)
-    experts = SparseExperts(config)
+    experts = make_experts(config)
     with torch.no_grad():
         for p in (experts.gate_up_proj, experts.down_proj):
             p.normal_(std=p.shape[-1] ** -0.5)
@@ -169,3 +178,20 @@ def test_stopped_rows_are_not_computed() -> None:
     assert not some[~active].any() and [len(routing.experts) for routing in heard] == [60, 60, 60]
     flat = active.flatten()
     assert torch.equal(heard[1].experts[flat], heard[0].experts[flat]) and not heard[1].weights[~flat].any()
+
+
+def test_stored_experts_are_all_of_them_but_the_stacked_weights() -> None:
+    """Whatever experts are given in the future, a target's own form of them has it, too."""
+    experts = fresh(small_config()).eval()
+    experts.register_buffer("later", torch.ones(3), persistent=False)
+    experts.temperature = nn.Parameter(torch.ones(1))
+    experts.extra, experts.number = nn.Linear(2, 2), 7
+    stored = StoredExperts(experts)
+    ours, theirs = dict(stored.named_parameters()), dict(experts.named_parameters())
+    assert theirs.keys() - ours.keys() == {"gate_up_proj", "down_proj"}
+    assert all(ours[name] is theirs[name] for name in ours) and {"temperature", "extra.weight"} <= ours.keys()
+    assert all(stored.get_buffer(name) is buffer for name, buffer in experts.named_buffers())
+    assert stored.number == 7 and stored.top_k == K and not stored.training
+    stored.register_buffer("own", torch.ones(1))
+    assert "own" not in dict(experts.named_buffers()) and experts.down_proj is not None
+    assert set(stored.state_dict()) == set(experts.state_dict()) - {"gate_up_proj", "down_proj"} | {"own"}

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from small_models import RingHost, dials, lively_model, small_config, whole_sequence
 from torch import Tensor
 
-from rmse_edge.arch.rmse.config import SEGMENT, RMSEConfig
+from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.arch.rmse.parts import make_memory
 from rmse_edge.errors import ConfigError
+from rmse_edge.layers.memory.atlas import Atlas, newton_schulz
 from rmse_edge.layers.memory.base import CLIP, HORIZON, Memory, gelu_slope
-from rmse_edge.layers.memory.omega import Atlas, newton_schulz
-from rmse_edge.layers.memory.titans import Titans
 from rmse_edge.loop.contract import Tensors
+from rmse_edge.numbers import SEGMENT
 
 KINDS = ("titans", "atlas")
 SMALL = dict(memory_dim=16, memory_hidden=24, memory_key_dim=6)
@@ -28,7 +29,8 @@ def memory_config(kind: str, **changes: object) -> RMSEConfig:
 def made(kind: str, **changes: object) -> Memory:
     """A memory whose rates and starting weights are all different from their gentle beginnings."""
     torch.manual_seed(3)
-    memory = {"titans": Titans, "atlas": Atlas}[kind](memory_config(kind, **changes))
+    memory = make_memory(memory_config(kind, **changes))
+    assert memory is not None
     memory.reset_parameters()
     with torch.no_grad():
         memory.down.normal_(std=0.2)
@@ -123,7 +125,7 @@ class SlowAtlas:
             self.past.append(position)
             self.seen.append((*key_and_value(self.memory, self.past), rate[0]))
         surprise = torch.stack([slow_loss(*self.weights, k, v) for k, v, _ in self.seen[-SEGMENT:]]).mean()
-        window = self.seen[-self.memory.config.memory_window :]
+        window = self.seen[-self.memory.window :]
         up, down = (w.detach().requires_grad_() for w in self.weights)
         loss = sum(gamma.detach() * slow_loss(up, down, k.detach(), v.detach()) for k, v, gamma in window)
         theta, eta, alpha = rates[:, 1:].mean(0)

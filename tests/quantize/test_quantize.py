@@ -23,11 +23,11 @@ from helpers import (
     write_checkpoint,
 )
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.quantize import main
 from rmse_edge.errors import CheckpointError, TextError, UserError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
 from rmse_edge.quantize.compare import compare, deployed_exit, mean_depth
 from rmse_edge.quantize.gate import CLOSE, recalibrate

@@ -11,9 +11,9 @@ import torch
 from helpers import QUICK_CALIBRATION, calibration_text, mixed_model, random_tokens
 from small_models import RingHost, dials, lively_model, small_config, small_recipe, whole_sequence
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.quantize.compare import deployed_exit
 from rmse_edge.quantize.kv import kv_scales

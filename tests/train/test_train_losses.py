@@ -11,9 +11,10 @@ import torch
 from small_models import lively_model, small_config, small_recipe, small_text, text_source
 
 from rmse_edge.loop.stop import exit_distribution
+from rmse_edge.losses import token_loss
 from rmse_edge.train.gpt import GPT, GPTConfig
 from rmse_edge.train.journal import read_rows
-from rmse_edge.train.losses import cross_entropies, expected_loss, gate_loss, losses_by_depth, token_loss
+from rmse_edge.train.losses import cross_entropies, expected_loss, gate_loss, losses_by_depth
 from rmse_edge.train.objective import Objective, draw_thresholds
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.sources import next_tokens

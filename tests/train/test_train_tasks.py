@@ -20,7 +20,8 @@ from rmse_edge.train.facts import PASSAGE, QUESTION, Facts, fetched, search_loss
 from rmse_edge.train.objective import Objective
 from rmse_edge.train.recall import Recall
 from rmse_edge.train.recipe import Recipe
-from rmse_edge.train.sources import IGNORED, make_task
+from rmse_edge.train.sources import IGNORED
+from rmse_edge.train.tasks import make_task
 
 SMALL = dict(
     d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, window=64, max_loops=2, n_experts=8, top_k=2, expert_width=32,

@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
 from rmse_edge.errors import ConfigError
-from rmse_edge.schema import Expected, Finite, check_fields, check_value, read_json
+from rmse_edge.numbers import (
+    SEGMENT,
+    Count,
+    EndTokens,
+    Loops,
+    OffOr,
+    Positions,
+    Positive,
+    Share,
+    Some,
+    Token,
+    VocabularySize,
+)
+from rmse_edge.schema import Expected, Finite, check_fields, read_json
 
 MODEL_TYPE = "rmse"  # the Hugging Face `model_type` of config.json
-SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is written once per segment
-MAX_LOOPS = 64  # upper bound on the trained depth
 
 EXIT_RULES = ("gate", "delta", "entropy")
 RINGS = {"past_keys": "keys", "past_values": "values"}  # what is kept between calls <- the commit result that fills it
@@ -25,18 +34,7 @@ AttentionGate = Literal["headwise", "elementwise"]
 KvDtype = Literal["float32", "float16", "int8"]
 Memory = Literal["none", "titans", "atlas"]
 
-# Limits. No looped model comes near them, and none of them alone takes memory: weights are as large as their file.
-Count = Annotated[int, Field(ge=1, le=2**16), Expected("a positive integer, at most 65536")]
-Some = Annotated[int, Field(ge=0, le=2**16), Expected("0 or a positive integer, at most 65536")]
-Vocabulary = Annotated[int, Field(ge=1, le=2**22), Expected("a positive integer, at most 4194304")]
-Positions = Annotated[int, Field(ge=1, le=2**24), Expected("a positive integer, at most 16777216")]
-Loops = Annotated[int, Field(ge=1, le=MAX_LOOPS)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Expected("a positive number")]
 Threshold = Annotated[Positive, Expected("a positive number (1 or more disables the gate)")]
-OffOr = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("0 (off) or a positive number")]
-Share = Annotated[float, Field(ge=0, lt=1), Expected("a number in [0, 1)")]
-Token = Annotated[int, Field(ge=0, lt=2**22)]
-EndTokens = Annotated[Token | tuple[Token, ...] | None, Expected("a token id, a list of them, or null")]
 # What transformers may add to a config.json; none of it concerns the model.
 FOREIGN_KEYS = frozenset(
     "model_type architectures transformers_version dtype torch_dtype auto_map use_cache return_dict output_hidden_states "
@@ -53,21 +51,11 @@ ALIASES = {
 }
 
 
-def token_ids(value: Any, name: str) -> tuple[int, ...]:
-    """What is written as one token id, several or none (None), as ids.
-
-    Raises:
-        ConfigError: it is none of these; names it.
-    """
-    ids = check_value(EndTokens, value, name, ConfigError)
-    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
-
-
 @dataclass(frozen=True)
 class RMSEConfig:
     """Shape and behaviour of one RMS-E model: a single block applied up to `max_loops` times."""
 
-    vocab_size: Vocabulary = 65
+    vocab_size: VocabularySize = 65
     d_model: Count = 192
     # attention
     n_heads: Count = 6

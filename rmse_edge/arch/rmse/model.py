@@ -20,6 +20,8 @@ written when a segment of 64 positions is complete, from the states its position
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,22 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.attention import MASKED, Attention, RMSNorm, table_row
-from rmse_edge.layers.experts import SparseExperts
-from rmse_edge.layers.memory.base import Memory
-from rmse_edge.layers.memory.omega import Atlas
-from rmse_edge.layers.memory.titans import Titans
-from rmse_edge.layers.retrieval import Retrieval
+from rmse_edge.layers.attention import MASKED, table_row
+from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
+from rmse_edge.numbers import SEGMENT
+from rmse_edge.parts import make_attention, make_experts, make_memory, make_retrieval
 
-from .config import RINGS, SEGMENT, RMSEConfig
+from .config import RINGS, SEGMENT, KvDtype, RMSEConfig
 
 WHOLE_TEXT_PIECE = 256  # positions of a whole text computed together, where the memory does not say how many
-
-MEMORIES: dict[str, Callable[[RMSEConfig], Memory]] = {"titans": Titans, "atlas": Atlas}
-
 
 Signatures = dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]  # method -> (inputs, outputs)
 Recall = Callable[[Tensor], Tensor]  # normed states (B, C, d) -> what the memory knows about them (B, C, d)
@@ -58,10 +55,10 @@ class Block(nn.Module):
         # 2K branches add up to about the size of x0; a token must not drown in few large ones either.
         branch = min(config.max_loops**-0.5, 0.3)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = make_attention(config)
         self.attention_post_norm = RMSNorm(config.d_model, config.norm_eps, init=branch)
         self.experts_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.experts = SparseExperts(config)
+        self.experts = make_experts(config)
         self.experts_post_norm = RMSNorm(config.d_model, config.norm_eps, init=branch)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -178,8 +175,8 @@ class RMSE(nn.Module):
         if config.step_encoding == "learned":
             self.step_encoding = nn.Parameter(torch.zeros(config.max_loops, config.d_model))
         self.block = Block(config)
-        self.memory = MEMORIES[config.memory](config) if config.memory != "none" else None
-        self.retrieval = Retrieval(config) if config.retrieval_slots else None
+        self.memory = make_memory(config)
+        self.retrieval = make_retrieval(config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.gate = nn.Linear(config.d_model, 1)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -216,6 +213,15 @@ class RMSE(nn.Module):
         if config.tie_embeddings:
             self.embed.weight.normal_(std=0.02)
             self.head_proj.weight = self.embed.weight
+
+    def with_cache_dtype(self, dtype: KvDtype) -> RMSE:
+        """The model itself, or a copy whose keys and values are kept in another type, a float."""
+        if dtype == self.config.kv_dtype:
+            return self
+        twin = copy.deepcopy(self)
+        twin.config = dataclasses.replace(self.config, kv_dtype=dtype)
+        twin.block.attention.keep_in(dtype)
+        return twin
 
     # ------------------------------------------------------------------------------------------------ LoopModel
 

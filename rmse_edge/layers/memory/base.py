@@ -10,8 +10,7 @@ gradient step in closed form, to answer the segment's keys with its values; a re
 conv mixes the keys of a position and the three before it, channel by channel (as in Titans, section 4.4): with it the
 memory learns what *follows* a state, which is what a query wants to know.
 
-`Memory` is what the two kinds share: `Titans` (rmse_edge/layers/memory/titans.py) and `Atlas` (rmse_edge/layers/memory/omega.py) say how M is built
-and written. All of it is float32 and free of autograd, so that the same lines are trained, exported and run.
+`Memory` is what the two kinds share: `Titans` (titans.py) and `Atlas` (atlas.py) say how M is built and written. All of it is float32 and free of autograd, so that the same lines are trained, exported and run.
 """
 
 from __future__ import annotations
@@ -23,22 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.layers.norm import rms, unit
 from rmse_edge.loop.contract import Tensors, TensorSpec
 
 HORIZON = 64  # segments over which the running mean and deviation of the surprise look back
 TAPS = 4  # positions that a key is made of
 CLIP = 8.0  # Frobenius norm that one segment's gradient step may have: repetitive text cannot blow the memory up
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-
-def rms(x: Tensor) -> Tensor:
-    """x over its root mean square, last axis."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def gelu_slope(x: Tensor) -> Tensor:
@@ -60,16 +49,21 @@ class Memory(nn.Module, ABC):
 
     surprise_prior: Tensor  # (3,) mean, variance and weight (in segments) of the surprise that a sequence starts with
 
-    def __init__(self, config: RMSEConfig, key_dims: int, features: int, rates: int) -> None:
+    def __init__(
+        self, d_model: int, *, dims: int, hidden: int, key_dims: int, features: int, rates: int, max_loops: int
+    ) -> None:
         """
         Args:
+            dims: m, channels of values.
+            hidden: channels between the two layers.
             key_dims: channels of keys and queries.
             features: channels of what `features` makes of them, the MLP's inputs.
             rates: data-dependent scalars per position that the write rule uses.
+            max_loops: how often the memory is read for a position, at most; its first weights go by that.
         """
         super().__init__()
-        self.config = config
-        d, m, hidden = config.d_model, config.memory_dim, config.memory_hidden
+        self.max_loops = max_loops
+        d, m = d_model, dims
         self.query_proj = nn.Linear(d, key_dims, bias=False)
         self.key_proj = nn.Linear(d, key_dims, bias=False)
         self.key_conv = nn.Parameter(torch.zeros(TAPS, key_dims))  # tap j: the position j before
@@ -90,7 +84,8 @@ class Memory(nn.Module, ABC):
         self.query_proj.weight.copy_(self.key_proj.weight)  # so that from the start like finds like
         self.key_conv.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None].expand_as(self.key_conv))
         # What is read comes out as what was written, at the size of the block's other branches.
-        scale = min(self.config.max_loops**-0.5, 0.3) * (self.config.d_model / self.config.memory_dim) ** 0.5
+        d, m = self.out_proj.weight.shape
+        scale = min(self.max_loops**-0.5, 0.3) * (d / m) ** 0.5
         self.out_proj.weight.copy_(self.value_proj.weight.T * scale)
         self.gate_proj.weight.zero_()
         self.gate_proj.bias.zero_()

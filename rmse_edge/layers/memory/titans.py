@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.loop.contract import Tensors
 
 from .base import Memory, clipped, gradient
@@ -31,8 +30,9 @@ MAX_RATE = 1.0  # of theta
 class Titans(Memory):
     """M(k) = down^T gelu(up^T k)."""
 
-    def __init__(self, config: RMSEConfig) -> None:
-        super().__init__(config, key_dims=config.memory_dim, features=config.memory_dim, rates=3)
+    def __init__(self, d_model: int, *, dims: int, hidden: int, max_loops: int) -> None:
+        """Arguments as of `Memory`; keys have as many channels as values."""
+        super().__init__(d_model, dims=dims, hidden=hidden, key_dims=dims, features=dims, rates=3, max_loops=max_loops)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,6 +1,6 @@
 """The memory of ATLAS (Behrouz et al. 2025, arXiv 2505.23735): omega rule, polynomial features, a Muon step.
 
-Where Titans learns each position by itself, the omega rule learns the last `memory_window` positions together:
+Where Titans learns each position by itself, the omega rule learns the last `window` positions together:
 
     G  = sum over the window of gamma_i * d mean (M(phi(k_i)) - v_i)^2 / dW
     S' = theta S + G
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmse_edge.arch.rmse.config import SEGMENT, RMSEConfig
 from rmse_edge.loop.contract import Tensors, TensorSpec
+from rmse_edge.numbers import SEGMENT
 
 from .base import Memory, gradient
 
@@ -35,14 +35,29 @@ class Atlas(Memory):
     second: Tensor
     scale: Tensor  # (pairs,)
 
-    def __init__(self, config: RMSEConfig) -> None:
-        dims = config.memory_key_dim
-        super().__init__(config, key_dims=dims, features=dims + dims * (dims + 1) // 2, rates=4)
+    def __init__(self, d_model: int, *, dims: int, hidden: int, key_dims: int, window: int, max_loops: int) -> None:
+        """
+        Args:
+            key_dims: channels of keys, before their products are added.
+            window: positions that are learned together, a multiple of 64.
+            others: as of `Memory`.
+        """
+        features = key_dims + key_dims * (key_dims + 1) // 2
+        super().__init__(
+            d_model, dims=dims, hidden=hidden, key_dims=key_dims, features=features, rates=4, max_loops=max_loops
+        )
+        self.window = window
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def tables(self) -> dict[str, Tensor]:
+        """The buffers that follow from the numbers alone, and that no checkpoint holds: (pairs,) each."""
+        dims = self.key_proj.out_features
         pairs = torch.triu_indices(dims, dims)
         # Off-diagonal products stand for two: with the factor, phi(a).phi(b) = (a.b + (a.b)^2) / 2.
-        self.register_buffer("first", pairs[0].clone(), persistent=False)  # tensors of their own: the exporter minds
-        self.register_buffer("second", pairs[1].clone(), persistent=False)
-        self.register_buffer("scale", torch.where(pairs[0] == pairs[1], 1.0, sqrt(2)), persistent=False)
+        scale = torch.where(pairs[0] == pairs[1], 1.0, sqrt(2))
+        # tensors of their own: the exporter minds
+        return {"first": pairs[0].clone(), "second": pairs[1].clone(), "scale": scale}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -52,12 +67,12 @@ class Atlas(Memory):
 
     def window_specs(self) -> tuple[TensorSpec, ...]:
         """Features, values and gamma of the window's earlier segments, oldest first; gamma 0 where there was nothing."""
-        past = self.config.memory_window - SEGMENT
+        past = self.window - SEGMENT
         if past == 0:
             return ()
         return (
             TensorSpec("window_keys", (1, past, self.up.shape[0])),
-            TensorSpec("window_values", (1, past, self.config.memory_dim)),
+            TensorSpec("window_values", (1, past, self.down.shape[1])),
             TensorSpec("window_gates", (1, past)),
         )
 
