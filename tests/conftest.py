@@ -45,6 +45,7 @@ FIRST = (
     "test_runner",
     "test_coreml",
     *TOGETHER,
+    "test_runner_speed",
     "test_shipped",
     "test_export_memory",
     "test_session",

@@ -1,0 +1,169 @@
+"""How the source is built: who may import whom, and how long a file may be. Nothing is imported here, only read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Folders and the packages they are; pyproject.toml maps them.
+PACKAGES = {
+    "rmse_edge": "rmse_edge",
+    "export": "rmse_edge.export",
+    "runtimes": "rmse_edge.runtimes",
+    "quantize": "rmse_edge.quantize",
+}
+
+# Rooms from the top down, those of one floor side by side: a module imports from its own room and from floors below.
+FLOORS = (
+    ("rmse_edge",),  # `import rmse_edge` itself
+    ("cli",),
+    ("export",),
+    ("runtimes",),
+    ("quantize", "train", "hf", "knowledge"),
+    ("checkpoint",),
+    ("arch",),
+    ("layers",),
+    ("loop",),
+    ("chat", "losses", "package", "shards", "vocabulary"),
+    ("numbers", "text"),
+    ("files", "progress", "schema"),
+    ("errors",),
+)
+# The same inside of the large rooms.
+INNER_FLOORS = {
+    "rmse_edge.export": (("pipeline",), ("gate", "onnx", "executorch", "coreml"), ("targets",), ("program",)),
+    "rmse_edge.runtimes": (("text", "measure"), ("engines",), ("host",), ("mil",)),
+    "rmse_edge.hf": (("model",), ("cache", "config", "inputs")),
+    "rmse_edge.arch.rmse": (("model",), ("parts", "costs"), ("config",)),
+    "rmse_edge.layers": (("experts", "memory", "retrieval"), ("attention",), ("norm", "rope")),
+}
+# Imports that go up or sideways all the same. Each is a fault that waits to be mended: the list only gets shorter.
+EXCEPTIONS = {
+    ("rmse_edge.runtimes.engines.executorch", "rmse_edge.runtimes.measure.machine"),
+    ("rmse_edge.runtimes.engines.onnx", "rmse_edge.runtimes.measure.machine"),
+    ("rmse_edge.runtimes.host.session", "rmse_edge.runtimes.text.generate"),
+}
+# Modules that name RMS-E, beside those of its own folder and of the rooms that are about it. Also a list to shorten.
+RMSE_ONLY = ("rmse_edge.arch", "rmse_edge.train", "rmse_edge.hf", "rmse_edge.quantize")
+KNOW_RMSE = {
+    "rmse_edge",
+    "rmse_edge.checkpoint",
+    "rmse_edge.cli.bench",
+    "rmse_edge.cli.export",
+    "rmse_edge.cli.quantize",
+    "rmse_edge.export.coreml.lower",
+    "rmse_edge.export.executorch.lower",
+    "rmse_edge.export.gate.compare",
+    "rmse_edge.export.pipeline",
+    "rmse_edge.export.targets",
+    "rmse_edge.runtimes.engines.torch",
+    "rmse_edge.runtimes.host.signatures",
+    "rmse_edge.runtimes.measure.bench",
+}
+
+LONGEST = 600  # lines of a file
+LONGER = {"docs/mac_checklist.py"}  # one file, so that whoever has a Mac can be sent it
+
+
+def read_modules() -> dict[str, Path]:
+    """Every module of the package and its file."""
+    found = {}
+    for folder, package in PACKAGES.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            names = file.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *names)).removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = read_modules()
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """The modules of ours that `module` imports, in functions too, and whether only for type checkers."""
+    file = MODULES[module]
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    for_types = {inner for block in blocks for part in block.body for inner in ast.walk(part)}
+    for node in ast.walk(tree):
+        named = []
+        if isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            # `from package import name`: a module of that name, or what the package's own file defines
+            named = [n if n in MODULES else source for n in (f"{source}.{alias.name}" for alias in node.names)]
+        yield from ((name, node in for_types) for name in named if name in MODULES)
+
+
+GRAPH = {module: sorted(set(imports(module))) for module in MODULES}
+
+
+def room(module: str, of: str = "rmse_edge") -> str:
+    """The part of `of` that a module belongs to: "rmse_edge.layers.norm" is of "layers"."""
+    return module.removeprefix(of).lstrip(".").partition(".")[0] or of
+
+
+def upward(of: str, floors: tuple[tuple[str, ...], ...]) -> set[tuple[str, str]]:
+    """Imports between rooms of `of` that do not go down."""
+    floor = {name: level for level, names in enumerate(floors) for name in names}
+    found = set()
+    for module, targets in GRAPH.items():
+        for target, _ in targets:
+            here, there = room(module, of), room(target, of)
+            inside = all(m.startswith(of + ".") for m in (module, target)) or of == "rmse_edge"
+            if inside and here != there and {here, there} <= floor.keys() and floor[here] >= floor[there]:
+                found.add((module, target))
+    return found
+
+
+def test_imports_are_seen() -> None:
+    """The tests below pass where nothing is read: relative, in functions, of a package, for types, of submodules."""
+    graph = {module: dict(targets) for module, targets in GRAPH.items()}
+    assert graph["rmse_edge.layers.attention"] == {"rmse_edge.layers.norm": False, "rmse_edge.layers.rope": False}
+    assert graph["rmse_edge.runtimes"]["rmse_edge.runtimes.engines.coreml"] is False
+    assert graph["rmse_edge.runtimes.text.generate"]["rmse_edge.runtimes.text.librarian"] is True
+    assert graph["rmse_edge.runtimes.mil.prepare"]["rmse_edge.runtimes.mil.operators_math"] is False
+    assert graph["rmse_edge.export.pipeline"]["rmse_edge.runtimes"] is False
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(module) for module in MODULES} == {name for floor in FLOORS for name in floor}
+
+
+def test_imports_go_down() -> None:
+    found = upward("rmse_edge", FLOORS)
+    for of, floors in INNER_FLOORS.items():
+        found |= upward(of, floors)
+    assert sorted(found) == sorted(EXCEPTIONS)
+
+
+def test_no_circles() -> None:
+    """Between modules; imports for type checkers do not count."""
+    left = {module: {t for t, for_types in targets if not for_types} for module, targets in GRAPH.items()}
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"a circle, or what imports one: {', '.join(sorted(left))}"
+
+
+def test_who_knows_rmse() -> None:
+    found = {
+        module
+        for module, targets in GRAPH.items()
+        if not module.startswith(RMSE_ONLY) and any(t.startswith("rmse_edge.arch.") for t, _ in targets)
+    }
+    assert sorted(found) == sorted(KNOW_RMSE)
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "tests", "docs", "findings"])
+def test_no_file_is_long(folder: str) -> None:
+    files = {file.relative_to(ROOT).as_posix(): file for file in (ROOT / folder).rglob("*.py")}
+    lengths = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in files.items()}
+    long = {name for name, lines in lengths.items() if lines > LONGEST}
+    assert long == {name for name in LONGER if name.startswith(folder + "/")}
