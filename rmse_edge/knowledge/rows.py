@@ -20,9 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import Count
 from rmse_edge.numbers import Count
-from rmse_edge.package import Entry, digest_manifest
 from rmse_edge.schema import Digest, Name, Whole, parse_json, validated
 
 from .base import KnowledgeError, Passage

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
-from rmse_edge.arch.rmse.config import RINGS, SEGMENT, RMSEConfig
+from rmse_edge.arch.rmse.config import RINGS, RMSEConfig
 from rmse_edge.arch.rmse.costs import parameters
 from rmse_edge.errors import ConfigError, PackageError, UserError
 from rmse_edge.numbers import SEGMENT

@@ -36,9 +36,9 @@ from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
 from rmse_edge.numbers import SEGMENT
-from rmse_edge.parts import make_attention, make_experts, make_memory, make_retrieval
 
-from .config import RINGS, SEGMENT, KvDtype, RMSEConfig
+from .config import RINGS, KvDtype, RMSEConfig
+from .parts import make_attention, make_experts, make_memory, make_retrieval
 
 WHOLE_TEXT_PIECE = 256  # positions of a whole text computed together, where the memory does not say how many
 
