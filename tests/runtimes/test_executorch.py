@@ -381,7 +381,7 @@ def test_a_flipped_weight_byte_is_caught_before_the_runtime(executorch_package: 
     content = bytearray((folder / "program.pte").read_bytes())
     content[len(content) * 3 // 4] ^= 1
     (folder / "program.pte").write_bytes(content)
-    with pytest.raises(PackageError, match=r"program\.pte: its SHA-256 is not the manifest's"):
+    with pytest.raises(PackageError, match=r"program\.pte: its SHA-256 is not that in SHA256SUMS"):
         open_runtime(folder)
 
 
