@@ -25,9 +25,7 @@ FORMAT_VERSION = 2  # 2: SHA256SUMS; in 1 the manifest had the hashes, its own a
 SUFFIX = ".rmse"
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
-SUM = re.compile(
-    r"([0-9a-f]{64}) [ *](.+)"
-)  # a line of it: the hash, how the file was read (always as it is), the name
+SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")  # a line of it: hash, mode (text or binary: all the same here), name
 AGAIN = "export the package again"
 
 
@@ -125,10 +123,9 @@ class Package:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Of any version: an older one had no SHA256SUMS, and is to be refused as what it is."""
     path = folder / MANIFEST
-    try:
-        manifest = read_json(path, PackageError, AGAIN)
-    except FileNotFoundError:
-        raise PackageError(f"{path}: missing; {folder} is not a package") from None
+    if not path.is_file():  # nor is a pipe, at which reading would wait
+        raise PackageError(f"{path}: missing; {folder} is not a package")
+    manifest = read_json(path, PackageError, AGAIN)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise PackageError(f"{path}: not the manifest of an {FORMAT}")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -143,10 +140,10 @@ def _read_sums(folder: Path) -> dict[str, str]:
     """Hashes by the names of their files, which may be any: whoever opens one looks for it in the folder first."""
     path = folder / SUMS
     digests: dict[str, str] = {}
+    if not path.is_file():
+        raise PackageError(f"{path}: missing from the package; export it again")
     try:
         lines = read_bytes(path, PackageError, AGAIN).decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise PackageError(f"{path}: missing from the package; export it again") from None
     except UnicodeDecodeError as reason:
         raise PackageError(f"{path}: not a list of hashes ({reason}); {AGAIN}") from None
     for number, line in enumerate(lines, 1):

@@ -71,9 +71,8 @@ def a_link_to_nowhere(folder: Path) -> None:
     (folder / "head.onnx").symlink_to("gone.onnx")
 
 
-def a_pipe_instead(folder: Path) -> None:
-    (folder / "head.onnx").unlink()
-    os.mkfifo(folder / "head.onnx")
+def pipe(name: str) -> Callable[[Path], object]:
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
 
 
 def cut(name: str, count: int) -> Callable[[Path], None]:
@@ -128,7 +127,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "an edited size": (edit(lambda m: m["sizes"].update({"weights.bin": 1})), ["manifest.json: was edited"]),
     "no sizes": (edit(lambda m: m.pop("sizes"), sign=True), ["manifest.json: sizes: is missing"]),
     "a link to nowhere": (a_link_to_nowhere, ["head.onnx: is no file"]),
-    "a pipe": (a_pipe_instead, ["head.onnx: is no file"]),
+    "a pipe": (pipe("head.onnx"), ["head.onnx: is no file"]),
+    "a pipe for a manifest": (pipe(MANIFEST), ["manifest.json: missing"]),
+    "a pipe for a list": (pipe(SUMS), ["SHA256SUMS: missing from the package"]),
     "no list of hashes": (lambda f: (f / SUMS).unlink(), ["SHA256SUMS: missing from the package"]),
     "an empty list": (edit_sums(lambda s: ""), ["SHA256SUMS: lists no manifest.json"]),
     "a list that is cut": (cut(SUMS, 78), ["weights.bin: not listed in the package's SHA256SUMS"]),

@@ -1,6 +1,6 @@
 // A package: the folder NAME.rmse/ whose SHA256SUMS lists every other file with its SHA-256, manifest.json included.
 //
-// All of it is checked before an engine sees a byte: some end the process over damaged files, and compute with others.
+// All of it is checked before an engine sees a byte: some end the process over damaged files, others compute with them.
 #pragma once
 
 #include <cstddef>
