@@ -32,10 +32,11 @@ import numpy as np
 from rmse_edge.cli.common import Parser, positive_int, verb
 from rmse_edge.errors import PackageError, UserError, quiet
 from rmse_edge.files import write_text
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import MANIFEST, Package
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, CoremlRuntime
-from rmse_edge.runtimes.host.base import Arrays, Dials
+from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.measure.bench import exits_disabled, third
 
 UNITS = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
@@ -300,9 +301,10 @@ class Reference:
         known["k"] = np.array(min(1, info.max_loops - 1))
         known |= {name: draw.standard_normal(v.shape).astype(v.dtype) for name, v in hits.items() if v.dtype != bool}
         known |= {name: draw.random(v.shape) < 0.5 for name, v in hits.items() if v.dtype == bool}
-        known |= {name: draw.standard_normal(shape).astype(dtype) for name, (shape, dtype) in info.state.items()}
-        known |= {name: np.abs(0.1 * draw.standard_normal(s)).astype(dtype) for name, (s, dtype) in info.memory.items()}
-        known["segment"] = draw.standard_normal((1, chunk, info.config["d_model"])).astype(np.float32)
+        for name, s in info.state.items():
+            values = draw.standard_normal(s.shape)
+            known[name] = (np.abs(0.1 * values) if s.kind == "written" else values).astype(s.dtype)
+        known["segment"] = draw.standard_normal((1, chunk, info.width)).astype(np.float32)
         position = 2 * SEGMENT + (5 if chunk == 1 else 0)
         return known | runtime.context(chunk, chunk - chunk // 8, position) | info.full_depth.arrays()
 
@@ -440,7 +442,7 @@ class Unit:
         for setting in self.reference.settings:
             theirs = self.reference.course(setting)
             for loop, label in LOOPS.items():
-                self.runtime.loop = loop
+                self.runtime.calls.loop = loop
                 ours = self.reference.walk(self.runtime, setting)
                 for part, what in ((slice(prompt), "prompt"), (slice(prompt, None), "single tokens")):
                     found = theirs.compared(ours, part)
@@ -479,7 +481,7 @@ class Unit:
         """Greedy, after a prompt that is not timed."""
         outcome, rows, full = Outcome(), [], self.runtime.info.max_loops
         for loop, label in LOOPS.items():
-            self.runtime.loop = loop
+            self.runtime.calls.loop = loop
             (fast, _), (adaptive, loops) = (self.greedy(dials) for dials in self.reference.settings.values())
             rows.append((label, "full depth", f"{fast:.1f}", full, ""))
             rows.append((label, "adaptive", f"{adaptive:.1f}", f"{loops:.2f}", f"{adaptive / fast:.2f} x"))
@@ -657,7 +659,7 @@ def checked(args: argparse.Namespace) -> Package:
     package = Package.open(args.package)
     if package.target != "coreml":
         raise PackageError(f"{args.package}: made for {package.target}; make one with rmse-export --target coreml")
-    limit = package.manifest["model"]["max_seq_len"]
+    limit = package.manifest["model"]["text"]["max_seq_len"]
     if limit is not None and args.tokens > limit:
         raise UserError(f"--tokens: got {args.tokens}, the package takes at most {limit}")
     return package

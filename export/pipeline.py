@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import platform
 import shutil
@@ -17,19 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import RMSEConfig
-from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ExportError, ParityError, UserError
 from rmse_edge.loop.contract import LoopSpec
-from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
 from rmse_edge.quantize.parallel import one_thread
 from rmse_edge.quantize.scheme import BITS, EXPERTS
 from rmse_edge.runtimes import other_runtimes, runtime_for
-from rmse_edge.runtimes.engines.torch import fingerprint, model_info
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.text import Tokenizer, read_text
 from rmse_edge.vocabulary import TOKENIZER_FILE, Vocabulary
@@ -39,7 +36,6 @@ from .gate.reference import LEAST_POSITIONS, Reference
 from .program import Signature, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
 
-CHUNKS = (1, SEGMENT)
 SAMPLE = "sample.txt"
 SAMPLE_LIMIT = 64 * 1024  # bytes
 
@@ -122,7 +118,7 @@ class ExportRequest:
             )
 
 
-def check_formats(model: RMSE, formats: Mapping[str, Format], target: str) -> None:
+def check_formats(model: Any, formats: Mapping[str, Format], target: str) -> None:
     """Fail, before anything is computed, where a target has no form for a weight.
 
     Raises:
@@ -136,7 +132,7 @@ def check_formats(model: RMSE, formats: Mapping[str, Format], target: str) -> No
             check(name, formats[name], inputs[name])
 
 
-def rounded(model: RMSE, quant: str) -> RMSE:
+def rounded(model: Any, quant: str) -> Any:
     """The model a package of this precision is compared with: the same weights after the same rounding."""
     if quant != "fp16":
         return model  # a quantised model holds what its integers stand for
@@ -151,14 +147,15 @@ def rounded(model: RMSE, quant: str) -> RMSE:
     return twin
 
 
-def as_cached(model: RMSE, request: ExportRequest) -> RMSE:
+def as_cached(model: Any, request: ExportRequest) -> Any:
     """`model`, or a copy whose keys and values are stored in the type that the request's packages have, a float."""
-    cache = get_target(request.target).cache
-    return model.with_cache_dtype(cache(request.quant, model.config.kv_dtype)) if cache else model
+    cache, arch = get_target(request.target).cache, arch_of_model(model)
+    own = arch.cache_dtype(model)
+    return arch.with_cache_dtype(model, cache(request.quant, own)) if cache else model
 
 
 def export_package(
-    model: RMSE,
+    model: Any,
     destination: str | Path,
     request: ExportRequest,
     checkpoint: Path | None = None,
@@ -194,6 +191,9 @@ def export_package(
         rounds_activations = quantized is not None and request.level != 0
         exact_twin = rounds_activations and request.check and 0 in target.accuracy_levels
         stage = Stages(_plan(model, request, target, exact_twin), progress)
+        name = destination.name.removesuffix(".rmse")
+        info = model_info(model, name, 0, request.target, source, request.quant, vocabulary)
+        info = info.with_limit(request.max_seq_len) if info.text is not None else info
         options = LowerOptions(
             quant=request.quant,
             tensors=quantized.tensors if quantized else {},
@@ -201,20 +201,17 @@ def export_package(
             exact_twin=exact_twin,
             compact=request.compact,
             compute=request.compute or next(iter(target.computes), None),
-            max_seq_len=request.max_seq_len,
-            eos_token_ids=vocabulary.eos_token_ids,
+            info=info,
             progress=stage,
         )
         traced = target.prepare(model, options) if target.prepare else model
         with collection_paused():
-            program = trace(traced, CHUNKS, stage, target.any_rows, target.host_loop)  # type: ignore[arg-type]
+            program = trace(traced, model.call_sizes(), stage, target.any_rows, target.host_loop)  # type: ignore[arg-type]
             lowering = target.lower(program, folder, options)
         text = _carry_text(checkpoint, folder)
-        name = destination.name.removesuffix(".rmse")
-        info = model_info(model, name, 0, request.target, source, request.quant, vocabulary)
         manifest: dict[str, Any] = {
             "target": request.target,
-            "model": {**info.to_json(), "max_seq_len": request.max_seq_len},
+            "model": info.to_json(),
             "methods": {
                 name: {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
                 for name, (takes, gives) in signatures(program.specs, target, request.quant).items()
@@ -227,9 +224,10 @@ def export_package(
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)
         if request.check:
-            tokens = parity_tokens(model.config, folder, text)
+            tokens = parity_tokens(info.vocab_size, folder, text)
             # An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise.
-            float_cache = model.config.kv_dtype == "float32"
+            arch = arch_of_model(model)
+            float_cache = arch.cache_dtype(model) == "float32"
             rounded_activations = rounds_activations or request.quant in target.halves
             exact = request.quant != "fp16" and not rounded_activations and float_cache
             longest = compared(tokens, info, exact, target.positions)
@@ -245,7 +243,7 @@ def export_package(
             alone = None
             if not exact and not (found is not None and float_cache):
                 stage("parity of the host")
-                alone = compare_host(counterpart.with_cache_dtype("float32"), tokens)
+                alone = compare_host(arch.with_cache_dtype(counterpart, "float32"), tokens)
             candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
             try:
                 reports = [
@@ -283,15 +281,15 @@ def collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(model: RMSE, request: ExportRequest, target: Target, exact_twin: bool) -> list[tuple[str, float]]:
+def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) -> list[tuple[str, float]]:
     """The stages of an export in order and roughly what each costs, in seconds of a small model; see `Stages`."""
-    specs = {chunk: model.spec(chunk) for chunk in CHUNKS}
+    specs = {chunk: model.spec(chunk) for chunk in model.call_sizes()}
     names = [name for spec in specs.values() for name in method_names(spec, target.host_loop)]
     if target.any_rows:
         names = list(dict.fromkeys(names))
     plan = [("tracing", 4.0 if name == "loop" else 0.5) for name in names]
     plan += [(begins, cost * (4 if name == "loop" else 1)) for begins, cost in target.stages for name in names]
-    settings = 4 if "entropy" in model.config.exit_rules else 3
+    settings = 4 if "exit_entropy" in next(iter(specs.values())).dials else 3
     gate = [*[("parity at", 1.0)] * settings, ("parity of each method", 1.0), ("parity of the memory", 1.0)]
     if not request.check:
         return plan
@@ -308,18 +306,18 @@ def sealed(folder: Path, manifest: dict[str, Any]) -> LoopRuntime:
 
 def unlimited(runtime: LoopRuntime) -> LoopRuntime:
     """`runtime`, which takes texts of any length: the gate's may be longer than the package is to take."""
-    runtime.info = dataclasses.replace(runtime.info, max_seq_len=None)
+    runtime.info = runtime.info.with_limit(None)
     return runtime
 
 
-def parity_tokens(config: RMSEConfig, folder: Path, text: dict[str, str]) -> np.ndarray:
+def parity_tokens(vocab_size: int, folder: Path, text: dict[str, str]) -> np.ndarray:
     """What the gate is run on: the sample text if the package has one, random tokens otherwise."""
     if "sample" in text and "tokenizer" in text:
         head = read_text(folder / text["sample"])[: 8 * POSITIONS[False]]
         ids = np.asarray(Tokenizer(folder / text["tokenizer"]).encode(head), np.int64)
         if len(ids) >= LEAST_POSITIONS:
             return ids[: POSITIONS[False]]
-    return np.random.default_rng(0).integers(0, config.vocab_size, POSITIONS[False])
+    return np.random.default_rng(0).integers(0, vocab_size, POSITIONS[False])
 
 
 def _carry_text(checkpoint: Path | None, folder: Path) -> dict[str, str]:
@@ -367,7 +365,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def weight_bytes(model: RMSE, quant: str, formats: Mapping[str, Format], scale_bytes: int) -> int:
+def weight_bytes(model: Any, quant: str, formats: Mapping[str, Format], scale_bytes: int) -> int:
     """Bytes of all weights as stored: integers with their scales, and what stays float in float32."""
     parameters = sum(p.numel() for p in model.parameters())
     if quant not in BITS:
@@ -380,7 +378,7 @@ def weight_bytes(model: RMSE, quant: str, formats: Mapping[str, Format], scale_b
     return total
 
 
-def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] | None = None) -> dict[str, Any]:
+def describe(model: Any, request: ExportRequest, formats: Mapping[str, Format] | None = None) -> dict[str, Any]:
     """What an export would contain, without tracing anything: methods, shapes, sizes in bytes.
 
     Args:
@@ -388,16 +386,17 @@ def describe(model: RMSE, request: ExportRequest, formats: Mapping[str, Format] 
     """
     target = get_target(request.target)
     cached = as_cached(model, request)
-    specs = {chunk: cached.spec(chunk) for chunk in CHUNKS}
+    specs = {chunk: cached.spec(chunk) for chunk in model.call_sizes()}
     parameters = sum(p.numel() for p in model.parameters())
+    first = next(iter(specs.values()))
+    segment = 4 * (first.segment or 0) * first.h.shape[-1] if first.written else 0
     return {
         "target": request.target,
         "quantization": request.quant,
         "parameters": parameters,
         "weight_bytes": weight_bytes(model, request.quant, formats or {}, target.scale_bytes),
-        "state_bytes": sum(t.nbytes for t in (*specs[1].state, *specs[1].memory, *specs[1].inputs[1:]))
-        + (SEGMENT * model.config.d_model * 4 if specs[1].memory else 0),
-        "max_loops": model.config.max_loops,
+        "state_bytes": sum(t.nbytes for t in (*first.state, *first.inputs[1:])) + segment,
+        "max_loops": first.max_loops,
         "methods": {
             name: {
                 side: {t["name"]: [t["shape"], t["dtype"]] for t in tensors_json(tensors)}

@@ -4,12 +4,13 @@ This is the stage between a model and every target. Its methods and their tensor
 
 | method  | in                                                        | out                                        |
 |---------|-----------------------------------------------------------|--------------------------------------------|
-| prelude | inputs                                                    | prelude                                    |
-| loop    | prelude, context, state, memory, dials                    | h, depth, iterations, stacked emits        |
+| prelude | inputs, its state                                         | prelude                                    |
+| loop    | prelude, context, its state, dials                        | h, depth, iterations, stacked emits        |
 | begin   | prelude, context                                          | first_ carry but depth, invariants         |
-| step    | k, carry, prelude, context, row k of state, memory, dials | next_ carry, emits, any_active             |
-| head    | h                                                         | head                                       |
-| commit  | prelude, context, h, depth, iterations, stacked emits     | commit                                     |
+| step    | k, carry, prelude, context, row k or all of state, dials  | next_ carry, emits, any_active             |
+| coda    | prelude, context, h, depth, its state                     | coda                                       |
+| head    | what coda gives first; h without a coda                   | head                                       |
+| commit  | all of these, iterations, stacked emits, coda, its state  | commit                                     |
 
 A model may add methods of its own (`LoopSpec.extra`), which hosts call outside the loop.
 
@@ -28,7 +29,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,12 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.export import ExportedProgram
 
 from rmse_edge.errors import ExportError, first_line
-from rmse_edge.loop.contract import DIALS, LoopModel, LoopSpec, TensorSpec, run_loop
-from rmse_edge.runtimes.host.base import dtype_name
+from rmse_edge.info import dtype_name
+from rmse_edge.loop.contract import DIALS, LoopModel, LoopSpec, TensorSpec, check_spec
+from rmse_edge.loop.drive import run_loop
 
-METHODS = ("prelude", "loop", "step", "head", "commit")
-HOST_METHODS = ("prelude", "begin", "step", "head", "commit")  # of programs whose host owns the loop
+METHODS = ("prelude", "loop", "step", "coda", "head", "commit")
+HOST_METHODS = ("prelude", "begin", "step", "coda", "head", "commit")  # of programs whose host owns the loop
 ITERATIONS = TensorSpec("iterations", (), torch.int64)
 LOOP_INDEX = TensorSpec("k", (), torch.int64)
 ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
@@ -55,38 +57,47 @@ def dial_specs(spec: LoopSpec) -> tuple[TensorSpec, ...]:
 
 def stacked(spec: LoopSpec) -> tuple[TensorSpec, ...]:
     """The emits of all iterations, (K, ...)."""
-    return tuple(TensorSpec(t.name, (spec.max_loops, *t.shape), t.dtype) for t in spec.emits)
+    return tuple(
+        dataclasses.replace(
+            t, shape=(spec.max_loops, *t.shape), batch_axis=None if t.batch_axis is None else t.batch_axis + 1
+        )
+        for t in spec.emits
+    )
 
 
 def next_of(carried: TensorSpec) -> TensorSpec:
     """A carried tensor as `step` returns it: a graph cannot give a name that it takes."""
-    return TensorSpec(f"next_{carried.name}", carried.shape, carried.dtype)
+    return dataclasses.replace(carried, name=f"next_{carried.name}")
 
 
 def first_of(carried: TensorSpec) -> TensorSpec:
     """A carried tensor as `begin` returns it."""
-    return TensorSpec(f"first_{carried.name}", carried.shape, carried.dtype)
+    return dataclasses.replace(carried, name=f"first_{carried.name}")
 
 
 def signature(spec: LoopSpec, method: str, host_loop: bool = False) -> Signature:
     """The tensors a method takes and gives, in order; `host_loop` as in `trace`."""
-    depth = TensorSpec("depth", spec.active.shape, torch.int64)
-    rows = tuple(TensorSpec(t.name, t.shape[1:], t.dtype) for t in spec.state)
+    if method in spec.extra:
+        return spec.extra[method]
+    depth = next(t for t in spec.carried if t.name == "depth")
     given = (*spec.prelude, *spec.context)
     fixed = (*given, *spec.invariants) if host_loop else given
     first = tuple(first_of(t) for t in spec.carried if t.name != "depth")
-    if method in spec.extra:
-        return spec.extra[method]
+    rows = tuple(s.row for s in spec.rows)
     return {
-        "prelude": (spec.inputs, spec.prelude),
-        "loop": ((*given, *spec.state, *spec.memory, *dial_specs(spec)), (spec.h, depth, ITERATIONS, *stacked(spec))),
+        "prelude": ((*spec.inputs, *spec.read_by("prelude")), spec.prelude),
+        "loop": ((*given, *spec.read_by("loop"), *dial_specs(spec)), (spec.h, depth, ITERATIONS, *stacked(spec))),
         "begin": (given, (*first, *spec.invariants)),
         "step": (
-            (LOOP_INDEX, *spec.carried, *fixed, *rows, *spec.memory, *dial_specs(spec)),
+            (LOOP_INDEX, *spec.carried, *fixed, *rows, *spec.whole, *dial_specs(spec)),
             (*(next_of(t) for t in spec.carried), *spec.emits, ANY_ACTIVE),
         ),
-        "head": ((spec.h,), spec.head),
-        "commit": ((*given, spec.h, depth, ITERATIONS, *stacked(spec)), spec.commit),
+        "coda": ((*given, spec.h, depth, *spec.read_by("coda")), spec.coda),
+        "head": ((spec.final,), spec.head),
+        "commit": (
+            (*given, spec.h, depth, ITERATIONS, *stacked(spec), *spec.coda, *spec.read_by("commit")),
+            spec.commit,
+        ),
     }[method]
 
 
@@ -105,16 +116,16 @@ def shared_signature(specs: Mapping[int, LoopSpec], method: str) -> Signature | 
         merged = []
         for alike in zip(*side):  # one tensor, as each spec has it
             dims = [ROWS if d == tuple(specs) else d[0] for d in zip(*(t.shape for t in alike))]
-            if any(at_rows(TensorSpec(t.name, tuple(dims), t.dtype), chunk) != t for chunk, t in zip(specs, alike)):
+            if any(at_rows(dataclasses.replace(t, shape=tuple(dims)), chunk) != t for chunk, t in zip(specs, alike)):
                 return None
-            merged.append(TensorSpec(alike[0].name, tuple(dims), alike[0].dtype))
+            merged.append(dataclasses.replace(alike[0], shape=tuple(dims)))
         sides.append(tuple(merged))
     return sides[0], sides[1]
 
 
 def at_rows(tensor: TensorSpec, rows: int) -> TensorSpec:
     """A tensor of a call with this many rows."""
-    return TensorSpec(tensor.name, tuple(rows if d == ROWS else d for d in tensor.shape), tensor.dtype)
+    return dataclasses.replace(tensor, shape=tuple(rows if d == ROWS else d for d in tensor.shape))
 
 
 class Method(nn.Module):
@@ -148,8 +159,8 @@ class Method(nn.Module):
 
     def _step(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         carry = {t.name: tensors[t.name] for t in self.spec.carried}
-        given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context, *self.spec.memory)}
-        past = {t.name: tensors[t.name] for t in self.spec.state}
+        given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context, *self.spec.whole)}
+        past = {t.name: tensors[t.name] for t in self.spec.rows}
         names = [t.name for t in self.spec.invariants]
         ready = bool(names) and all(name in tensors for name in names)
         invariants = {name: tensors[name] for name in names} if ready else self.model.begin(given)[1]
@@ -162,8 +173,11 @@ class Method(nn.Module):
         # A method must not return what it was given: some engines would hand out the same memory twice.
         return {f"first_{name}": value.clone() for name, value in carry.items()} | invariants
 
+    def _coda(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return cast(Any, self.model).coda(tensors)  # spec.coda says that there is one
+
     def _head(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.model.head(tensors["h"])
+        return self.model.head(tensors[self.spec.final.name])
 
     def _commit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.model.commit(tensors)
@@ -178,7 +192,7 @@ class Method(nn.Module):
             return self.spec
         name, axis = places[0]
         shapes = {t.name: at_rows(t, tensors[name].shape[axis]).shape for t in self.gives}
-        emits = tuple(TensorSpec(t.name, shapes[t.name][1:], t.dtype) for t in self.spec.emits)
+        emits = tuple(dataclasses.replace(t, shape=shapes[t.name][1:]) for t in self.spec.emits)
         return dataclasses.replace(self.spec, emits=emits)
 
     def example(self, rows: int | None = None) -> tuple[Tensor, ...]:
@@ -222,7 +236,8 @@ class LoopProgram:
 
 def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
     methods = HOST_METHODS if host_loop else METHODS
-    return (*(m for m in methods if m != "commit" or spec.commit), *spec.extra)
+    absent = {name for name, there in (("commit", spec.commit), ("coda", spec.coda)) if not there}
+    return (*(m for m in methods if m not in absent), *spec.extra)
 
 
 def trace(
@@ -246,6 +261,8 @@ def trace(
     if isinstance(model, nn.Module):
         model.eval()
     specs = {chunk: model.spec(chunk) for chunk in chunks}
+    for spec in specs.values():
+        check_spec(spec)
     methods = []
     for chunk, spec in specs.items():
         for name in method_names(spec, host_loop):

@@ -13,7 +13,8 @@ from rmse_edge.errors import UserError, quiet
 if TYPE_CHECKING:
     from torch import nn
 
-    from rmse_edge.arch.rmse.config import KvDtype
+    from rmse_edge.arch.registry import KvDtype
+    from rmse_edge.info import ModelInfo
     from rmse_edge.loop.contract import LoopSpec
     from rmse_edge.quantize import Format, QuantizedTensor
 
@@ -34,8 +35,7 @@ class LowerOptions:
     exact_twin: bool = False  # at level 4: lower a second time at level 0, to prove the integers by the exact rule
     compact: bool = True  # compute experts of active rows only, in calls of many rows
     compute: str | None = None  # what the program is laid out for, one of `Target.computes`
-    max_seq_len: int | None = None  # tokens that a text may have; None: any number
-    eos_token_ids: tuple[int, ...] = ()  # each of them ends a text
+    info: ModelInfo | None = None  # what the manifest is going to say of the model
     progress: Callable[[str], None] = lambda _: None
 
 

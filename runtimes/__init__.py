@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rmse_edge.errors import PackageError, UserError
+from rmse_edge.info import ModelInfo
+from rmse_edge.loop.dials import Dials
 from rmse_edge.package import MANIFEST, Package
 
-from .host.base import Dials, Fed, Methods, ModelInfo, Runtime, Surprise
+from .host.base import Fed, Methods, Runtime, Surprise
 from .host.text import LoopRuntime
 
 __all__ = [

@@ -20,7 +20,7 @@ from rmse_edge.export.coreml.check import Expected, check, expected
 from rmse_edge.export.coreml.functions import Assembly
 from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
 from rmse_edge.export.coreml.ops import prepare
-from rmse_edge.export.gate.compare import example_feeds
+from rmse_edge.export.gate.methods import example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached
 from rmse_edge.export.program import ExportedMethod, Method, _traced, signature
 from rmse_edge.export.targets import LowerOptions

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 
+from rmse_edge.arch.identity import model_info
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import save_checkpoint
@@ -30,7 +31,7 @@ from rmse_edge.package import MANIFEST, SUMS, seal, write_sums
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import Dials, LoopRuntime
 from rmse_edge.runtimes.engines.kernels import COMPILERS
-from rmse_edge.runtimes.engines.torch import TorchRuntime, model_info
+from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.text import train_character_tokenizer
 
 RATES = {"titans": [-3.0, 1.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # logits, as the memories' `learn` reads them

@@ -59,8 +59,11 @@ class Puzzle(nn.Module):
             carry=(TensorSpec("z_l", latent),),
             head=(TensorSpec("symbols", (1, CELLS, SYMBOLS)),),
             dials=("max_loops", "min_loops", "exit_threshold"),
-            notes={"ids": SYMBOLS},
+            ids={"board": SYMBOLS},
         )
+
+    def call_sizes(self) -> tuple[int, ...]:
+        return (CELLS,)
 
     def prelude(self, tensors: Tensors) -> Tensors:
         return {"x": self.embed(tensors["board"]) + self.place}

@@ -15,7 +15,8 @@ from torch import Tensor
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import DIALS, run_loop
+from rmse_edge.loop.contract import DIALS
+from rmse_edge.loop.drive import run_loop
 from rmse_edge.loop.stop import delta_stops, entropy_stops, gate_stops
 from rmse_edge.text import split
 from rmse_edge.train.recipe import Recipe
@@ -57,7 +58,7 @@ class RingHost:
 
     def __init__(self, model: RMSE, batch: int = 1) -> None:
         self.model, self.position = model, 0
-        self.state = {s.name: s.zeros().repeat(1, batch, 1, 1, 1) for s in model.spec(1).state}  # (K, B, G, W, hd)
+        self.state = {s.name: s.zeros().repeat(1, batch, 1, 1, 1) for s in model.spec(1).rows}  # (K, B, G, W, hd)
         self.memory = {} if model.memory is None else model.memory.initial(batch)
         self.segment: list[Tensor] = []  # exit states since the last write
 

@@ -18,9 +18,9 @@ from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import CheckpointError, ConfigError, TextError
 from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.info import ModelInfo
 from rmse_edge.numbers import token_ids
 from rmse_edge.runtimes import open_runtime
-from rmse_edge.runtimes.host.base import ModelInfo
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.text import word_tokenizer
 from rmse_edge.vocabulary import Vocabulary, unused
@@ -111,19 +111,14 @@ def test_each_end_token_ends_a_text(tmp_path: Path, checkpoint: Path, capsys: py
     assert document("--ignore-eos")["tokens"] == free
 
 
-def test_a_manifest_has_all_end_tokens_and_an_old_one_its_single_one() -> None:
-    model = mixed_model(eos_token_id=[7, 8])
-    from rmse_edge.runtimes.engines.torch import model_info
+def test_a_manifest_has_all_end_tokens() -> None:
+    from rmse_edge.arch.identity import model_info
 
+    model = mixed_model(eos_token_id=[7, 8])
     written = json.loads(json.dumps(model_info(model, "m", 0, vocabulary=Vocabulary((1, 2), ((60, 65),))).to_json()))
     info = ModelInfo.from_json(written, 0)
-    assert (info.eos_token_ids, info.unused_token_ids) == ((1, 2), ((60, 65),))
-    for name in ("eos_token_ids", "unused_token_ids"):
-        del written[name]
-    for own, ids in ((None, ()), (3, (3,)), ([3, 4], (3, 4))):
-        written["config"]["eos_token_id"] = own
-        info = ModelInfo.from_json(written, 0)
-        assert (info.eos_token_ids, info.unused_token_ids) == (ids, ())
+    assert (info.language.eos_token_ids, info.language.unused_token_ids) == ((1, 2), ((60, 65),))
+    assert model_info(model, "m", 0).language.eos_token_ids == (7, 8)
 
 
 def test_an_executorch_program_says_all_end_tokens() -> None:
@@ -131,12 +126,14 @@ def test_an_executorch_program_says_all_end_tokens() -> None:
     from executorch.exir import to_edge_transform_and_lower
     from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
+    from rmse_edge.arch.identity import model_info
     from rmse_edge.export.executorch.lower import metadata
     from rmse_edge.export.program import LoopProgram
     from rmse_edge.export.targets import LowerOptions
 
     model = mixed_model()
-    found = metadata(LoopProgram(model, {1: model.spec(1)}, []), LowerOptions(eos_token_ids=(3, 9)))
+    info = model_info(model, "m", 0, vocabulary=Vocabulary((3, 9)))
+    found = metadata(LoopProgram(model, {1: model.spec(1)}, []), LowerOptions(info=info))
     plain = torch.export.export(torch.nn.Identity(), (torch.ones(1),))
     lowered = to_edge_transform_and_lower({"forward": plain}, constant_methods=found).to_executorch()
     loaded = _load_for_executorch_from_buffer(lowered.buffer)
@@ -219,8 +216,8 @@ def test_transformers_does_not_choose_them_either(padded: Path, sample: dict[str
 def test_a_model_without_a_tokenizer_may_say_everything(padded: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(padded, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
-    assert open_runtime(folder).info.unused_token_ids == ()
-    assert open_runtime(padded).info.unused_token_ids == ((20, 21), (51, 64))
+    assert open_runtime(folder).info.language.unused_token_ids == ()
+    assert open_runtime(padded).info.language.unused_token_ids == ((20, 21), (51, 64))
 
 
 def test_a_tokenizer_with_ids_beyond_the_head_is_refused(tmp_path: Path) -> None:
@@ -250,7 +247,7 @@ def test_an_export_carries_both(
     request = ExportRequest(check=False)
     export_package(load_checkpoint(folder), tmp_path / "p.rmse", request, folder)
     info = open_runtime(tmp_path / "p.rmse").info
-    assert (info.eos_token_ids, info.unused_token_ids) == ((1, 64), ((9, 11),))
+    assert (info.language.eos_token_ids, info.language.unused_token_ids) == ((1, 64), ((9, 11),))
     documents = []
     for source in (folder, tmp_path / "p.rmse"):
         assert rmse_run([str(source), "-p", "HELLO", "-n", "60", "-o", "json", "--temperature", "2"]) == 0

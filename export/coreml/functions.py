@@ -21,10 +21,12 @@ import torch
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Program, Var, types
 
-from rmse_edge.export.program import LOOP_INDEX, Signature, signature
-from rmse_edge.loop.contract import LoopSpec, TensorSpec
+from rmse_edge.export.program import LOOP_INDEX, Signature, method_names, signature
+from rmse_edge.loop import contract
+from rmse_edge.loop.contract import LoopSpec, StateSpec, TensorSpec
 
 OPSET = ct.target.iOS18
+SLOTTED = (contract.Ring, contract.Append)  # the updates of states that Core ML may keep: positions in slots
 TILE = 32  # sizes that the Neural Engine takes for the last two axes of a state
 COMMITTED = TensorSpec("committed", (1,), torch.int64)  # what `commit` gives where the rings are states
 SCALE = TensorSpec("scale", (1,))  # what `blank` is given: Core ML has no functions without inputs
@@ -40,38 +42,60 @@ Vars = dict[str, Var]
 
 @dataclass(frozen=True)
 class Ring:
-    """A state tensor (K, 1, G, W, hd) of a spec as a Core ML state (K, G, W', hd'), with W' and hd' multiples of 32."""
+    """A state of slots (K, ..., W, hd) of a spec as a Core ML state (K, G, W', hd'), with W' and hd' multiples of 32.
+
+    The axes between are folded into G: Core ML's tensors have five axes at most, and blocks of several layers have one
+    more. A state that is not per loop has K = 1.
+    """
 
     name: str
-    loops: int
-    groups: int
-    window: int
-    dims: int
+    source: str  # what fills it
+    held: tuple[int, ...]  # the part of it that is used, in the spec's shape
+    per_loop: bool
 
     @classmethod
-    def of(cls, t: TensorSpec) -> Ring:
-        loops, _, groups, window, dims = t.shape
-        return cls(t.name, loops, groups, window, dims)
+    def of(cls, s: StateSpec) -> Ring:
+        assert isinstance(s.update, SLOTTED)
+        return cls(s.name, s.update.source, s.shape, s.per_loop)
+
+    @property
+    def loops(self) -> int:
+        return self.held[0] if self.per_loop else 1
+
+    @property
+    def groups(self) -> int:
+        return math.prod(self.held[:-2]) // self.loops
+
+    @property
+    def window(self) -> int:
+        return self.held[-2]
+
+    @property
+    def dims(self) -> int:
+        return self.held[-1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return (self.loops, self.groups, tiled(self.window), tiled(self.dims))
 
-    @property
-    def held(self) -> tuple[int, int, int, int, int]:
-        """The part of it that is used, in the spec's shape."""
-        return (self.loops, 1, self.groups, self.window, self.dims)
-
     def row(self, held: Var, k: Var) -> Var:
-        """What loop k (1,) reads of the whole state: (1, G, W, hd) float16."""
-        row = mb.gather(x=held, indices=k, axis=0, validate_indices=False)
-        if self.shape[2:] == (self.window, self.dims):
-            return row
-        return mb.slice_by_size(x=row, begin=[0, 0, 0, 0], size=[1, self.groups, self.window, self.dims])
+        """What loop k (1,) reads of the whole state, in the spec's shape; float16. Of one that is not per loop all."""
+        row = mb.gather(x=held, indices=k, axis=0, validate_indices=False) if self.per_loop else held
+        if self.shape[2:] != (self.window, self.dims):
+            row = mb.slice_by_size(x=row, begin=[0, 0, 0, 0], size=[1, self.groups, self.window, self.dims])
+        wanted = self.held[1:] if self.per_loop else self.held
+        return row if tuple(row.shape) == wanted else mb.reshape(x=row, shape=wanted)
+
+    def all(self, held: Var) -> Var:
+        """The whole state in the spec's shape, float16."""
+        if self.shape[2:] != (self.window, self.dims):
+            size = [self.loops, self.groups, self.window, self.dims]
+            held = mb.slice_by_size(x=held, begin=[0, 0, 0, 0], size=size)
+        return mb.reshape(x=held, shape=self.held)
 
     def write(self, state: Var, new: Var, position: Var, n_valid: Var) -> None:
-        """Put the valid rows of `new` (K, 1, G, C, hd) into their slots."""
-        count = new.shape[3]
+        """Put the valid rows of `new` (K, ..., C, hd) into their slots."""
+        count = new.shape[-2]
         rows = mb.cast(x=mb.reshape(x=new, shape=(self.loops, self.groups, count, self.dims)), dtype="fp16")
         if self.shape[3] != self.dims:
             pad = [0] * 7 + [self.shape[3] - self.dims]
@@ -158,13 +182,18 @@ def _again(op: Any, known: Mapping[int, Var], consts: Mapping[int, Var], prefix:
 
 def signatures(spec: LoopSpec, states: bool) -> dict[str, Signature]:
     """What the functions of one number of rows take and give, beside states, by name."""
-    held = {t.name for t in spec.state} if states else set()
+    held = {s.name for s in spec.state if isinstance(s.update, SLOTTED)} if states else set()
+    filled = {s.update.source for s in spec.state if isinstance(s.update, SLOTTED)} if states else set()
     found: dict[str, Signature] = {}
-    for name in ("prelude", "begin", "step", "loop", "head", *(["commit"] if spec.commit else []), *spec.extra):
+    names = [
+        n for name in method_names(spec, host_loop=True) for n in (("step", "loop") if name == "step" else (name,))
+    ]
+    for name in names:
         takes, gives = signature(spec, name, host_loop=name != "loop")
-        if name in ("step", "loop"):
-            takes = tuple(t for t in takes if t.name not in held)
-        found[name] = (takes or (SCALE,), (COMMITTED,) if held and name == "commit" else gives)
+        takes = tuple(t for t in takes if t.name not in held)
+        if filled and name == "commit":
+            gives = (COMMITTED, *(t for t in gives if t.name not in filled))
+        found[name] = (takes or (SCALE,), gives)
     return found
 
 
@@ -178,12 +207,15 @@ class Assembly:
             states: keep the spec's state in Core ML states; otherwise it is given and returned.
         """
         self.spec, self.methods = spec, methods
-        self.rings = [Ring.of(t) for t in spec.state] if states else []
+        self.rings = [Ring.of(s) for s in spec.state if isinstance(s.update, SLOTTED)] if states else []
         self.signatures = signatures(spec, states)
 
     def states(self, name: str) -> list[Ring]:
         """The states that a function reads or writes."""
-        return self.rings if name in ("step", "loop", "commit") else []
+        if name == "commit":
+            return self.rings
+        names = {s.name for s in self.spec.read_by("loop" if name == "step" else name)}
+        return [ring for ring in self.rings if ring.name in names]
 
     def program(self, name: str) -> Program:
         """One function as a program of its own, which is called "main" there."""
@@ -194,7 +226,7 @@ class Assembly:
             given = {t.name: self._taken(function.inputs[t.name], t) for t in takes}
             held = {ring.name: function.inputs[ring.name] for ring in self.states(name)}
             build: Callable[[Vars, Vars], Vars] | None = getattr(self, f"_{name}", None)
-            results = build(given, held) if build else self._method(name, given)
+            results = build(given, held) if build else self._method(name, given | self._read(name, held))
             function.set_outputs([self._given(results[t.name], t) for t in gives])
         program = Program()
         program.add_function("main", function)
@@ -221,18 +253,27 @@ class Assembly:
         method = self.methods[name]
         return method.call(given, method.constants())
 
+    def _read(self, name: str, held: Vars, k: Var | None = None) -> Vars:
+        """What a function is given of its states: all of them, or of those that are per loop row `k`."""
+        found = {}
+        for ring in self.states(name):
+            state = mb.read_state(input=held[ring.name])
+            whole = k is None and ring.per_loop  # outside the loop nobody asks for a row
+            found[ring.name] = ring.all(state) if whole else ring.row(state, k)
+        return found
+
     def _step(self, given: Vars, held: Vars) -> Vars:
-        rows = {ring.name: ring.row(mb.read_state(input=held[ring.name]), given["k"]) for ring in self.rings}
-        return self._method("step", given | rows)
+        return self._method("step", given | self._read("step", held, given["k"]))
 
     def _commit(self, given: Vars, held: Vars) -> Vars:
-        results = self._method("commit", given)
+        known = {s.name for s in self.spec.read_by("commit")}
+        read = {ring.name: ring.all(mb.read_state(input=held[ring.name])) for ring in self.rings if ring.name in known}
+        results = self._method("commit", given | read)
         if not self.rings:
             return results
         for ring in self.rings:
-            source = self.spec.notes["rings"][ring.name]
-            ring.write(held[ring.name], results[source], given["position"], given["n_valid"])
-        return {COMMITTED.name: mb.add(x=given["position"], y=given["n_valid"])}
+            ring.write(held[ring.name], (given | results)[ring.source], given["position"], given["n_valid"])
+        return results | {COMMITTED.name: mb.add(x=given["position"], y=given["n_valid"])}
 
     def _blank(self, given: Vars, held: Vars) -> Vars:
         results = self._method("blank", {})
@@ -249,7 +290,7 @@ class Assembly:
         begun = self._method("begin", given)
         step = self.methods["step"]
         consts = step.constants()  # here, not in the body
-        rings = {ring.name: mb.read_state(input=held[ring.name]) for ring in self.rings}
+        rings = {ring.name: mb.read_state(input=held[ring.name]) for ring in self.states("loop")}
         fixed = given | {t.name: begun[t.name] for t in spec.invariants}
         carried = [t.name for t in spec.carried]
         emits = list(spec.emits)
@@ -268,9 +309,8 @@ class Assembly:
             at = mb.expand_dims(x=k, axes=[0])
             carry = dict(zip(carried, values))
             carry["active"] = mb.cast(x=carry["active"], dtype="bool")
-            rows = {ring.name: ring.row(rings[ring.name], at) for ring in self.rings}
-            if not self.rings:
-                rows = {t.name: _row(given[t.name], at) for t in spec.state}
+            rows = {ring.name: ring.row(rings[ring.name], at) for ring in self.states("loop")}
+            rows |= {t.name: _row(given[t.name], at) for t in spec.rows if t.name not in rows}
             new = step.call(fixed | carry | rows | {LOOP_INDEX.name: at}, consts)
             moved = [_like(new[f"next_{name}"], old) for name, old in zip(carried, values)]
             filled = [_replaced(stack, new[t.name], at) for t, stack in zip(emits, values[len(carried) :], strict=True)]

@@ -19,7 +19,7 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Program
 
-from rmse_edge.arch.rmse.config import KvDtype
+from rmse_edge.arch.registry import KvDtype
 from rmse_edge.errors import ExportError, UserError, first_line, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
 from rmse_edge.export.targets import QUANTIZATIONS, LowerOptions, target

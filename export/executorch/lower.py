@@ -20,7 +20,6 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ExportError, first_line, quiet
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
@@ -81,20 +80,21 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
 def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
     """Methods that return a constant, by the names that ExecuTorch's own runners look for; -1 for a token there is not."""
-    config: RMSEConfig | None = getattr(program.model, "config", None)
     spec = next(iter(program.specs.values()))
     found: dict[str, Any] = {"get_max_loops": spec.max_loops}
-    if config is None:
+    info = options.info
+    if info is None or info.text is None:
         return found
-    limit = options.max_seq_len or UNLIMITED
+    limit = min((n for n in (info.text.max_seq_len, info.capacity) if n is not None), default=UNLIMITED)
+    begins = info.config.get("bos_token_id")
     return found | {
-        "get_vocab_size": config.vocab_size,
-        "get_bos_id": -1 if config.bos_token_id is None else config.bos_token_id,
-        "get_eos_ids": list(options.eos_token_ids),
+        "get_vocab_size": info.vocab_size,
+        "get_bos_id": -1 if begins is None else begins,
+        "get_eos_ids": list(info.text.eos_token_ids),
         "get_n_layers": 1,
         "get_max_seq_len": limit,
         "get_max_context_len": limit,
-        "get_window": config.window,
+        "get_window": info.window or limit,
         "use_kv_cache": True,
         "enable_dynamic_shape": False,
     }

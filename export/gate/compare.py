@@ -34,19 +34,28 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ParityError
-from rmse_edge.export.program import LoopProgram, dial_specs, next_of, signature
-from rmse_edge.loop.contract import LoopSpec
-from rmse_edge.numbers import SEGMENT
-from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
-from rmse_edge.runtimes.host.base import Arrays, Dials, Methods, ModelInfo, dtype_name
+from rmse_edge.export.program import LoopProgram
+from rmse_edge.info import ModelInfo
+from rmse_edge.loop.dials import Dials
+from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.text import LoopRuntime
 
 from .memory import MEMORY_TOLERANCE, compare_memory, compare_passage
-from .reference import LEAST_POSITIONS, MARGIN, SINGLES, Course, Reference, conversation, least_positions, made_up_hits
+from .methods import compare_methods
+from .reference import (
+    LEAST_POSITIONS,
+    MARGIN,
+    SINGLES,
+    Course,
+    Reference,
+    conversation,
+    least_positions,
+    made_up_hits,
+    stretch,
+)
 
 LOGITS_TOLERANCE = 1e-4
 UNDECIDED_SHARE = 0.01
@@ -106,7 +115,7 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Co
     beginning = min(LAST_ONLY, first)
     only = runtime.feed(tokens[:beginning], dials, "last").logits[-1] if beginning else None
     runtime.reset()
-    cuts = sorted({0, max(0, first - SEGMENT), *range(first, last + 1), len(tokens)})
+    cuts = sorted({0, max(0, first - stretch(runtime.info)), *range(first, last + 1), len(tokens)})
     for start, end in itertools.pairwise(cuts):
         if start == first and (hits := made_up_hits(runtime.info)) is not None:
             runtime.inject(*hits)
@@ -214,130 +223,6 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-# ------------------------------------------------------------------------------------------- method by method
-
-
-def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
-    """Made-up but consistent inputs for every method of one call: valid ids, real prelude results, a filled state."""
-    draw = np.random.default_rng(seed)
-    feeds: Arrays = {}
-    for t in (*spec.inputs, *spec.context, *spec.state):
-        dtype = dtype_name(t.dtype)
-        if dtype == "bool":
-            feeds[t.name] = draw.random(t.shape) < 0.5
-            feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
-        elif t.name in spec.notes.get("examples", {}):
-            feeds[t.name] = np.asarray(spec.notes["examples"][t.name], dtype).reshape(t.shape)
-        elif dtype == "int8":
-            feeds[t.name] = draw.integers(-127, 128, t.shape).astype(np.int8)
-        elif dtype == "int64":
-            feeds[t.name] = draw.integers(0, spec.notes.get("ids", 2), t.shape)
-        else:
-            feeds[t.name] = draw.standard_normal(t.shape).astype(dtype)
-    feeds |= {k: v.copy() for k, v in methods.run("prelude", spec.chunk, feeds).items()}
-    for t in spec.memory:
-        feeds[t.name] = (0.1 * np.abs(draw.standard_normal(t.shape))).astype(np.float32)
-    for takes, _ in spec.extra.values():
-        feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in takes if t.name not in feeds}
-    return feeds
-
-
-def drive_step(
-    methods: Methods, spec: LoopSpec, first: Arrays, feeds: Arrays, dials: Arrays
-) -> tuple[Arrays, list[Arrays]]:
-    """The loop as a host owns it: `step` until nothing is active. Returns the last carry and every iteration's emits."""
-    carry, emits, k = dict(first), [], 0
-    while k < int(dials["max_loops"]) and carry["active"].any():
-        rows = {t.name: np.ascontiguousarray(feeds[t.name][k]) for t in spec.state}
-        out = methods.run("step", spec.chunk, feeds | carry | rows | dials | {"k": np.array(k, np.int64)})
-        carry = {t.name: out[next_of(t).name].copy() for t in spec.carried}
-        emits.append({t.name: out[t.name].copy() for t in spec.emits})
-        k += 1
-        if not bool(out["any_active"]):
-            break
-    return carry, emits
-
-
-def compare_methods(
-    program: LoopProgram,
-    candidate: Methods,
-    dial_values: dict[str, float],
-    tolerance: float,
-    mean_square: bool = False,
-) -> dict[str, float]:
-    """Difference of every method and chunk between PyTorch and the package, relative to the values' size: the largest, or
-    with `mean_square` its root mean square.
-
-    Raises:
-        ParityError: naming the method, the tensor and the difference.
-    """
-    worst: dict[str, float] = {}
-
-    def note(label: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if mean_square:
-            difference = float(np.sqrt(np.square(a - b).mean() / max(1e-6, np.square(a).mean()))) if a.size else 0.0
-        else:
-            difference = float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) if a.size else 0.0
-        worst[label] = max(worst.get(label, 0.0), difference)
-        if not difference <= tolerance:
-            raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {tolerance:.0e})")
-
-    for chunk, spec in program.specs.items():
-        reference = TorchMethods(program.model)
-        dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
-        feeds = example_feeds(spec, reference)
-        results: dict[str, Arrays] = {}
-        for name in ("prelude", "loop", "head", *(["commit"] if spec.commit else []), *spec.extra):
-            given = feeds | results.get("loop", {}) | dials
-            expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
-            got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
-            if name == "commit" and getattr(candidate, "rings", None):
-                # What the engine keeps is compared as a whole: what was to be written, and what was not.
-                held = {k: np.array(v) for k, v in candidate.read_states().items()}  # type: ignore[attr-defined]
-                for ring, whole in committed(spec, given, expected).items():
-                    note(f"{name}_{chunk}", ring, whole, held[ring])
-                results[name] = expected
-                continue
-            for t in signature(spec, name)[1]:
-                ran = (
-                    slice(int(expected["iterations"])) if name == "loop" and t in _stacked_names(spec) else slice(None)
-                )
-                a, b = (np.atleast_1d(r[t.name]) for r in (expected, got))
-                note(f"{name}_{chunk}", t.name, a[ran], b[ran])
-            results[name] = expected
-        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
-        with torch.no_grad():
-            carry, invariants = ({k: v.numpy() for k, v in part.items()} for part in program.model.begin(tensors))
-        if any(m.name == "begin" for m in program.methods):
-            got = candidate.run("begin", chunk, feeds)
-            for key, value in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
-                note(f"begin_{chunk}", key, value, got[key])
-        carry["depth"] = np.zeros(spec.active.shape, np.int64)
-        last, emits = drive_step(candidate, spec, carry, feeds | invariants, dials)
-        note(f"step_{chunk}", "h", results["loop"]["h"], last["h"])
-        note(f"step_{chunk}", "depth", results["loop"]["depth"], last["depth"])
-        for t in spec.emits:
-            note(f"step_{chunk}", t.name, results["loop"][t.name][: len(emits)], np.stack([e[t.name] for e in emits]))
-    return worst
-
-
-def committed(spec: LoopSpec, feeds: Arrays, kept: Arrays) -> Arrays:
-    """The rings in `feeds` with what `commit` gave for the call's valid rows in their slots."""
-    n, window = int(feeds["n_valid"][0]), spec.notes["window"]
-    slots = (int(feeds["position"][0]) + np.arange(n)) % window
-    rings = {ring: feeds[ring].copy() for ring in spec.notes["rings"]}
-    for ring, source in spec.notes["rings"].items():
-        rings[ring][..., slots, :] = kept[source][..., :n, :]
-    return rings
-
-
-def _stacked_names(spec: LoopSpec):
-    from rmse_edge.export.program import stacked
-
-    return stacked(spec)
 
 
 def gate(

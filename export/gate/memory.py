@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from rmse_edge.errors import ParityError
-from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.host.base import Arrays, Methods
 from rmse_edge.runtimes.host.text import LoopRuntime
 
@@ -33,7 +32,9 @@ def compare_memory(reference: Reference, candidate: Methods, exact: bool) -> dic
         ParityError: naming the tensor.
     """
     tolerance = MEMORY_TOLERANCE[exact]
-    tokens = np.random.default_rng(1).integers(0, reference.info.vocab_size, MEMORY_SEGMENTS * SEGMENT)
+    assert reference.info.segment is not None
+    count = MEMORY_SEGMENTS * reference.info.segment
+    tokens = np.random.default_rng(1).integers(0, reference.info.vocab_size, count)
     segments = reference.segments(tokens)
     ours = written(reference.methods, segments)
     singly = [written(candidate, [n], start)[0] for n, start in zip(segments, [None, *ours])]
@@ -70,10 +71,12 @@ def compare_passage(reference: Reference, candidate: LoopRuntime, tokens: np.nda
     count = int(undecided[0]) if len(undecided) else len(found.margin)
     if count == 0:
         return {}
-    segment = np.zeros((1, SEGMENT, found.h.shape[1]), np.float32)
+    rows = reference.info.segment
+    assert rows is not None
+    segment = np.zeros((1, rows, found.h.shape[1]), np.float32)
     segment[0, :count] = found.h[:count].numpy()
     given: Arrays = {"segment": segment, "n_valid": np.array([count], np.int64)}
-    ours = {name: array[0] for name, array in reference.methods.run("embed_segment", SEGMENT, given).items()}
+    ours = {name: array[0] for name, array in reference.methods.run("embed_segment", rows, given).items()}
     key, value = candidate.embed(tokens[:count])
     report = apart([ours], [{"key": key, "value": value, "query": candidate.embed_query(tokens[:count])}])
     for name, difference in report.items():
@@ -86,12 +89,13 @@ def compare_passage(reference: Reference, candidate: LoopRuntime, tokens: np.nda
 
 def written(methods: Methods, segments: list[np.ndarray], start: Arrays | None = None) -> list[Arrays]:
     """The memory and its surprise after each of the segments, (1, 64, d), from a blank memory or from `start`."""
-    memory = {name: array.copy() for name, array in (start or methods.run("blank", SEGMENT, {})).items()}
+    rows = segments[0].shape[1]
+    memory = {name: array.copy() for name, array in (start or methods.run("blank", rows, {})).items()}
     memory.pop("surprise", None)
     states = []
     for segment in segments:
-        given = {"segment": segment, "n_valid": np.array([SEGMENT], np.int64)} | memory
-        out = methods.run("memorize", SEGMENT, given)
+        given = {"segment": segment, "n_valid": np.array([rows], np.int64)} | memory
+        out = methods.run("memorize", rows, given)
         memory = {name: out[f"next_{name}"].copy() for name in memory}
         states.append(memory | {"surprise": out["surprise"].copy()})
     return states

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import InjectedHits, TextModel
-from rmse_edge.numbers import SEGMENT
+from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.torch import TorchMethods
-from rmse_edge.runtimes.host.base import Arrays, Dials, ModelInfo
+from rmse_edge.runtimes.host.base import Arrays
 
 MARGIN = 1e-4  # below it the reference is undecided
 LEAST_POSITIONS = 256  # that are compared at any setting
@@ -84,7 +85,8 @@ class Reference:
             given = InjectedHits(conversation(len(tokens), self.info)[0], vectors, cosines)
         found = self.model.whole_text(torch.from_numpy(tokens), self.scalars(dials), given)
         surprise = np.zeros(len(tokens))
-        surprise[SEGMENT - 1 :: SEGMENT][: len(found.surprise)] = found.surprise.numpy()
+        if (segment := self.info.segment) is not None:
+            surprise[segment - 1 :: segment][: len(found.surprise)] = found.surprise.numpy()
         return ReferenceCourse(
             found.logits.numpy(),
             found.depth.numpy(),
@@ -95,11 +97,12 @@ class Reference:
 
     def segments(self, tokens: np.ndarray) -> list[np.ndarray]:
         """The exit states (1, 64, d) of every whole segment of `tokens` at full depth: what a memory is taught."""
-        key = tokens.tobytes()
+        key, segment = tokens.tobytes(), self.info.segment
+        assert segment is not None
         if key not in self._segments:
-            whole = tokens[: len(tokens) // SEGMENT * SEGMENT]
+            whole = tokens[: len(tokens) // segment * segment]
             h = self.model.whole_text(torch.from_numpy(whole), self.scalars(self.info.full_depth)).h.numpy()
-            self._segments[key] = [part[None] for part in h.reshape(-1, SEGMENT, h.shape[-1])]
+            self._segments[key] = [part[None] for part in h.reshape(-1, segment, h.shape[-1])]
         return self._segments[key]
 
     def scalars(self, dials: Dials) -> dict[str, torch.Tensor]:
@@ -109,8 +112,14 @@ class Reference:
 
 
 def least_positions(info: ModelInfo) -> int:
-    """Positions that must be compared for every part of a host to take part: its ring wraps, and a memory is read."""
-    return max(LEAST_POSITIONS, (-(-info.window // SEGMENT) + 2) * SEGMENT)
+    """Positions that must be compared for every part of a host to take part: its rings wrap, and a memory is read."""
+    length = stretch(info)
+    return max(LEAST_POSITIONS, (-(-(info.window or 0) // length) + 2) * length)
+
+
+def stretch(info: ModelInfo) -> int:
+    """Positions of a segment; of a model without segments, of its largest call."""
+    return info.segment or info.chunks[-1]
 
 
 def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
@@ -120,9 +129,9 @@ def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
     So large, padded and single-row calls all take part, and each kind reads what the others left behind. The places are
     the same in all texts but short ones, so that one text can be the beginning of another.
     """
-    least = least_positions(info)
+    least, length = least_positions(info), stretch(info)
     # Behind a whole window, and so far into a segment that both what comes before and the single tokens pass its end.
-    first = least - 2 * SEGMENT + SEGMENT * 2 // 3 if count >= least else count * 2 // 3
+    first = least - 2 * length + length * 2 // 3 if count >= least else count * 2 // 3
     return first, min(first + SINGLES, count)
 
 
@@ -134,6 +143,6 @@ def made_up_hits(info: ModelInfo) -> tuple[np.ndarray, np.ndarray] | None:
     space = info.retrieval
     if space is None:
         return None
-    shape = (max(1, int(space["hits"]) - 1), int(space["slots"]), info.config["d_model"])
+    shape = (max(1, int(space["hits"]) - 1), int(space["slots"]), info.width)
     vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return vectors, np.linspace(0.9, 0.3, len(vectors)).astype(np.float32)

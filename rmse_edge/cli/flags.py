@@ -49,7 +49,7 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
     Raises:
         UserError: a dial is out of the model's range, or the model was not built with that rule.
     """
-    if args.exit_entropy and "entropy" not in info.config["exit_rules"]:
+    if args.exit_entropy and "exit_entropy" not in info.rules:
         raise UserError(
             f"--exit-entropy: {info.name} was built without the entropy rule (exit_rules in its config.json)"
         )

@@ -96,8 +96,8 @@ def quantized(
     """Quantise the model of the checkpoint in `folder`."""
     import numpy as np
 
+    from rmse_edge.arch.identity import fingerprint
     from rmse_edge.quantize import quantize
-    from rmse_edge.runtimes.engines.torch import fingerprint
     from rmse_edge.text import Tokenizer, read_text
 
     ids = None

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         stop.append(end)
 
     def generate(prompt: Sequence[int], tail: Tail = BEGINNING, told: int = 0) -> Generation:
-        eos = () if args.ignore_eos else runtime.info.eos_token_ids
+        eos = () if args.ignore_eos else runtime.info.language.eos_token_ids
         return Generation(
             runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, stop, librarian, tail, told
         )

@@ -45,7 +45,7 @@ class ModelEmbedder:
         if shape is None:
             raise UserError(f"{name} has no retrieval head (retrieval_slots in its config.json)")
         self.info = KnowledgeInfo(
-            int(shape["key_dims"]), int(shape["slots"]), runtime.info.config["d_model"], runtime.info.fingerprint
+            int(shape["key_dims"]), int(shape["slots"]), runtime.info.width, runtime.info.fingerprint
         )
         self.encode = tokenizer.encode
         self.embed = runtime.embed

@@ -1,23 +1,32 @@
 """The contract between a looped model and everything that runs or exports it.
 
-A looped model is five methods around one block that is applied until no position is active:
+A looped model is five methods around one block that is applied until nothing is active, and two that it may have:
 
-    prelude  what is computed once per call               tokens -> x0
+    prelude  what is computed once per call               inputs, its state -> x0
     begin    the loop's first carry and its invariants    x0, context -> h, active, ...; masks
     step     ONE iteration                                k, carry, past of loop k -> carry, emitted K/V
-    head     what is read off the final state             h -> logits
-    commit   what the call leaves behind                  h, emitted -> state for the next call
+    coda     layers behind the loop, for every position   h, its state -> y, what its state becomes    (optional)
+    head     what is read off the final state             y, or h without a coda -> logits
+    commit   what the call leaves behind                  h, emitted, state -> state for the next call (optional)
 
-A model may have further methods around these, such as RMS-E's `memorize`: see `LoopSpec.extra`.
+Further methods that hosts call outside the loop, such as RMS-E's `memorize`, are `LoopSpec.extra`.
 
-`LoopModel` is what an architecture implements; `run_loop` is the only loop there is: eager PyTorch drives it with a
-Python `while`, `torch.export` with `torch.while_loop`. Nothing here assumes a language model: a puzzle solver that
-refines a board has no context, no state and no commit.
+**State** is what is kept between calls. Each tensor of it says how a host updates it (`Update`) and which methods read it:
+
+| update    | what the host does with the call's `source`                                         | for                    |
+|-----------|-------------------------------------------------------------------------------------|------------------------|
+| `Ring`    | writes the row of position p into slot p mod W; what is older is gone               | attention in a window  |
+| `Append`  | writes the row of position p into slot p, and refuses the position after the last   | attention to all       |
+| `Replace` | takes `source` whole                                                                | recurrences, conv tails|
+| `Written` | nothing: a method of `extra`, called once per segment, gives it anew                | neural memories        |
+
+`LoopModel` is what an architecture implements; `rmse_edge/loop/drive.py` has the loop. Nothing here assumes a language
+model: a puzzle solver that refines a board has no context, no state and no commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -38,18 +47,86 @@ DIALS: dict[str, tuple[torch.dtype, str]] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor with a static shape."""
+    """A named tensor with a static shape, written for a batch of one."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    batch_axis: int | None = 0  # where the batch is; None, or a scalar: there is none
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype)
 
+    def of_batch(self, batch: int) -> tuple[int, ...]:
+        """The shape for a batch of so many."""
+        if self.batch_axis is None or not self.shape:
+            return self.shape
+        return (*self.shape[: self.batch_axis], batch, *self.shape[self.batch_axis + 1 :])
+
     @property
     def nbytes(self) -> int:
         return self.zeros().element_size() * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Position p lies in slot p mod W of the last axis but one; W is its size.
+
+    What a slot held before is seen by no position of the call that overwrites it: a model masks by absolute distance.
+    """
+
+    source: str  # (..., C, n), given by this call's prelude, loop, coda or commit
+
+
+@dataclass(frozen=True)
+class Append:
+    """Position p lies in slot p of the last axis but one, whose size is the number of positions that a text may have."""
+
+    source: str  # as in `Ring`
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The state after the call is `source`, of the same shape.
+
+    Rows from `n_valid` on are padding: the model must leave them out of it, no host can.
+    """
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """`method` of `extra` gives it anew as next_NAME, at the end of every segment."""
+
+    method: str = "memorize"
+
+
+Update = Ring | Append | Replace | Written
+UPDATES: dict[str, type[Update]] = {"ring": Ring, "append": Append, "replace": Replace, "written": Written}
+READERS = ("prelude", "loop", "coda", "commit")
+
+
+@dataclass(frozen=True)
+class StateSpec(TensorSpec):
+    """A tensor that is kept between calls."""
+
+    batch_axis: int | None = 1
+    update: Update = Ring("")
+    read_by: tuple[str, ...] = ("loop",)  # some of `READERS`
+    per_loop: bool = True  # (K, ...): iteration k reads row k; otherwise all that read it read it whole
+
+    @property
+    def kind(self) -> str:
+        """The name of its update, as manifests have it."""
+        return next(name for name, kind in UPDATES.items() if isinstance(self.update, kind))
+
+    @property
+    def row(self) -> TensorSpec:
+        """What one iteration reads of it."""
+        return TensorSpec(
+            self.name, self.shape[1:], self.dtype, None if self.batch_axis is None else self.batch_axis - 1
+        )
 
 
 @dataclass(frozen=True)
@@ -62,29 +139,94 @@ class LoopSpec:
 
     chunk: int
     max_loops: int  # the trained depth
-    inputs: tuple[TensorSpec, ...]  # of prelude
-    prelude: tuple[TensorSpec, ...]  # what prelude returns; begin, step and commit may read it
+    inputs: tuple[TensorSpec, ...]  # of prelude; tensors of `context` that it reads are named here once more
+    prelude: tuple[TensorSpec, ...]  # what prelude returns; the methods after it may read it
     h: TensorSpec
     active: TensorSpec
     head: tuple[TensorSpec, ...]  # what head returns
     context: tuple[TensorSpec, ...] = ()  # given by the host per call: angles, position, number of valid rows
-    state: tuple[TensorSpec, ...] = ()  # kept between calls; (K, ...): iteration k reads row k
-    memory: tuple[TensorSpec, ...] = ()  # kept between calls, read whole by every iteration
+    state: tuple[StateSpec, ...] = ()  # kept between calls
     carry: tuple[TensorSpec, ...] = ()  # carried beside h, active and depth
     invariants: tuple[TensorSpec, ...] = ()  # made by begin beside the first carry; every iteration may read them
     emits: tuple[TensorSpec, ...] = ()  # returned by every iteration; stacked to (K, ...) over the loop
+    coda: tuple[TensorSpec, ...] = ()  # what coda returns, first what head reads; empty: the model has no coda
     commit: tuple[TensorSpec, ...] = ()  # what commit returns; empty: the model has no commit
     # Further methods, `Tensors -> Tensors`, that hosts call outside the loop: name -> (inputs, outputs).
     extra: Mapping[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = field(default_factory=dict)
     dials: tuple[str, ...] = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon")
-    # For hosts and tests: what is not a tensor (window, rope_theta, ...); "ids": exclusive upper bound of integer inputs,
-    # "examples": name -> values, where made-up inputs must not be random.
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    segment: int | None = None  # calls never cross a multiple of so many positions; None: they may
+    # Inputs that a host fills with noise of this standard deviation, from a seed and the position: a state to begin from.
+    noise: Mapping[str, float] = field(default_factory=dict)
+    # For made-up inputs: exclusive upper bounds of integers, 2 without one, and values that must not be random.
+    ids: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def carried(self) -> tuple[TensorSpec, ...]:
         """The whole carry in order: h, active, depth, then the model's own."""
-        return (self.h, self.active, TensorSpec("depth", self.active.shape, torch.int64), *self.carry)
+        depth = TensorSpec("depth", self.active.shape, torch.int64, self.active.batch_axis)
+        return (self.h, self.active, depth, *self.carry)
+
+    @property
+    def rows(self) -> tuple[StateSpec, ...]:
+        """The state of which iteration k reads row k."""
+        return tuple(s for s in self.state if s.per_loop and "loop" in s.read_by)
+
+    @property
+    def whole(self) -> tuple[StateSpec, ...]:
+        """The state that every iteration reads whole."""
+        return tuple(s for s in self.state if not s.per_loop and "loop" in s.read_by)
+
+    def read_by(self, method: str) -> tuple[StateSpec, ...]:
+        """The state that a method reads, one of `READERS`."""
+        return tuple(s for s in self.state if method in s.read_by)
+
+    @property
+    def written(self) -> tuple[StateSpec, ...]:
+        """The state that methods of `extra` give anew."""
+        return tuple(s for s in self.state if isinstance(s.update, Written))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods of a call that the model has, and those of `extra`; `loop` stands for begin and step."""
+        own = [name for name, there in (("coda", self.coda), ("commit", self.commit)) if there]
+        return ("prelude", "loop", "head", *own, *self.extra)
+
+    @property
+    def final(self) -> TensorSpec:
+        """What head reads."""
+        return self.coda[0] if self.coda else self.h
+
+
+def check_spec(spec: LoopSpec) -> None:
+    """Fail where a spec contradicts itself: what no host could carry out.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    stacked = {t.name: (spec.max_loops, *t.shape) for t in spec.emits}
+    given = {t.name: t.shape for t in (*spec.prelude, *spec.coda, *spec.commit)} | {
+        name: shape for name, shape in stacked.items() if name not in {t.name for t in spec.commit}
+    }
+    for s in spec.state:
+        if not s.read_by or not set(s.read_by) <= set(READERS):
+            raise ValueError(f"{s.name}: read_by: got {s.read_by}, expected some of {', '.join(READERS)}")
+        if s.per_loop and s.shape[0] != spec.max_loops:
+            raise ValueError(f"{s.name}: per_loop, and has {s.shape[0]} rows for {spec.max_loops} loops")
+        if isinstance(s.update, Written):
+            if s.update.method not in spec.extra and spec.extra:
+                raise ValueError(f"{s.name}: written by {s.update.method}, which is not among the extra methods")
+            continue
+        source = given.get(s.update.source)
+        if source is None:
+            raise ValueError(f"{s.name}: its source {s.update.source!r} is given by no method")
+        wanted = s.shape if isinstance(s.update, Replace) else (*s.shape[:-2], spec.chunk, s.shape[-1])
+        if source != wanted:
+            raise ValueError(f"{s.name}: its source {s.update.source} has shape {source}, expected {wanted}")
+    if spec.coda and spec.coda[0].shape[:-1] != spec.h.shape[:-1]:
+        raise ValueError(
+            f"{spec.coda[0].name}: what head reads, {spec.coda[0].shape}, has other rows than h {spec.h.shape}"
+        )
 
 
 @runtime_checkable
@@ -98,8 +240,11 @@ class LoopModel(Protocol):
             UserError: the model cannot be called with that many positions.
         """
 
+    def call_sizes(self) -> tuple[int, ...]:
+        """Positions of the calls to export, ascending; a shorter call is padded to the next."""
+
     def prelude(self, tensors: Tensors) -> Tensors:
-        """`spec.inputs` -> `spec.prelude`."""
+        """`spec.inputs` and the state it reads -> `spec.prelude`."""
 
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         """prelude + context -> (first carry without `depth`, `spec.invariants`: masks and the like)."""
@@ -110,20 +255,21 @@ class LoopModel(Protocol):
         Args:
             k: 0-d int64, counted from 0.
             carry: h, active, depth and the model's own. A position that is not active keeps its state.
-            past: row k of every state tensor.
-            fixed: prelude, context, memory and invariants.
+            past: row k of every state tensor in `spec.rows`.
+            fixed: prelude, context, `spec.whole` and invariants.
             dials: scalars named in `spec.dials`.
         Returns:
             (new carry without `depth`, which the driver counts; what this iteration emits).
         """
 
     def head(self, h: Tensor) -> Tensors:
-        """The final state -> `spec.head`."""
+        """The final state, `spec.final` -> `spec.head`."""
 
     def commit(self, tensors: Tensors) -> Tensors:
-        """prelude, context, h, depth, iterations (0-d) and the stacked emits (K, ...) -> `spec.commit`.
+        """prelude, context, h, depth, iterations (0-d), the stacked emits (K, ...), its state -> `spec.commit`.
 
-        Rows of the stacked emits from `iterations` on are undefined: those loops did not run.
+        Rows of the stacked emits from `iterations` on are undefined: those loops did not run. A model with a coda has a
+        method `coda` likewise: prelude, context, h, depth and its state -> `spec.coda`.
         """
 
 
@@ -167,64 +313,3 @@ class TextModel(LoopModel, Protocol):
             dials: the scalars of `spec.dials`.
             hits: None: nothing was retrieved.
         """
-
-
-WhileLoop = Callable[[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]
-
-
-def python_while(
-    cond: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], carry: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The eager counterpart of `torch.while_loop`: it physically stops."""
-    while bool(cond(*carry)):
-        carry = body(*carry)
-    return carry
-
-
-def run_loop(
-    model: LoopModel, spec: LoopSpec, tensors: Tensors, dials: Tensors, while_loop: WhileLoop = python_while
-) -> Tensors:
-    """Apply the block until nothing is active or `max_loops` is reached.
-
-    Args:
-        tensors: prelude's results, context, state and memory, by name.
-        dials: the scalars of `spec.dials`.
-    Returns:
-        h, depth, iterations (0-d int64: the deepest position's depth, the real cost of the call) and every emit
-        stacked to (K, ...), undefined from row `iterations` on.
-    """
-    first, invariants = model.begin(tensors)
-    fixed = tensors | invariants
-    names = [t.name for t in spec.carried]
-    emits = [t.name for t in spec.emits]
-    first = first | {"depth": torch.zeros_like(first["active"], dtype=torch.int64)}
-    h = first["h"]
-    stacks = [
-        # Floating point emits have the type of h: the model may have been cast since its spec was written.
-        h.new_zeros((spec.max_loops, *_emit_shape(h, spec, t)), dtype=h.dtype if t.dtype.is_floating_point else t.dtype)
-        for t in spec.emits
-    ]
-    start = (torch.zeros((), dtype=torch.int64, device=h.device), *(first[n] for n in names), *stacks)
-
-    def cond(k: Tensor, *values: Tensor) -> Tensor:
-        return (k < dials["max_loops"]) & values[names.index("active")].any()
-
-    def body(k: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        carry = dict(zip(names, values))
-        past = {t.name: tensors[t.name].index_select(0, k.reshape(1)).squeeze(0) for t in spec.state}
-        new, emitted = model.step(k, carry, past, fixed, dials)
-        new["depth"] = carry["depth"] + carry["active"].to(torch.int64)
-        stacked = [
-            stack.index_copy(0, k.reshape(1), emitted[name].unsqueeze(0))
-            for name, stack in zip(emits, values[len(names) :])
-        ]
-        return (k + 1, *(new[n] for n in names), *stacked)
-
-    iterations, *values = while_loop(cond, body, start)
-    result = dict(zip(names + emits, values))
-    return {name: result[name] for name in ("h", "depth", *emits)} | {"iterations": iterations}
-
-
-def _emit_shape(h: Tensor, spec: LoopSpec, emit: TensorSpec) -> tuple[int, ...]:
-    """The emit's shape with the batch of this call: specs are written for a batch of one."""
-    return (h.shape[0], *emit.shape[1:]) if len(emit.shape) > 1 and emit.shape[0] == spec.h.shape[0] else emit.shape

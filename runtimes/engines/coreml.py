@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -20,10 +21,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from rmse_edge.errors import PackageError, UserError, quiet
+from rmse_edge.info import Form, ModelInfo
+from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import Package
-from rmse_edge.runtimes.host.base import Arrays, ModelInfo
+from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.signatures import (
-    Form,
     Method,
     Refuse,
     Tensor,
@@ -153,14 +156,18 @@ class CoreMLEngine:
 class CoremlMethods:
     """`Methods` over an engine, and one more: `host_loop` is `loop` as `begin` and single steps."""
 
-    def __init__(self, engine: Engine, functions: Mapping[str, Any], rings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: Engine, functions: Mapping[str, Any], rings: Mapping[str, Any], per_loop: Collection[str] = ()
+    ) -> None:
         """
         Args:
+            per_loop: the state of which iteration k reads row k.
             functions: the manifest's "methods": what each takes and gives, as the LoopProgram has it.
-            rings: the manifest's "rings": of every state its Core ML shape (K, G, W', hd') and, under "held", the part
-                (K, 1, G, W, hd) of it that is used. Empty: rings are given and returned.
+            rings: the manifest's "rings": of every state its Core ML shape (K, G, W', hd') and, under "held", the part of
+                it that is used, in the spec's shape. Empty: rings are given and returned.
         """
         self.engine, self.functions, self.rings = engine, functions, rings
+        self.per_loop = frozenset(per_loop)
         self._stacks: dict[int, Arrays] = {}
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
@@ -189,66 +196,53 @@ class CoremlMethods:
 
     def _host_loop(self, chunk: int, feeds: Arrays) -> Arrays:
         """`begin`, then `step` until nothing is active."""
-        step = f"step_{chunk}"
+        name = f"step_{chunk}"
         begun = self.call(f"begin_{chunk}", feeds)
-        gives = [t["name"] for t in self.functions[step]["outputs"]]
-        carried = [name.removeprefix("next_") for name in gives if name.startswith("next_")]
-        emits = [t for t in self.functions[step]["outputs"] if t["name"] in self._emitted(gives)]
-        carry = {name: begun.pop(f"first_{name}") for name in carried if name != "depth"}
-        carry["depth"] = np.zeros(carry["active"].shape, np.int64)
-        inputs = {t["name"]: tuple(t["shape"]) for t in self.functions[step]["inputs"]}
-        depth = self._depth(chunk)
-        stacked = {name: v for name, v in feeds.items() if name in inputs and v.shape == (depth, *inputs[name])}
+        table = self.functions[name]
+        carried, emitted = carried_and_emitted(t["name"] for t in table["outputs"])
+        first = {c: begun.pop(f"first_{c}") for c in carried if c != "depth"}
+        first["depth"] = np.zeros(first["active"].shape, np.int64)
+        taken = {t["name"] for t in table["inputs"]}
+        rows = {n: feeds[n] for n in self.per_loop if n in taken}
         fixed = feeds | begun
+
+        def step(arrays: Arrays, k: int) -> Arrays:
+            return self.call(name, fixed | arrays | {"k": np.array(k)})
+
         if chunk not in self._stacks:
-            self._stacks[chunk] = {t["name"]: np.zeros((depth, *t["shape"]), t["dtype"]) for t in emits}
+            outputs = {t["name"]: t for t in self.functions[f"loop_{chunk}"]["outputs"]}
+            self._stacks[chunk] = {n: np.zeros(outputs[n]["shape"], outputs[n]["dtype"]) for n in emitted}
         stacks = self._stacks[chunk]
-        k, limit, running = 0, int(feeds["max_loops"]), bool(carry["active"].any())
-        while running and k < limit:
-            rows = {name: value[k] for name, value in stacked.items()}
-            out = self.call(step, fixed | carry | rows | {"k": np.array(k)})
-            for name, stack in stacks.items():
-                stack[k] = out[name]
-            carry = {name: out[f"next_{name}"] for name in carried}
-            running = bool(out["any_active"])
-            k += 1
+        carry, k = drive_steps(step, first, rows, stacks, int(feeds["max_loops"]))
         return {"h": carry["h"], "depth": carry["depth"], "iterations": np.array(k)} | stacks
-
-    @staticmethod
-    def _emitted(gives: list[str]) -> list[str]:
-        return [name for name in gives if not name.startswith("next_") and name != "any_active"]
-
-    def _depth(self, chunk: int) -> int:
-        """Iterations that the loop has at most, from what the loop in the graph stacks."""
-        outputs = {t["name"]: t["shape"] for t in self.functions[f"loop_{chunk}"]["outputs"]}
-        emitted = self._emitted([t["name"] for t in self.functions[f"step_{chunk}"]["outputs"]])
-        return outputs[emitted[0]][0] if emitted else 0
 
     # ------------------------------------------------------------------------------------------------- states
 
     def read_states(self) -> Arrays:
-        """What the rings hold, (K, 1, G, W, hd) each; of the interpreter, views."""
+        """What the rings hold, in the spec's shape."""
         return {name: self._used(name, self.engine.read(name)) for name in self.rings}
 
     def write_states(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Fill the rings with `tensors`, (K, 1, G, W, hd) each."""
+        """Fill the rings with `tensors`, in the spec's shape."""
         for name, value in tensors.items():
             self._put(name, value, None)
 
     def _used(self, name: str, whole: np.ndarray) -> np.ndarray:
-        _, _, _, window, dims = self.rings[name]["held"]
-        return whole[:, None, :, :window, :dims]
+        """The part of a state that is used, in the spec's shape."""
+        held = self.rings[name]["held"]
+        return whole[:, :, : held[-2], : held[-1]].reshape(held)
 
     def _put(self, name: str, value: np.ndarray, k: np.ndarray | None) -> None:
-        """Put all of a ring in place, or the row of loop `k` where `value` (1, G, W, hd) is that."""
+        """Put all of a ring in place, or the row of loop `k` where `value` is that."""
         whole = np.array(self.engine.read(name))
-        used = self._used(name, whole)
-        if value.shape == used.shape:
-            used[:] = value
-        elif k is not None and value.shape == used.shape[1:]:
-            used[int(np.asarray(k).reshape(()))] = value
+        held = tuple(self.rings[name]["held"])
+        used = whole[:, :, : held[-2], : held[-1]]
+        if value.shape == held:
+            used[:] = value.reshape(used.shape)
+        elif k is not None and value.shape == held[1:]:
+            used[int(np.asarray(k).reshape(()))] = value.reshape(used.shape[1:])
         else:
-            raise ValueError(f"{name}: got {value.shape}, expected {used.shape} or a row of it")
+            raise ValueError(f"{name}: got {value.shape}, expected {held} or a row of it")
         self.engine.write(name, whole)
 
 
@@ -273,7 +267,7 @@ class Ring(TypedDict):
     """A ring that is a state: Core ML's shape, and the part of it that is used."""
 
     shape: Annotated[Shape, Field(min_length=4, max_length=4)]
-    held: Annotated[Shape, Field(min_length=5, max_length=5)]
+    held: Annotated[Shape, Field(min_length=3)]
 
 
 @dataclass(frozen=True)
@@ -283,6 +277,21 @@ class Lowering:
     program: Name
     compute: Literal["cpu", "gpu", "ane"]
     rings: dict[Name, Ring]
+
+
+class CoremlCalls(Calls):
+    """Calls whose rings are the engine's, where the package keeps them in states."""
+
+    methods: CoremlMethods
+
+    def kept_by_engine(self) -> frozenset[str]:
+        return frozenset(self.methods.rings)
+
+    def read_engine(self) -> Arrays:
+        return self.methods.read_states()
+
+    def write_engine(self, tensors: Mapping[str, np.ndarray]) -> None:
+        self.methods.write_states(tensors)
 
 
 class CoremlRuntime(LoopRuntime):
@@ -319,30 +328,23 @@ class CoremlRuntime(LoopRuntime):
             running: Engine = CoreMLEngine(path, compute, names)
         else:
             running = InterpreterEngine(path)
+        rows = [name for name, state in info.state.items() if state.per_loop]
+        super().__init__(info, CoremlMethods(running, package.manifest["methods"], lowering.rings, rows), CoremlCalls)
         # In the graph, the loop is one call, but nothing but the CPU runs it.
-        self.loop = "loop" if compute == "cpu" else "host_loop"
-        super().__init__(info, CoremlMethods(running, package.manifest["methods"], lowering.rings))
-
-    def kept_by_engine(self) -> bool:
-        return bool(self.methods.rings)
-
-    def read_engine(self) -> Arrays:
-        return self.methods.read_states()
-
-    def write_engine(self, tensors: Arrays) -> None:
-        self.methods.write_states(tensors)
+        self.calls.loop = "loop" if compute == "cpu" else "host_loop"
 
 
 def check_rings(info: ModelInfo, rings: Mapping[str, Ring], refuse: Refuse) -> None:
     """Hold the rings that are states against the model's state."""
-    if rings and rings.keys() != info.state.keys():
-        refuse("lowering.rings", ", ".join(rings), f"none, or {', '.join(info.state)}")
+    if rings and rings.keys() != info.rings.keys():
+        refuse("lowering.rings", ", ".join(rings), f"none, or {', '.join(info.rings)}")
     for name, ring in rings.items():
         loops, groups, window, dims = ring["shape"]
-        held = info.state[name][0]
+        held = info.state[name].shape
         if ring["held"] != held:
             refuse(f"lowering.rings.{name}.held", list(ring["held"]), f"{list(held)}, as model.state says")
-        if (loops, 1, groups) != held[:3] or window < held[3] or dims < held[4]:
+        slots = prod(held[:-2])
+        if loops not in (1, held[0]) or loops * groups != slots or window < held[-2] or dims < held[-1]:
             refuse(f"lowering.rings.{name}.shape", list(ring["shape"]), f"room for {list(held)}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rmse_edge.errors import PackageError, UserError
 from rmse_edge.files import digest_file
+from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import AGAIN, Package
 from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.signatures import check_engine, check_methods, read_methods, read_model, refusal
@@ -70,17 +71,25 @@ class ExecutorchMethods:
     _sharing: ClassVar[str | None] = None  # digest of the program whose packed weights this process shares
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, Any], max_loops: int, profile: bool = False, digest: str | None = None
+        self,
+        path: Path,
+        tensors: Mapping[str, Any],
+        max_loops: int,
+        profile: bool = False,
+        digest: str | None = None,
+        per_loop: Collection[str] = (),
     ) -> None:
         """
         Args:
             tensors: the manifest's "methods": what each takes and gives, in order.
+            per_loop: the state of which iteration k reads row k.
             profile: keep the time of every operator; see `write_profile`.
             digest: SHA-256 of the program, where it is known already.
         """
         self.path = path
         self.tensors = tensors
         self.max_loops = max_loops
+        self.per_loop = frozenset(per_loop)
         # Methods of both sizes share one packed copy of a weight. The engine knows it by its codes, whatever their scales,
         # and keeps it for the whole process: a second program must not find the weights of the first.
         digest = digest or digest_file(path)
@@ -148,38 +157,24 @@ class ExecutorchMethods:
         return dict(zip((t["name"] for t in self.tensors[name]["outputs"]), outputs))
 
     def _loop(self, chunk: int, feeds: Arrays) -> Arrays:
+        """`begin`, then `step` until nothing is active."""
+        name = f"step_{chunk}"
         begun = self._call(f"begin_{chunk}", self._given(f"begin_{chunk}", feeds))
-        step = f"step_{chunk}"
-        gives = [t["name"] for t in self.tensors[step]["outputs"]]
-        carried = [name.removeprefix("next_") for name in gives if name.startswith("next_")]
-        rows = self._rows(step, feeds)
-        stacks = self._stack(chunk)
-        first = {name: begun.pop(f"first_{name}") for name in carried if name != "depth"}
+        carried, _ = carried_and_emitted(t["name"] for t in self.tensors[name]["outputs"])
+        first = {c: begun.pop(f"first_{c}") for c in carried if c != "depth"}
         first["depth"] = torch.zeros(first["active"].shape, dtype=torch.int64)
-        k, limit = 0, int(feeds["max_loops"])
-        start = {name: row[0] for name, row in rows.items()}
-        given = self._given(step, feeds | begun | first | start | {"k": torch.tensor(0)})
-        running = bool(given["active"].any())
-        while running and k < limit:
-            out = self._call(step, given)
-            for name, stack in stacks.items():
-                stack[k].copy_(out[name])
-            k += 1
-            given |= {name: out[f"next_{name}"] for name in carried}
-            running = bool(out["any_active"])
-            if running and k < limit:
-                given |= {name: row[k] for name, row in rows.items()} | {"k": torch.tensor(k)}
-        result = {"h": given["h"], "depth": given["depth"], "iterations": torch.tensor(k)} | stacks
-        return {name: value.numpy() for name, value in result.items()}
+        taken = {t["name"] for t in self.tensors[name]["inputs"]}
+        rows = {n: torch.from_numpy(feeds[n]) for n in self.per_loop if n in taken}
+        start = {n: row[0] for n, row in rows.items()} | {"k": torch.tensor(0)}
+        given = self._given(name, feeds | begun | first | start)
 
-    def _rows(self, step: str, feeds: Arrays) -> dict[str, Tensor]:
-        """Of everything that step takes a row of, all rows: (K, ...)."""
-        rows = {}
-        for t in self.tensors[step]["inputs"]:
-            value = feeds.get(t["name"])
-            if value is not None and list(value.shape) == [self.max_loops, *t["shape"]]:
-                rows[t["name"]] = torch.from_numpy(value)
-        return rows
+        def step(tensors: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+            return self._call(name, given | tensors | {"k": torch.tensor(k)})
+
+        stacks = self._stack(chunk)
+        carry, k = drive_steps(step, first, rows, stacks, int(feeds["max_loops"]))
+        result = {"h": carry["h"], "depth": carry["depth"], "iterations": torch.tensor(k)} | stacks
+        return {n: value.numpy() for n, value in result.items()}
 
     def _stack(self, chunk: int) -> dict[str, Tensor]:
         if chunk not in self._stacks:
@@ -209,7 +204,8 @@ class ExecutorchRuntime(LoopRuntime):
         check_methods(info, tables, in_graph=False, refuse=refusal(package))
         set_threads(threads)
         manifest = package.manifest
-        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name])
+        rows = [state for state, kept in info.state.items() if kept.per_loop]
+        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name], rows)
         for method in manifest["methods"]:  # now, so that the first token does not wait for it
             methods.load(method)
         super().__init__(info, methods)

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
-from rmse_edge.arch.rmse.config import RINGS, RMSEConfig
-from rmse_edge.arch.rmse.costs import parameters
+from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
-from rmse_edge.numbers import SEGMENT
+from rmse_edge.info import Dtype, Form, ModelInfo
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 
-from .base import Dtype, ModelInfo
-
-Form = tuple[tuple[int, ...], Dtype]  # shape and type
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 LARGEST_STATE = 4 << 30  # bytes that a model may keep between calls: what is zeroed before the first one
+LARGEST_CALL = 1 << 16  # rows of a call
 LARGEST_TENSOR = 2 << 30  # bytes of anything that goes into a call or comes out of it
 
 
@@ -83,60 +80,68 @@ Refuse = Callable[[str, object, str], NoReturn]
 
 
 def check_model(info: ModelInfo, refuse: Refuse) -> None:
-    """Hold the fields of a `ModelInfo` against each other."""
+    """Hold the fields of a `ModelInfo` against each other, and against what its own configuration makes of it."""
     try:
-        config = RMSEConfig.from_dict(info.config, "model.config")
+        arch = arch_of(info.model_type)
+    except ConfigError as error:
+        refuse("model.model_type", info.model_type, str(error).partition("expected ")[2])
+    try:
+        config = arch.config.from_dict(info.config, "model.config")
     except ConfigError as error:
         refuse("model.config", f"one that no model has ({error})", "that of the exported checkpoint")
-    own = {
-        "vocab_size": config.vocab_size,
-        "max_loops": config.max_loops,
-        "window": config.window,
-        "rotary_dims": config.rotary_dims,
-        "rope_theta": config.rope_theta,
-        "parameters": parameters(config),
-        "rings": RINGS,
-    }
-    for name, value in own.items():
-        if getattr(info, name) != value:
-            refuse(f"model.{name}", getattr(info, name), f"{value}, as model.config says")
-    if bool(info.memory) != (config.memory != "none"):
-        there = "memory tensors" if info.memory else "no memory tensors"
-        refuse("model.memory", there, f"those of model.config.memory {config.memory!r}")
-    space = {name: getattr(config, f"retrieval_{of}") for name, of in
-             (("key_dims", "dim"), ("slots", "slots"), ("hits", "hits"), ("gamma", "gamma"))}  # fmt: skip
-    if info.retrieval != (space if config.retrieval_slots else None):
-        refuse("model.retrieval", info.retrieval, f"{space if config.retrieval_slots else None}, as model.config says")
+    for name, value in arch.stated(config).items():
+        if (got := _stated(info, name)) != value:
+            refuse(f"model.{name}", got, f"{value}, as model.config says")
     try:
         info.dials.check(info.max_loops)
     except UserError as error:
         refuse("model.dials", f"some that cannot be set ({error})", "the checkpoint's own")
-    for name, value in vars(info.dials).items():
-        if value != getattr(config, name):
-            refuse(f"model.dials.{name}", value, f"{getattr(config, name)}, as model.config says")
-    for name in ("eos_token_ids", "unused_token_ids"):
-        ids = getattr(info, name)
-        ranges = ids if name == "unused_token_ids" else [(token, token + 1) for token in ids]
-        if any(not first < end <= info.vocab_size for first, end in ranges):
-            refuse(f"model.{name}", list(ids), f"ids below {info.vocab_size}")
+    if info.text is not None:
+        for name in ("eos_token_ids", "unused_token_ids"):
+            ids = getattr(info.text, name)
+            ranges = ids if name == "unused_token_ids" else [(token, token + 1) for token in ids]
+            if any(not first < end <= info.text.vocab_size for first, end in ranges):
+                refuse(f"model.text.{name}", list(ids), f"ids below {info.text.vocab_size}")
+    elif info.board is None:
+        refuse("model", "neither text nor board", "one of them")
     chunks = info.chunks
-    if not chunks or chunks[0] != 1 or chunks[-1] > SEGMENT or list(chunks) != sorted(set(chunks)):
-        refuse("model.chunks", list(chunks), f"rising numbers of rows from 1 to {SEGMENT}, the first of them 1")
+    if not chunks or list(chunks) != sorted(set(chunks)) or (info.text is not None and chunks[0] != 1):
+        refuse("model.chunks", list(chunks), "rising numbers of rows, the first of a model of texts 1")
+    if chunks[-1] > (most := info.segment or LARGEST_CALL):
+        refuse("model.chunks", list(chunks), f"at most {most} rows")
+    for name in info.state:
+        check_state(info, name, refuse)
     if kept_bytes(info) > LARGEST_STATE:
-        refuse("model.state", f"{kept_bytes(info)} bytes with model.memory", f"at most {LARGEST_STATE} (4 GiB)")
-    for name in sorted(RINGS.keys() | info.state.keys()):
-        form, ring = info.state.get(name), (config.ring_shape, config.kv_dtype) if name in RINGS else None
-        if form != ring:
-            refuse(f"model.state.{name}", _said(form), f"{_said(ring)}, as model.config says")
+        refuse("model.state", f"{kept_bytes(info)} bytes", f"at most {LARGEST_STATE} (4 GiB)")
 
 
-def _said(form: Form | None) -> str:
-    return "none" if form is None else f"{list(form[0])} {form[1]}"
+def _stated(info: ModelInfo, name: str) -> Any:
+    """A field by its dotted name; None where a part is missing on the way."""
+    found: Any = info
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)
+    return found
+
+
+def check_state(info: ModelInfo, name: str, refuse: Refuse) -> None:
+    """Hold one tensor of the state against its own kind."""
+    state, field = info.state[name], f"model.state.{name}"
+    if not state.read_by:
+        refuse(f"{field}.read_by", "nothing", "the methods that read it")
+    if state.per_loop and (not state.shape or state.shape[0] != info.max_loops):
+        refuse(f"{field}.shape", list(state.shape), f"a row for each of the {info.max_loops} loops")
+    if state.kind in ("ring", "append") and len(state.shape) < 3:
+        refuse(f"{field}.shape", list(state.shape), "positions in the last axis but one")
+    if state.kind == "written":
+        if info.segment is None:
+            refuse(f"{field}.kind", state.kind, "another one, since model.segment is null")
+        if state.source not in info.methods:
+            refuse(f"{field}.source", state.source, f"some of {', '.join(info.methods)}")
 
 
 def kept_bytes(info: ModelInfo) -> int:
-    """Bytes of the rings and the memory."""
-    return sum(_nbytes(form) for form in (*info.state.values(), *info.memory.values()))
+    """Bytes of the state."""
+    return sum(_nbytes(state.form) for state in info.state.values())
 
 
 def _nbytes(form: Form) -> int:
@@ -163,7 +168,8 @@ def check_methods(
     for rows in info.chunks:
         flow.call(rows, in_graph)
     if info.memory:
-        flow.segment()
+        assert info.segment is not None
+        flow.segment(info.segment)
 
 
 class Flow:
@@ -171,54 +177,60 @@ class Flow:
 
     def __init__(self, info: ModelInfo, methods: Mapping[str, Method], refuse: Refuse, engine_keeps: bool) -> None:
         self.info, self.methods, self.refuse, self.engine_keeps = info, methods, refuse, engine_keeps
-        self.width = info.config["d_model"]
+        self.width = info.width
 
     def given(self, rows: int) -> dict[str, Form]:
         """What the host itself gives to the methods of a call of so many rows."""
-        info, pairs = self.info, self.info.rotary_dims // 2
-        scalars: dict[str, Form] = {name: ((), "int64") for name in ("max_loops", "min_loops", "k")}
-        scalars |= {name: ((), "float32") for name in ("exit_threshold", "exit_epsilon", "exit_entropy")}
-        found: dict[str, Form] = scalars | {
-            "tokens": ((1, rows), "int64"),
-            "cos": ((1, rows, pairs), "float32"),
-            "sin": ((1, rows, pairs), "float32"),
-            "position": ((1,), "int64"),
-            "n_valid": ((1,), "int64"),
-            "segment": ((1, SEGMENT, self.width), "float32"),
-            "scale": ((1,), "float32"),  # of Core ML's `blank`
-        }
+        info = self.info
+        found: dict[str, Form] = {name: ((), "int64") for name in ("max_loops", "min_loops", "k")}
+        found |= {name: ((), "float32") for name in ("exit_threshold", "exit_epsilon", "exit_entropy")}
+        found["scale"] = ((1,), "float32")  # of Core ML's `blank`
+        if info.text is not None:
+            found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}
+            if pairs := info.text.rotary_dims // 2:
+                found |= {name: ((1, rows, pairs), "float32") for name in ("cos", "sin")}
+        if info.board is not None:
+            found["board"] = ((1, info.board.cells), "int64")
+        found |= {name: ((1, rows, self.width), "float32") for name in info.noise}
+        if info.memory and info.segment is not None:
+            found["segment"] = ((1, info.segment, self.width), "float32")
         if info.retrieval is not None:
             hits = info.retrieval["slots"] * info.retrieval["hits"]
             found["retrieved"] = ((1, hits, self.width), "float32")
             found["retrieved_scores"] = ((1, hits), "float32")
             found["retrieved_valid"] = ((1, hits), "bool")
-        return found | info.state | info.memory
+        return found | {name: state.form for name, state in info.state.items()}
 
     def call(self, rows: int, in_graph: bool) -> None:
-        """prelude, the loop, head, commit."""
+        """prelude, the loop, coda, head, commit, and what is left to be kept."""
         have = self.given(rows)
         self.run(f"prelude_{rows}", have)
         if in_graph:
             self.run(f"loop_{rows}", have)
         else:
             self.host_loop(rows, have)
-        self.require(f"the loop of {rows} rows", have, {
-            "h": ((1, rows, self.width), "float32"), "depth": ((1, rows), "int64"), "iterations": ((), "int64"),
-        })  # fmt: skip
+        self.require(
+            f"the loop of {rows} rows", have, {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")}
+        )
+        if "depth" not in have or have["depth"][1] != "int64":
+            self.refuse(f"methods.loop_{rows}.outputs", ", ".join(sorted(have)), "depth, int64, among them")
+        if "coda" in self.info.methods:
+            self.run(f"coda_{rows}", have)
         self.run(f"head_{rows}", have)
-        self.require(f"head_{rows}", have, {"logits": ((1, rows, self.info.vocab_size), "float32")})
-        self.run(f"commit_{rows}", have)
-        if self.engine_keeps:
-            return
-        for ring, source in self.info.rings.items():
-            shape, dtype = self.info.state[ring]
-            self.require(f"commit_{rows}", have, {source: ((*shape[:-2], rows, shape[-1]), dtype)})
+        if self.info.text is not None:
+            self.require(f"head_{rows}", have, {"logits": ((1, rows, self.info.vocab_size), "float32")})
+            self.require(f"the loop of {rows} rows", have, {"depth": ((1, rows), "int64")})
+        if "commit" in self.info.methods:
+            self.run(f"commit_{rows}", have)
+        for state in self.info.state.values():
+            if state.kind != "written" and not (self.engine_keeps and state.kind in ("ring", "append")):
+                self.require(f"the call of {rows} rows", have, {state.source: (state.taken(rows), state.dtype)})
 
     def host_loop(self, rows: int, have: dict[str, Form]) -> None:
         """begin, then step: `first_X` and `next_X` are X, all else that step gives is stacked over the loops."""
         begin, step = f"begin_{rows}", f"step_{rows}"
         self.run(begin, have, {"first_"})
-        have.setdefault("depth", ((1, rows), "int64"))
+        have.setdefault("depth", (have["active"][0] if "active" in have else (1, rows), "int64"))
         self.take(step, have, of_loop=True)
         outputs = {t.name: t.form for t in self.method(step).outputs}
         if "any_active" not in outputs or prod(outputs["any_active"][0]) != 1:
@@ -237,24 +249,24 @@ class Flow:
                 self.give(step, have, name, ((self.info.max_loops, *shape), dtype))
         have["iterations"] = ((), "int64")
 
-    def segment(self) -> None:
+    def segment(self, rows: int) -> None:
         """blank, memorize, embed_segment: what is done once per segment."""
-        have = self.given(SEGMENT)
-        self.run(f"blank_{SEGMENT}", have)
-        names = {t.name for t in self.method(f"blank_{SEGMENT}").outputs}
-        for name in self.info.memory:
+        have, memory = self.given(rows), self.info.memory
+        self.run(f"blank_{rows}", have)
+        names = {t.name for t in self.method(f"blank_{rows}").outputs}
+        for name in memory:
             if name not in names:
-                self.refuse(f"methods.blank_{SEGMENT}.outputs", ", ".join(sorted(names)), f"{name} among them")
-        if "surprise_stats" not in self.info.memory or self.info.memory["surprise_stats"][0] != (1, 3):
-            self.refuse("model.memory.surprise_stats", self.info.memory.get("surprise_stats"), "a shape of [1, 3]")
-        self.run(f"memorize_{SEGMENT}", have)
-        wanted = {f"next_{name}": form for name, form in self.info.memory.items()}
-        self.require(f"memorize_{SEGMENT}", have, wanted | {"surprise": ((1,), "float32")})
+                self.refuse(f"methods.blank_{rows}.outputs", ", ".join(sorted(names)), f"{name} among them")
+        if "surprise_stats" not in memory or memory["surprise_stats"].shape != (1, 3):
+            self.refuse("model.state.surprise_stats", memory.get("surprise_stats"), "a shape of [1, 3]")
+        self.run(f"memorize_{rows}", have)
+        wanted = {f"next_{name}": state.form for name, state in memory.items()}
+        self.require(f"memorize_{rows}", have, wanted | {"surprise": ((1,), "float32")})
         if self.info.retrieval is not None:
-            self.run(f"embed_segment_{SEGMENT}", have)
+            self.run(f"embed_segment_{rows}", have)
             key: Form = ((1, self.info.retrieval["key_dims"]), "float32")
             value: Form = ((1, self.info.retrieval["slots"], self.width), "float32")
-            self.require(f"embed_segment_{SEGMENT}", have, {"key": key, "query": key, "value": value})
+            self.require(f"embed_segment_{rows}", have, {"key": key, "query": key, "value": value})
 
     # ------------------------------------------------------------------------------------------------- one method
 
@@ -278,8 +290,9 @@ class Flow:
             if tensor.name not in have:
                 self.refuse(field, "a tensor that nothing gives", f"some of {', '.join(sorted(have))}")
             shape, dtype = have[tensor.name]
-            rows = of_loop and len(shape) > 1 and shape[0] == self.info.max_loops
-            if not _fits(tensor.form, (shape, dtype)) and not (rows and _fits(tensor.form, (shape[1:], dtype))):
+            if of_loop and tensor.name in self.info.state:
+                shape, dtype = self.info.state[tensor.name].row
+            if not _fits(tensor.form, (shape, dtype)):
                 self.refuse(field, f"{list(tensor.shape)} {tensor.dtype}", f"{list(shape)} {dtype}")
 
     def give(self, name: str, have: dict[str, Form], known: str, form: Form) -> None:

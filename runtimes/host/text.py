@@ -1,108 +1,72 @@
-"""The host side of a looped language model, the same for every target: calls, angles, KV ring, memory, hits."""
+"""A text on any target: positions, angles, hits, and what the memory says; rmse_edge/runtimes/host/calls.py has the calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from rmse_edge.errors import UserError
+from rmse_edge.info import ModelInfo, TextInfo
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.numbers import SEGMENT
+from rmse_edge.loop.dials import Dials
 
-from .base import Arrays, Dials, Fed, Methods, ModelInfo, Surprise
+from .base import Arrays, Fed, Methods, Surprise
+from .calls import Calls, plan_calls
 from .signatures import LARGEST_STATE, kept_bytes
-
-# Prefill calls have 64 rows, decode calls one. Up to this many rows, single calls beat a padded 64-row call.
-SINGLE_CALLS = 6
-
-
-def plan_calls(position: int, count: int, chunks: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Split `count` tokens from `position` on into calls (rows of the call, tokens in it).
-
-    No call crosses a multiple of 64 positions, so that a segment always ends with a call.
-
-    >>> plan_calls(60, 70, (1, 64))
-    [(1, 1), (1, 1), (1, 1), (1, 1), (64, 64), (1, 1), (1, 1)]
-    """
-    calls = []
-    largest = chunks[-1]
-    while count > 0:
-        n = min(count, largest, SEGMENT - position % SEGMENT)
-        if n <= SINGLE_CALLS:
-            calls += [(chunks[0], 1)] * n
-        else:
-            calls.append((min(c for c in chunks if c >= n), n))
-        position, count = position + n, count - n
-    return calls
 
 
 class LoopRuntime:
-    """`Runtime` on top of any target's `Methods`.
+    """`Runtime` on top of any target's `Calls`."""
 
-    It keeps the rings of keys and values itself, unless the engine does: then `kept_by_engine` says so, methods find
-    them where they are, and `read_engine` and `write_engine` are how sessions get at them.
-    """
-
-    loop = "loop"  # the method that iterates
-
-    def __init__(self, info: ModelInfo, methods: Methods) -> None:
+    def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls) -> None:
         if kept_bytes(info) > LARGEST_STATE:
             raise UserError(
-                f"{info.name}: keeps {kept_bytes(info)} bytes between calls, with a window of {info.window} positions and "
+                f"{info.name}: keeps {kept_bytes(info)} bytes between calls, for {info.window or info.capacity} positions and "
                 f"{info.max_loops} loops; at most {LARGEST_STATE} (4 GiB) are supported, lower window in its config.json"
             )
         self.info = info
-        self.methods = methods
-        own = {} if self.kept_by_engine() else info.state
-        self.state = {name: np.zeros(shape, dtype) for name, (shape, dtype) in own.items()}
-        self.memory = {name: np.zeros(shape, dtype) for name, (shape, dtype) in info.memory.items()}
-        # Exit states since the last boundary: what the memory is going to be taught.
-        self.segment = np.zeros((1, SEGMENT, info.config["d_model"]), np.float32) if info.memory else None
+        self.calls = calls(info, methods)
         self.retrieved = _no_hits(info)
         self.remember = True  # False: nothing more is learned
         self.whole = True  # False after a call that was broken off: what is kept belongs to no moment of the text
         # Called after every segment, before it is forgotten.
         self.on_surprise: Callable[[Surprise], object] | None = None
         self._position = 0
-        self._blank: Arrays = (
-            {k: np.array(v) for k, v in methods.run("blank", SEGMENT, {}).items()} if info.memory else {}
-        )
         self.reset()
+
+    @property
+    def methods(self) -> Methods:
+        return self.calls.methods
+
+    @methods.setter
+    def methods(self, methods: Methods) -> None:
+        self.calls.methods = methods
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is kept between calls by the host, but for the memory, as the methods read it."""
+        return self.calls.state
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The neural memory, as the methods read it; empty: there is none."""
+        return self.calls.memory
 
     @property
     def position(self) -> int:
         return self._position
 
     def reset(self) -> None:
-        # Slots are masked by position, so what they hold does not matter; zeroed all the same, to be reproducible.
-        for array in self.state.values():
-            array.fill(0)
-        if self.kept_by_engine():
-            self.write_engine({name: np.zeros(shape, dtype) for name, (shape, dtype) in self.info.state.items()})
-        for name, array in self.memory.items():
-            np.copyto(array, self._blank[name])
-        if self.segment is not None:
-            self.segment.fill(0)
+        self.calls.reset()
         self.inject(None)
         self._position = 0
         self.whole = True
 
     def tensors(self) -> Arrays:
-        """All that is kept between calls, but for the position; of what is not the engine's, views."""
-        rings = self.read_engine() if self.kept_by_engine() else self.state
-        return rings | self.memory | self.retrieved | ({} if self.segment is None else {"segment": self.segment})
-
-    def kept_by_engine(self) -> bool:
-        """Whether the engine keeps the rings, not this host."""
-        return False
-
-    def read_engine(self) -> Arrays:
-        """The rings that the engine keeps, by name."""
-        return {}
-
-    def write_engine(self, tensors: Arrays) -> None:
-        """Replace the rings that the engine keeps."""
+        """All that is kept between calls, but for the position; views where that is possible."""
+        return self.calls.tensors() | self.retrieved
 
     def restore(self, position: int, tensors: Arrays) -> None:
         """Go on from what `tensors` gave at `position`.
@@ -110,15 +74,12 @@ class LoopRuntime:
         Raises:
             ValueError: names, shapes or types are not this model's; nothing was changed.
         """
-        own = self.tensors()
-        shapes = [{k: (v.shape, v.dtype) for k, v in t.items()} for t in (own, tensors)]
+        shapes = [{k: (v.shape, v.dtype) for k, v in t.items()} for t in (self.tensors(), tensors)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"state: got {shapes[1]}, expected {shapes[0]}")
-        for name, array in own.items():
-            if name not in self.info.state or not self.kept_by_engine():
-                np.copyto(array, tensors[name])
-        if self.kept_by_engine():
-            self.write_engine({name: tensors[name] for name in self.info.state})
+        self.calls.restore(tensors)
+        for name, array in self.retrieved.items():
+            np.copyto(array, tensors[name])
         self._position = position
         self.whole = True
 
@@ -131,7 +92,8 @@ class LoopRuntime:
         rows, depths, iterations, chunks, surprises = [], [], [], [], []
         done = 0
         self.whole = False
-        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks):
+        segment = self.info.segment
+        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks, segment):
             last = done + n == len(ids)
             out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
             depths.append(out["depth"][0, :n].copy())
@@ -140,7 +102,7 @@ class LoopRuntime:
             if "logits" in out:
                 rows.append(out["logits"][0, (0 if logits == "all" else n - 1) : n].copy())
             done += n
-            if self._position % SEGMENT == 0:
+            if segment is not None and self._position % segment == 0:
                 self.inject(None)  # hits are there until the next boundary
                 if self.memory and self.remember:
                     surprises.append(self._memorize())
@@ -149,11 +111,15 @@ class LoopRuntime:
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = self._valid_ids(tokens)
-        limit = self.info.max_seq_len
-        if limit is not None and self._position + len(ids) > limit:
+        count, limit, room = self._position + len(ids), self.info.language.max_seq_len, self.info.capacity
+        if limit is not None and count > limit:
             raise UserError(
-                f"{self._position + len(ids)} tokens are more than the {limit} this package was exported for "
+                f"{count} tokens are more than the {limit} this package was exported for "
                 "(--max-seq-len); shorten the prompt or export again"
+            )
+        if room is not None and count > room:
+            raise UserError(
+                f"{count} tokens are more than the {room} that {self.info.name} attends to; shorten the text"
             )
         return ids
 
@@ -169,77 +135,51 @@ class LoopRuntime:
     def context(self, chunk: int, n: int, position: int | None = None) -> Arrays:
         """What a call of `chunk` rows, `n` of them valid, is told about where it stands (here, by default)."""
         position = self._position if position is None else position
-        cos, sin = rotary_angles(position + np.arange(chunk), self.info.rotary_dims, self.info.rope_theta)
-        return {
-            "cos": cos[None],
-            "sin": sin[None],
-            "position": np.array([position], np.int64),
-            "n_valid": np.array([n], np.int64),
-        }
+        text: TextInfo = self.info.language
+        angles: Arrays = {}
+        if text.rotary_dims:
+            cos, sin = rotary_angles(position + np.arange(chunk), text.rotary_dims, text.rope_theta)
+            angles = {"cos": cos[None], "sin": sin[None]}
+        return angles | {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
 
     def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
-        """One call: prelude, loop, head, commit, ring."""
+        """One call with `ids`, which move the position on."""
         n = len(ids)
         tokens = np.zeros((1, chunk), np.int64)
         tokens[0, :n] = ids
-        context = self.context(chunk, n)
-        prelude = self.methods.run("prelude", chunk, {"tokens": tokens} | self.retrieved)
-        looped = self.methods.run(self.loop, chunk, prelude | context | self.state | self.memory | dials.arrays())
-        result = dict(looped)
-        if head:
-            result |= self.methods.run("head", chunk, {"h": looped["h"]})
-        kept = self.methods.run("commit", chunk, prelude | context | looped)
-        if not self.kept_by_engine():
-            self._into_rings(kept, n)
-        self._into_segment(looped["h"], n)
+        inputs = {"tokens": tokens} | self.retrieved
+        found = self.calls.run(chunk, inputs, self.context(chunk, n), dials.arrays(), self._position, n, head)
         self._position += n
-        return result
-
-    def _into_rings(self, kept: Arrays, n: int) -> None:
-        """Put what `commit` gave for the call's `n` tokens into their slots."""
-        window = self.info.window
-        first = max(0, n - window)
-        slots = (self._position + np.arange(first, n)) % window
-        for ring, source in self.info.rings.items():
-            self.state[ring][..., slots, :] = kept[source][..., first:n, :]
-
-    def _into_segment(self, h: np.ndarray, n: int) -> None:
-        """Put the exit states of the call's `n` tokens into their rows of the segment."""
-        if self.segment is not None:
-            row = self._position % SEGMENT
-            self.segment[:, row : row + n] = h[:, :n]
+        return found
 
     # ------------------------------------------------------------------------------------------ memory, retrieval
 
     def _memorize(self) -> Surprise:
         """Teach the memory the segment that was just completed."""
-        learned, surprise = self._surprise(SEGMENT)
-        for name, array in self.memory.items():
-            np.copyto(array, learned[f"next_{name}"])
+        assert self.info.segment is not None
+        surprise = self._surprise(self.info.segment, learn=True)
         if self.on_surprise is not None:
             self.on_surprise(surprise)
         return surprise
 
-    def _surprise(self, count: int) -> tuple[Arrays, Surprise]:
-        learned = self.methods.run("memorize", SEGMENT, self._latest(count) | self.memory)
-        mean, variance, segments = (float(x) for x in self.memory["surprise_stats"][0])
-        value = float(learned["surprise"][0])
-        return learned, Surprise(self._position, value, mean, max(variance, 0.0) ** 0.5, segments)
+    def _surprise(self, count: int, learn: bool) -> Surprise:
+        found = self.calls.memorize(count, learn)
+        mean, variance, segments = (float(x) for x in found["surprise_stats"][0])
+        value = float(found["surprise"][0])
+        return Surprise(self._position, value, mean, max(variance, 0.0) ** 0.5, segments)
+
+    def _begun(self) -> int:
+        """Tokens of the segment that is not complete."""
+        return self._position % self.info.segment if self.info.segment else 0
 
     def peek(self) -> Surprise | None:
         """The surprise of the unfinished segment, with nothing learned; None where it is empty."""
-        count = self._position % SEGMENT
-        return self._surprise(count)[1] if self.memory and count else None
+        count = self._begun()
+        return self._surprise(count, learn=False) if self.memory and count else None
 
     def query(self) -> np.ndarray:
         """What the latest segment searches for: the unfinished one, or at a boundary the one before. (key_dims,)."""
-        count = self._position % SEGMENT or SEGMENT
-        return self.methods.run("embed_segment", SEGMENT, self._latest(count))["query"][0].copy()
-
-    def _latest(self, count: int) -> Arrays:
-        """The first `count` rows of the segment, as `memorize` and `embed_segment` take them."""
-        assert self.segment is not None
-        return {"segment": self.segment, "n_valid": np.array([count], np.int64)}
+        return self.calls.embed_segment(self._begun() or self.info.segment or 0)["query"][0].copy()
 
     def inject(self, values: np.ndarray | None, scores: np.ndarray | None = None) -> None:
         """Let the following tokens, up to the next boundary, read these hits.
@@ -251,7 +191,7 @@ class LoopRuntime:
             ValueError: more hits than the model has room for, or vectors of another shape.
         """
         if values is not None:
-            space, width = self.info.retrieval, self.info.config["d_model"]
+            space, width = self.info.retrieval, self.info.width
             if space is None:
                 raise ValueError("the model has no retrieval head")
             if values.ndim != 3 or values.shape[1:] != (space["slots"], width) or len(values) > space["hits"]:
@@ -285,17 +225,14 @@ class LoopRuntime:
         ids = self._valid_ids(tokens)
         if self.info.retrieval is None:
             raise UserError(f"{self.info.name} has no retrieval head (retrieval_slots in its config.json)")
-        if len(ids) > SEGMENT:
-            raise UserError(f"a passage of {len(ids)} tokens; expected at most {SEGMENT}")
-        padded = np.zeros((1, SEGMENT), np.int64)
+        segment = self.info.segment
+        assert segment is not None  # a retrieval head is asked by a memory
+        if len(ids) > segment:
+            raise UserError(f"a passage of {len(ids)} tokens; expected at most {segment}")
+        padded = np.zeros((1, segment), np.int64)
         padded[0, : len(ids)] = ids
-        context = self.context(SEGMENT, len(ids), position=0)
-        # What an engine keeps is not seen from position 0; what the host gives may be anything, too, but it is asked for.
-        nothing = {name: np.zeros_like(array) for name, array in self.state.items()}
-        prelude = self.methods.run("prelude", SEGMENT, {"tokens": padded} | _no_hits(self.info))
-        feeds = prelude | context | nothing | self._blank | self.info.dials.arrays()
-        h = self.methods.run(self.loop, SEGMENT, feeds)["h"]
-        return self.methods.run("embed_segment", SEGMENT, {"segment": h, "n_valid": context["n_valid"]})
+        context = self.context(segment, len(ids), position=0)
+        return self.calls.read_alone({"tokens": padded} | _no_hits(self.info), context, self.info.dials.arrays())
 
 
 def _no_hits(info: ModelInfo) -> Arrays:
@@ -303,9 +240,8 @@ def _no_hits(info: ModelInfo) -> Arrays:
     if info.retrieval is None:
         return {}
     rows = int(info.retrieval["slots"] * info.retrieval["hits"])
-    vectors = np.zeros((1, rows, info.config["d_model"]), np.float32)
     return {
-        "retrieved": vectors,
+        "retrieved": np.zeros((1, rows, info.width), np.float32),
         "retrieved_scores": np.zeros((1, rows), np.float32),
         "retrieved_valid": np.zeros((1, rows), np.bool_),
     }

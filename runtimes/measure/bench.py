@@ -20,8 +20,8 @@ import numpy as np
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.costs import macs_per_token
 from rmse_edge.errors import UserError
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
-from rmse_edge.runtimes.host.base import Dials
 from rmse_edge.runtimes.host.text import LoopRuntime
 
 CONTEXT = SEGMENT  # tokens fed before decoding is timed

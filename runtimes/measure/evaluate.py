@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import UserError
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
-from rmse_edge.runtimes.host.base import Dials, Runtime
+from rmse_edge.runtimes.host.base import Runtime
 
 # Targets of one batch of the standard error: beyond this distance losses are taken to be independent.
 BATCH = 256
@@ -111,7 +112,7 @@ def check_length(runtime: Runtime, count: int, block: int) -> None:
     if count < max(block, 1) + 1:
         expected = f"at least {block + 1} for --block {block}" if block else "at least 2"
         raise UserError(f"the text has {count} tokens, expected {expected}")
-    limit = runtime.info.max_seq_len
+    limit = runtime.info.language.max_seq_len
     if limit is not None and (block or count - 1) > limit:
         raise UserError(
             f"{block or count - 1} tokens in a row are more than the {limit} this package was exported for "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tempfile
 from collections import defaultdict
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import UserError, quiet
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
 from rmse_edge.runtimes.engines.executorch import ExecutorchMethods, ExecutorchRuntime
-from rmse_edge.runtimes.host.base import Dials
 
 WHOLE = "Method::execute"
 PARTS = ("DELEGATE_CALL", "OPERATOR_CALL")  # of which the other events are details
@@ -51,7 +50,7 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
     rows = []
     for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
         runtime = ExecutorchRuntime(package, threads, profile=True)
-        runtime.info = dataclasses.replace(runtime.info, max_seq_len=None)
+        runtime.info = runtime.info.with_limit(None)
         for tokens in calls:
             runtime.feed(tokens, dials, "last")
         assert isinstance(runtime.methods, ExecutorchMethods)

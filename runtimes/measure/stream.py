@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import UserError
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
-from rmse_edge.runtimes.host.base import Arrays, Dials, Fed
+from rmse_edge.runtimes.host.base import Arrays, Fed
 from rmse_edge.runtimes.host.text import LoopRuntime
 
 from .machine import resident_bytes
@@ -53,7 +54,7 @@ class Stream:
         least = warm_up + (TENTHS + 1) * SEGMENT
         if tokens < least:
             raise UserError(f"--stream: got {tokens}, expected at least {least}: {warm_up} to warm up, then ten tenths")
-        limit = runtime.info.max_seq_len
+        limit = runtime.info.language.max_seq_len
         if limit is not None and tokens > limit:
             raise UserError(f"--stream: got {tokens}, this package was exported for {limit} (--max-seq-len)")
         self.runtime = runtime
@@ -110,7 +111,7 @@ class Stream:
 
     def _compare(self, early: tuple[int, Arrays], late: tuple[int, Arrays]) -> None:
         """The same tokens from both states in turns, at a fixed depth, so that both do the same work."""
-        dials, limit = Dials(self.paired_loops), self.runtime.info.max_seq_len
+        dials, limit = Dials(self.paired_loops), self.runtime.info.language.max_seq_len
         room = late[0] if limit is None else limit - SEGMENT
         for pair in range(PAIRS + 1):
             ids = self.ids.take(np.arange(pair * SEGMENT, (pair + 1) * SEGMENT), mode="wrap")

@@ -16,7 +16,7 @@ import numpy as np
 
 from rmse_edge.errors import UserError
 from rmse_edge.files import check_file, new_file
-from rmse_edge.runtimes.host.base import Dials
+from rmse_edge.loop.dials import Dials
 
 from .evaluate import Evaluation
 

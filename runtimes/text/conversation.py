@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rmse_edge.chat import ChatTemplate, Message
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import Token
-from rmse_edge.runtimes.host.base import Dials
 from rmse_edge.runtimes.host.session import Resumed, SessionError
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import parse_json, validated

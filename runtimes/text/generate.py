@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from rmse_edge.errors import UserError
-from rmse_edge.runtimes.host.base import Dials, Runtime
+from rmse_edge.loop.dials import Dials
+from rmse_edge.runtimes.host.base import Runtime
 
 from .sampling import Sampler
 
@@ -200,7 +201,7 @@ class Generation:
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """(token, depth) one by one until `max_new_tokens`, the end token, or the end of the package's sequence."""
-        limit = self.runtime.info.max_seq_len
+        limit = self.runtime.info.language.max_seq_len
         fed: Sequence[int] = self.prompt
         spent = 0.0
         if self.librarian is not None and len(fed) > 1:
@@ -214,7 +215,7 @@ class Generation:
                 return
             start = perf_counter()
             result = self.runtime.feed(fed, self.dials, logits="last")
-            token = self.sampler.pick(result.logits[-1], self.runtime.info.unused_token_ids)
+            token = self.sampler.pick(result.logits[-1], self.runtime.info.language.unused_token_ids)
             seconds = perf_counter() - start
             if self.made:
                 self.decode_s += seconds

@@ -78,7 +78,7 @@ class Librarian:
         gamma = float(space["gamma"]) if gamma is None else gamma
         if not math.isfinite(gamma):
             raise UserError(f"--gamma: got {gamma}, expected a number")
-        width = runtime.info.config["d_model"]
+        width = runtime.info.width
         check_fits(retriever.info, int(space["key_dims"]), int(space["slots"]), width, runtime.info.fingerprint, where)
         librarian = cls(runtime, retriever, gamma, hits, optional, warn)
         runtime.on_surprise = librarian.hear

@@ -12,7 +12,8 @@ from torch import Tensor
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.attention import MASKED
-from rmse_edge.loop.contract import LoopModel, run_loop
+from rmse_edge.loop.contract import LoopModel
+from rmse_edge.loop.drive import run_loop
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {},

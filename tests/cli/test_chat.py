@@ -19,8 +19,9 @@ from rmse_edge.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, ChatTemplate
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.run import main
 from rmse_edge.errors import TextError
+from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.host.base import Dials, Fed
+from rmse_edge.runtimes.host.base import Fed
 from rmse_edge.text import Tokenizer
 
 CHATML = (

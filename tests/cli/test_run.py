@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -342,7 +341,7 @@ def test_a_prompt_beyond_the_package(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     limited = TorchRuntime.open(checkpoint)
-    limited.info = dataclasses.replace(limited.info, max_seq_len=20)
+    limited.info = limited.info.with_limit(20)
     monkeypatch.setattr(runtimes, "open_runtime", lambda *_: limited)
     code, out, err = call(capsys, checkpoint, "-p", "A" * 21)
     assert (code, out) == (2, "")

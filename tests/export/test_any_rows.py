@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
 from rmse_edge.export import LoopProgram, trace
-from rmse_edge.export.gate.compare import compare_methods
+from rmse_edge.export.gate.methods import compare_methods
 from rmse_edge.export.onnx.passes import find_loop
 from rmse_edge.export.program import ROWS, at_rows, shared_signature, signature
 from rmse_edge.export.targets import LowerOptions, get_target

@@ -27,7 +27,7 @@ from rmse_edge.export.coreml.functions import OPSET, Assembly, Ring
 from rmse_edge.export.coreml.graph import deciding, operations_of, read_names
 from rmse_edge.export.coreml.lower import saved, silenced_bars
 from rmse_edge.export.coreml.ops import prepare
-from rmse_edge.export.gate.compare import compare_methods
+from rmse_edge.export.gate.methods import compare_methods
 from rmse_edge.export.pipeline import ExportRequest, as_cached
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.export.targets import LowerOptions

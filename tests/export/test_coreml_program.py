@@ -21,7 +21,7 @@ from rmse_edge.export.coreml.functions import Assembly
 from rmse_edge.export.coreml.graph import named_twice
 from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
 from rmse_edge.export.coreml.ops import prepare
-from rmse_edge.export.gate.compare import committed, compare_methods, example_feeds
+from rmse_edge.export.gate.methods import committed, compare_methods, example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached, signatures
 from rmse_edge.export.program import tensors_json, trace
 from rmse_edge.export.targets import LowerOptions, get_target
@@ -112,7 +112,7 @@ def test_commit_writes_the_valid_rows_into_their_slots(chunk: int, n_valid: int,
         array[:, :, :80, :24] = feeds[name][:, 0]
     out = run(commit, feeds, state)
     assert out["committed"].tolist() == [position + n_valid]
-    for name, wanted in committed(model.spec(chunk), feeds, kept).items():
+    for name, wanted in committed(model.spec(chunk), feeds | kept).items():
         np.testing.assert_allclose(state[name][:, None, :, :80, :24], wanted, atol=2e-2, err_msg=name)
         assert (state[name][:, :, 80:] == 7).all()
 

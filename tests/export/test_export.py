@@ -392,7 +392,7 @@ def test_a_length_limit_holds_at_run_time(
     """--max-seq-len 70, shorter than the gate's own text: the export passes, and the package takes 70 tokens, not 71."""
     destination = tmp_path / "p.rmse"
     assert rmse_export(["-m", str(checkpoint), "-o", str(destination), "--max-seq-len", "70"]) == 0
-    assert Package.open(destination).manifest["model"]["max_seq_len"] == 70
+    assert Package.open(destination).manifest["model"]["text"]["max_seq_len"] == 70
     runtime = open_runtime(destination)
     dials = runtime.info.dials
     runtime.feed([1] * 69, dials)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +14,7 @@ from helpers import random_tokens, reference_of, remembered_text, remembering_mo
 from small_models import dials as model_dials
 from small_models import whole_sequence
 
+from rmse_edge.arch.identity import model_info
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ParityError, UserError
@@ -29,12 +29,11 @@ from rmse_edge.export.gate.compare import (
 from rmse_edge.export.gate.reference import Reference, made_up_hits
 from rmse_edge.export.onnx.lower import to_onnx
 from rmse_edge.export.onnx.passes import find_loop, names_read, subgraphs
-from rmse_edge.export.pipeline import CHUNKS
 from rmse_edge.export.program import ExportedMethod, LoopProgram, Method, check
 from rmse_edge.package import Package
 from rmse_edge.runtimes import Dials, LoopRuntime, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
-from rmse_edge.runtimes.host.base import Arrays, Methods, Surprise
+from rmse_edge.runtimes.host.base import Arrays, Methods
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -197,7 +196,7 @@ class Faulty:
         return dict(self.fault(method, chunk, feeds, lambda given: self.true.run(method, chunk, given)))
 
 
-def blanked(methods: set[str], *names: str, chunks: tuple[int, ...] = CHUNKS) -> Fault:
+def blanked(methods: set[str], *names: str, chunks: tuple[int, ...] = (1, 64)) -> Fault:
     """Inputs are taken for zeros."""
 
     def fault(method: str, chunk: int, feeds: Arrays, run: Callable[[Arrays], Arrays]) -> Arrays:
@@ -281,7 +280,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 @pytest.fixture(scope="module")
 def program(model: RMSE) -> LoopProgram:
     """What the gate asks of a program: the model and its specs. The traced methods are in the package."""
-    return LoopProgram(model, {chunk: model.spec(chunk) for chunk in CHUNKS}, ())
+    return LoopProgram(model, {chunk: model.spec(chunk) for chunk in model.call_sizes()}, ())
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -300,32 +299,6 @@ def test_the_gate_passes_methods_without_a_fault(
     report = gate(program, reference, candidate, remembered_text(256), exact=True)
     assert all(result["undecided"] == [] for name, result in report["settings"].items() if name != "delta")
     assert candidate.position == 0  # and it is left blank
-
-
-def test_a_write_after_the_wrong_call_is_noticed(
-    reference: Reference, candidate: LoopRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A host that hands the new memory over one call late: the first call of a segment still reads the old one."""
-    pending: list[Arrays] = []
-    call = candidate._call
-
-    def learn_later() -> Surprise:
-        learned, surprise = candidate._surprise(64)
-        pending.append({name: learned[f"next_{name}"].copy() for name in candidate.memory})
-        return surprise
-
-    def call_then_learn(*args: Any, **kwargs: Any) -> Arrays:
-        result = call(*args, **kwargs)
-        for name, array in (pending.pop() if pending else {}).items():
-            np.copyto(candidate.memory[name], array)
-        return result
-
-    monkeypatch.setattr(candidate, "_memorize", learn_later)
-    monkeypatch.setattr(candidate, "_call", call_then_learn)
-    with pytest.raises(ParityError) as caught:
-        compare(reference, candidate, remembered_text(256), Dials(4), exact=True)
-    position = int(str(caught.value).split(":")[0].removeprefix("position "))
-    assert 64 <= position < 128  # the segment after the first write
 
 
 def test_hits_kept_beyond_the_boundary_are_noticed(
@@ -386,8 +359,7 @@ def lowered(atlas: RMSE) -> SomeOnnx:
 
 @pytest.fixture
 def atlas_pair(atlas: RMSE, lowered: SomeOnnx) -> tuple[Reference, LoopRuntime]:
-    candidate = TorchRuntime(atlas, "candidate")
-    candidate.methods = lowered
+    candidate = LoopRuntime(model_info(atlas, "candidate", 0), lowered)
     return reference_of(atlas), candidate
 
 

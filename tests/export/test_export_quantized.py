@@ -25,7 +25,7 @@ from rmse_edge.cli.export import main as export
 from rmse_edge.errors import ExportError, ParityError, UserError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export import targets as registry
-from rmse_edge.export.gate.compare import example_feeds
+from rmse_edge.export.gate.methods import example_feeds
 from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.onnx.lower import to_onnx, weight_names
 from rmse_edge.export.onnx.passes import subgraphs

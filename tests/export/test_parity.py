@@ -23,9 +23,10 @@ from rmse_edge.export.gate.reference import Reference
 from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.onnx.passes import subgraphs
 from rmse_edge.export.program import ExportedMethod
+from rmse_edge.loop.dials import Dials
 from rmse_edge.package import Package
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.host.base import Dials, Fed
+from rmse_edge.runtimes.host.base import Fed
 
 pytestmark = pytest.mark.onnx
 

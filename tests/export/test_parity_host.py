@@ -21,14 +21,15 @@ from rmse_edge.errors import ParityError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared
 from rmse_edge.export.gate.reference import SINGLES, Reference, conversation, least_positions
+from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import TextModel
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, LoopRuntime, runtime_for
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.host.base import Arrays, Surprise
-from rmse_edge.runtimes.host.text import SINGLE_CALLS
+from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.calls import SINGLE_CALLS, Calls
 
 Patch = pytest.MonkeyPatch
 Fault = Callable[[Patch], None]
@@ -38,24 +39,19 @@ Fault = Callable[[Patch], None]
 
 def one_slot_too_far(patch: Patch) -> None:
     """Every key and value lies one slot behind its own."""
-    true = LoopRuntime._into_rings
-
-    def wrong(self: LoopRuntime, kept: Arrays, n: int) -> None:
-        self._position += 1
-        true(self, kept, n)
-        self._position -= 1
-
-    patch.setattr(LoopRuntime, "_into_rings", wrong)
+    true = Calls.update
+    patch.setattr(Calls, "update", lambda self, found, position, n: true(self, found, position + 1, n))
 
 
 def row_by_row_backwards(patch: Patch) -> None:
     """The rows of a call go into its slots in the wrong order."""
-    true = LoopRuntime._into_rings
+    true = Calls.update
 
-    def wrong(self: LoopRuntime, kept: Arrays, n: int) -> None:
-        true(self, {k: v[..., :n, :][..., ::-1, :] if v.ndim > 2 else v for k, v in kept.items()}, n)
+    def wrong(self: Calls, found: Any, position: int, n: int) -> None:
+        backwards = range(n - 1, -1, -1)
+        true(self, {k: v[..., list(backwards), :] if v.ndim > 2 else v for k, v in found.items()}, position, n)
 
-    patch.setattr(LoopRuntime, "_into_rings", wrong)
+    patch.setattr(Calls, "update", wrong)
 
 
 def context_with(change: Callable[[int, int], int]) -> Fault:
@@ -88,12 +84,10 @@ def angles_of_the_token_before(patch: Patch) -> None:
 
 def padding_counted(patch: Patch) -> None:
     """Calls are told that all of their rows are tokens, and padding stays in the ring until it is written over."""
-    true = LoopRuntime._into_rings
-
-    def wrong(self: LoopRuntime, kept: Arrays, n: int) -> None:
-        true(self, kept, next(iter(kept.values())).shape[-2])
-
-    patch.setattr(LoopRuntime, "_into_rings", wrong)
+    true = Calls.update
+    patch.setattr(
+        Calls, "update", lambda self, found, position, n: true(self, found, position, found["keys"].shape[-2])
+    )
 
 
 def last_row_of_the_call(patch: Patch) -> None:
@@ -138,42 +132,47 @@ def restored_one_further(patch: Patch) -> None:
 
 def one_segment_row_too_far(patch: Patch) -> None:
     """Exit states lie one row behind their own in what the memory is taught."""
-    true = LoopRuntime._into_segment
+    true = Calls.note
 
-    def wrong(self: LoopRuntime, h: np.ndarray, n: int) -> None:
-        true(self, np.roll(h[:, :n], 1, 1) if n > 1 else h, n)
+    def wrong(self: Calls, h: Any, position: int, n: int) -> None:
+        true(self, h[:, [n - 1, *range(n - 1)]] if n > 1 else h, position, n)
 
-    patch.setattr(LoopRuntime, "_into_segment", wrong)
+    patch.setattr(Calls, "note", wrong)
 
 
 def single_tokens_not_taught(patch: Patch) -> None:
     """What tokens that come one by one stop with never reaches the memory."""
-    true = LoopRuntime._into_segment
-    patch.setattr(LoopRuntime, "_into_segment", lambda self, h, n: true(self, h, n) if h.shape[1] > 1 else None)
+    true = Calls.note
+    patch.setattr(Calls, "note", lambda self, h, at, n: true(self, h, at, n) if h.shape[1] > 1 else None)
 
 
 def nothing_written(patch: Patch) -> None:
     """The surprise is told, but the memory stays blank."""
-    patch.setattr(LoopRuntime, "_memorize", lambda self: self._surprise(SEGMENT)[1])
+    true = Calls.memorize
+    patch.setattr(Calls, "memorize", lambda self, count, learn: true(self, count, False))
 
 
 def written_a_call_late(patch: Patch) -> None:
     """The first call of a segment still reads the memory without the segment before."""
-    true, pending = LoopRuntime._call, []
+    true, memorized, pending = Calls.run, Calls.memorize, []
 
-    def memorize(self: LoopRuntime) -> Surprise:
-        learned, surprise = self._surprise(SEGMENT)
-        pending.append({name: learned[f"next_{name}"].copy() for name in self.memory})
-        return surprise
+    def memorize(self: Calls, count: int, learn: bool) -> Arrays:
+        before = {name: self.put(np.array(array)) for name, array in self.memory.items()}
+        found = memorized(self, count, learn)
+        if learn:
+            pending.append({name: self.put(np.array(array)) for name, array in self.memory.items()})
+            for name, array in self.memory.items():
+                array[...] = before[name]
+        return found
 
-    def call(self: LoopRuntime, *args: Any, **kwargs: Any) -> Arrays:
+    def run(self: Calls, *args: Any, **kwargs: Any) -> Arrays:
         result = true(self, *args, **kwargs)
         for name, array in (pending.pop() if pending else {}).items():
-            np.copyto(self.memory[name], array)
+            self.memory[name][...] = array
         return result
 
-    patch.setattr(LoopRuntime, "_memorize", memorize)
-    patch.setattr(LoopRuntime, "_call", call)
+    patch.setattr(Calls, "memorize", memorize)
+    patch.setattr(Calls, "run", run)
 
 
 def stale_hits(patch: Patch) -> None:
@@ -362,11 +361,17 @@ def test_a_text_is_computed_once(model: RMSE, monkeypatch: Patch) -> None:
     assert asked == [400, 256, 400, 300]
 
 
+def with_window(info: ModelInfo, window: int) -> ModelInfo:
+    """The same with rings of another size."""
+    rings = {n: dataclasses.replace(s, shape=(*s.shape[:-2], window, s.shape[-1])) for n, s in info.rings.items()}
+    return dataclasses.replace(info, state=info.state | rings)
+
+
 @pytest.mark.parametrize("window", [64, 100, 128, 256, 1000])
 def test_the_conversation_uses_all_of_a_host(window: int, model: RMSE) -> None:
     """In the shortest text: the ring wraps before single tokens are fed, they and the prompts around them pass a segment's
     end from within one, and both kinds of call read what the other left."""
-    info = dataclasses.replace(reference_of(model).info, window=window)
+    info = with_window(reference_of(model).info, window)
     count = least_positions(info)
     first, last = conversation(count, info)
     assert first > window and last - first == SINGLES and count - last > SINGLE_CALLS
@@ -380,7 +385,7 @@ def test_rmse_is_a_text_model(model: RMSE) -> None:
 
 
 def test_a_short_sample_is_read_over_again(model: RMSE) -> None:
-    info = dataclasses.replace(reference_of(model).info, window=512)
+    info = with_window(reference_of(model).info, 512)
     text = random_tokens(300)
     tokens = compared(text, info, exact=True)
     assert len(tokens) == 512 + 2 * SEGMENT and np.array_equal(tokens[300:600], text)

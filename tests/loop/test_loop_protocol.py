@@ -16,7 +16,7 @@ from torch import Tensor
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError, ExportError
 from rmse_edge.export import LoopProgram, trace
-from rmse_edge.export.gate.compare import compare_methods
+from rmse_edge.export.gate.methods import compare_methods
 from rmse_edge.export.onnx.passes import find_loop
 from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.loop.contract import LoopModel, Tensors

@@ -23,6 +23,7 @@ from helpers import (
     write_checkpoint,
 )
 
+from rmse_edge.arch.identity import fingerprint
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.quantize import main
@@ -34,7 +35,7 @@ from rmse_edge.quantize.gate import CLOSE, recalibrate
 from rmse_edge.quantize.quantizer import LEAST_TEXT
 from rmse_edge.quantize.scheme import DENSE, EXPERTS, is_quantized
 from rmse_edge.runtimes import Dials, open_runtime
-from rmse_edge.runtimes.engines.torch import TorchRuntime, fingerprint
+from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 
 @pytest.fixture(scope="module")

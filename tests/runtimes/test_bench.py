@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -306,7 +305,7 @@ def test_a_prompt_beyond_the_package(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     limited = TorchRuntime.open(checkpoint)
-    limited.info = dataclasses.replace(limited.info, max_seq_len=100)
+    limited.info = limited.info.with_limit(100)
     monkeypatch.setattr(runtimes, "open_runtime", lambda *_: limited)
     code, _, err = call(capsys, checkpoint, "-p", "128", "-n", "2", "-r", "1")
     assert code == 2

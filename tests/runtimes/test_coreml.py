@@ -153,7 +153,7 @@ def test_both_loops_are_the_same_and_stop_for_real(
         return plain(self, function, feeds)
 
     monkeypatch.setattr(CoremlMethods, "call", counted)
-    runtime.loop = "host_loop"
+    runtime.calls.loop = "host_loop"
     by_host = runtime.feed(tokens, ADAPTIVE)
     np.testing.assert_array_equal(in_graph.logits, by_host.logits)
     np.testing.assert_array_equal(in_graph.depth, by_host.depth)
@@ -165,7 +165,7 @@ def test_packages_for_gpu_and_neural_engine_are_driven_by_the_host(coreml_packag
     copy = tmp_path / "gpu.rmse"
     shutil.copytree(coreml_package, copy)
     reseal(copy, lambda manifest: manifest["lowering"].update(compute="gpu"))
-    assert runtime_of(copy).loop == "host_loop" and runtime_of(coreml_package).loop == "loop"
+    assert runtime_of(copy).calls.loop == "host_loop" and runtime_of(coreml_package).calls.loop == "loop"
 
 
 @pytest.mark.parametrize("fixture", ["coreml_package", "coreml_int4"])

@@ -308,7 +308,7 @@ def test_a_text_beyond_the_package(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     limited = TorchRuntime.open(checkpoint)
-    limited.info = dataclasses.replace(limited.info, max_seq_len=70)
+    limited.info = limited.info.with_limit(70)
     monkeypatch.setattr(runtimes, "open_runtime", lambda *_: limited)
     code, _, err = call(capsys, checkpoint)
     assert code == 2

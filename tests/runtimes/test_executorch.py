@@ -35,7 +35,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ExportError, PackageError, UserError
 from rmse_edge.export.executorch.lower import check_weights
 from rmse_edge.export.executorch.ops import check_format, prepare, stored_codes, torchao_weight
-from rmse_edge.export.gate.compare import compare_methods
+from rmse_edge.export.gate.methods import compare_methods
 from rmse_edge.export.pipeline import signatures
 from rmse_edge.export.program import tensors_json, trace
 from rmse_edge.export.targets import LowerOptions, get_target

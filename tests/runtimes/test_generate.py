@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -174,7 +173,7 @@ def test_a_stop_string_ends_the_text_before_it(runtime: TorchRuntime):
 
 def test_generation_ends_where_the_package_ends():
     limited = TorchRuntime(mixed_model(), "tiny")
-    limited.info = dataclasses.replace(limited.info, max_seq_len=len(PROMPT) + 5)
+    limited.info = limited.info.with_limit(len(PROMPT) + 5)
     made = generation(limited)
     list(made.spans())
     assert (len(made.tokens), made.finish_reason) == (6, "max_seq_len")  # the last one is not fed any more

@@ -19,7 +19,7 @@ from rmse_edge.cli import bench, evaluate, run
 from rmse_edge.errors import UserError
 from rmse_edge.runtimes import Dials, LoopRuntime, ModelInfo, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.host.text import SINGLE_CALLS, plan_calls
+from rmse_edge.runtimes.host.calls import SINGLE_CALLS, plan_calls
 
 COUNT = 140  # crosses 64 twice and wraps a window of 64 twice
 SETTINGS = {
@@ -190,7 +190,7 @@ def test_dials_out_of_range_name_their_flag(runtime: TorchRuntime, dials: Dials,
 
 def test_a_sequence_limit_holds_across_calls():
     limited = TorchRuntime(mixed_model(), "tiny")
-    limited.info = dataclasses.replace(limited.info, max_seq_len=10)
+    limited.info = limited.info.with_limit(10)
     limited.feed(random_tokens(8), SETTINGS["full"])
     with pytest.raises(UserError) as caught:
         limited.feed(random_tokens(3), SETTINGS["full"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -208,7 +207,7 @@ def test_more_tokens_than_the_package_takes(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited = TorchRuntime.open(folders["tiny"])
-    limited.info = dataclasses.replace(limited.info, max_seq_len=5000)
+    limited.info = limited.info.with_limit(5000)
     with pytest.raises(UserError):
         Stream(limited, random_tokens(10), DIALS, 5001)
     monkeypatch.setattr(runtimes, "open_runtime", lambda *_: limited)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rmse_edge.arch.identity import model_info
 from rmse_edge.export.gate.compare import adaptive_settings, compare
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.package import Package
 from rmse_edge.quantize import load_quantized
 from rmse_edge.runtimes import LoopRuntime, runtime_for
-from rmse_edge.runtimes.engines.torch import model_info
 from rmse_edge.text import Tokenizer, read_text, split
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.numbers import (
@@ -55,6 +55,7 @@ ALIASES = {
 class RMSEConfig:
     """Shape and behaviour of one RMS-E model: a single block applied up to `max_loops` times."""
 
+    model_type: ClassVar[str] = MODEL_TYPE
     vocab_size: VocabularySize = 65
     d_model: Count = 192
     # attention

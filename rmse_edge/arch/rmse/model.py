@@ -33,7 +33,7 @@ from rmse_edge.errors import ConfigError
 from rmse_edge.layers.attention import MASKED, table_row
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
+from rmse_edge.loop.contract import InjectedHits, LoopSpec, Ring, StateSpec, Tensors, TensorSpec, WholeText, Written
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
 from rmse_edge.numbers import SEGMENT
 
@@ -246,8 +246,10 @@ class RMSE(nn.Module):
                 TensorSpec("position", *scalar),  # of the chunk's first row
                 TensorSpec("n_valid", *scalar),  # rows that are not padding
             ),
-            state=tuple(TensorSpec(name, c.ring_shape, kv) for name in RINGS),
-            memory=memory,
+            state=(
+                *(StateSpec(name, c.ring_shape, kv, update=Ring(source)) for name, source in RINGS.items()),
+                *(StateSpec(t.name, t.shape, t.dtype, 0, Written("memorize"), per_loop=False) for t in memory),
+            ),
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(TensorSpec("log_survival", (1, chunk)),),
@@ -261,16 +263,14 @@ class RMSE(nn.Module):
             extra=self._extra(memory) if chunk == SEGMENT else {},
             dials=("max_loops", "min_loops", "exit_threshold", "exit_epsilon")
             + (("exit_entropy",) if "entropy" in c.exit_rules else ()),
-            notes={
-                "window": c.window,
-                "rotary_dims": c.rotary_dims,
-                "rope_theta": c.rope_theta,
-                "rings": RINGS,
-                "ids": c.vocab_size,
-                # A wrapped ring, and a call of many rows over its end.
-                "examples": {"position": [3 * c.window - (chunk + 1) // 2], "n_valid": [max(1, chunk - 3)]},
-            },
+            segment=SEGMENT,
+            ids={"tokens": c.vocab_size},
+            # A wrapped ring, and a call of many rows over its end.
+            examples={"position": [3 * c.window - (chunk + 1) // 2], "n_valid": [max(1, chunk - 3)]},
         )
+
+    def call_sizes(self) -> tuple[int, ...]:
+        return (1, SEGMENT)
 
     def _retrieved(self) -> tuple[TensorSpec, ...]:
         """The hits that the host gives to prelude."""

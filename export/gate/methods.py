@@ -1,0 +1,141 @@
+"""The part of the parity gate that compares every method by itself, on made-up inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rmse_edge.errors import ParityError
+from rmse_edge.export.program import LoopProgram, dial_specs, signature, stacked
+from rmse_edge.info import dtype_name
+from rmse_edge.loop.contract import LoopSpec, Replace, Written
+from rmse_edge.loop.steps import drive_steps
+from rmse_edge.runtimes.engines.torch import TorchMethods
+from rmse_edge.runtimes.host.base import Arrays, Methods
+
+
+def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
+    """Made-up but consistent inputs for every method of one call: valid ids, real prelude results, a filled state."""
+    draw = np.random.default_rng(seed)
+    feeds: Arrays = {}
+    given = {t.name: t for t in (*spec.inputs, *spec.context, *spec.state)}
+    for t in given.values():
+        if t in spec.written:
+            continue
+        dtype = dtype_name(t.dtype)
+        if dtype == "bool":
+            feeds[t.name] = draw.random(t.shape) < 0.5
+            feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
+        elif t.name in spec.examples:
+            feeds[t.name] = np.asarray(spec.examples[t.name], dtype).reshape(t.shape)
+        elif dtype == "int8":
+            feeds[t.name] = draw.integers(-127, 128, t.shape).astype(np.int8)
+        elif dtype == "int64":
+            feeds[t.name] = draw.integers(0, spec.ids.get(t.name, 2), t.shape)
+        else:
+            feeds[t.name] = draw.standard_normal(t.shape).astype(dtype)
+    feeds |= {k: v.copy() for k, v in methods.run("prelude", spec.chunk, feeds).items()}
+    for s in spec.written:
+        feeds[s.name] = (0.1 * np.abs(draw.standard_normal(s.shape))).astype(np.float32)
+    for takes, _ in spec.extra.values():
+        feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in takes if t.name not in feeds}
+    return feeds
+
+
+def host_loop(
+    methods: Methods, spec: LoopSpec, first: Arrays, feeds: Arrays, dials: Arrays
+) -> tuple[Arrays, Arrays, int]:
+    """The loop as a host owns it, around `step`: the last carry, the stacked emits (K, ...), and the iterations."""
+    rows = {s.name: feeds[s.name] for s in spec.rows}
+    stacks = {t.name: np.zeros(t.shape, dtype_name(t.dtype)) for t in stacked(spec)}
+
+    def step(arrays: Arrays, k: int) -> Arrays:
+        given = feeds | {name: np.ascontiguousarray(array) for name, array in arrays.items()} | dials
+        return {
+            n: np.array(v) for n, v in methods.run("step", spec.chunk, given | {"k": np.array(k, np.int64)}).items()
+        }
+
+    carry, iterations = drive_steps(step, first, rows, stacks, int(dials["max_loops"]))
+    return carry, stacks, iterations
+
+
+def compare_methods(
+    program: LoopProgram,
+    candidate: Methods,
+    dial_values: dict[str, float],
+    tolerance: float,
+    mean_square: bool = False,
+) -> dict[str, float]:
+    """Difference of every method and chunk between PyTorch and the package, relative to the values' size: the largest, or
+    with `mean_square` its root mean square.
+
+    Raises:
+        ParityError: naming the method, the tensor and the difference.
+    """
+    worst: dict[str, float] = {}
+
+    def note(label: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if mean_square:
+            difference = float(np.sqrt(np.square(a - b).mean() / max(1e-6, np.square(a).mean()))) if a.size else 0.0
+        else:
+            difference = float(np.abs(a - b).max() / max(1.0, np.abs(a).max())) if a.size else 0.0
+        worst[label] = max(worst.get(label, 0.0), difference)
+        if not difference <= tolerance:
+            raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {tolerance:.0e})")
+
+    for chunk, spec in program.specs.items():
+        reference = TorchMethods(program.model)
+        dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
+        feeds = example_feeds(spec, reference)
+        results: dict[str, Arrays] = {}
+        for name in spec.methods:
+            given = feeds | results.get("loop", {}) | results.get("coda", {}) | dials
+            expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
+            got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
+            if name == "commit" and getattr(candidate, "rings", None):
+                # What the engine keeps is compared as a whole: what was to be written, and what was not.
+                held = {k: np.array(v) for k, v in candidate.read_states().items()}  # type: ignore[attr-defined]
+                for ring, whole in committed(spec, given | expected).items():
+                    if ring in held:
+                        note(f"{name}_{chunk}", ring, whole, held[ring])
+            for t in signature(spec, name)[1]:
+                if t.name not in got:  # the engine keeps it
+                    continue
+                emitted = name == "loop" and t in stacked(spec)
+                ran = slice(int(expected["iterations"])) if emitted else slice(None)
+                a, b = (np.atleast_1d(r[t.name]) for r in (expected, got))
+                note(f"{name}_{chunk}", t.name, a[ran], b[ran])
+            results[name] = expected
+        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
+        with torch.no_grad():
+            carry, invariants = ({k: v.numpy() for k, v in part.items()} for part in program.model.begin(tensors))
+        if any(m.name == "begin" for m in program.methods):
+            got = candidate.run("begin", chunk, feeds)
+            for key, value in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
+                note(f"begin_{chunk}", key, value, got[key])
+        carry["depth"] = np.zeros(spec.active.shape, np.int64)
+        last, emits, iterations = host_loop(candidate, spec, carry, feeds | invariants, dials)
+        note(f"step_{chunk}", "h", results["loop"]["h"], last["h"])
+        note(f"step_{chunk}", "depth", results["loop"]["depth"], last["depth"])
+        for t in spec.emits:
+            note(f"step_{chunk}", t.name, results["loop"][t.name][:iterations], emits[t.name][:iterations])
+    return worst
+
+
+def committed(spec: LoopSpec, found: Arrays) -> Arrays:
+    """The state in `found` with what the call gave for its valid rows put where it belongs, but for what is written
+    once per segment.
+    """
+    n, position = int(found["n_valid"][0]), int(found["position"][0])
+    after = {s.name: found[s.name].copy() for s in spec.state if not isinstance(s.update, Written)}
+    for s in spec.state:
+        if isinstance(s.update, Written):
+            continue
+        given = found[s.update.source]
+        if isinstance(s.update, Replace):
+            after[s.name] = given.copy()
+        else:
+            slots = (position + np.arange(n)) % s.shape[-2]
+            after[s.name][..., slots, :] = given[..., :n, :]
+    return after

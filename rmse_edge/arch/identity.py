@@ -1,0 +1,70 @@
+"""What a model is, for hosts: `ModelInfo` from its spec and its architecture, and the fingerprint of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from rmse_edge.info import ModelInfo
+from rmse_edge.vocabulary import Vocabulary
+
+from .registry import arch_of_model
+
+
+def model_info(
+    model: Any,
+    name: str,
+    nbytes: int,
+    target: str = "torch",
+    source: str | None = None,
+    quant: str = "fp32",
+    vocabulary: Vocabulary | None = None,
+) -> ModelInfo:
+    """The host's view of a model.
+
+    Args:
+        nbytes: size of what holds it on disk.
+        source: fingerprint of the float model that a quantised one was made from. It counts as the same model: sessions
+            and knowledge bases of one can be used with the other.
+        quant: how the weights are held.
+        vocabulary: of the folder that the model comes from; None: the model's configuration is all there is.
+    """
+    arch = arch_of_model(model)
+    specs = {chunk: model.spec(chunk) for chunk in model.call_sizes()}
+    found = source or fingerprint(model)
+    if salt := arch.salt(model):
+        found = hashlib.sha256(found.encode() + salt).hexdigest()
+    info = ModelInfo.of_spec(
+        specs,
+        name=name,
+        target=target,
+        model_type=model.config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        nbytes=nbytes,
+        quant=quant,
+        fingerprint=found,
+        config=model.config.to_dict(),
+        **arch.parts(model),
+    )
+    if info.text is None or vocabulary is None:
+        return info
+    tokens = {"eos_token_ids": vocabulary.eos_token_ids, "unused_token_ids": vocabulary.unused_token_ids}
+    return dataclasses.replace(info, text=dataclasses.replace(info.text, **tokens))  # type: ignore[arg-type]
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of the architecture and all weights: what a session or a knowledge base was made with.
+
+    The dials do not count: they may be set anew for every call.
+    """
+    settings = arch_of_model(model).settings
+    architecture = {k: v for k, v in model.config.to_dict().items() if not k.startswith(settings or ("\0",))}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""What the rest of the project asks RMS-E. Hosts of packages ask too, so PyTorch is imported where a model is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rmse_edge.arch.registry import Arch
+from rmse_edge.info import Retrieval, TextInfo
+from rmse_edge.loop.dials import Dials
+from rmse_edge.numbers import SEGMENT, token_ids
+
+from .config import RINGS, RMSEConfig
+from .costs import macs_per_token, parameters
+
+if TYPE_CHECKING:
+    from .model import RMSE
+
+
+def parts(model: RMSE) -> dict[str, Any]:
+    c = model.config
+    macs = macs_per_token(c, context=0)  # each weight is used in one multiply-add per token
+    propagation = macs["once"]["propagate_kv"]
+    return {
+        "dials": Dials(c.max_loops, c.min_loops, c.exit_threshold, c.exit_epsilon, c.exit_entropy),
+        "text": TextInfo(
+            c.vocab_size, c.rotary_dims, c.rope_theta, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
+        ),
+        "retrieval": space(c),
+        "loop_weights": macs["loop_total"],
+        # The weights that supply keys and values to loops that did not run are shared by all loops.
+        "once_weights": macs["once_total"] - propagation + propagation // c.max_loops,
+    }
+
+
+def stated(config: RMSEConfig) -> dict[str, Any]:
+    dials = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon", "exit_entropy")
+    found: dict[str, Any] = {
+        "max_loops": config.max_loops,
+        "width": config.d_model,
+        "parameters": parameters(config),
+        "segment": SEGMENT,
+        "remembers": config.memory != "none",
+        "retrieval": space(config),
+        "text.vocab_size": config.vocab_size,
+        "text.rotary_dims": config.rotary_dims,
+        "text.rope_theta": config.rope_theta,
+    }
+    for name, source in RINGS.items():
+        ring = {
+            "shape": config.ring_shape,
+            "dtype": config.kv_dtype,
+            "kind": "ring",
+            "source": source,
+            "per_loop": True,
+        }
+        found |= {f"state.{name}.{field}": value for field, value in ring.items()}
+    return found | {f"dials.{name}": getattr(config, name) for name in dials}
+
+
+def space(config: RMSEConfig) -> Retrieval | None:
+    """Sizes of the retrieval head."""
+    if not config.retrieval_slots:
+        return None
+    return {
+        "key_dims": config.retrieval_dim,
+        "slots": config.retrieval_slots,
+        "hits": config.retrieval_hits,
+        "gamma": config.retrieval_gamma,
+    }
+
+
+def build(config: RMSEConfig) -> RMSE:
+    from .model import RMSE
+
+    return RMSE(config)
+
+
+def tied(config: RMSEConfig) -> Mapping[str, str]:
+    return {"head_proj.weight": "embed.weight"} if config.tie_embeddings else {}
+
+
+def salt(model: RMSE) -> bytes:
+    """Tells int8 caches of different scales apart: one could be read as the other."""
+    if model.config.kv_dtype != "int8":
+        return b""
+    return model.block.attention.kv_scales.cpu().numpy().tobytes()
+
+
+ARCH = Arch(
+    RMSEConfig,
+    build,
+    parts,
+    settings=("exit_", "min_loops", "retrieval_gamma"),
+    tied=tied,
+    stated=stated,
+    salt=salt,
+    cache_dtype=lambda model: model.config.kv_dtype,
+    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
+)

@@ -1,0 +1,221 @@
+"""`ModelInfo`: what a host needs to know about a model, from a checkpoint or a manifest.
+
+It is in parts: what every looped model has, and what texts, boards, and models that look passages up have besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
+
+from .errors import PackageError
+from .loop.dials import Dials
+from .numbers import Count, Loops, Positive, Some, Token, VocabularySize
+from .schema import Finite, Name, Shape, Whole, validated
+
+if TYPE_CHECKING:
+    from .loop.contract import LoopSpec, StateSpec
+
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+Form = tuple[tuple[int, ...], Dtype]  # shape and type
+Kind = Literal["ring", "append", "replace", "written"]
+Reader = Literal["prelude", "loop", "coda", "commit"]
+
+
+def dtype_name(dtype: object) -> Dtype:
+    """The name of a type of PyTorch's."""
+    return cast(Dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor that is kept between calls; rmse_edge/loop/contract.py says what the fields mean."""
+
+    shape: Shape
+    dtype: Dtype
+    kind: Kind
+    source: Name  # of written ones the method that gives them, of all others the tensor that they are updated with
+    read_by: tuple[Reader, ...]
+    per_loop: bool
+
+    @property
+    def form(self) -> Form:
+        return self.shape, self.dtype
+
+    @property
+    def row(self) -> Form:
+        """What one iteration reads of it."""
+        return (self.shape[1:] if self.per_loop else self.shape), self.dtype
+
+    def taken(self, rows: int) -> tuple[int, ...]:
+        """The shape of its source in calls of so many rows."""
+        return self.shape if self.kind == "replace" else (*self.shape[:-2], rows, self.shape[-1])
+
+    @classmethod
+    def of(cls, spec: StateSpec) -> State:
+        update: Any = spec.update
+        source = update.method if spec.kind == "written" else update.source
+        return cls(
+            spec.shape,
+            dtype_name(spec.dtype),
+            cast(Kind, spec.kind),
+            source,
+            cast("tuple[Reader, ...]", spec.read_by),
+            spec.per_loop,
+        )
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """Of a model of texts."""
+
+    vocab_size: VocabularySize
+    # Channels of each head that turn with the position; 0: the host gives no angles.
+    rotary_dims: Some = 0
+    rope_theta: Positive = 10_000.0
+    max_seq_len: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    eos_token_ids: tuple[Token, ...] = ()  # each of them ends a text
+    # ranges [first, end) of ids without a token, ascending; never to be drawn
+    unused_token_ids: tuple[tuple[Token, VocabularySize], ...] = ()
+
+
+@dataclass(frozen=True)
+class BoardInfo:
+    """Of a model that is given a board of cells and fills it in."""
+
+    cells: Count
+    symbols: Count  # that a cell may hold
+
+
+class Retrieval(TypedDict):
+    """Sizes of a retrieval head."""
+
+    key_dims: Count
+    slots: Count
+    hits: Count
+    gamma: Finite
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a host needs to know about a model."""
+
+    name: Annotated[str, Field(max_length=200)]
+    target: Name  # "torch", "onnx", ...
+    model_type: Name
+    max_loops: Loops  # the trained depth
+    dials: Dials  # the checkpoint's own settings
+    rules: tuple[Name, ...]  # the dials that the model has
+    width: Count  # channels of h
+    parameters: Whole
+    nbytes: Whole  # of the artifact on disk; a manifest, which is a part of it, does not say
+    chunks: tuple[Count, ...]  # rows of the calls that exist, ascending; of a model of texts the first is 1
+    segment: Count | None  # no call crosses a multiple of so many positions
+    methods: tuple[Name, ...]  # that the model has, whoever drives the loop
+    state: dict[Name, State]
+    noise: dict[Name, Positive] = field(
+        default_factory=dict
+    )  # inputs to be filled with noise: their standard deviation
+    text: TextInfo | None = None
+    board: BoardInfo | None = None
+    retrieval: Retrieval | None = None  # None: the model has no retrieval head
+    quant: Name = "fp32"  # how weights are held: fp32, fp16, int8, int4
+    # of the weights, the same for a checkpoint and every package made of it
+    fingerprint: Annotated[str, Field(max_length=200)] = ""
+    # Weights that one token is multiplied with in every loop and, whatever its depth, once.
+    loop_weights: Whole = 0
+    once_weights: Whole = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_spec(cls, specs: Mapping[int, LoopSpec], **fields: Any) -> ModelInfo:
+        """What specs say of a model, one for each size of its calls; `fields` are the others."""
+        spec = next(iter(specs.values()))
+        return cls(
+            max_loops=spec.max_loops,
+            rules=spec.dials,
+            width=spec.h.shape[-1],
+            chunks=tuple(specs),
+            segment=spec.segment,
+            methods=tuple(dict.fromkeys(name for s in specs.values() for name in s.methods)),
+            state={s.name: State.of(s) for s in spec.state},
+            noise=dict(spec.noise),
+            **fields,
+        )
+
+    def dials_with(self, **overrides: float | int | None) -> Dials:
+        """The checkpoint's dials with those given (not None) replaced, checked."""
+        chosen = {k: v for k, v in overrides.items() if v is not None}
+        if "max_loops" in chosen and "min_loops" not in chosen:
+            chosen["min_loops"] = min(self.dials.min_loops, max(1, int(chosen["max_loops"])))
+        return Dials(**(vars(self.dials) | chosen)).check(self.max_loops)
+
+    def with_limit(self, max_seq_len: int | None) -> ModelInfo:
+        """The same for texts of at most so many tokens."""
+        return dataclasses.replace(self, text=dataclasses.replace(self.language, max_seq_len=max_seq_len))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a manifest."""
+        return {name: value for name, value in asdict(self).items() if name != "nbytes"}
+
+    @classmethod
+    def from_json(cls, values: Any, nbytes: int, where: str = "manifest") -> ModelInfo:
+        """
+        Raises:
+            PackageError: a field is missing or does not fit its type; one line begins with `where` and names it.
+        """
+        if isinstance(values, dict):
+            values = values | {"nbytes": nbytes}
+        return validated(cls, values, where, PackageError, "export the package again", "model")
+
+    @property
+    def full_depth(self) -> Dials:
+        """Every position runs every loop."""
+        return Dials(self.max_loops)
+
+    @property
+    def language(self) -> TextInfo:
+        """Its part about texts.
+
+        Raises:
+            ValueError: it is no model of texts.
+        """
+        if self.text is None:
+            raise ValueError(f"{self.name}: is no model of texts")
+        return self.text
+
+    @property
+    def vocab_size(self) -> int:
+        return self.language.vocab_size
+
+    @property
+    def memory(self) -> dict[str, State]:
+        """The state that is written once per segment; empty: the model has none."""
+        return {name: s for name, s in self.state.items() if s.kind == "written"}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory that is written while it reads."""
+        return bool(self.memory)
+
+    @property
+    def rings(self) -> dict[str, State]:
+        """The state that holds positions in slots, whether older ones fall out or not."""
+        return {name: s for name, s in self.state.items() if s.kind in ("ring", "append")}
+
+    @property
+    def window(self) -> int | None:
+        """Positions after which all rings have wrapped; None where nothing wraps."""
+        sizes = [s.shape[-2] for s in self.state.values() if s.kind == "ring"]
+        return max(sizes, default=None)
+
+    @property
+    def capacity(self) -> int | None:
+        """Positions that a text may have at most, for its state; None: any number."""
+        sizes = [s.shape[-2] for s in self.state.values() if s.kind == "append"]
+        return min(sizes, default=None)

@@ -1,0 +1,202 @@
+"""The calls of a model: how a text is cut into them, what one is, and what is kept between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rmse_edge.info import ModelInfo
+
+from .base import Arrays, Methods
+
+# Of models that are called with few rows and with many: up to this many, single calls beat a padded large one.
+SINGLE_CALLS = 6
+
+
+def plan_calls(position: int, count: int, chunks: tuple[int, ...], segment: int | None = 64) -> list[tuple[int, int]]:
+    """Split `count` tokens from `position` on into calls (rows of the call, tokens in it).
+
+    No call crosses a multiple of `segment` positions, so that a segment always ends with a call.
+
+    >>> plan_calls(60, 70, (1, 64))
+    [(1, 1), (1, 1), (1, 1), (1, 1), (64, 64), (1, 1), (1, 1)]
+    """
+    calls = []
+    largest = chunks[-1]
+    while count > 0:
+        n = min(count, largest) if segment is None else min(count, largest, segment - position % segment)
+        if n <= SINGLE_CALLS and chunks[0] == 1:
+            calls += [(1, 1)] * n
+        else:
+            calls.append((min(c for c in chunks if c >= n), n))
+        position, count = position + n, count - n
+    return calls
+
+
+class Calls:
+    """One call after the other on any target's `Methods`, and the tensors that are kept between them.
+
+    The arrays are NumPy's, unless a subclass keeps its own kind where its engine reads them: `put` and `get` are then how
+    they come there and back. What the engine itself keeps is in no array here; `kept_by_engine` says its names.
+    """
+
+    loop = "loop"  # the method that iterates
+
+    def __init__(self, info: ModelInfo, methods: Methods) -> None:
+        self.info, self.methods = info, methods
+        own = {name: s for name, s in info.state.items() if name not in self.kept_by_engine()}
+        made = {name: self.put(np.zeros(s.shape, s.dtype)) for name, s in own.items()}
+        self.state = {name: array for name, array in made.items() if own[name].kind != "written"}
+        self.memory = {name: array for name, array in made.items() if own[name].kind == "written"}
+        # What the memory holds before a text begins.
+        self.blank: dict[str, Any] = {}
+        # Exit states since the last boundary: what the memory is going to be taught.
+        self.segment: Any = None
+        if self.memory:
+            assert info.segment is not None
+            blank = methods.run("blank", info.segment, {})
+            self.blank = {name: self.put(np.array(array)) for name, array in blank.items()}
+            self.segment = self.put(np.zeros((1, info.segment, info.width), np.float32))
+
+    # ------------------------------------------------------------------------------------------ where arrays are
+
+    def put(self, array: np.ndarray) -> Any:
+        """An array of the host's as the engine reads it."""
+        return array
+
+    def get(self, array: Any) -> np.ndarray:
+        """An array of the engine's as the host reads it; a view where that is possible."""
+        return array
+
+    def kept_by_engine(self) -> frozenset[str]:
+        """The names of state that the engine keeps where nobody else sees it."""
+        return frozenset()
+
+    def read_engine(self) -> Arrays:
+        """What the engine keeps, by name."""
+        return {}
+
+    def write_engine(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Replace what the engine keeps."""
+
+    # ------------------------------------------------------------------------------------------ what is kept
+
+    def reset(self) -> None:
+        # Slots are masked by position, so what they hold does not matter; zeroed all the same, to be reproducible.
+        for array in self.state.values():
+            array[...] = 0
+        kept = {name: self.info.state[name] for name in self.kept_by_engine()}
+        if kept:
+            self.write_engine({name: np.zeros(s.shape, s.dtype) for name, s in kept.items()})
+        for name, array in self.memory.items():
+            array[...] = self.blank[name]
+        if self.segment is not None:
+            self.segment[...] = 0
+
+    def tensors(self) -> Arrays:
+        """All that is kept; of what is not the engine's, views where that is possible."""
+        own = self.state | self.memory | ({} if self.segment is None else {"segment": self.segment})
+        return self.read_engine() | {name: self.get(array) for name, array in own.items()}
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Put back what `tensors` gave."""
+        for name, array in (self.state | self.memory).items():
+            array[...] = self.put(tensors[name])
+        if self.segment is not None:
+            self.segment[...] = self.put(tensors["segment"])
+        if self.kept_by_engine():
+            self.write_engine({name: tensors[name] for name in self.kept_by_engine()})
+
+    # ------------------------------------------------------------------------------------------ calls
+
+    def run(
+        self, chunk: int, inputs: Arrays, context: Arrays, dials: Arrays, position: int, n: int, head: bool
+    ) -> Arrays:
+        """One call: prelude, loop, coda, head, commit, and what is kept afterwards.
+
+        Args:
+            inputs: tokens, hits, noise.
+            context: where the call stands.
+            n: rows of it that are valid.
+        Returns:
+            depth, iterations and, with `head`, what head gives.
+        """
+        context = {name: self.put(array) for name, array in context.items()}
+        inputs = {name: self.put(array) for name, array in inputs.items()}
+        dials = {name: self.put(array) for name, array in dials.items()}
+        kept = self.state | self.memory
+        found = dict(self.methods.run("prelude", chunk, inputs | context | kept))
+        looped = self.methods.run(self.loop, chunk, found | context | kept | dials)
+        found |= looped
+        wanted = ["depth", "iterations"]
+        if "coda" in self.info.methods:
+            found |= self.methods.run("coda", chunk, found | context | kept)
+        if head:
+            said = self.methods.run("head", chunk, found)
+            found |= said
+            wanted += said
+        if "commit" in self.info.methods:
+            found |= self.methods.run("commit", chunk, found | context | kept)
+        self.update(found, position, n)
+        self.note(looped["h"], position, n)
+        return {name: self.get(found[name]) for name in wanted}
+
+    def update(self, found: Mapping[str, Any], position: int, n: int) -> None:
+        """Take what a call gave for its `n` tokens into the state, as each tensor's kind says."""
+        for name, array in self.state.items():
+            state = self.info.state[name]
+            given = found[state.source]
+            if state.kind == "replace":
+                array[...] = given
+                continue
+            size = state.shape[-2]
+            first = max(0, n - size)
+            start = (position + first) % size  # an appended position is below the size: `LoopRuntime` checks it
+            until = min(size, start + n - first)  # the rest of the call begins at slot 0 again
+            middle = first + until - start
+            array[..., start:until, :] = given[..., first:middle, :]
+            array[..., : n - middle, :] = given[..., middle:n, :]
+
+    def note(self, h: Any, position: int, n: int) -> None:
+        """Put the exit states of a call's `n` tokens into their rows of the segment."""
+        if self.segment is not None:
+            assert self.info.segment is not None
+            row = position % self.info.segment
+            self.segment[:, row : row + n] = h[:, :n]
+
+    def memorize(self, count: int, learn: bool) -> Arrays:
+        """The surprise at the first `count` exit states of the segment, and the statistics before; with `learn` the
+        memory takes them in.
+        """
+        assert self.info.segment is not None
+        stats = np.array(self.get(self.memory["surprise_stats"]))
+        found = self.methods.run("memorize", self.info.segment, self.latest(count) | self.memory)
+        if learn:
+            for name, array in self.memory.items():
+                array[...] = found[f"next_{name}"]
+        return {"surprise_stats": stats, "surprise": self.get(found["surprise"])}
+
+    def embed_segment(self, count: int) -> Arrays:
+        """Key, query and value of the first `count` exit states of the segment."""
+        assert self.info.segment is not None
+        found = self.methods.run("embed_segment", self.info.segment, self.latest(count))
+        return {name: self.get(array) for name, array in found.items()}
+
+    def latest(self, count: int) -> dict[str, Any]:
+        """The segment as `memorize` and `embed_segment` take it."""
+        return {"segment": self.segment, "n_valid": self.put(np.array([count], np.int64))}
+
+    def read_alone(self, inputs: Arrays, context: Arrays, dials: Arrays) -> Arrays:
+        """Key, query and value of a passage, read from an empty past by one call of a segment's size; nothing is kept."""
+        assert self.info.segment is not None
+        rows = self.info.segment
+        given = {name: self.put(array) for name, array in (inputs | context | dials).items()}
+        # From position 0 no ring is seen, whatever it holds: what an engine keeps stays there, what a host gives is asked for.
+        kept = {name: self.info.state[name] for name in self.state}
+        nothing = {name: self.put(np.zeros(s.shape, s.dtype)) for name, s in kept.items()}
+        found = self.methods.run("prelude", rows, given | nothing | self.blank)
+        h = self.methods.run(self.loop, rows, given | found | nothing | self.blank)["h"]
+        said = self.methods.run("embed_segment", rows, {"segment": h, "n_valid": given["n_valid"]})
+        return {name: self.get(array) for name, array in said.items()}
