@@ -19,7 +19,7 @@ import torch
 from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
-from rmse_edge.errors import ExportError, ParityError, UserError
+from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
@@ -57,34 +57,40 @@ class ExportRequest:
     def __post_init__(self) -> None:
         target = get_target(self.target)
         if self.quant not in QUANTIZATIONS:
-            raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
+            raise ArgumentError("quant", f"got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
         if self.quant not in target.quants:
-            raise UserError(f"--quant {self.quant}: {self.target} takes {', '.join(target.quants)}")
+            raise ArgumentError("quant", f"{self.target} takes {', '.join(target.quants)}", self.quant)
         if not self.compact and not target.compacts:
-            raise UserError(f"--no-compact: {self.target} never computes the experts of stopped rows; leave it out")
+            raise ArgumentError(
+                "compact", f"{self.target} never computes the experts of stopped rows; leave it out", False
+            )
         if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise UserError(f"--max-seq-len: got {self.max_seq_len}, expected a positive number of tokens")
+            raise ArgumentError("max_seq_len", f"got {self.max_seq_len}, expected a positive number of tokens")
         if self.accuracy_level not in (None, *ACCURACY_LEVELS):
-            raise UserError(f"--accuracy-level: got {self.accuracy_level}, expected 0 or 4")
+            raise ArgumentError("accuracy_level", f"got {self.accuracy_level}, expected 0 or 4")
         if self.accuracy_level is not None and self.quant not in BITS:
-            raise UserError(
-                f"--accuracy-level {self.accuracy_level}: --quant {self.quant} has no integers; leave it out"
+            raise ArgumentError(
+                "accuracy_level", f"quant={self.quant} has no integers; leave it out", self.accuracy_level
             )
         if self.quant in BITS and self.level not in target.accuracy_levels:
             way = "rounds" if 4 in target.accuracy_levels else "does not round"
-            raise UserError(
-                f"--accuracy-level {self.accuracy_level}: {self.target} {way} the activations of quantised weights to "
-                f"int8 (level {target.accuracy_levels[-1]}); leave it out, or export to onnx"
+            raise ArgumentError(
+                "accuracy_level",
+                f"{self.target} {way} the activations of quantised weights to int8 (level {target.accuracy_levels[-1]}); "
+                "leave it out, or export to onnx",
+                self.accuracy_level,
             )
         if self.compute is not None and self.compute not in target.computes:
             if not target.computes:
-                raise UserError(
-                    f"--compute {self.compute}: {self.target} packages are the same everywhere; leave it out"
+                raise ArgumentError(
+                    "compute", f"{self.target} packages are the same everywhere; leave it out", self.compute
                 )
-            raise UserError(f"--compute: got {self.compute!r}, expected one of {', '.join(target.computes)}")
+            raise ArgumentError("compute", f"got {self.compute!r}, expected one of {', '.join(target.computes)}")
         if self.compute is not None and self.quant not in target.computes[self.compute]:
-            raise UserError(
-                f"--compute {self.compute}: has no {self.quant}; export with --quant {', '.join(target.computes[self.compute])}"
+            raise ArgumentError(
+                "compute",
+                f"has no {self.quant}; export with quant={', '.join(target.computes[self.compute])}",
+                self.compute,
             )
 
     @property
@@ -102,19 +108,19 @@ class ExportRequest:
         """
         if quantized is None:
             if self.quant in BITS:
-                raise UserError(
-                    f"--quant {self.quant}: needs a quantised model; make one with rmse-quantize, or give --calibrate FILE"
-                )
+                raise ArgumentError("quant", "needs a quantised model; make one with rmse-quantize", self.quant)
             return
         if quantized.quant != self.quant:
-            raise UserError(
-                f"--quant {self.quant}: the checkpoint is quantised to {quantized.quant}; leave out --quant, or give the "
-                "float checkpoint it was made from"
+            raise ArgumentError(
+                "quant",
+                f"the checkpoint is quantised to {quantized.quant}; leave it out, or give the float checkpoint it was made "
+                "from",
+                self.quant,
             )
         zeros = next((name for name, q in quantized.tensors.items() if q.zeros is not None), None)
         if zeros is not None and not get_target(self.target).asymmetric:
             raise UserError(
-                f"{zeros}: is asymmetric, and {self.target} takes symmetric weights only; quantise without --asymmetric"
+                f"{zeros}: is asymmetric, and {self.target} takes symmetric weights only; quantise without symmetric=False"
             )
 
 
@@ -141,7 +147,7 @@ def rounded(model: Any, quant: str) -> Any:
         for name, p in [*twin.named_parameters(), *twin.named_buffers()]:
             half = p.half()
             if not torch.isfinite(half).all():
-                raise ExportError(f"{name}: has values beyond float16's range; export with --quant fp32")
+                raise ExportError(f"{name}: has values beyond float16's range; export with quant=fp32")
             if p.numel() * 4 >= 1024:  # smaller tensors stay float32 in every package
                 p.copy_(half)
     return twin
@@ -256,7 +262,7 @@ def export_package(
                 # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
                 raise ParityError(
                     f"{error}; without the rounding of activations to int8 the same integers pass: "
-                    "export with --accuracy-level 0"
+                    "export with accuracy_level=0"
                 ) from None
             manifest["parity"] = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
             if found is not None:

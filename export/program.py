@@ -38,7 +38,8 @@ from torch.export import ExportedProgram
 
 from rmse_edge.errors import ExportError, first_line
 from rmse_edge.info import dtype_name
-from rmse_edge.loop.contract import DIALS, LoopModel, LoopSpec, TensorSpec, check_spec
+from rmse_edge.loop.contract import LoopModel, LoopSpec, TensorSpec, check_spec
+from rmse_edge.loop.dials import DIALS
 from rmse_edge.loop.drive import run_loop
 
 METHODS = ("prelude", "loop", "step", "coda", "head", "commit")
@@ -52,7 +53,7 @@ Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # the tensors
 
 
 def dial_specs(spec: LoopSpec) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, (), DIALS[name][0]) for name in spec.dials)
+    return tuple(TensorSpec(name, (), getattr(torch, DIALS[name].dtype)) for name in spec.dials)
 
 
 def stacked(spec: LoopSpec) -> tuple[TensorSpec, ...]:

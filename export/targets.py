@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmse_edge.errors import UserError, quiet
+from rmse_edge.errors import ArgumentError, UserError, quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,7 +107,7 @@ def get_target(name: str) -> Target:
         UserError: no such target, the message lists those there are; or the packages it needs are not installed.
     """
     if name not in target_names():
-        raise UserError(f"--target: got {name!r}, expected one of {', '.join(target_names())}")
+        raise ArgumentError("target", f"got {name!r}, expected one of {', '.join(target_names())}")
     if name not in _TARGETS:
         try:
             with quiet():

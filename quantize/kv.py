@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError
 
 from .compare import deployed_exit
 
@@ -48,7 +48,7 @@ def kv_scales(model: RMSE, blocks: Tensor, progress: Callable[[int], object] = l
     finally:
         handle.remove()
     if not bool(torch.isfinite(largest).all()):
-        raise UserError(
-            "--kv int8: keys or values hold NaN or Inf on the calibration text; the checkpoint diverges there"
+        raise ArgumentError(
+            "kv", "keys or values hold NaN or Inf on the calibration text; the checkpoint diverges there", "int8"
         )
     return (largest * HEADROOM / 127).clamp_min(1e-8)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.stop import exit_distribution
 
 from .tensors import QuantizedTensor, quantize_with
@@ -54,7 +54,9 @@ def finetune(
         rounded = {name: _Round.apply(w * step[name], tensors[name]) for name, w in latent.items()}
         loss = _divergence(reference, model, rounded, tokens)
         if not bool(torch.isfinite(loss)):
-            raise UserError("--qat-steps: the finetune diverged; leave it out, or give another --calibrate text")
+            raise ArgumentError(
+                "qat_steps", "the finetune diverged; leave it out, or give another text to calibrate with"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rmse_edge.arch.rmse.config import KvDtype
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.errors import TextError, UserError
+from rmse_edge.errors import ArgumentError
 from rmse_edge.progress import Report, Work, silent
 from rmse_edge.shards import check_finite
 from rmse_edge.text import consecutive_blocks, random_blocks, split
@@ -67,15 +67,17 @@ class QuantizeRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for flag, value, known in (
-            ("--method", self.method, METHODS),
-            ("--loops", self.loops, LOOPS),
-            ("--kv", self.kv, (None, *KV)),
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("loops", self.loops, LOOPS),
+            ("kv", self.kv, (None, *KV)),
         ):
             if value not in known:
-                raise UserError(f"{flag}: got {value!r}, expected one of {', '.join(k for k in known if k)}")
+                raise ArgumentError(name, f"got {value!r}, expected one of {', '.join(k for k in known if k)}")
         if self.calibration_tokens < LEAST_TOKENS:
-            raise UserError(f"--calibration-tokens: got {self.calibration_tokens}, expected at least {LEAST_TOKENS}")
+            raise ArgumentError(
+                "calibration_tokens", f"got {self.calibration_tokens}, expected at least {LEAST_TOKENS}"
+            )
 
     @property
     def needs_text(self) -> bool:
@@ -97,10 +99,10 @@ def blocks_of(ids: np.ndarray, length: int, request: QuantizeRequest) -> tuple[T
     """Calibration blocks (n, T) from the first 90 % of a text, evaluation blocks (m, T + 1) from the rest.
 
     Raises:
-        TextError: the text is too short.
+        ArgumentError: the text is too short.
     """
     if len(ids) < LEAST_TEXT:
-        raise TextError(f"--calibrate: the text has {len(ids)} tokens, expected at least {LEAST_TEXT}")
+        raise ArgumentError("ids", f"the text has {len(ids)} tokens, expected at least {LEAST_TEXT}")
     train, held_out = split(ids, "train"), split(ids, "validation")
     length = min(length, len(held_out) - 1)
     count = max(1, request.calibration_tokens // length)
@@ -132,15 +134,14 @@ def quantize(
     """
     formats = request.scheme.formats(model)
     if ids is None and request.needs_text:
-        raise UserError(
-            "--calibrate FILE is missing: a text like those the model will read (--method rtn rounds without one)"
-        )
+        raise ArgumentError("ids", "is missing: a text like those the model will read (method=rtn rounds without one)")
     for name, p in model.state_dict().items():
         check_finite("the model", name, p)
     if ids is not None and len(ids) and ids.max() >= model.config.vocab_size:
-        raise TextError(
-            f"--calibrate: token {ids.max()} is outside the vocabulary (0..{model.config.vocab_size - 1}); "
-            "the tokenizer is of another model"
+        raise ArgumentError(
+            "ids",
+            f"token {ids.max()} is outside the vocabulary (0..{model.config.vocab_size - 1}); "
+            "the tokenizer is of another model",
         )
     calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
     model = model.eval()
@@ -177,8 +178,8 @@ def quantize(
     if held_out is not None:
         report["evaluation"] = compare(model, work, held_out, done.start(COMPARING, held_out[:, 1:].numel()))
         if not math.isfinite(report["evaluation"]["full_depth"]["increase"]):
-            raise UserError(
-                "--calibrate: the model's loss is no number on this text; check the checkpoint with rmse-eval"
+            raise ArgumentError(
+                "ids", "the model's loss is no number on this text; check the checkpoint with rmse-eval"
             )
     return Quantized(work, tensors, request.scheme.quant, fingerprint, report)
 

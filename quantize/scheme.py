@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import stored_keys
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 
 from .tensors import Format
 
@@ -51,12 +51,14 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.quant not in BITS:
-            raise UserError(f"--quant: got {self.quant!r}, expected one of {', '.join(BITS)}")
+            raise ArgumentError("quant", f"got {self.quant!r}, expected one of {', '.join(BITS)}")
         if self.quant == "int8" and not self.symmetric:
-            raise UserError("--asymmetric: int8 is symmetric, its range is wide enough; leave it out or use int4")
+            raise ArgumentError(
+                "symmetric", "int8 is symmetric, its range is wide enough; leave it out or use int4", False
+            )
         if self.quant == "int8" and (self.group_size != 32 or self.dense_group_size is not None):
-            flag = "--group-size" if self.group_size != 32 else "--dense-group-size"
-            raise UserError(f"{flag}: int8 has one scale per output channel; leave it out or use int4")
+            name = "group_size" if self.group_size != 32 else "dense_group_size"
+            raise ArgumentError(name, "int8 has one scale per output channel; leave it out or use int4")
         for group in (self.group_size, self.dense_group_size):
             if group is not None:
                 Format(4, group)  # checks it
@@ -79,19 +81,19 @@ class Scheme:
         """The group size of one tensor, of those that are quantised and their numbers of inputs."""
         expert = name in EXPERTS
         if expert:
-            group, flag = self.group_size, "--group-size"
+            group, argument = self.group_size, "group_size"
         else:
             group = self.dense_group_size or next((g for g in GROUPS if inputs[name] % g == 0), GROUPS[-1])
-            flag = "--dense-group-size"
+            argument = "dense_group_size"
         if inputs[name] % group == 0:
             return group
-        # What is proposed has to suit all tensors, those of the other flag too.
+        # What is proposed has to suit all tensors, those of the other size too.
         alike = [n for other, n in inputs.items() if (other in EXPERTS) == expert]
         fitting = [str(g) for g in (*GROUPS[::-1], 256) if all(n % g == 0 for n in alike)]
         if any(n % GROUPS[-1] for n in inputs.values()):
-            hint = "pass --quant int8, which needs no groups"
+            hint = "pass quant=int8, which needs no groups"
         else:
-            hint = f"pass {flag} {' or '.join(fitting)}"
+            hint = f"pass {argument}={' or '.join(fitting)}"
         raise UserError(f"{name}: group size {group} does not divide its {inputs[name]} inputs; {hint}")
 
 

@@ -89,7 +89,7 @@ class ChatTemplate:
         if source is None:
             raise TextError(
                 f"{folder}: has no chat template ({TEMPLATE_FILE}, or chat_template in {TOKENIZER_CONFIG_FILE}); put one "
-                "there (and export again), or leave out --chat"
+                "there (and export again), or give a plain prompt"
             )
         named = {
             k: v["content"] if isinstance(v, dict) and "content" in v else v

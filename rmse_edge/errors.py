@@ -4,6 +4,8 @@ A `UserError` (bad input, bad file, bad flag) is shown as one line that names th
 turns it into exit code 2. Anything else is a defect and keeps its traceback.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import warnings
@@ -36,6 +38,22 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "".join(" " if c in "\r\n\t" else c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
+
+class ArgumentError(UserError):
+    """A function was given an argument that does not do: "max_loops: got 9, expected 1..4".
+
+    Messages of the library name arguments as Python does, and advise in the same way ("export with quant=fp32"); the
+    command line puts its flags in their place (rmse_edge/cli/common.py).
+    """
+
+    def __init__(self, name: str, problem: str, value: object = None) -> None:
+        """`value`: where it belongs to the name, as in "quant=int8: onnx takes fp32"."""
+        super().__init__(f"{name if value is None else f'{name}={value}'}: {problem}")
+        self.name, self.problem, self.value = name, problem, value
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object]]:
+        return type(self), (self.name, self.problem, self.value)  # it may come from another process
 
 
 class ConfigError(UserError):

@@ -150,10 +150,7 @@ class ModelInfo:
 
     def dials_with(self, **overrides: float | int | None) -> Dials:
         """The checkpoint's dials with those given (not None) replaced, checked."""
-        chosen = {k: v for k, v in overrides.items() if v is not None}
-        if "max_loops" in chosen and "min_loops" not in chosen:
-            chosen["min_loops"] = min(self.dials.min_loops, max(1, int(chosen["max_loops"])))
-        return Dials(**(vars(self.dials) | chosen)).check(self.max_loops)
+        return self.dials.changed(self.max_loops, **overrides)
 
     def with_limit(self, max_seq_len: int | None) -> ModelInfo:
         """The same for texts of at most so many tokens."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rmse_edge.errors import PackageError, UserError
+from rmse_edge.errors import ArgumentError, PackageError, UserError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
 from rmse_edge.package import MANIFEST, Package
@@ -89,18 +89,20 @@ def open_runtime(
     """
     path = Path(path)
     if runtime is not None and runtime not in RUNTIMES:
-        raise UserError(f"--runtime: got {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+        raise ArgumentError("runtime", f"got {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     if not path.exists():
         raise UserError(f"{path}: no such package or checkpoint folder")
     if (path / MANIFEST).is_file() or path.suffix == ".rmse":
         package = Package.open(path)
         if runtime not in (None, package.target):
-            raise UserError(f"{path}: made for {package.target}; --runtime {runtime} needs a checkpoint folder")
+            raise UserError(f"{path}: made for {package.target}; runtime={runtime} needs a checkpoint folder")
         if device != "cpu":
-            raise UserError(f"--device {device}: the {package.target} runtime runs on the CPU; use a checkpoint folder")
+            raise ArgumentError(
+                "device", f"the {package.target} runtime runs on the CPU; use a checkpoint folder", device
+            )
         return runtime_for(package, threads)
     if runtime not in (None, "torch"):
-        raise UserError(f"{path}: is not a package; --runtime {runtime} needs one (make it with rmse-export)")
+        raise UserError(f"{path}: is not a package; runtime={runtime} needs one (make it with rmse-export)")
     from .engines.torch import TorchRuntime, set_threads
 
     set_threads(threads)

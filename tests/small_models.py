@@ -15,7 +15,7 @@ from torch import Tensor
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import DIALS
+from rmse_edge.loop.dials import DIALS
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.loop.stop import delta_stops, entropy_stops, gate_stops
 from rmse_edge.text import split
@@ -50,7 +50,9 @@ def dials(model: RMSE, **changes: float) -> dict[str, Tensor]:
     """The model's dials as scalars: full depth, no exits, but for `changes`."""
     values = {"max_loops": model.config.max_loops, "min_loops": 1, "exit_threshold": 1.0, "exit_epsilon": 0.0}
     values |= {"exit_entropy": 0.0} if "entropy" in model.config.exit_rules else {}
-    return {name: torch.tensor(value, dtype=DIALS[name][0]) for name, value in (values | changes).items()}
+    return {
+        name: torch.tensor(value, dtype=getattr(torch, DIALS[name].dtype)) for name, value in (values | changes).items()
+    }
 
 
 class RingHost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,11 @@ KNOW_RMSE = {
     "rmse_edge.runtimes.host.signatures",
     "rmse_edge.runtimes.measure.bench",
 }
+
+# Files whose messages still speak of flags. The library names arguments, which the command line calls by its flags.
+SPEAK_OF_FLAGS = {"rmse_edge/package.py", "runtimes/text/sampling.py"}
+FLAG = re.compile(r"(?:^|[ (])--(?:[a-z]|\0|$)")
+COMMAND = re.compile(r"rmse-[a-z]+ (?:[A-Z.]+ )*--[a-z-]+")  # which may be named with its flags: "rmse-index --rebuild"
 
 LONGEST = 600  # lines of a file
 LONGER = {"docs/mac_checklist.py"}  # one file, so that whoever has a Mac can be sent it
@@ -159,6 +165,27 @@ def test_who_knows_rmse() -> None:
         if not module.startswith(RMSE_ONLY) and any(t.startswith("rmse_edge.arch.") for t, _ in targets)
     }
     assert sorted(found) == sorted(KNOW_RMSE)
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Strings of a module that are no documentation, and those of its f-strings, as far as they are constant."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value != "--":  # a style of lines
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+
+
+def test_the_library_does_not_speak_of_flags() -> None:
+    found = set()
+    for module, file in MODULES.items():
+        if room(module) != "cli":
+            said = list(texts(ast.parse(file.read_text(encoding="utf-8"))))
+            if any(FLAG.search(COMMAND.sub("", text)) for text in said):
+                found.add(file.relative_to(ROOT).as_posix())
+    assert found == SPEAK_OF_FLAGS
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "tests", "docs", "findings"])

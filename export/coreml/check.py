@@ -184,7 +184,7 @@ def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor]) -> N
     for name, q in tensors.items():
         if not any(_held(there, *form) for form in stored_forms(q)):
             raise ExportError(
-                f"{name}: the saved program does not hold its integers and scales; export with --quant fp32"
+                f"{name}: the saved program does not hold its integers and scales; export with quant=fp32"
             )
 
 

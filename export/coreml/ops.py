@@ -304,7 +304,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     tensors, on_ane = options.tensors, options.compute == "ane"
     for name, q in tensors.items():
         if float(q.scales.max()) > HALF_MAX:
-            raise ExportError(f"{name}: has scales beyond float16's range; export with --quant fp32")
+            raise ExportError(f"{name}: has scales beyond float16's range; export with quant=fp32")
     left = dict(tensors)
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm) and not on_ane:

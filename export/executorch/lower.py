@@ -114,7 +114,7 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
             ):
                 if all(content.find(_bytes(form)) < 0 for form in forms):
                     raise ExportError(
-                        f"{name}: ExecuTorch did not store the {what} it was given; export with --quant fp32"
+                        f"{name}: ExecuTorch did not store the {what} it was given; export with quant=fp32"
                     )
 
 

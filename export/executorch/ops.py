@@ -151,10 +151,10 @@ def check_format(name: str, fmt: Format, inputs: int) -> None:
     """
     if inputs % BLOCK and name in EXPERTS:
         raise ExportError(
-            f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export the float model, with --quant fp32"
+            f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export the float model, with quant=fp32"
         )
     if fmt.bits == 4 and (fmt.group is None or fmt.group % BLOCK):
-        groups = f"with --group-size {BLOCK} --dense-group-size {BLOCK}, or "
+        groups = f"with group_size={BLOCK} and dense_group_size={BLOCK}, or "
         raise ExportError(
             f"{name}: has groups of {fmt.group}, and executorch takes multiples of {BLOCK}; quantise "
             f"{'' if inputs % BLOCK else groups}to int8"

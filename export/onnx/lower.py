@@ -109,7 +109,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     for name in options.tensors:
         if name not in read:
             raise ExportError(
-                f"{name}: is quantised, but no graph reads it as integers; export with --quant fp32 or fp16"
+                f"{name}: is quantised, but no graph reads it as integers; export with quant=fp32 or fp16"
             )
     weights.write(folder / WEIGHTS)
     for file in dict.fromkeys(graphs.values()):

@@ -59,7 +59,7 @@ def use_integers(
                 name = next(iter(weights.values()))
                 raise ExportError(
                     f"{name.removesuffix('.T')}: is quantised, but {node.op_type} reads it, which ONNX Runtime has only "
-                    "for floating point; export with --quant fp32 or fp16"
+                    "for floating point; export with quant=fp32 or fp16"
                 )
             graph.node[index].CopyFrom(new)
     kept = [t for t in model.graph.initializer if t.name not in found]
@@ -206,7 +206,7 @@ def check_format(name: str, fmt: Format, inputs: int) -> None:
     if inputs % BLOCKS[-1] and name in (EMBEDDING, *EXPERTS):
         raise ExportError(
             f"{name}: {inputs} inputs make no whole blocks of {BLOCKS[-1]}, which ONNX Runtime's operator needs; "
-            "export the float model, with --quant fp32 or fp16"
+            "export the float model, with quant=fp32 or fp16"
         )
 
 

@@ -56,6 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-bench",
         description="Time prefill (pp), decoding (tg) and the loop alone, at fixed depths and adaptive, interleaved.",
     )
+    parser.arguments |= {"ids": "--text", "tokens": "--stream"}
     parser.add_argument(
         "model", type=existing_path, nargs="*",
         help="package (NAME.rmse) or checkpoint folder; several are timed side by side and compared with the first",

@@ -24,10 +24,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.files import kind_of
 from rmse_edge.progress import Report
 
@@ -59,8 +60,12 @@ def run_verb(name: str, main: Main, argv: Sequence[str] | None = None) -> int:
         main's own code (None counts as 0); 2 after a `UserError`, a full disk or a path that cannot be used; 130 after
         Ctrl-C; 141 where the reader of the output went away. Every other exception passes: it is a defect.
     """
-    with every_character():
-        return _run_verb(name, main, argv)
+    token = PARSER.set(None)
+    try:
+        with every_character():
+            return _run_verb(name, main, argv)
+    finally:
+        PARSER.reset(token)
 
 
 @contextmanager
@@ -88,9 +93,10 @@ def _run_verb(name: str, main: Main, argv: Sequence[str] | None) -> int:
         sys.stdout.flush()  # a closed pipe must show here, not at the interpreter's exit
         return code
     except UserError as error:
-        return fail(name, str(error))
+        return fail(name, in_flags(str(error), error.name if isinstance(error, ArgumentError) else ""))
     except KeyboardInterrupt as interrupt:  # its message, if any, says how to go on
-        print(f"\n{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        how = f"; {in_flags(str(interrupt))}" if interrupt.args else ""
+        print(f"\n{name}: interrupted{how}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # What is still buffered would raise again at exit: let it go nowhere.
@@ -125,6 +131,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         chosen: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Help} | kwargs
         super().__init__(**chosen)
+        # Arguments of the library whose flags have another name: {"overwrite": "--force"}.
+        self.arguments: dict[str, str] = {}
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        if PARSER.get() is None:
+            PARSER.set(self)
+        return super().parse_known_args(*args, **kwargs)
+
+    def flags(self) -> dict[str, tuple[str, bool]]:
+        """Of every argument that has a flag here: the flag, and whether it takes a value."""
+        long = {
+            action.dest: next((s for s in action.option_strings if s.startswith("--")), "") for action in self._actions
+        }
+        takes = {flag: action.nargs != 0 for action in self._actions for flag in action.option_strings}
+        return {name: (flag, takes[flag]) for name, flag in (long | self.arguments).items() if flag}
 
     def error(self, message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL)
@@ -135,6 +156,34 @@ class Parser(argparse.ArgumentParser):
         else:
             message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# The parser of the command that runs, from when it has begun to parse.
+PARSER: ContextVar[Parser | None] = ContextVar("PARSER", default=None)
+SETTING = re.compile(r"(?<![\w./='\"-])([a-z_]+)=(\w+(?:\.\w+)*)")  # NAME=VALUE, as messages of the library give advice
+
+
+def in_flags(message: str, name: str = "") -> str:
+    """A message of the library as the command line says it: with its flags for the arguments that it has flags for.
+
+    >>> in_flags("quant=int8: onnx takes fp32; export with quant=fp32", "quant")  # in rmse-export
+    '--quant int8: onnx takes fp32; export with --quant fp32'
+
+    Args:
+        name: of the argument that the message begins with, if it does.
+    """
+    parser = PARSER.get()
+    flags = {} if parser is None else parser.flags()
+
+    def flag(match: re.Match[str]) -> str:
+        if match[1] not in flags:
+            return match[0]
+        found, takes_value = flags[match[1]]
+        return f"{found} {match[2]}" if takes_value else found
+
+    if name in flags and message.startswith(f"{name}:"):
+        message = flags[name][0] + message[len(name) :]
+    return SETTING.sub(flag, message)
 
 
 @contextmanager

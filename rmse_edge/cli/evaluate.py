@@ -64,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-eval",
         description="Measure loss, perplexity and loops per token on a text; with --sweep, over thresholds and depths.",
     )
+    parser.arguments["path"] = "--plot"
     parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
     parser.add_argument(
         "--text", type=existing_file, metavar="FILE", help="UTF-8 text; the folder's sample.txt without it"

@@ -22,6 +22,7 @@ QUANTIZING = 0.5  # of the time that quantising and exporting take together, abo
 
 def parser() -> Parser:
     p = Parser(prog="rmse-export", description="Export a looped model into a package for a device runtime.")
+    p.arguments |= {"compact": "--no-compact", "overwrite": "--force"}
     p.add_argument(
         "-m", "--model", metavar="DIR", help=f"checkpoint folder, float or of rmse-quantize (default: {DEFAULT_MODEL})"
     )

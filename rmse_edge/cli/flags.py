@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmse_edge.errors import UserError
+from rmse_edge.loop.dials import DIALS
 
-from .common import finite_float, key_value, non_negative_float, positive_float, positive_int
+from .common import Parser, finite_float, key_value, non_negative_float, positive_float, positive_int
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes import Dials, ModelInfo, Runtime
@@ -32,15 +33,14 @@ def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
 
 def add_dial_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quality dial", "the checkpoint's own settings unless given; loops count from 1")
-    group.add_argument("--max-loops", type=positive_int, metavar="N", help="iterations at most")
-    group.add_argument("--min-loops", type=positive_int, metavar="N", help="iterations before a token may stop")
-    group.add_argument("--exit-threshold", type=positive_float, metavar="P", help="brake score to stop at; 1 disables")
-    group.add_argument(
-        "--exit-epsilon", type=non_negative_float, metavar="E", help="state change to stop at; 0 disables"
-    )
-    group.add_argument(
-        "--exit-entropy", type=non_negative_float, metavar="H", help="entropy (nats) to stop at; 0 disables"
-    )
+    for name, dial in DIALS.items():
+        number = positive_float if dial.exclusive else non_negative_float
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=positive_int if dial.dtype == "int64" else number,
+            metavar=dial.symbol,
+            help=dial.help,
+        )
 
 
 def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
@@ -53,16 +53,11 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
         raise UserError(
             f"--exit-entropy: {info.name} was built without the entropy rule (exit_rules in its config.json)"
         )
-    return info.dials_with(
-        max_loops=args.max_loops,
-        min_loops=args.min_loops,
-        exit_threshold=args.exit_threshold,
-        exit_epsilon=args.exit_epsilon,
-        exit_entropy=args.exit_entropy,
-    )
+    return info.dials_with(**{name: getattr(args, name) for name in DIALS})
 
 
-def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+def add_memory_flags(parser: Parser) -> None:
+    parser.arguments["hits"] = "--kb-hits"
     group = parser.add_argument_group("memory and retrieval")
     group.add_argument("--no-memory", action="store_true", help="leave the neural memory blank")
     group.add_argument("--kb", metavar="KB", help="knowledge base of rmse-index, to be asked when the text surprises")

@@ -31,6 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-index",
         description="Build a knowledge base from texts, add to it, or look into it. Texts that are there are skipped.",
     )
+    parser.arguments["text"] = "--query"
     parser.add_argument("model", nargs="?", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
     parser.add_argument("texts", nargs="*", type=existing_file, metavar="TEXT", help="UTF-8 files; a line is a passage")
     parser.add_argument(

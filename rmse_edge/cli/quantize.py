@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rmse_edge.errors import UserError
+
 from .common import Parser, existing_file, existing_folder, non_negative_int, output_path, positive_int, total_bar, verb
 from .display import table
 
@@ -23,6 +25,7 @@ def parser() -> Parser:
         prog="rmse-quantize",
         description="Quantise a checkpoint for every target: the integers are chosen once, exporters store them as they are.",
     )
+    p.arguments["overwrite"] = "--force"
     p.add_argument("-m", "--model", type=existing_folder, metavar="DIR", required=True, help="float checkpoint folder")
     p.add_argument("-o", "--output", type=output_path, metavar="DIR", help="folder to write (default: ./MODEL-QUANT)")
     p.add_argument("--quant", choices=("int8", "int4"), default="int4")
@@ -35,8 +38,9 @@ def parser() -> Parser:
     return p
 
 
-def add_quantize_flags(p: argparse.ArgumentParser) -> None:
+def add_quantize_flags(p: Parser) -> None:
     """How to quantise: shared with rmse-export."""
+    p.arguments |= {"ids": "--calibrate", "symmetric": "--asymmetric"}
     group = p.add_argument_group("quantisation")
     group.add_argument(
         "--calibrate", type=existing_file, metavar="FILE",
@@ -115,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.quantize import save_quantized
     from rmse_edge.quantize.store import check_destination
 
+    if request.needs_text and not args.calibrate:
+        raise UserError(
+            "--calibrate FILE is missing: a text like those the model will read (--method rtn rounds without one)"
+        )
     output = args.output or Path(f"{args.model.absolute().name}-{args.quant}")
     check_destination(output, args.force)  # before minutes of quantising
     import torch

@@ -180,6 +180,8 @@ def converse(
     from rmse_edge.runtimes.host.session import save_session
 
     if resumed is not None:
+        if not resumed.chat:
+            raise UserError("--session: was saved without --chat; leave out --chat to go on with its text")
         conversation.resume(resumed)
     elif args.system is not None:
         conversation.messages.append({"role": "system", "content": args.system})

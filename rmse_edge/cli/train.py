@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         prog="rmse-train",
         description="Train a model on a text file, or on the task of a recipe (recall, facts). `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
     )
+    parser.arguments |= {"changes": "--set", "mode": "--parallel", "start": "--init"}
     parser.add_argument(
         "--text", type=existing_file, help="UTF-8 text; its first 90 %% trains. Not for a recipe's task"
     )

@@ -39,7 +39,8 @@ from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.layers.memory.atlas import Atlas
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import DIALS, Tensors
+from rmse_edge.loop.contract import Tensors
+from rmse_edge.loop.dials import DIALS
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.shards import StoredTensors, check_finite, is_sharded

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rmse_edge.errors import TextError, UserError
+from rmse_edge.errors import ArgumentError, TextError, UserError
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.text import Tokenizer, read_text
 
@@ -170,9 +170,9 @@ def query(store: Store, embedder: Embedder, text: str, n: int) -> list[Hit]:
     """The `n` passages nearest to a text.
 
     Raises:
-        KnowledgeError: the text is empty or has more than 64 tokens.
+        ArgumentError: the text is empty or has more than 64 tokens.
     """
     tokens = embedder.encode(text.strip())
     if not 1 <= len(tokens) <= SEGMENT:
-        raise KnowledgeError(f"--query: the text has {len(tokens)} tokens, expected 1 to {SEGMENT}")
+        raise ArgumentError("text", f"the text has {len(tokens)} tokens, expected 1 to {SEGMENT}")
     return store.search(embedder.embed_query(tokens), n)

@@ -53,7 +53,7 @@ class KnowledgeBase:
         """
         folder = Path(folder)
         if folder.is_dir() and any(folder.iterdir()):
-            raise KnowledgeError(f"{folder}: already exists; remove it, or choose another -o")
+            raise KnowledgeError(f"{folder}: already exists; remove it, or choose another folder")
         shape = {"key_dims": info.key_dims, "slots": info.slots, "d_model": info.d_model, "model": info.model}
         with new_folder(folder, KnowledgeError, replace=False) as scratch:
             entry = write_index(new_index(info.key_dims), scratch, 0)

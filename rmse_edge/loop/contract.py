@@ -35,15 +35,6 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
-# The quality dial: scalar inputs of `loop` and `step`, so that it needs no re-export. Name -> (dtype, meaning).
-DIALS: dict[str, tuple[torch.dtype, str]] = {
-    "max_loops": (torch.int64, "iterations at most, 1..trained depth"),
-    "min_loops": (torch.int64, "iterations before an exit rule may stop a position, 1-based"),
-    "exit_threshold": (torch.float32, "stop when the brake score reaches it; >= 1 disables"),
-    "exit_epsilon": (torch.float32, "stop when the relative state change falls below it; 0 disables"),
-    "exit_entropy": (torch.float32, "stop when the logits' entropy (nats) falls below it; 0 disables"),
-}
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -153,7 +144,7 @@ class LoopSpec:
     commit: tuple[TensorSpec, ...] = ()  # what commit returns; empty: the model has no commit
     # Further methods, `Tensors -> Tensors`, that hosts call outside the loop: name -> (inputs, outputs).
     extra: Mapping[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = field(default_factory=dict)
-    dials: tuple[str, ...] = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon")
+    dials: tuple[str, ...] = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon")  # of rmse_edge/loop/dials.py
     segment: int | None = None  # calls never cross a multiple of so many positions; None: they may
     # Inputs that a host fills with noise of this standard deviation, from a seed and the position: a state to begin from.
     noise: Mapping[str, float] = field(default_factory=dict)

@@ -52,7 +52,7 @@ def download(name: str, path: Path, url: str | None = None) -> bool:
         return False
     check_file(path)
     if path.exists():
-        raise TextError(f"{path}: exists and is not the text {name!r}; remove it or choose another -o")
+        raise TextError(f"{path}: exists and is not the text {name!r}; remove it or choose another file")
     digest, count = hashlib.sha256(), 0
     try:
         with (

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError
 
 MODES = ("ddp", "fsdp")
 
@@ -21,9 +21,9 @@ class Parallel:
 
     def __init__(self, device: str, mode: str) -> None:
         if mode not in MODES:
-            raise UserError(f"--parallel: got {mode!r}, expected one of {', '.join(MODES)}")
+            raise ArgumentError("mode", f"got {mode!r}, expected one of {', '.join(MODES)}")
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+            raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
         self.mode = mode
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))

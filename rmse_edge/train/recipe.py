@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rmse_edge.arch.rmse.config import RMSEConfig
-from rmse_edge.errors import ConfigError
+from rmse_edge.errors import ArgumentError, ConfigError
 from rmse_edge.numbers import MAX_LOOPS, SEGMENT, Loops, Share
 from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
 
@@ -108,18 +108,18 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def override(self, changes: list[str]) -> Recipe:
-        """The recipe with "key=value" changes applied, as `--set` gives them: "lr=1e-3", "model.d_model=64".
+        """The recipe with "key=value" changes applied: "lr=1e-3", "model.d_model=64".
 
         Values are JSON; what is not JSON is taken as text.
 
         Raises:
-            ConfigError: no such key, or a value out of range.
+            ArgumentError: no such key, or a value out of range.
         """
         values = dataclasses.asdict(self)
         for change in changes:
             key, equals, text = change.partition("=")
             if not equals or not key:
-                raise ConfigError(f"--set: got {change!r}, expected key=value")
+                raise ArgumentError("changes", f"got {change!r}, expected key=value")
             try:
                 value = json.loads(text)
             except ValueError:
@@ -129,17 +129,22 @@ class Recipe:
                 values[group] = (values[group] or {}) | {inner: value}
             else:
                 values[key] = value
-        return Recipe.from_dict(values, where="--set")
+        try:
+            return Recipe.from_dict(values, where="")
+        except ConfigError as error:
+            raise ArgumentError("changes", str(error)) from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
         known = {f.name for f in dataclasses.fields(cls)}
         if (unknown := first_of(values, known)) is not None:
-            raise ConfigError(f"{where}: unknown key {unknown!r}; known keys are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{where}{where and ': '}unknown key {unknown!r}; known keys are {', '.join(sorted(known))}"
+            )
         try:
             return cls(**values)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{where}{where and ': '}{error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:

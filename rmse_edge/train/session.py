@@ -169,7 +169,7 @@ def carry_out(
         weights = trainer.final_weights()
     except KeyboardInterrupt:
         saved = (trainer.out / STATE_FILE).exists()
-        raise KeyboardInterrupt("go on with --resume" if saved else "before the first saved state") from None
+        raise KeyboardInterrupt("go on with resume=True" if saved else "before the first saved state") from None
     finally:
         trainer.parallel.close()
     return weights if trainer.step >= recipe.total_steps and trainer.parallel.first else None
@@ -186,14 +186,14 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
             check_file(out / name)
     if resume:
         if not (out / STATE_FILE).exists():
-            raise CheckpointError(f"{out / STATE_FILE}: no such file; nothing to resume (start without --resume)")
+            raise CheckpointError(f"{out / STATE_FILE}: no such file; nothing to resume (start without resume=True)")
         return
     found = [name for name in TRACES if (out / name).exists()]
     if found:
-        raise UserError(f"{out}: holds another run ({found[0]}); go on with --resume, or choose another folder")
+        raise UserError(f"{out}: holds another run ({found[0]}); go on with resume=True, or choose another folder")
     present = out / RECIPE_FILE
     if present.exists() and vocabulary_aside(Recipe.from_file(present)) != vocabulary_aside(recipe):
-        raise UserError(f"{present}: is another recipe; pass it with --recipe, or choose another folder")
+        raise UserError(f"{present}: is another recipe; pass it with recipe={present.name}, or choose another folder")
 
 
 def vocabulary_aside(recipe: Recipe) -> Recipe:
@@ -222,7 +222,7 @@ def check_length(ids: np.ndarray, name: str, recipe: Recipe, text_file: Path) ->
     if len(ids) <= block:
         raise TextError(
             f"{text_file}: its {name} split has {len(ids)} tokens, too few for one block of {block} and its target; "
-            "use a longer text or a smaller block (--set model.block_size=N)"
+            "use a longer text or a smaller block (model.block_size of the recipe)"
         )
     return ids
 

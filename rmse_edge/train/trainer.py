@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import start_from
-from rmse_edge.errors import CheckpointError, UserError, first_line
+from rmse_edge.errors import ArgumentError, CheckpointError, UserError, first_line
 from rmse_edge.files import new_file
 from rmse_edge.schema import check_value, parse_json
 
@@ -87,7 +87,7 @@ class Trainer:
         self.model = build_model(recipe)
         if start is not None:
             if not isinstance(self.model, RMSE):
-                raise UserError("--init: a plain GPT is trained from random weights")
+                raise ArgumentError("start", "a plain GPT is trained from random weights")
             start_from(self.model, start)
         self.model.to(self.device)
         self.objective = self.parallel.wrap(Objective(self.model, recipe))
@@ -314,7 +314,7 @@ class Trainer:
         """
         path = self.out / STATE_FILE
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file; nothing to resume (start without --resume)")
+            raise CheckpointError(f"{path}: no such file; nothing to resume (start without resume=True)")
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -330,7 +330,7 @@ class Trainer:
                 f"{path}: step: got {known['step']}, expected at most {self.recipe.total_steps}; {fix}"
             )
         if state.get("data", self.data) != self.data:
-            raise CheckpointError(f"{path}: was trained on another text or tokenizer; resume with the same --text")
+            raise CheckpointError(f"{path}: was trained on another text or tokenizer; resume with the same text")
         self.step, self.best = known["step"], known["best"]
         self.optimizer = self.new_optimizer()
         try:

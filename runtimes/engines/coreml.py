@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from rmse_edge.errors import PackageError, UserError, quiet
+from rmse_edge.errors import ArgumentError, PackageError, UserError, quiet
 from rmse_edge.info import Form, ModelInfo
 from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import Package
@@ -311,7 +311,9 @@ class CoremlRuntime(LoopRuntime):
             compute: "cpu", "gpu" or "ane", for Core ML; by default what the package is laid out for.
         """
         if threads is not None:
-            raise UserError("--threads: neither Core ML nor its interpreter takes a number of threads; leave it out")
+            raise ArgumentError(
+                "threads", "neither Core ML nor its interpreter takes a number of threads; leave it out"
+            )
         info, tables, refuse = read_model(package), read_methods(package), refusal(package)
         lowering = package.section(Lowering, "lowering")
         check_rings(info, lowering.rings, refuse)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.errors import PackageError, UserError
+from rmse_edge.errors import ArgumentError, PackageError
 from rmse_edge.files import digest_file
 from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import AGAIN, Package
@@ -221,5 +221,5 @@ def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads > MOST_THREADS:
-        raise UserError(f"--threads: got {threads}, expected at most {MOST_THREADS}")
+        raise ArgumentError("threads", f"got {threads}, expected at most {MOST_THREADS}")
     bindings()._unsafe_reset_threadpool(threads)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmse_edge.arch.identity import model_info
 from rmse_edge.checkpoint import load_checkpoint
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import LoopModel, LoopSpec
 from rmse_edge.loop.drive import run_loop
@@ -79,7 +79,7 @@ class TorchRuntime(LoopRuntime):
         vocabulary: Vocabulary | None = None,
     ) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+            raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
         self.model = model.to(device).eval()
         info = model_info(model, name, nbytes, source=source, vocabulary=vocabulary)
         super().__init__(info, TorchMethods(model, device), TorchCalls)

@@ -115,7 +115,7 @@ class LoopRuntime:
         if limit is not None and count > limit:
             raise UserError(
                 f"{count} tokens are more than the {limit} this package was exported for "
-                "(--max-seq-len); shorten the prompt or export again"
+                "(rmse-export --max-seq-len); shorten the prompt or export again"
             )
         if room is not None and count > room:
             raise UserError(

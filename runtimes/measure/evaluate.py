@@ -110,13 +110,13 @@ def evaluate(
 def check_length(runtime: Runtime, count: int, block: int) -> None:
     """Raise a `UserError` where `count` tokens cannot be scored that way."""
     if count < max(block, 1) + 1:
-        expected = f"at least {block + 1} for --block {block}" if block else "at least 2"
+        expected = f"at least {block + 1} for block={block}" if block else "at least 2"
         raise UserError(f"the text has {count} tokens, expected {expected}")
     limit = runtime.info.language.max_seq_len
     if limit is not None and (block or count - 1) > limit:
         raise UserError(
             f"{block or count - 1} tokens in a row are more than the {limit} this package was exported for "
-            f"(--max-seq-len); pass --block {min(limit, 256)} or --max-tokens {limit}"
+            f"(rmse-export --max-seq-len); pass block={min(limit, 256)} or max_tokens={limit}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.errors import UserError, quiet
+from rmse_edge.errors import ArgumentError, quiet
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
@@ -46,7 +46,7 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
         UserError: there are fewer.
     """
     if len(ids) < PREFILL:
-        raise UserError(f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one (--text)")
+        raise ArgumentError("ids", f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one")
     rows = []
     for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
         runtime = ExecutorchRuntime(package, threads, profile=True)

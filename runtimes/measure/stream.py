@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.host.base import Arrays, Fed
@@ -53,10 +53,14 @@ class Stream:
     ) -> None:
         least = warm_up + (TENTHS + 1) * SEGMENT
         if tokens < least:
-            raise UserError(f"--stream: got {tokens}, expected at least {least}: {warm_up} to warm up, then ten tenths")
+            raise ArgumentError(
+                "tokens", f"got {tokens}, expected at least {least}: {warm_up} to warm up, then ten tenths"
+            )
         limit = runtime.info.language.max_seq_len
         if limit is not None and tokens > limit:
-            raise UserError(f"--stream: got {tokens}, this package was exported for {limit} (--max-seq-len)")
+            raise ArgumentError(
+                "tokens", f"got {tokens}, this package was exported for {limit} (rmse-export --max-seq-len)"
+            )
         self.runtime = runtime
         self.ids = ids
         self.dials = dials

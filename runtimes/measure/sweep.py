@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.files import check_file, new_file
 from rmse_edge.loop.dials import Dials
 
@@ -150,10 +150,10 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--plot needs matplotlib; install it with: pip install 'rmse-edge[train]'") from None
+        raise UserError("a plot needs matplotlib; install it with: pip install 'rmse-edge[train]'") from None
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
-        raise UserError(f"--plot: got {path.name}, expected a file ending in one of .{', .'.join(sorted(known))}")
+        raise ArgumentError("path", f"got {path.name}, expected a file ending in one of .{', .'.join(sorted(known))}")
     check_file(path)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rmse_edge.chat import ChatTemplate, Message
+from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import Token
 from rmse_edge.runtimes.host.session import Resumed, SessionError
@@ -105,12 +106,13 @@ class Conversation:
         """Go on from a session that is in the runtime already.
 
         Raises:
-            SessionError: it is not of a conversation.
+            ArgumentError: it is not of a conversation.
+            SessionError: its conversation is damaged.
         """
         if not session.chat:
-            raise SessionError("--session: was saved without --chat; leave out --chat to go on with its text")
-        values = parse_json(session.chat, "--session", SessionError, "start a new one")
-        kept = validated(Kept, values, "--session", SessionError, "start a new one", "chat")
+            raise ArgumentError("session", "was saved without a conversation; go on with its text")
+        values = parse_json(session.chat, "the session", SessionError, "start a new one")
+        kept = validated(Kept, values, "the session", SessionError, "start a new one", "chat")
         self.messages = list(kept.messages)
         self._read = [(text, list(pending)) for text, pending in kept.read]
         self._tail = session.tail

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.host.base import Runtime
 
@@ -65,7 +65,7 @@ class TextStream:
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), tail: Tail = BEGINNING) -> None:
         """`tail`: of the stream that this one goes on from."""
         if "" in stop:
-            raise UserError("--stop: got an empty string, expected the text to stop at")
+            raise ArgumentError("stop", "got an empty string, expected the text to stop at")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.knowledge import Hit, KnowledgeError, Retriever, check_fits
 from rmse_edge.runtimes.host.base import Surprise
 from rmse_edge.runtimes.host.text import LoopRuntime
@@ -74,10 +74,10 @@ class Librarian:
         room = int(space["hits"])
         hits = room if hits is None else hits
         if not 1 <= hits <= room:
-            raise UserError(f"--kb-hits: got {hits}, expected 1..{room} (retrieval_hits in the model's config.json)")
+            raise ArgumentError("hits", f"got {hits}, expected 1..{room} (retrieval_hits in the model's config.json)")
         gamma = float(space["gamma"]) if gamma is None else gamma
         if not math.isfinite(gamma):
-            raise UserError(f"--gamma: got {gamma}, expected a number")
+            raise ArgumentError("gamma", f"got {gamma}, expected a number")
         width = runtime.info.width
         check_fits(retriever.info, int(space["key_dims"]), int(space["slots"]), width, runtime.info.fingerprint, where)
         librarian = cls(runtime, retriever, gamma, hits, optional, warn)

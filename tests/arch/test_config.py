@@ -16,7 +16,7 @@ from small_models import small_config
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.costs import average_context, macs_per_token, parameters
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.errors import ConfigError
+from rmse_edge.errors import ArgumentError, ConfigError
 from rmse_edge.train.gpt import GPTConfig
 from rmse_edge.train.recipe import Recipe
 
@@ -181,25 +181,25 @@ def test_the_shipped_recipe_reads_and_spells_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("steps=0", "--set: steps: got 0, expected a whole number from 1 to 1000000000"),
-        ("steps=many", "--set: steps: got 'many', expected a whole number"),
-        ("lr=0", "--set: lr: got 0, expected a number above 0"),
-        ("lr=[1]", "--set: lr: got [1], expected a number above 0"),
-        ("ema=1", "--set: ema: got 1, expected a number in [0, 1)"),
-        ("depths=[4,13]", "--set: depths: got [4, 13], expected loops in 1..max_loops (12)"),
-        ("depths=[]", "--set: depths: got [], expected loops in 1..max_loops (12)"),
-        ("accumulate=3", "--set: accumulate: got 3, expected a divisor of batch_size 8"),
-        ("precision=fp8", "--set: precision: got 'fp8', expected one of auto, bf16, fp32"),
-        ("architecture=rnn", "--set: architecture: got 'rnn', expected one of rmse, gpt"),
-        ("speed=9", "--set: unknown key 'speed'; known keys are "),
-        ("model.d_modle=64", "--set: model: unknown key 'd_modle'; known keys are "),
-        ("model.window=8", "--set: model: window: got 8, expected at least 64"),
-        ("model=5", "--set: model: got 5, expected an object of model fields"),
-        ("lr", "--set: got 'lr', expected key=value"),
+        ("steps=0", "changes: steps: got 0, expected a whole number from 1 to 1000000000"),
+        ("steps=many", "changes: steps: got 'many', expected a whole number"),
+        ("lr=0", "changes: lr: got 0, expected a number above 0"),
+        ("lr=[1]", "changes: lr: got [1], expected a number above 0"),
+        ("ema=1", "changes: ema: got 1, expected a number in [0, 1)"),
+        ("depths=[4,13]", "changes: depths: got [4, 13], expected loops in 1..max_loops (12)"),
+        ("depths=[]", "changes: depths: got [], expected loops in 1..max_loops (12)"),
+        ("accumulate=3", "changes: accumulate: got 3, expected a divisor of batch_size 8"),
+        ("precision=fp8", "changes: precision: got 'fp8', expected one of auto, bf16, fp32"),
+        ("architecture=rnn", "changes: architecture: got 'rnn', expected one of rmse, gpt"),
+        ("speed=9", "changes: unknown key 'speed'; known keys are "),
+        ("model.d_modle=64", "changes: model: unknown key 'd_modle'; known keys are "),
+        ("model.window=8", "changes: model: window: got 8, expected at least 64"),
+        ("model=5", "changes: model: got 5, expected an object of model fields"),
+        ("lr", "changes: got 'lr', expected key=value"),
     ],
 )
 def test_a_wrong_override_is_named(change: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ArgumentError) as caught:
         Recipe().override([change])
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
@@ -209,7 +209,7 @@ def test_overrides() -> None:
     assert recipe == Recipe(model={"d_model": 32, "n_heads": 2}, lr=1e-3, depths=(2, 4), precision="fp32")
     gpt = Recipe(model={}).override(["architecture=gpt", "model.n_layers=2"])
     assert gpt.model_config() == GPTConfig(n_layers=2) and gpt.total_steps == gpt.steps
-    with pytest.raises(ConfigError, match=r"model: n_heads: got 5, expected a divisor of d_model \(192\)"):
+    with pytest.raises(ArgumentError, match=r"model: n_heads: got 5, expected a divisor of d_model \(192\)"):
         gpt.override(["model.n_heads=5"])
 
 

@@ -369,7 +369,7 @@ def test_a_weight_beyond_float16_is_refused_by_name() -> None:
         large.head_proj.weight[3, 5] = 1e5
     with pytest.raises(UserError) as caught:
         rounded(large, "fp16")
-    assert_one_line(str(caught.value), "head_proj.weight", "--quant fp32")
+    assert_one_line(str(caught.value), "head_proj.weight", "quant=fp32")
 
 
 def test_an_existing_package_is_replaced_only_by_force(

@@ -211,7 +211,7 @@ def test_the_integers_are_proved_before_activations_are_rounded(
     monkeypatch.setattr(QuantizedTensor, "packed", planted)
     with pytest.raises(ParityError, match=r"^parity failed at full depth: position \d+") as caught:
         export_package(quantized.model, tmp_path / "wrong.rmse", ExportRequest(quant="int4"), quantized=quantized)
-    assert "--accuracy-level" not in str(caught.value)  # which would not help
+    assert "accuracy_level" not in str(caught.value)  # which would not help
     assert [p.name for p in tmp_path.iterdir()] == ["p.rmse"]
 
 
@@ -224,7 +224,7 @@ def test_what_only_the_rounding_of_activations_fails_names_the_way_out(
         export_package(
             quantized.model, tmp_path / "p.rmse", ExportRequest(quant="int4"), checkpoint, quantized=quantized
         )
-    assert_one_line(str(caught.value), "parity failed at", "the same integers pass", "--accuracy-level 0")
+    assert_one_line(str(caught.value), "parity failed at", "the same integers pass", "accuracy_level=0")
     manifest = Package.open(int4).manifest
     assert manifest["quantization"]["accuracy_level"] == 0 and manifest["parity"]["rule"] == "exact"
     assert not list(tmp_path.iterdir())
@@ -344,7 +344,7 @@ def test_a_reader_without_a_form_for_integers_fails_the_export() -> None:
     )  # fmt: skip
     with pytest.raises(ExportError) as caught:
         use_integers(helper.make_model(graph), {"inject.weight": q}, {weight.tobytes(): "inject.weight"}, 4)
-    assert_one_line(str(caught.value), "inject.weight", "Mul", "--quant fp32")
+    assert_one_line(str(caught.value), "inject.weight", "Mul", "quant=fp32")
 
 
 def graph_of(nodes: list[onnx.NodeProto], weight: np.ndarray, columns: int) -> onnx.ModelProto:
@@ -389,7 +389,7 @@ def test_inputs_that_make_no_whole_blocks_are_named() -> None:
     model = graph_of([helper.make_node("Gather", ["w", "x"], ["y"])], weight, 72)
     with pytest.raises(ExportError) as caught:
         use_integers(model, {"embed.weight": q}, {weight.tobytes(): "embed.weight"}, 4)
-    assert_one_line(str(caught.value), "embed.weight", "72 inputs", "blocks of 16", "--quant fp32")
+    assert_one_line(str(caught.value), "embed.weight", "72 inputs", "blocks of 16", "quant=fp32")
 
 
 def test_a_target_without_zero_points_refuses_them_by_name(
@@ -402,7 +402,7 @@ def test_a_target_without_zero_points_refuses_them_by_name(
         export_package(
             quantized.model, tmp_path / "p.rmse", ExportRequest("symmetric-only", "int4"), quantized=quantized
         )
-    assert_one_line(str(caught.value), "embed.weight", "asymmetric", "symmetric-only", "--asymmetric")
+    assert_one_line(str(caught.value), "embed.weight", "asymmetric", "symmetric-only", "without symmetric=False")
     assert not (tmp_path / "p.rmse").exists()
 
 
@@ -512,6 +512,6 @@ def test_groups_are_proposed_that_all_weights_of_the_flag_have() -> None:
     model = RMSE(tiny_config(n_heads=3, n_kv_heads=1))  # the output projection has 48 inputs
     with pytest.raises(UserError) as caught:
         Scheme("int4", dense_group_size=128).formats(model)
-    assert_one_line(str(caught.value), "embed.weight", "pass --dense-group-size 16")
+    assert_one_line(str(caught.value), "embed.weight", "pass dense_group_size=16")
     assert str(caught.value).endswith("16")
     assert Scheme("int4", dense_group_size=16).formats(model)

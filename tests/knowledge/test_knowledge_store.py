@@ -242,7 +242,7 @@ def test_another_models_base_is_refused() -> None:
 def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
     fails("no such knowledge base; make one with rmse-index MODEL TEXT... -o", KnowledgeBase.open, tmp_path / "a.kb")
     KnowledgeBase.create(tmp_path / "a.kb", INFO)
-    fails("already exists; remove it, or choose another -o", KnowledgeBase.create, tmp_path / "a.kb", INFO)
+    fails("already exists; remove it, or choose another folder", KnowledgeBase.create, tmp_path / "a.kb", INFO)
     (tmp_path / "file").write_text("mine")
     fails("is a file, expected a folder", KnowledgeBase.create, tmp_path / "file", INFO)
     fails("is a file, expected a knowledge base folder; choose another name", KnowledgeBase.open, tmp_path / "file")

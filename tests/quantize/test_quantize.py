@@ -27,7 +27,7 @@ from rmse_edge.arch.identity import fingerprint
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.quantize import main
-from rmse_edge.errors import CheckpointError, TextError, UserError
+from rmse_edge.errors import ArgumentError, CheckpointError, UserError
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
 from rmse_edge.quantize.compare import compare, deployed_exit, mean_depth
@@ -114,14 +114,14 @@ def test_a_tensor_the_quantiser_does_not_know_is_named() -> None:
 @pytest.mark.parametrize(
     ("scheme", "parts"),
     [
-        ({"group_size": 64}, ("block.experts.down_proj", "group size 64", "32 inputs", "--group-size 16 or 32")),
+        ({"group_size": 64}, ("block.experts.down_proj", "group size 64", "32 inputs", "group_size=16 or 32")),
         ({"group_size": 48}, ("group size: got 48",)),
         (
             {"dense_group_size": 128},
-            ("embed.weight", "group size 128", "64 inputs", "--dense-group-size 16 or 32"),
+            ("embed.weight", "group size 128", "64 inputs", "dense_group_size=16 or 32"),
         ),
-        ({"quant": "int8", "symmetric": False}, ("--asymmetric", "int8 is symmetric")),
-        ({"quant": "int3"}, ("--quant", "int3", "int8, int4")),
+        ({"quant": "int8", "symmetric": False}, ("symmetric=False", "int8 is symmetric")),
+        ({"quant": "int3"}, ("quant: got", "int3", "int8, int4")),
     ],
     ids=str,
 )
@@ -436,5 +436,5 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_texts_are_checked_before_anything_is_computed(model: RMSE) -> None:
-    with pytest.raises(TextError, match="100 tokens, expected at least 1024"):
+    with pytest.raises(ArgumentError, match=r"^ids: the text has 100 tokens, expected at least 1024$"):
         quantize(model, QuantizeRequest(), calibration_text(100))

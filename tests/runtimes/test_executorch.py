@@ -297,7 +297,7 @@ def test_groups_that_xnnpack_has_not_are_refused() -> None:
     made = quantize(model, QuantizeRequest(Scheme("int4", group_size=16), method="rtn"))
     with pytest.raises(ExportError) as caught:
         prepare(made.model, LowerOptions(tensors=made.tensors))
-    assert_one_line(str(caught.value), "groups of 16", "--group-size 32")
+    assert_one_line(str(caught.value), "groups of 16", "group_size=32")
     check_format("w", Format(4, 64), 64)
     narrow = RMSE(small_config(d_model=48)).eval()
     made = quantize(narrow, QuantizeRequest(Scheme("int8"), method="rtn"))
@@ -462,7 +462,7 @@ def test_a_text_too_short_to_profile_is_one_line(
 
 
 def test_threads_that_the_engine_does_not_have(executorch_package: Path) -> None:
-    with pytest.raises(UserError, match=r"^--threads"):
+    with pytest.raises(UserError, match=r"^threads: got"):
         open_runtime(executorch_package, threads=10**6)
 
 

@@ -166,7 +166,7 @@ def test_a_knowledge_base_of_another_model_and_impossible_settings_are_refused(r
         with pytest.raises(KnowledgeError) as error:
             Librarian.attach(runtime, other, "my.kb")
         assert_one_line(str(error.value), "my.kb", "another model")
-    with pytest.raises(UserError, match=r"--kb-hits: got 4, expected 1..3"):
+    with pytest.raises(UserError, match=r"^hits: got 4, expected 1..3"):
         Librarian.attach(runtime, shelf, "kb", hits=4)
     with pytest.raises(UserError, match="has no retrieval head"):
         Librarian.attach(TorchRuntime(mixed_model(), "plain"), shelf, "kb")

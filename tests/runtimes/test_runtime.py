@@ -16,7 +16,7 @@ from small_models import dials as model_dials
 from small_models import whole_sequence
 
 from rmse_edge.cli import bench, evaluate, run
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.runtimes import Dials, LoopRuntime, ModelInfo, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.calls import SINGLE_CALLS, plan_calls
@@ -177,15 +177,16 @@ def test_tokens_that_cannot_be_fed(runtime: TorchRuntime, tokens: list, said: st
 
 
 @pytest.mark.parametrize(
-    ("dials", "flag"),
-    [(Dials(5), "--max-loops"), (Dials(0), "--max-loops"), (Dials(4, 5), "--min-loops"), (Dials(4, 0), "--min-loops"),
-     (Dials(4, 1, 0.0), "--exit-threshold"), (Dials(4, 1, float("nan")), "--exit-threshold"),
-     (Dials(4, 1, 1.0, -1.0), "--exit-epsilon"), (Dials(4, 1, 1.0, 0.0, float("nan")), "--exit-entropy")],
+    ("dials", "name"),
+    [(Dials(5), "max_loops"), (Dials(0), "max_loops"), (Dials(4, 5), "min_loops"), (Dials(4, 0), "min_loops"),
+     (Dials(4, 1, 0.0), "exit_threshold"), (Dials(4, 1, float("nan")), "exit_threshold"),
+     (Dials(4, 1, 1.0, -1.0), "exit_epsilon"), (Dials(4, 1, 1.0, 0.0, float("nan")), "exit_entropy")],
 )  # fmt: skip
-def test_dials_out_of_range_name_their_flag(runtime: TorchRuntime, dials: Dials, flag: str):
-    with pytest.raises(UserError) as caught:
+def test_dials_out_of_range_are_named(runtime: TorchRuntime, dials: Dials, name: str):
+    with pytest.raises(ArgumentError) as caught:
         runtime.feed([1], dials)
-    assert_one_line(str(caught.value), flag)
+    assert caught.value.name == name and str(caught.value).startswith(f"{name}: got ")
+    assert_one_line(str(caught.value))
 
 
 def test_a_sequence_limit_holds_across_calls():
@@ -204,7 +205,7 @@ def test_fewer_loops_lower_the_smallest_depth_too(runtime: TorchRuntime):
     info = dataclasses.replace(runtime.info, dials=Dials(4, 3, 0.5))
     assert info.dials_with(max_loops=2) == Dials(2, 2, 0.5)
     assert info.dials_with(max_loops=None, exit_threshold=0.9) == Dials(4, 3, 0.9)
-    with pytest.raises(UserError, match="--min-loops"):
+    with pytest.raises(UserError, match=r"^min_loops: "):
         info.dials_with(max_loops=2, min_loops=3)
 
 

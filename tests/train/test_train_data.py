@@ -107,7 +107,7 @@ def test_no_network_and_other_mistakes(known: bytes, tmp_path: Path, capsys, mon
     assert not out.exists()
     out.write_text("mine")
     assert main(["shakespeare", "-o", str(out)]) == 2
-    assert "exists and is not the text 'shakespeare'; remove it or choose another -o" in one_line(capsys)
+    assert "exists and is not the text 'shakespeare'; remove it or choose another file" in one_line(capsys)
     assert out.read_text() == "mine"
     assert main(["shakespeare", "-o", os.devnull]) == 2
     assert "is a device, expected a file; choose another name" in one_line(capsys)
