@@ -29,7 +29,7 @@ from rmse_edge.quantize.scheme import BITS, EXPERTS
 from rmse_edge.runtimes import other_runtimes, runtime_for
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.text import Tokenizer, read_text
-from rmse_edge.vocabulary import TOKENIZER_FILE, Vocabulary
+from rmse_edge.vocabulary import TOKENIZER_FILE
 
 from .gate.compare import POSITIONS, compare_host, compared, gate
 from .gate.reference import LEAST_POSITIONS, Reference
@@ -182,11 +182,6 @@ def export_package(
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
-    end = model.config.eos_token_id
-    if checkpoint:
-        vocabulary = Vocabulary.of_folder(checkpoint, model.config.vocab_size, end)
-    else:
-        vocabulary = Vocabulary.of_model(end)
     with writing(destination, request.overwrite) as folder, one_thread(model):
         target = get_target(request.target)
         source = quantized.fingerprint if quantized else None
@@ -198,7 +193,7 @@ def export_package(
         exact_twin = rounds_activations and request.check and 0 in target.accuracy_levels
         stage = Stages(_plan(model, request, target, exact_twin), progress)
         name = destination.name.removesuffix(".rmse")
-        info = model_info(model, name, 0, request.target, source, request.quant, vocabulary)
+        info = model_info(model, name, 0, request.target, source, request.quant, checkpoint)
         info = info.with_limit(request.max_seq_len) if info.text is not None else info
         options = LowerOptions(
             quant=request.quant,

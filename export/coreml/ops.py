@@ -155,6 +155,8 @@ DECOMPOSITIONS = {
     torch.ops.aten.log_sigmoid.default: lambda x: -F.relu(-x) - torch.log1p(torch.exp(-x.abs())),
     # The converter's own `inverse` adds 1e-4 to what it divides by.
     torch.ops.aten.reciprocal.default: lambda x: torch.ones_like(x) / x,
+    # A float is not compared with a bound that was written as an integer.
+    torch.ops.aten.clamp_min.default: lambda x, least: torch.maximum(x, torch.full_like(x, least)),
     torch.ops.aten.clamp_max.default: lambda x, most: torch.minimum(x, torch.full_like(x, most)),
     torch.ops.aten.where.ScalarOther: lambda c, a, other: torch.where(c, a, torch.full_like(a, other)),
     torch.ops.aten.new_zeros.default: lambda x, size, **kwargs: torch.zeros(size, dtype=kwargs.get("dtype") or x.dtype),

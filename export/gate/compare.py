@@ -35,11 +35,10 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.info import ModelInfo
-from rmse_edge.loop.dials import Dials
+from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.text import LoopRuntime
 
@@ -64,30 +63,25 @@ POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting 
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
+RULES = {"exit_threshold": "gate", "exit_epsilon": "delta", "exit_entropy": "entropy"}  # by their dials
 LAST_ONLY = 40  # tokens of the call of which only the last logits are asked for: a padded one
 
 
 def adaptive_settings(reference: Reference, tokens: np.ndarray) -> dict[str, Dials]:
-    """Full depth and adaptive settings at which this model's exits vary: by the gate, by the delta rule, and by the
-    entropy rule where the model has it.
+    """Full depth and adaptive settings at which this model's exits vary, one for every rule that it has.
 
     The checkpoint's own setting is used where it is adaptive; otherwise a first run at full depth shows the brake scores
     and relative changes of the middle loop, and the threshold is put among them, where it is clearest who stops.
     """
     own, full = reference.info.dials, reference.info.full_depth
     middle = max(0, reference.info.max_loops // 2 - 1)
-    scores = reference.course(tokens, full).scores
-    clear = {name: clear_threshold(of_loops[middle]) for name, of_loops in scores.items()}
-    gate = own.exit_threshold if own.exit_threshold < 1 else min(clear["exit_threshold"], 0.999)
-    delta = own.exit_epsilon or clear["exit_epsilon"]
-    settings = {
-        "full depth": full,
-        "gate": dataclasses.replace(full, exit_threshold=float(np.float32(gate))),
-        "delta": dataclasses.replace(full, exit_epsilon=float(np.float32(delta)), min_loops=1),
-    }
-    if "exit_entropy" in scores:
-        entropy = own.exit_entropy or clear["exit_entropy"]
-        settings["entropy"] = dataclasses.replace(full, exit_entropy=float(np.float32(entropy)))
+    settings = {"full depth": full}
+    for name, of_loops in reference.course(tokens, full).scores.items():
+        off, set_to = DIALS[name].off, getattr(own, name)
+        value = set_to if set_to != off else clear_threshold(of_loops[middle])
+        value = min(value, 0.999) if name == "exit_threshold" else value
+        chosen = dataclasses.replace(full, **{name: float(np.float32(value))})
+        settings[RULES[name]] = dataclasses.replace(chosen, min_loops=1) if name == "exit_epsilon" else chosen
     return settings
 
 
@@ -261,7 +255,7 @@ def gate(
     half = dataclasses.replace(full, max_loops=max(1, full.max_loops // 2))
     worst: dict[str, float] = {}
     tolerance = ACTIVATION_TOLERANCE if rounded_activations else METHOD_TOLERANCE[exact]
-    for dials in (full, half) if rounded_activations else (full, settings["gate"], half):
+    for dials in (full, half) if rounded_activations else (full, *list(settings.values())[1:2], half):
         found = compare_methods(program, candidate.methods, vars(dials), tolerance, rounded_activations)
         for label, difference in found.items():
             worst[label] = max(worst.get(label, 0.0), difference)
@@ -275,7 +269,7 @@ def gate(
     return report
 
 
-def compare_host(model: RMSE, tokens: np.ndarray) -> dict[str, Any]:
+def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:
     """The host by itself: PyTorch's own methods, run by it, against the whole text, by the exact rule at full depth.
 
     What the rounded rule allows an engine would hide small faults of the host that runs it. So where packages are held

@@ -16,7 +16,7 @@ import onnxscript
 import torch
 from onnxscript import opset23 as op
 
-from rmse_edge.layers.attention import MASKED
+from rmse_edge.layers.masks import MASKED
 
 CONTRIB = "com.microsoft"
 ROTARY = torch.ops.rmse_edge.rotary.default

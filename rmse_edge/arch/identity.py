@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def model_info(
     target: str = "torch",
     source: str | None = None,
     quant: str = "fp32",
-    vocabulary: Vocabulary | None = None,
+    folder: Path | None = None,
 ) -> ModelInfo:
     """The host's view of a model.
 
@@ -31,7 +32,7 @@ def model_info(
         source: fingerprint of the float model that a quantised one was made from. It counts as the same model: sessions
             and knowledge bases of one can be used with the other.
         quant: how the weights are held.
-        vocabulary: of the folder that the model comes from; None: the model's configuration is all there is.
+        folder: that the model comes from, with its tokenizer; None: the model's configuration is all there is.
     """
     arch = arch_of_model(model)
     specs = {chunk: model.spec(chunk) for chunk in model.call_sizes()}
@@ -50,10 +51,11 @@ def model_info(
         config=model.config.to_dict(),
         **arch.parts(model),
     )
-    if info.text is None or vocabulary is None:
+    if info.text is None or folder is None:
         return info
-    tokens = {"eos_token_ids": vocabulary.eos_token_ids, "unused_token_ids": vocabulary.unused_token_ids}
-    return dataclasses.replace(info, text=dataclasses.replace(info.text, **tokens))  # type: ignore[arg-type]
+    found = Vocabulary.of_folder(folder, info.text.vocab_size, info.text.eos_token_ids)
+    text = dataclasses.replace(info.text, eos_token_ids=found.eos_token_ids, unused_token_ids=found.unused_token_ids)
+    return dataclasses.replace(info, text=text)
 
 
 def fingerprint(model: Any) -> str:

@@ -14,7 +14,6 @@ from .norm import RMSNorm
 from .rope import inverse_frequencies
 
 # Added to masked scores. Finite in float16, so that a row whose every key is masked stays free of NaN.
-MASKED = -1e4
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import MASKED
+from .masks import MASKED
 from .norm import RMSNorm, rms, unit
 
 

@@ -180,8 +180,8 @@ class LoopSpec:
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods of a call that the model has, and those of `extra`; `loop` stands for begin and step."""
-        own = [name for name, there in (("coda", self.coda), ("commit", self.commit)) if there]
-        return ("prelude", "loop", "head", *own, *self.extra)
+        absent = {name for name, there in (("coda", self.coda), ("commit", self.commit)) if not there}
+        return (*(m for m in ("prelude", "loop", "coda", "head", "commit") if m not in absent), *self.extra)
 
     @property
     def final(self) -> TensorSpec:

@@ -43,6 +43,8 @@ def run_loop(
     names = [t.name for t in spec.carried]
     emits = [t.name for t in spec.emits]
     first = first | {"depth": torch.zeros_like(first["active"], dtype=torch.int64)}
+    if torch.compiler.is_exporting():
+        first = _apart(first, fixed)
     h = first["h"]
     batch = 1 if spec.h.batch_axis is None else h.shape[spec.h.batch_axis]
     stacks = [
@@ -69,3 +71,13 @@ def run_loop(
     iterations, *values = while_loop(cond, body, start)
     result = dict(zip(names + emits, values))
     return {name: result[name] for name in ("h", "depth", *emits)} | {"iterations": iterations}
+
+
+def _apart(first: Tensors, fixed: Tensors) -> Tensors:
+    """The first carry with a tensor of its own for each: a traced loop may not carry one twice, or one that it reads."""
+    seen = {id(t) for t in fixed.values()}
+    apart = {}
+    for name, t in first.items():
+        apart[name] = t.clone() if id(t) in seen else t
+        seen.add(id(t))
+    return apart

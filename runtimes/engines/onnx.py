@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import SEGMENT
 from rmse_edge.errors import PackageError, UserError
 from rmse_edge.package import Package
 from rmse_edge.runtimes.host.base import Arrays
@@ -181,7 +180,7 @@ class OnnxMethods:
             self._sessions[key] = BoundSession(self._loaded[file], chunk)
         return self._sessions[key]
 
-    def check_others(self) -> None:
+    def check_others(self, chunks: Collection[int]) -> None:
         """Hold the graphs that nothing has called yet, and those that only other hosts call, against the manifest, too."""
         assert self.manifest is not None
         tables, refuse = self.manifest
@@ -190,8 +189,8 @@ class OnnxMethods:
         sessions = dict(self._loaded)
         for name, file in self.graphs.items():
             method, _, rows = name.rpartition("_")
-            if rows not in ("1", str(SEGMENT)):
-                refuse("lowering.graphs", name, f"METHOD_1 or METHOD_{SEGMENT}")
+            if rows not in map(str, chunks):
+                refuse("lowering.graphs", name, " or ".join(f"METHOD_{n}" for n in chunks))
             if (method, int(rows)) not in self._sessions:
                 if file not in sessions:
                     sessions[file] = load_graph(self.folder / file, None, run=False)
@@ -232,10 +231,10 @@ class OnnxRuntime(LoopRuntime):
         check_methods(info, tables, in_graph=True, refuse=refuse)
         methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse))
         for chunk in info.chunks:  # now, so that the first token does not wait for it
-            for method in ("prelude", "loop", "head", "commit", "memorize", "embed_segment"):
+            for method in info.methods:
                 if f"{method}_{chunk}" in methods.graphs:
                     methods.session(method, chunk)
         super().__init__(info, methods)
-        methods.check_others()
+        methods.check_others(info.chunks)
         if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
             release_mapped(package.path(lowering.weights))

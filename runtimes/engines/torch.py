@@ -19,7 +19,6 @@ from rmse_edge.quantize import is_quantized_checkpoint, load_quantized
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.shards import weight_files
-from rmse_edge.vocabulary import Vocabulary
 
 
 class TorchMethods:
@@ -76,12 +75,12 @@ class TorchRuntime(LoopRuntime):
         nbytes: int = 0,
         device: str = "cpu",
         source: str | None = None,
-        vocabulary: Vocabulary | None = None,
+        folder: Path | None = None,
     ) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
         self.model = model.to(device).eval()
-        info = model_info(model, name, nbytes, source=source, vocabulary=vocabulary)
+        info = model_info(model, name, nbytes, source=source, folder=folder)
         super().__init__(info, TorchMethods(model, device), TorchCalls)
 
     @classmethod
@@ -90,8 +89,7 @@ class TorchRuntime(LoopRuntime):
         quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
         model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
         nbytes = sum(file.stat().st_size for file in weight_files(folder))
-        vocabulary = Vocabulary.of_folder(folder, model.config.vocab_size, model.config.eos_token_id)
-        return cls(model, folder.absolute().name, nbytes, device, source, vocabulary)
+        return cls(model, folder.absolute().name, nbytes, device, source, folder)
 
 
 def set_threads(threads: int | None) -> None:

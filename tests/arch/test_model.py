@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.attention import MASKED
+from rmse_edge.layers.masks import MASKED
 from rmse_edge.loop.contract import LoopModel
 from rmse_edge.loop.drive import run_loop
 

@@ -35,7 +35,7 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (llama
 from torch import Tensor, nn
 
 from rmse_edge.export.executorch.passes import EDGE_PASSES
-from rmse_edge.layers.attention import MASKED
+from rmse_edge.layers.masks import MASKED
 from rmse_edge.runtimes.engines.executorch import load_program, set_threads, start_engine
 
 LOOPS = 12

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.attention import MASKED, table_row
+from rmse_edge.layers.attention import table_row
+from rmse_edge.layers.masks import MASKED, ring_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Ring, StateSpec, Tensors, TensorSpec, WholeText, Written
@@ -310,25 +311,7 @@ class RMSE(nn.Module):
         row = torch.arange(x0.shape[1], device=x0.device)
         valid = row < n_valid[:, None]  # (B, C)
         carry = {"h": x0, "active": valid, "log_survival": torch.zeros_like(x0[..., 0], dtype=torch.float32)}
-        return carry, {"mask": self.mask(position, valid, row)}
-
-    def mask(self, position: Tensor, valid: Tensor, row: Tensor) -> Tensor:
-        """What each row sees of [ring; chunk], by absolute distance: (B, 1, C, W + C), 0 or `MASKED`.
-
-        Slot s of the ring holds the largest position below `position` that is s modulo W, if there is one.
-        """
-        window = self.config.window
-        last = position[:, None] - 1
-        slot = torch.arange(window, device=row.device)
-        # One window is added, so that nothing is negative: ExecuTorch's integer remainder takes the sign of C's there.
-        held = last - torch.remainder(last - slot + window, window)  # (B, W)
-        here = position[:, None] + row  # (B, C)
-        past = (held >= 0)[:, None] & (here[..., None] - held[:, None] < window)
-        distance = row[:, None] - row
-        chunk = (distance >= 0) & (distance < window) & (valid[:, None] | (distance == 0))
-        seen = torch.cat([past, chunk.expand(*past.shape[:2], row.shape[0])], -1)
-        zero = torch.zeros((), device=row.device)
-        return torch.where(seen, zero, zero + MASKED).unsqueeze(1)
+        return carry, {"mask": ring_mask(position, n_valid, x0.shape[1], self.config.window)}
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
         before, active = carry["h"], carry["active"]

@@ -1,0 +1,48 @@
+"""What each position of a call sees of [what is kept; the call], as attention takes it: 0 where seen, `MASKED` elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASKED = -1e4  # finite: a row that sees nothing but padding must still be a number
+
+
+def ring_mask(position: Tensor, n_valid: Tensor, count: int, window: int) -> Tensor:
+    """Of a ring of `window` slots: (B, 1, C, W + C).
+
+    Positions see those less than `window` behind them, themselves included, by absolute distance. Slot s of the ring holds
+    the largest position below `position` that is s modulo W, if there is one.
+
+    Args:
+        position: (B,) of the call's first row.
+        n_valid: (B,) rows that are not padding.
+        count: rows of the call, C.
+    """
+    row = torch.arange(count, device=position.device)
+    valid = row < n_valid[:, None]  # (B, C)
+    last = position[:, None] - 1
+    slot = torch.arange(window, device=row.device)
+    # One window is added, so that nothing is negative: ExecuTorch's integer remainder takes the sign of C's there.
+    held = last - torch.remainder(last - slot + window, window)  # (B, W)
+    here = position[:, None] + row  # (B, C)
+    past = (held >= 0)[:, None] & (here[..., None] - held[:, None] < window)
+    distance = row[:, None] - row
+    chunk = (distance >= 0) & (distance < window) & (valid[:, None] | (distance == 0))
+    return _mask(past, chunk)
+
+
+def append_mask(position: Tensor, n_valid: Tensor, count: int, capacity: int) -> Tensor:
+    """Of `capacity` slots that fill up, position p in slot p: (B, 1, C, capacity + C). Arguments as in `ring_mask`."""
+    row = torch.arange(count, device=position.device)
+    valid = row < n_valid[:, None]
+    slot = torch.arange(capacity, device=row.device)
+    past = (slot < position[:, None])[:, None].expand(-1, count, -1)  # (B, C, capacity)
+    distance = row[:, None] - row
+    return _mask(past, (distance >= 0) & (valid[:, None] | (distance == 0)))
+
+
+def _mask(past: Tensor, chunk: Tensor) -> Tensor:
+    seen = torch.cat([past, chunk.expand(*past.shape[:2], chunk.shape[-1])], -1)
+    zero = torch.zeros((), device=seen.device)
+    return torch.where(seen, zero, zero + MASKED).unsqueeze(1)
