@@ -160,7 +160,12 @@ class Tower(nn.Module):
         where = (TensorSpec("position", (1,), integer), TensorSpec("n_valid", (1,), integer))
         of_first = {"update": Ring("first_keys"), "read_by": ("prelude",), "per_loop": False, "batch_axis": 0}
         of_last = {"update": Append("last_keys"), "read_by": ("coda",), "per_loop": False, "batch_axis": 0}
-        layers = (1, LAYERS * c.n_heads, chunk, hd)  # side by side, as more heads: engines' tensors have five axes at most
+        layers = (
+            1,
+            LAYERS * c.n_heads,
+            chunk,
+            hd,
+        )  # side by side, as more heads: engines' tensors have five axes at most
         return LoopSpec(
             chunk=chunk,
             max_loops=loops,
