@@ -80,7 +80,7 @@ def adaptive_settings(reference: Reference, tokens: np.ndarray) -> dict[str, Dia
         off, set_to = DIALS[name].off, getattr(own, name)
         value = set_to if set_to != off else clear_threshold(of_loops[middle])
         value = min(value, 0.999) if name == "exit_threshold" else value
-        chosen = dataclasses.replace(full, **{name: float(np.float32(value))})
+        chosen = Dials(**(vars(full) | {name: float(np.float32(value))}))
         settings[RULES[name]] = dataclasses.replace(chosen, min_loops=1) if name == "exit_epsilon" else chosen
     return settings
 

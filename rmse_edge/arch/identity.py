@@ -53,8 +53,8 @@ def model_info(
     )
     if info.text is None or folder is None:
         return info
-    found = Vocabulary.of_folder(folder, info.text.vocab_size, info.text.eos_token_ids)
-    text = dataclasses.replace(info.text, eos_token_ids=found.eos_token_ids, unused_token_ids=found.unused_token_ids)
+    tokens = Vocabulary.of_folder(folder, info.text.vocab_size, info.text.eos_token_ids)
+    text = dataclasses.replace(info.text, eos_token_ids=tokens.eos_token_ids, unused_token_ids=tokens.unused_token_ids)
     return dataclasses.replace(info, text=text)
 
 
