@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -115,7 +116,9 @@ def test_a_manifest_has_all_end_tokens() -> None:
     from rmse_edge.arch.identity import model_info
 
     model = mixed_model(eos_token_id=[7, 8])
-    written = json.loads(json.dumps(model_info(model, "m", 0, vocabulary=Vocabulary((1, 2), ((60, 65),))).to_json()))
+    info = model_info(model, "m", 0)
+    text = dataclasses.replace(info.language, eos_token_ids=(1, 2), unused_token_ids=((60, 65),))
+    written = json.loads(json.dumps(dataclasses.replace(info, text=text).to_json()))
     info = ModelInfo.from_json(written, 0)
     assert (info.language.eos_token_ids, info.language.unused_token_ids) == ((1, 2), ((60, 65),))
     assert model_info(model, "m", 0).language.eos_token_ids == (7, 8)
@@ -132,7 +135,7 @@ def test_an_executorch_program_says_all_end_tokens() -> None:
     from rmse_edge.export.targets import LowerOptions
 
     model = mixed_model()
-    info = model_info(model, "m", 0, vocabulary=Vocabulary((3, 9)))
+    info = model_info(mixed_model(eos_token_id=[3, 9]), "m", 0)
     found = metadata(LoopProgram(model, {1: model.spec(1)}, []), LowerOptions(info=info))
     plain = torch.export.export(torch.nn.Identity(), (torch.ones(1),))
     lowered = to_edge_transform_and_lower({"forward": plain}, constant_methods=found).to_executorch()
