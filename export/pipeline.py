@@ -20,20 +20,22 @@ from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
+from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
 from rmse_edge.quantize.parallel import one_thread
 from rmse_edge.quantize.scheme import BITS, EXPERTS
-from rmse_edge.runtimes import other_runtimes, runtime_for
+from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.text import Tokenizer, read_text
 from rmse_edge.vocabulary import TOKENIZER_FILE
 
+from .gate.board import board_gate
 from .gate.compare import POSITIONS, compare_host, compared, gate
 from .gate.reference import LEAST_POSITIONS, Reference
-from .program import Signature, method_names, signature, tensors_json, trace
+from .program import LoopProgram, Signature, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
 
 SAMPLE = "sample.txt"
@@ -225,47 +227,81 @@ def export_package(
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)
         if request.check:
-            tokens = parity_tokens(info.vocab_size, folder, text)
-            # An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise.
-            arch = arch_of_model(model)
-            float_cache = arch.cache_dtype(model) == "float32"
-            rounded_activations = rounds_activations or request.quant in target.halves
-            exact = request.quant != "fp16" and not rounded_activations and float_cache
-            longest = compared(tokens, info, exact, target.positions)
-            counterpart = rounded(model, request.quant)
-            reference = Reference(counterpart, info, longest)
-            found = None
-            if twin is not None:
-                stage("parity of the integers")
-                candidate = sealed(folder, manifest | {"lowering": twin})
-                found = gate(program, reference, candidate, tokens, float_cache, stage)
-                for file in set(twin["graphs"].values()):
-                    (folder / file).unlink()
-            alone = None
-            if not exact and not (found is not None and float_cache):
-                stage("parity of the host")
-                alone = compare_host(arch.with_cache_dtype(counterpart, "float32"), tokens)
-            candidates = [sealed(folder, manifest), *map(unlimited, other_runtimes(Package.open(folder)))]
-            try:
-                reports = [
-                    gate(program, reference, c, tokens, exact, stage, rounded_activations, target.positions)
-                    for c in candidates
-                ]
-            except ParityError as error:
-                if found is None:
-                    raise
-                # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
-                raise ParityError(
-                    f"{error}; without the rounding of activations to int8 the same integers pass: "
-                    "export with accuracy_level=0"
-                ) from None
-            manifest["parity"] = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
-            if found is not None:
-                manifest["parity"]["integers"] = found
-            if alone is not None:
-                manifest["parity"]["host"] = alone
+            proof = Proof(program, model, info, request, target, folder, manifest, stage)
+            manifest["parity"] = proof.board() if info.board is not None else proof.text(twin)
         seal(folder, manifest)
     return Package.open(destination)
+
+
+@dataclass
+class Proof:
+    """The gate of one export, over the package in the making."""
+
+    program: LoopProgram
+    model: Any
+    info: ModelInfo
+    request: ExportRequest
+    target: Target
+    folder: Path
+    manifest: dict[str, Any]
+    stage: Stages
+
+    def board(self) -> dict[str, Any]:
+        """Of a model that fills in boards."""
+        seal(self.folder, self.manifest)
+        exact = self.request.quant == "fp32"
+        counterpart, package = rounded(self.model, self.request.quant), Package.open(self.folder)
+        return board_gate(self.program, counterpart, board_for(package), exact, self.stage)
+
+    def text(self, twin: dict[str, Any] | None) -> dict[str, Any]:
+        """Of a model of texts.
+
+        Args:
+            twin: of a package that rounds activations, what its lowering says of graphs that do not.
+        """
+        model, info, request, target = self.model, self.info, self.request, self.target
+        rounds_activations = bool(request.quant in BITS and request.level != 0)
+        tokens = parity_tokens(info.vocab_size, self.folder, self.manifest["text"])
+        # An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise.
+        arch = arch_of_model(model)
+        float_cache = arch.cache_dtype(model) == "float32"
+        rounded_activations = rounds_activations or request.quant in target.halves
+        exact = request.quant != "fp16" and not rounded_activations and float_cache
+        longest = compared(tokens, info, exact, target.positions)
+        counterpart = rounded(model, request.quant)
+        reference = Reference(counterpart, info, longest)
+        found = None
+        if twin is not None:
+            self.stage("parity of the integers")
+            candidate = sealed(self.folder, self.manifest | {"lowering": twin})
+            found = gate(self.program, reference, candidate, tokens, float_cache, self.stage)
+            for file in set(twin["graphs"].values()):
+                (self.folder / file).unlink()
+        alone = None
+        if not exact and not (found is not None and float_cache):
+            self.stage("parity of the host")
+            alone = compare_host(arch.with_cache_dtype(counterpart, "float32"), tokens)
+        package = [sealed(self.folder, self.manifest)]
+        candidates = [*package, *map(unlimited, other_runtimes(Package.open(self.folder)))]
+        try:
+            reports = [
+                gate(self.program, reference, c, tokens, exact, self.stage, rounded_activations, target.positions)
+                for c in candidates
+            ]
+        except ParityError as error:
+            if found is None:
+                raise
+            # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
+            raise ParityError(
+                f"{error}; without the rounding of activations to int8 the same integers pass: "
+                "export with accuracy_level=0"
+            ) from None
+        report = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
+        if found is not None:
+            report["integers"] = found
+        if alone is not None:
+            report["host"] = alone
+        return report
 
 
 @contextmanager

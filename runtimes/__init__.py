@@ -13,16 +13,20 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.package import MANIFEST, Package
 
 from .host.base import Fed, Methods, Runtime, Surprise
+from .host.board import BoardRuntime, Solved
 from .host.text import LoopRuntime
 
 __all__ = [
+    "BoardRuntime",
     "Dials",
     "Fed",
     "LoopRuntime",
     "Methods",
     "ModelInfo",
     "Runtime",
+    "Solved",
     "Surprise",
+    "board_for",
     "open_runtime",
     "other_runtimes",
     "runtime_for",
@@ -31,8 +35,39 @@ __all__ = [
 RUNTIMES = ("torch", "onnx", "executorch", "coreml")
 
 
+def board_for(package: Package, threads: int | None = None, engine: str | None = None) -> BoardRuntime:
+    """The runtime of a verified package of a model that fills in boards.
+
+    Raises:
+        PackageError: no runtime here runs its target.
+        UserError: it is a model of texts.
+    """
+    if package.target == "onnx":
+        from .engines.onnx import opened as onnx
+
+        found = onnx(package, threads)
+    elif package.target == "executorch":
+        from .engines.executorch import opened as executorch
+
+        found = executorch(package, threads)
+    elif package.target == "coreml":
+        from .engines.coreml import opened as coreml
+
+        found = coreml(package, engine, threads)
+    else:
+        raise no_runtime(package)
+    if found.info.board is None:
+        raise UserError(f"{package.folder}: is a model of texts; give it a prompt")
+    return BoardRuntime(found.info, found.methods, found.loop)
+
+
+def no_runtime(package: Package) -> PackageError:
+    known = ", ".join(name for name in RUNTIMES if name != "torch")
+    return PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
+
+
 def runtime_for(package: Package, threads: int | None = None) -> Runtime:
-    """The runtime of a verified package.
+    """The runtime of a verified package of a model of texts.
 
     Raises:
         PackageError: no runtime here runs its target.
@@ -49,8 +84,7 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
         from .engines.coreml import CoremlRuntime
 
         return CoremlRuntime(package, threads=threads)
-    known = ", ".join(name for name in RUNTIMES if name != "torch")
-    raise PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
+    raise no_runtime(package)
 
 
 def other_runtimes(package: Package) -> list[LoopRuntime]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -25,7 +25,7 @@ from rmse_edge.info import Form, ModelInfo
 from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import Package
 from rmse_edge.runtimes.host.base import Arrays
-from rmse_edge.runtimes.host.calls import Calls
+from rmse_edge.runtimes.host.calls import Calls, Opened
 from rmse_edge.runtimes.host.signatures import (
     Method,
     Refuse,
@@ -39,7 +39,6 @@ from rmse_edge.runtimes.host.signatures import (
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import Name, Shape
 
-STATEFUL = ("step", "loop", "commit")  # methods that read or write the rings, where these are states
 SCALE = "scale"  # the input of `blank`, of which Core ML wants one: 1 for the memory as it was trained
 
 
@@ -294,8 +293,50 @@ class CoremlCalls(Calls):
         self.methods.write_states(tensors)
 
 
-class CoremlRuntime(LoopRuntime):
+def opened(
+    package: Package, engine: str | None = None, threads: int | None = None, compute: str | None = None
+) -> Opened:
     """A package exported with `--target coreml`.
+
+    Args:
+        engine: "coreml" (macOS only) or "interpreter"; by default the first where it exists.
+        compute: "cpu", "gpu" or "ane", for Core ML; by default what the package is laid out for.
+    Raises:
+        ArgumentError: a number of threads is given.
+        PackageError: the manifest and the program do not fit.
+    """
+    if threads is not None:
+        raise ArgumentError("threads", "neither Core ML nor its interpreter takes a number of threads; leave it out")
+    info, tables, refuse = read_model(package), read_methods(package), refusal(package)
+    lowering = package.section(Lowering, "lowering")
+    check_rings(info, lowering.rings, refuse)
+    for in_graph in (True, False):  # functions for either are there
+        check_methods(info, tables, in_graph, refuse, engine_keeps=bool(lowering.rings))
+    path = package.folder_of(lowering.program)
+    check_program(path, tables, lowering.rings, refuse)
+    engine = engine or engines()[0]
+    compute = compute or lowering.compute
+    if engine == "interpreter":  # whoever reads a time must see what took it
+        info = dataclasses.replace(info, target="coreml (interpreted)")
+    if engine == "coreml":
+        running: Engine = CoreMLEngine(path, compute, stateful(info, tables) if lowering.rings else ())
+    else:
+        running = InterpreterEngine(path)
+    rows = [name for name, state in info.state.items() if state.per_loop]
+    methods = CoremlMethods(running, package.manifest["methods"], lowering.rings, rows)
+    # In the graph, the loop is one call, but nothing but the CPU runs it.
+    return Opened(info, methods, CoremlCalls, "loop" if compute == "cpu" else "host_loop")
+
+
+def stateful(info: ModelInfo, functions: Iterable[str]) -> list[str]:
+    """The functions that read or write the rings, where these are states."""
+    readers = {reader for ring in info.rings.values() for reader in ring.read_by}
+    methods = (readers - {"loop"}) | {"commit"} | ({"loop", "step"} if "loop" in readers else set())
+    return [name for name in functions if name.rpartition("_")[0] in methods]
+
+
+class CoremlRuntime(LoopRuntime):
+    """A model of texts exported with `--target coreml`.
 
     Where it keeps the rings in states, these are read and written by `tensors` and `restore` only.
     """
@@ -305,35 +346,9 @@ class CoremlRuntime(LoopRuntime):
     def __init__(
         self, package: Package, engine: str | None = None, threads: int | None = None, compute: str | None = None
     ) -> None:
-        """
-        Args:
-            engine: "coreml" (macOS only) or "interpreter"; by default the first where it exists.
-            compute: "cpu", "gpu" or "ane", for Core ML; by default what the package is laid out for.
-        """
-        if threads is not None:
-            raise ArgumentError(
-                "threads", "neither Core ML nor its interpreter takes a number of threads; leave it out"
-            )
-        info, tables, refuse = read_model(package), read_methods(package), refusal(package)
-        lowering = package.section(Lowering, "lowering")
-        check_rings(info, lowering.rings, refuse)
-        for in_graph in (True, False):  # functions for either are there
-            check_methods(info, tables, in_graph, refuse, engine_keeps=bool(lowering.rings))
-        path = package.folder_of(lowering.program)
-        check_program(path, tables, lowering.rings, refuse)
+        """Arguments and errors as in `opened`."""
         self.engine = engine or engines()[0]
-        compute = compute or lowering.compute
-        if self.engine == "interpreter":  # whoever reads a time must see what took it
-            info = dataclasses.replace(info, target="coreml (interpreted)")
-        if self.engine == "coreml":
-            names = [n for n in tables if n.rpartition("_")[0] in STATEFUL] if lowering.rings else []
-            running: Engine = CoreMLEngine(path, compute, names)
-        else:
-            running = InterpreterEngine(path)
-        rows = [name for name, state in info.state.items() if state.per_loop]
-        super().__init__(info, CoremlMethods(running, package.manifest["methods"], lowering.rings, rows), CoremlCalls)
-        # In the graph, the loop is one call, but nothing but the CPU runs it.
-        self.calls.loop = "loop" if compute == "cpu" else "host_loop"
+        super().__init__(*opened(package, engine, threads, compute))
 
 
 def check_rings(info: ModelInfo, rings: Mapping[str, Ring], refuse: Refuse) -> None:

@@ -17,6 +17,7 @@ from rmse_edge.files import digest_file
 from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import AGAIN, Package
 from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.calls import Opened
 from rmse_edge.runtimes.host.signatures import check_engine, check_methods, read_methods, read_model, refusal
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.runtimes.measure.machine import DONTNEED, release_mapped
@@ -193,23 +194,32 @@ class Lowering:
     program: Name
 
 
+def opened(package: Package, threads: int | None = None, profile: bool = False) -> Opened:
+    """A package exported with `--target executorch`, its methods loaded by the wheel's runtime.
+
+    Raises:
+        PackageError: the manifest and the program do not fit.
+    """
+    info, tables = read_model(package), read_methods(package)
+    name = package.section(Lowering, "lowering").program
+    path = package.path(name)
+    check_methods(info, tables, in_graph=False, refuse=refusal(package))
+    set_threads(threads)
+    manifest = package.manifest
+    rows = [state for state, kept in info.state.items() if kept.per_loop]
+    methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name], rows)
+    for method in manifest["methods"]:  # now, so that the first token does not wait for it
+        methods.load(method)
+    release_mapped(path, DONTNEED)  # XNNPACK's weights are packed by now; those of experts come back when read
+    return Opened(info, methods)
+
+
 class ExecutorchRuntime(LoopRuntime):
-    """A package exported with `--target executorch`, run by the wheel's runtime."""
+    """A model of texts exported with `--target executorch`."""
 
     def __init__(self, package: Package, threads: int | None = None, profile: bool = False) -> None:
         self.package = package
-        info, tables = read_model(package), read_methods(package)
-        name = package.section(Lowering, "lowering").program
-        path = package.path(name)
-        check_methods(info, tables, in_graph=False, refuse=refusal(package))
-        set_threads(threads)
-        manifest = package.manifest
-        rows = [state for state, kept in info.state.items() if kept.per_loop]
-        methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name], rows)
-        for method in manifest["methods"]:  # now, so that the first token does not wait for it
-            methods.load(method)
-        super().__init__(info, methods)
-        release_mapped(path, DONTNEED)  # XNNPACK's weights are packed by now; those of experts come back when read
+        super().__init__(*opened(package, threads, profile))
 
 
 def set_threads(threads: int | None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from rmse_edge.errors import PackageError, UserError
 from rmse_edge.package import Package
 from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.calls import Opened
 from rmse_edge.runtimes.host.signatures import (
     Form,
     Method,
@@ -219,22 +220,31 @@ class Lowering:
     weights: Name
 
 
+def opened(package: Package, threads: int | None = None) -> Opened:
+    """A package exported with `--target onnx`, its graphs loaded.
+
+    Raises:
+        PackageError: the manifest and the graphs do not fit.
+    """
+    info, tables, refuse = read_model(package), read_methods(package), refusal(package)
+    lowering = package.section(Lowering, "lowering")
+    for file in (*lowering.graphs.values(), lowering.weights):
+        package.path(file)
+    check_methods(info, tables, in_graph=True, refuse=refuse)
+    methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse))
+    for chunk in info.chunks:  # now, so that the first token does not wait for it
+        for method in info.methods:
+            if f"{method}_{chunk}" in methods.graphs:
+                methods.session(method, chunk)
+    methods.check_others(info.chunks)
+    if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
+        release_mapped(package.path(lowering.weights))
+    return Opened(info, methods)
+
+
 class OnnxRuntime(LoopRuntime):
-    """A package exported with `--target onnx`."""
+    """A model of texts exported with `--target onnx`."""
 
     def __init__(self, package: Package, threads: int | None = None) -> None:
         self.package = package
-        info, tables, refuse = read_model(package), read_methods(package), refusal(package)
-        lowering = package.section(Lowering, "lowering")
-        for file in (*lowering.graphs.values(), lowering.weights):
-            package.path(file)
-        check_methods(info, tables, in_graph=True, refuse=refuse)
-        methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse))
-        for chunk in info.chunks:  # now, so that the first token does not wait for it
-            for method in info.methods:
-                if f"{method}_{chunk}" in methods.graphs:
-                    methods.session(method, chunk)
-        super().__init__(info, methods)
-        methods.check_others(info.chunks)
-        if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
-            release_mapped(package.path(lowering.weights))
+        super().__init__(*opened(package, threads))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -200,3 +200,12 @@ class Calls:
         h = self.methods.run(self.loop, rows, given | found | nothing | self.blank)["h"]
         said = self.methods.run("embed_segment", rows, {"segment": h, "n_valid": given["n_valid"]})
         return {name: self.get(array) for name, array in said.items()}
+
+
+class Opened(NamedTuple):
+    """A package as its engine opened it: what a host is made of."""
+
+    info: ModelInfo
+    methods: Methods
+    calls: type[Calls] = Calls
+    loop: str = "loop"  # the method that iterates

@@ -20,7 +20,9 @@ from .signatures import LARGEST_STATE, kept_bytes
 class LoopRuntime:
     """`Runtime` on top of any target's `Calls`."""
 
-    def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls) -> None:
+    def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls, loop: str = "loop") -> None:
+        if info.text is None:
+            raise UserError(f"{info.name}: fills in boards and reads no text (rmse_edge.runtimes.board_for runs it)")
         if kept_bytes(info) > LARGEST_STATE:
             raise UserError(
                 f"{info.name}: keeps {kept_bytes(info)} bytes between calls, for {info.window or info.capacity} positions and "
@@ -28,6 +30,7 @@ class LoopRuntime:
             )
         self.info = info
         self.calls = calls(info, methods)
+        self.calls.loop = loop
         self.retrieved = _no_hits(info)
         self.remember = True  # False: nothing more is learned
         self.whole = True  # False after a call that was broken off: what is kept belongs to no moment of the text
