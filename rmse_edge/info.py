@@ -216,3 +216,8 @@ class ModelInfo:
         """Positions that a text may have at most, for its state; None: any number."""
         sizes = [s.shape[-2] for s in self.state.values() if s.kind == "append"]
         return min(sizes, default=None)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a text may have at most, for its state and for the export; None: any number."""
+        return min((n for n in (self.language.max_seq_len, self.capacity) if n is not None), default=None)

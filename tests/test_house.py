@@ -57,7 +57,6 @@ KNOW_RMSE = {
     "rmse_edge.cli.bench",
     "rmse_edge.cli.export",
     "rmse_edge.cli.quantize",
-    "rmse_edge.runtimes.measure.bench",
 }
 
 # Files whose messages still speak of flags. The library names arguments, which the command line calls by its flags.

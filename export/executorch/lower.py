@@ -85,7 +85,7 @@ def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
     info = options.info
     if info is None or info.text is None:
         return found
-    limit = min((n for n in (info.text.max_seq_len, info.capacity) if n is not None), default=UNLIMITED)
+    limit = info.longest or UNLIMITED
     begins = info.config.get("bos_token_id")
     return found | {
         "get_vocab_size": info.vocab_size,

@@ -248,7 +248,7 @@ def prepare(
         notes.append("the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)")
     settings = BenchSettings(args.prompt, args.generate, tuple(args.depths or ()), adaptive, args.repetitions)
     if ids is None:
-        ids = read_ids(runtime, settings.tokens_needed, args)
+        ids = read_ids(runtime, settings.tokens_needed(runtime.info), args)
     if ids.max() >= runtime.info.vocab_size:
         raise UserError(f"{runtime.info.name}: has another vocabulary than the first model; time them one by one")
     return Bench(runtime, ids, settings), notes, dials, ids

@@ -49,10 +49,10 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
     Raises:
         UserError: a dial is out of the model's range, or the model was not built with that rule.
     """
-    if args.exit_entropy and "exit_entropy" not in info.rules:
-        raise UserError(
-            f"--exit-entropy: {info.name} was built without the entropy rule (exit_rules in its config.json)"
-        )
+    for name, dial in DIALS.items():
+        value = getattr(args, name)
+        if name not in info.rules and dial.off is not None and value not in (None, dial.off):
+            raise UserError(f"--{name.replace('_', '-')}: {info.name} has no such rule; it has {', '.join(info.rules)}")
     return info.dials_with(**{name: getattr(args, name) for name in DIALS})
 
 

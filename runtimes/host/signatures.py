@@ -178,6 +178,7 @@ class Flow:
     def __init__(self, info: ModelInfo, methods: Mapping[str, Method], refuse: Refuse, engine_keeps: bool) -> None:
         self.info, self.methods, self.refuse, self.engine_keeps = info, methods, refuse, engine_keeps
         self.width = info.width
+        self.made: dict[str, Form] = {}  # what methods gave, of what a host has at hand
 
     def given(self, rows: int) -> dict[str, Form]:
         """What the host itself gives to the methods of a call of so many rows."""
@@ -191,7 +192,6 @@ class Flow:
                 found |= {name: ((1, rows, pairs), "float32") for name in ("cos", "sin")}
         if info.board is not None:
             found["board"] = ((1, info.board.cells), "int64")
-        found |= {name: ((1, rows, self.width), "float32") for name in info.noise}
         if info.memory and info.segment is not None:
             found["segment"] = ((1, info.segment, self.width), "float32")
         if info.retrieval is not None:
@@ -199,32 +199,38 @@ class Flow:
             found["retrieved"] = ((1, hits, self.width), "float32")
             found["retrieved_scores"] = ((1, hits), "float32")
             found["retrieved_valid"] = ((1, hits), "bool")
-        return found | {name: state.form for name, state in info.state.items()}
+        noise: dict[str, Form] = {name: ((1, rows, self.width), "float32") for name in info.noise}
+        state = {name: kept.form for name, kept in info.state.items()}
+        for field, new in (("noise", noise), ("state", state)):
+            for name in found.keys() & new.keys():
+                self.refuse(f"model.{field}.{name}", "a name that hosts give themselves", "another")
+            found |= new
+        return found
 
     def call(self, rows: int, in_graph: bool) -> None:
         """prelude, the loop, coda, head, commit, and what is left to be kept."""
-        have = self.given(rows)
+        have, self.made = self.given(rows), {}
         self.run(f"prelude_{rows}", have)
         if in_graph:
             self.run(f"loop_{rows}", have)
         else:
             self.host_loop(rows, have)
         self.require(
-            f"the loop of {rows} rows", have, {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")}
+            f"the loop of {rows} rows", {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")}
         )
-        if "depth" not in have or have["depth"][1] != "int64":
-            self.refuse(f"methods.loop_{rows}.outputs", ", ".join(sorted(have)), "depth, int64, among them")
+        if "depth" not in self.made or self.made["depth"][1] != "int64":
+            self.refuse(f"methods.loop_{rows}.outputs", ", ".join(sorted(self.made)), "depth, int64, among them")
         if "coda" in self.info.methods:
             self.run(f"coda_{rows}", have)
         self.run(f"head_{rows}", have)
         if self.info.text is not None:
-            self.require(f"head_{rows}", have, {"logits": ((1, rows, self.info.vocab_size), "float32")})
-            self.require(f"the loop of {rows} rows", have, {"depth": ((1, rows), "int64")})
+            self.require(f"head_{rows}", {"logits": ((1, rows, self.info.vocab_size), "float32")})
+            self.require(f"the loop of {rows} rows", {"depth": ((1, rows), "int64")})
         if "commit" in self.info.methods:
             self.run(f"commit_{rows}", have)
         for state in self.info.state.values():
             if state.kind != "written" and not (self.engine_keeps and state.kind in ("ring", "append")):
-                self.require(f"the call of {rows} rows", have, {state.source: (state.taken(rows), state.dtype)})
+                self.require(f"the call of {rows} rows", {state.source: (state.taken(rows), state.dtype)})
 
     def host_loop(self, rows: int, have: dict[str, Form]) -> None:
         """begin, then step: `first_X` and `next_X` are X, all else that step gives is stacked over the loops."""
@@ -247,11 +253,11 @@ class Flow:
                 self.give(step, have, carried, (shape, dtype))
             elif name != "any_active":
                 self.give(step, have, name, ((self.info.max_loops, *shape), dtype))
-        have["iterations"] = ((), "int64")
+        self.give(step, have, "iterations", ((), "int64"))
 
     def segment(self, rows: int) -> None:
         """blank, memorize, embed_segment: what is done once per segment."""
-        have, memory = self.given(rows), self.info.memory
+        have, memory, self.made = self.given(rows), self.info.memory, {}
         self.run(f"blank_{rows}", have)
         names = {t.name for t in self.method(f"blank_{rows}").outputs}
         for name in memory:
@@ -261,12 +267,12 @@ class Flow:
             self.refuse("model.state.surprise_stats", memory.get("surprise_stats"), "a shape of [1, 3]")
         self.run(f"memorize_{rows}", have)
         wanted = {f"next_{name}": state.form for name, state in memory.items()}
-        self.require(f"memorize_{rows}", have, wanted | {"surprise": ((1,), "float32")})
+        self.require(f"memorize_{rows}", wanted | {"surprise": ((1,), "float32")})
         if self.info.retrieval is not None:
             self.run(f"embed_segment_{rows}", have)
             key: Form = ((1, self.info.retrieval["key_dims"]), "float32")
             value: Form = ((1, self.info.retrieval["slots"], self.width), "float32")
-            self.require(f"embed_segment_{rows}", have, {"key": key, "query": key, "value": value})
+            self.require(f"embed_segment_{rows}", {"key": key, "query": key, "value": value})
 
     # ------------------------------------------------------------------------------------------------- one method
 
@@ -300,12 +306,15 @@ class Flow:
             shape, dtype = have[known]
             self.refuse(f"methods.{name}.outputs.{known}", f"{list(form[0])} {form[1]}", f"{list(shape)} {dtype}")
         have.setdefault(known, form)
+        self.made.setdefault(known, form)
 
-    def require(self, name: str, have: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
+    def require(self, name: str, wanted: Mapping[str, Form]) -> None:
+        """Fail unless methods gave all of `wanted`."""
         for known, (shape, dtype) in wanted.items():
-            if known not in have or not _fits(have[known], (shape, dtype)):
-                got = f"{list(have[known][0])} {have[known][1]}" if known in have else "no such tensor"
-                self.refuse(f"methods.{name}.outputs.{known}", got, f"{list(shape)} {dtype}")
+            got = self.made.get(known)
+            if got is None or not _fits(got, (shape, dtype)):
+                said = "no such tensor" if got is None else f"{list(got[0])} {got[1]}"
+                self.refuse(f"methods.{name}.outputs.{known}", said, f"{list(shape)} {dtype}")
 
 
 def _fits(form: Form, other: Form) -> bool:

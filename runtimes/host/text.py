@@ -14,6 +14,7 @@ from rmse_edge.loop.dials import Dials
 
 from .base import Arrays, Fed, Methods, Surprise
 from .calls import Calls, plan_calls
+from .generator import noise
 from .signatures import LARGEST_STATE, kept_bytes
 
 
@@ -33,6 +34,7 @@ class LoopRuntime:
         self.calls.loop = loop
         self.retrieved = _no_hits(info)
         self.remember = True  # False: nothing more is learned
+        self.noise_seed = 0  # of what a model begins from, where that is noise
         self.whole = True  # False after a call that was broken off: what is kept belongs to no moment of the text
         # Called after every segment, before it is forgotten.
         self.on_surprise: Callable[[Surprise], object] | None = None
@@ -145,13 +147,30 @@ class LoopRuntime:
             angles = {"cos": cos[None], "sin": sin[None]}
         return angles | {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
 
+    def inputs(self, chunk: int, ids: np.ndarray, position: int | None = None, hits: Arrays | None = None) -> Arrays:
+        """What a call of `chunk` rows reads that begins at `position` (here, by default): tokens, hits and noise.
+
+        Args:
+            ids: at most `chunk`; the rows behind them are padding.
+            hits: other ones than those of `inject`.
+        """
+        tokens = np.zeros((1, chunk), np.int64)
+        tokens[0, : len(ids)] = ids
+        start = self._position if position is None else position
+        return {"tokens": tokens} | (self.retrieved if hits is None else hits) | self._noise(chunk, start)
+
+    def _noise(self, chunk: int, position: int) -> Arrays:
+        """Every row belongs to its position, so that it does not matter how a text is cut into calls."""
+        if not self.info.noise:
+            return {}
+        rows = np.stack([noise(self.noise_seed, position + row, self.info.width) for row in range(chunk)])[None]
+        return {name: rows * np.float32(deviation) for name, deviation in self.info.noise.items()}
+
     def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
         """One call with `ids`, which move the position on."""
         n = len(ids)
-        tokens = np.zeros((1, chunk), np.int64)
-        tokens[0, :n] = ids
-        inputs = {"tokens": tokens} | self.retrieved
-        found = self.calls.run(chunk, inputs, self.context(chunk, n), dials.arrays(), self._position, n, head)
+        context, inputs = self.context(chunk, n), self.inputs(chunk, ids)
+        found = self.calls.run(chunk, inputs, context, dials.arrays(), self._position, n, head)
         self._position += n
         return found
 
@@ -232,10 +251,9 @@ class LoopRuntime:
         assert segment is not None  # a retrieval head is asked by a memory
         if len(ids) > segment:
             raise UserError(f"a passage of {len(ids)} tokens; expected at most {segment}")
-        padded = np.zeros((1, segment), np.int64)
-        padded[0, : len(ids)] = ids
         context = self.context(segment, len(ids), position=0)
-        return self.calls.read_alone({"tokens": padded} | _no_hits(self.info), context, self.info.dials.arrays())
+        inputs = self.inputs(segment, ids, position=0, hits=_no_hits(self.info))
+        return self.calls.read_alone(inputs, context, self.info.dials.arrays())
 
 
 def _no_hits(info: ModelInfo) -> Arrays:

@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.arch.rmse.config import RMSEConfig
-from rmse_edge.arch.rmse.costs import macs_per_token
 from rmse_edge.errors import UserError
+from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
-from rmse_edge.numbers import SEGMENT
 from rmse_edge.runtimes.host.text import LoopRuntime
 
-CONTEXT = SEGMENT  # tokens fed before decoding is timed
+CONTEXT = 64  # tokens fed before decoding is timed
 LOOP_SECONDS = 0.02  # time of one repetition of a loop row at least: single calls are too short for the clock
 # Of a weight in memory, by how it is stored: fp16 is widened when loaded, scales of groups of 32 count as part of int4.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1.0, "int4": 0.625}
@@ -40,9 +38,9 @@ class BenchSettings:
     adaptive: Dials | None = None  # of the adaptive rows; None: there are none
     repetitions: int = 5  # after one warm-up of every row
 
-    @property
-    def tokens_needed(self) -> int:
-        return max(self.prompt, CONTEXT + self.generate if self.generate else 0, SEGMENT)
+    def tokens_needed(self, info: ModelInfo) -> int:
+        """Tokens that the longest row reads."""
+        return max(self.prompt, CONTEXT + self.generate if self.generate else 0, *info.chunks)
 
 
 @dataclass
@@ -88,16 +86,13 @@ def histogram(depth: np.ndarray, full: int) -> list[int]:
     return np.bincount(depth, minlength=full + 1)[1:].tolist()
 
 
-def weight_bytes_per_token(config: dict[str, Any], loops: float, quant: str = "fp32") -> float:
+def weight_bytes_per_token(info: ModelInfo, loops: float) -> float:
     """Bytes of weights that decoding one token multiplies with, an estimate.
 
     Every weight of the active experts and of the dense parts counts once per loop that ran, whether it came from memory
     or, in later loops, from a cache; what is outside the loop counts once. Keys and values are left out.
     """
-    macs = macs_per_token(RMSEConfig.from_dict(config), context=0)  # each weight is used in one multiply-add per token
-    propagation = macs["once"]["propagate_kv"]
-    once = macs["once_total"] - propagation + propagation / config["max_loops"]  # its weights are shared by all loops
-    return WEIGHT_BYTES[quant] * (loops * macs["loop_total"] + once)
+    return WEIGHT_BYTES.get(info.quant, 4.0) * (loops * info.loop_weights + info.once_weights)
 
 
 class Bench:
@@ -108,10 +103,9 @@ class Bench:
     """
 
     def __init__(self, runtime: LoopRuntime, ids: np.ndarray, settings: BenchSettings) -> None:
-        if len(ids) < settings.tokens_needed:
-            raise UserError(
-                f"the text has {len(ids)} tokens, this bench needs {settings.tokens_needed}; lower -p or -n"
-            )
+        needed = settings.tokens_needed(runtime.info)
+        if len(ids) < needed:
+            raise UserError(f"the text has {len(ids)} tokens, this bench needs {needed}; lower -p or -n")
         self.runtime = runtime
         self.ids = ids
         self.settings = settings
@@ -164,9 +158,9 @@ class Bench:
         """Milliseconds of one `loop` call, averaged over as many as fill `LOOP_SECONDS`."""
         methods = self.runtime.methods
         self.runtime.reset()
-        given = {"tokens": self.ids[None, :chunk]} | self.runtime.retrieved
-        feeds = methods.run("prelude", chunk, given) | self.runtime.state | self.runtime.memory
-        feeds |= self.runtime.context(chunk, chunk) | row.dials.arrays()
+        around = self.runtime.context(chunk, chunk) | self.runtime.state | self.runtime.memory
+        feeds = methods.run("prelude", chunk, self.runtime.inputs(chunk, self.ids[:chunk]) | around)
+        feeds = feeds | around | row.dials.arrays()
         calls, seconds, start = 0, 0.0, perf_counter()
         while seconds < LOOP_SECONDS:
             methods.run("loop", chunk, feeds)
@@ -183,7 +177,7 @@ class Bench:
         rows = [row.summary() for row in self.rows]
         for row in rows:
             # Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
-            moved = weight_bytes_per_token(self.runtime.info.config, row["mean_loops"], self.runtime.info.quant)
+            moved = weight_bytes_per_token(self.runtime.info, row["mean_loops"])
             speed = moved * row["tok_per_s"]["median"]
             row["gb_per_s"] = speed / 1e9 if row["test"].startswith("tg") else None
         loops = [row.summary() for row in self.loop_rows]

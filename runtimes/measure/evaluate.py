@@ -112,11 +112,11 @@ def check_length(runtime: Runtime, count: int, block: int) -> None:
     if count < max(block, 1) + 1:
         expected = f"at least {block + 1} for block={block}" if block else "at least 2"
         raise UserError(f"the text has {count} tokens, expected {expected}")
-    limit = runtime.info.language.max_seq_len
+    limit = runtime.info.longest
     if limit is not None and (block or count - 1) > limit:
         raise UserError(
-            f"{block or count - 1} tokens in a row are more than the {limit} this package was exported for "
-            f"(rmse-export --max-seq-len); pass block={min(limit, 256)} or max_tokens={limit}"
+            f"{block or count - 1} tokens in a row are more than the {limit} that the model and its export "
+            f"(rmse-export --max-seq-len) allow; pass block={min(limit, 256)} or max_tokens={limit}"
         )
 
 

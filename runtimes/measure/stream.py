@@ -56,10 +56,10 @@ class Stream:
             raise ArgumentError(
                 "tokens", f"got {tokens}, expected at least {least}: {warm_up} to warm up, then ten tenths"
             )
-        limit = runtime.info.language.max_seq_len
+        limit = runtime.info.longest
         if limit is not None and tokens > limit:
             raise ArgumentError(
-                "tokens", f"got {tokens}, this package was exported for {limit} (rmse-export --max-seq-len)"
+                "tokens", f"got {tokens}, expected at most {limit}: what the model and the export (rmse-export --max-seq-len) allow"
             )
         self.runtime = runtime
         self.ids = ids
@@ -115,7 +115,7 @@ class Stream:
 
     def _compare(self, early: tuple[int, Arrays], late: tuple[int, Arrays]) -> None:
         """The same tokens from both states in turns, at a fixed depth, so that both do the same work."""
-        dials, limit = Dials(self.paired_loops), self.runtime.info.language.max_seq_len
+        dials, limit = Dials(self.paired_loops), self.runtime.info.longest
         room = late[0] if limit is None else limit - SEGMENT
         for pair in range(PAIRS + 1):
             ids = self.ids.take(np.arange(pair * SEGMENT, (pair + 1) * SEGMENT), mode="wrap")

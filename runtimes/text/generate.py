@@ -201,7 +201,7 @@ class Generation:
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """(token, depth) one by one until `max_new_tokens`, the end token, or the end of the package's sequence."""
-        limit = self.runtime.info.language.max_seq_len
+        limit = self.runtime.info.longest
         fed: Sequence[int] = self.prompt
         spent = 0.0
         if self.librarian is not None and len(fed) > 1:

@@ -1,6 +1,6 @@
 """The sampler of every runtime, on the host: the same seed and the same logits give the same token.
 
-It works in float64 on NumPy arrays and owns its random numbers (generator.py), so that neither the engine nor the device
+It works in float64 on NumPy arrays and owns its random numbers (host/generator.py), so that neither the engine nor the device
 takes part. Sums run from the first token to the last, as every language adds up, and not in NumPy's `sum`, whose order is
 its own. tests/data/sampler.json has tokens that runtimes/native/core/sampler.cpp is held against, too.
 """
@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmse_edge.errors import UserError
-
-from .generator import MASK, SplitMix64
+from rmse_edge.runtimes.host.generator import MASK, SplitMix64
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kContext = kSegment;  // tokens fed before decoding is timed
+constexpr int64_t kContext = 64;        // tokens fed before decoding is timed
 constexpr double kLoopSeconds = 0.02;   // of one repetition of a loop row at least: single calls are too short to time
 constexpr size_t kCopied = 128 << 20;   // bytes: far beyond the caches of phones and most desktops
 
@@ -75,31 +75,14 @@ double copy_bandwidth(int64_t threads) {
 
 // --------------------------------------------------------------------------------------------------------- a model
 
-// Bytes of weights that decoding one token multiplies with, an estimate (rmse_edge/arch/rmse/costs.py): every weight of the
-// active experts and of the dense parts once per loop that ran, what is outside the loop once.
-double weight_bytes_per_token(const ModelInfo& info, const Json& config, double loops) {
+// Bytes of weights that decoding one token multiplies with, an estimate: those of the loop once per loop that ran, what is
+// outside of it once.
+double weight_bytes_per_token(const ModelInfo& info, double loops) {
   // Of a weight in memory: fp16 is widened when loaded, scales of groups of 32 count as part of int4.
   static const std::map<std::string, double> kWeightBytes = {{"fp32", 4}, {"fp16", 4}, {"int8", 1}, {"int4", 0.625}};
-  const auto value = [&](const char* key) { return number(member(config, key)); };
-  const double d = value("d_model"), wide = value("n_heads") * value("head_dim");
-  const double kv = 2 * value("n_kv_heads") * value("head_dim"), head = d * value("vocab_size");
-  const bool elementwise = member(config, "attention_gate") == "elementwise";
-  double loop = d * wide + d * kv + d * (elementwise ? wide : value("n_heads")) + wide * d;
-  loop += d * value("n_experts") + value("top_k") * 3 * d * value("expert_width");
-  loop += value("n_shared_experts") * 3 * d * value("shared_width") + d;
-  if (info.entropy_rule) loop += head;
-  double once = d * d + head + d * kv;  // of the keys' and values' projection all loops share the weights
-  if (const Json& memory = member(config, "memory"); memory != "none") {
-    const bool titans = memory == "titans";
-    const double size = value("memory_dim"), narrow = value("memory_key_dim"), keys = titans ? size : narrow;
-    // ATLAS reads keys with all products of two channels added.
-    const double first = (titans ? size : narrow + narrow * (narrow + 1) / 2) * value("memory_hidden");
-    const double second = value("memory_hidden") * size;
-    loop += d * keys + first + second + size * d + d;
-    // Keys, values and rates; M on the keys; the gradient, which Titans takes with two sets of weights.
-    once += d * (keys + size + (titans ? 3 : 4)) + first + second + (titans ? 2 : 1) * (first + 2 * second);
-  }
-  return kWeightBytes.at(info.quant) * (loops * loop + once);
+  const auto known = kWeightBytes.find(info.quant);
+  const double bytes = known == kWeightBytes.end() ? 4 : known->second;
+  return bytes * (loops * static_cast<double>(info.loop_weights) + static_cast<double>(info.once_weights));
 }
 
 bool exits_disabled(const Dials& dials) {
@@ -227,8 +210,8 @@ std::vector<int64_t> made_up_ids(int64_t vocab_size, int64_t count) {
 }
 
 std::vector<int64_t> read_ids(const Package& package, const Options& options) {
-  const int64_t needed = std::max({options.prefill, options.decode > 0 ? kContext + options.decode : 0, kSegment});
-  if (!has_text(package, options)) return made_up_ids(package.info().vocab_size, needed);
+  const int64_t needed = std::max({options.prefill, options.decode > 0 ? kContext + options.decode : 0, package.info().chunks.back()});
+  if (!has_text(package, options)) return made_up_ids(package.info().text.vocab_size, needed);
   std::vector<int64_t> ids = options.prompt_tokens;
   if (ids.empty()) {
     const std::string path = options.text.empty() ? sample_path(package) : options.text;
@@ -268,12 +251,11 @@ Document speedups(const std::vector<Row>& rows, int64_t full) {
 }
 
 void add_results(Document& document, const std::vector<Row>& rows, const std::vector<Row>& loops, const ModelInfo& info) {
-  const Json config = parse_json(info.config);
   document["rows"] = Document::array();
   for (const Row& row : rows) {
     // Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
     Document& line = document["rows"].emplace_back(row.summary());
-    const double moved = weight_bytes_per_token(info, config, mean(row.depth)) * median(row.speeds) / 1e9;
+    const double moved = weight_bytes_per_token(info, mean(row.depth)) * median(row.speeds) / 1e9;
     line["gb_per_s"] = known(row.test.starts_with("tg"), moved);
   }
   document["loop_rows"] = Document::array();

@@ -220,10 +220,16 @@ std::string Options::usage() {
 }
 
 Dials Options::dials(const ModelInfo& info) const {
-  if (exit_entropy.value_or(0) != 0 && !info.entropy_rule) {
-    throw std::runtime_error("--exit-entropy: " + info.name +
-                             " was built without the entropy rule (exit_rules in its config.json)");
-  }
+  const auto expect_rule = [&](const char* flag, const char* rule, bool on) {
+    if (!on || info.has_rule(rule)) return;
+    std::string rules;
+    for (const std::string& known : info.rules) rules += (rules.empty() ? "" : ", ") + known;
+    throw std::runtime_error(std::string(flag) + ": " + info.name + " has no such rule; it has " + rules);
+  };
+  const Dials off;
+  expect_rule("--exit-threshold", "exit_threshold", exit_threshold.value_or(off.exit_threshold) != off.exit_threshold);
+  expect_rule("--exit-epsilon", "exit_epsilon", exit_epsilon.value_or(off.exit_epsilon) != off.exit_epsilon);
+  expect_rule("--exit-entropy", "exit_entropy", exit_entropy.value_or(off.exit_entropy) != off.exit_entropy);
   Dials dials = info.dials;
   if (max_loops) dials.min_loops = std::min(dials.min_loops, *max_loops);
   dials.max_loops = max_loops.value_or(dials.max_loops);

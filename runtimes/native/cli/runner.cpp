@@ -31,6 +31,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kUserError = 2, kInterrupted = 130;
+constexpr char kTokenizer[] = "tokenizer.json";
 
 volatile std::sig_atomic_t interrupted = 0;
 
@@ -146,9 +147,9 @@ struct Generation {
 
 void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials,
                      Writer& writer) {
-  const std::vector<int64_t> eos = options.ignore_eos ? std::vector<int64_t>() : model.info().eos_tokens;
+  const std::vector<int64_t> eos = options.ignore_eos ? std::vector<int64_t>() : model.info().text.eos_tokens;
   const auto ends = [&](int64_t token) { return std::find(eos.begin(), eos.end(), token) != eos.end(); };
-  const std::optional<int64_t> limit = model.info().max_seq_len;
+  const std::optional<int64_t> limit = model.info().longest();
   Sampler sampler(options.sampling);
   StopFilter filter(options.stop);
   std::vector<int64_t> fed = prompt;
@@ -165,7 +166,7 @@ void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& op
     if (finish_reason != "interrupted") break;
     const auto start = Clock::now();
     const Fed result = model.feed(fed, dials);
-    const int64_t token = sampler.pick(result.logits, model.info().unused_tokens);
+    const int64_t token = sampler.pick(result.logits, model.info().text.unused_tokens);
     (tokens.empty() ? first_token_s : decode_s) += seconds_since(start);
     if (tokens.empty()) prompt_depth = result.depth;
     const bool first = tokens.empty() && !tokenizer.reads_text();  // text goes on from the prompt, numbers start anew
@@ -273,7 +274,7 @@ std::vector<int64_t> begin_of_text(const ModelInfo& info) {
 }
 
 void check_memory(const Options& options, const ModelInfo& info) {
-  if (options.no_memory && info.memory.empty()) {
+  if (options.no_memory && !info.remembers()) {
     throw std::runtime_error("--no-memory: " + info.name + " has no memory");
   }
 }
@@ -323,7 +324,9 @@ int generate(const Options& options) {
   const Package package = Package::open(options.package, kExecutorch);
   const Dials dials = options.dials(package.info());
   check_memory(options, package.info());
-  const Tokenizer tokenizer = Tokenizer::open(package.path("tokenizer.json"));
+  // Without a tokenizer, ids are read and shown.
+  const bool only_ids = !options.prompt_tokens.empty() && !package.holds(kTokenizer);
+  const Tokenizer tokenizer = only_ids ? Tokenizer() : Tokenizer::open(package.path(kTokenizer));
   Generation generation;
   generation.prompt = options.prompt_tokens.empty() ? tokenizer.encode(text) : options.prompt_tokens;
   if (generation.prompt.empty()) generation.prompt = begin_of_text(package.info());

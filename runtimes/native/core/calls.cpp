@@ -3,13 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "generator.h"
+
 namespace rmse {
 namespace {
-
-bool is_row_of(const TensorSpec& row, const TensorSpec& stack) {
-  return row.dtype == stack.dtype && !stack.shape.empty() &&
-         std::equal(row.shape.begin(), row.shape.end(), stack.shape.begin() + 1, stack.shape.end());
-}
 
 TensorSpec stack_of(const TensorSpec& row, int64_t depth) {
   TensorSpec stack = row;
@@ -22,84 +19,58 @@ TensorSpec without(std::string_view prefix, TensorSpec spec) {
   return spec;
 }
 
-void require(const Method& method, const std::string& output) {
-  const std::vector<TensorSpec>& outputs = method.spec().outputs;
-  const bool given = std::any_of(outputs.begin(), outputs.end(), [&](const TensorSpec& t) { return t.name == output; });
-  if (!given) method.refuse("gives no " + output);
+bool any(const Buffer& flags) {
+  return std::any_of(flags.data(), flags.data() + flags.nbytes(), [](std::byte b) { return b != std::byte{0}; });
 }
 
 }  // namespace
 
 std::unique_ptr<Method> load_method(Engine& engine, const ModelInfo& info, const std::string& name, int64_t rows) {
   const std::string of_rows = std::to_string(rows);
-  const auto known = info.methods.find(name + "_" + of_rows);
-  if (known == info.methods.end()) engine.refuse("holds no " + name + " for " + of_rows + " rows");
+  const auto known = info.signatures.find(name + "_" + of_rows);
+  if (known == info.signatures.end()) engine.refuse("holds no " + name + " for " + of_rows + " rows");
   return engine.load(known->first, known->second);
 }
 
+// That all of it fits together, `check_signatures` has found out.
 Calls::Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers& shared)
-    : rows_(rows),
-      max_loops_(info.max_loops),
-      shared_(shared),
-      prelude_(load_method(engine, info, "prelude", rows)),
-      begin_(load_method(engine, info, "begin", rows)),
-      step_(load_method(engine, info, "step", rows)),
-      head_(load_method(engine, info, "head", rows)),
-      commit_(load_method(engine, info, "commit", rows)) {
-  make_known(info);
-  bind_step_outputs();
-  for (const auto* method : {&prelude_, &head_, &commit_}) bind_outputs(**method);
-  bind_outputs(*begin_, "first_");  // first_X is X before the first iteration
-  bind_inputs(*step_, rows_read_);
-  for (const auto* method : {&prelude_, &begin_, &head_, &commit_}) {
-    std::vector<Row> rows_of_stacks;
-    bind_inputs(**method, rows_of_stacks);
-    if (!rows_of_stacks.empty()) (*method)->refuse("takes rows of what is kept, as only step does");
-  }
-  for (const char* name : {"next_h", "next_depth", "any_active"}) require(*step_, name);
-  require(*head_, "logits");
-  for (const auto& [_, source] : info.rings) require(*commit_, source);
-}
-
-// What this class itself reads and writes: where a call stands, and what it is to give. All else is only passed on.
-void Calls::make_known(const ModelInfo& info) {
-  const auto rows = static_cast<int32_t>(rows_), pairs = static_cast<int32_t>(info.rotary_dims / 2);
-  make({"tokens", Dtype::kInt64, {1, rows}});
-  make({"cos", Dtype::kFloat32, {1, rows, pairs}});
-  make({"sin", Dtype::kFloat32, {1, rows, pairs}});
-  make({"position", Dtype::kInt64, {1}});
-  make({"n_valid", Dtype::kInt64, {1}});
-  make({"k", Dtype::kInt64, {}});
-  make({"any_active", Dtype::kBool, {}});
+    : info_(info), rows_(rows), shared_(shared), host_(given_tensors(info, rows)) {
+  prelude_ = load_method(engine, info, "prelude", rows);
+  begin_ = load_method(engine, info, "begin", rows);
+  step_ = load_method(engine, info, "step", rows);
+  if (info.has("coda")) coda_ = load_method(engine, info, "coda", rows);
+  head_ = load_method(engine, info, "head", rows);
+  if (info.has("commit")) commit_ = load_method(engine, info, "commit", rows);
   make({"iterations", Dtype::kInt64, {}});
-  make({"depth", Dtype::kInt64, {1, rows}});
-  make({"h", Dtype::kFloat32, {1, rows, static_cast<int32_t>(info.width)}});
-  make({"logits", Dtype::kFloat32, {1, rows, static_cast<int32_t>(info.vocab_size)}});
-  for (const auto& [ring, source] : info.rings) {
-    TensorSpec spec = shared_.at(ring).spec();
-    spec.name = source;
-    spec.shape[spec.shape.size() - 2] = rows;
-    make(spec);
+  bind_outputs(*begin_, "first_");  // first_X is X before the first iteration
+  bind_step_outputs();
+  for (const auto* method : {&prelude_, &coda_, &head_, &commit_}) {
+    if (*method != nullptr) bind_outputs(**method);
   }
-  for (int32_t i = 0; i < pairs; ++i) {
-    frequencies_.push_back(std::pow(info.rope_theta, -2.0 * i / static_cast<double>(info.rotary_dims)));
+  for (const auto* method : {&prelude_, &begin_, &step_, &coda_, &head_, &commit_}) {
+    if (*method != nullptr) bind_inputs(**method);
+  }
+  for (int64_t i = 0; i < info.text.rotary_dims / 2; ++i) {
+    frequencies_.push_back(std::pow(info.text.rope_theta, -2.0 * i / static_cast<double>(info.text.rotary_dims)));
   }
 }
 
-Buffer& Calls::make(const TensorSpec& spec) { return own_.try_emplace(spec.name, spec).first->second; }
+Buffer& Calls::make(const TensorSpec& spec) { return made_.try_emplace(spec.name, spec).first->second; }
 
-// The buffer that output `i` of `method` is known as.
-Buffer& Calls::made_by(Method& method, size_t i, TensorSpec spec) {
-  Buffer& buffer = make(spec);
-  if (!buffer.spec().fits(spec)) {
-    method.refuse("gives " + method.spec().outputs[i].name + " in another form than this runner takes it");
+// The buffer that a method reads for one of its inputs.
+const Buffer& Calls::given(const Method& method, const TensorSpec& input) {
+  if (const auto kept = shared_.find(input.name); kept != shared_.end()) return kept->second;
+  if (const auto known = host_.find(input.name); known != host_.end()) {
+    return given_.try_emplace(input.name, known->second).first->second;
   }
-  return buffer;
+  const auto made = made_.find(input.name);
+  if (made == made_.end()) method.refuse("takes " + input.name + ", which nothing gives");
+  return made->second;
 }
 
 void Calls::bind_outputs(Method& method, std::string_view prefix) {
   const std::vector<TensorSpec>& outputs = method.spec().outputs;
-  for (size_t i = 0; i < outputs.size(); ++i) method.write(i, made_by(method, i, without(prefix, outputs[i])).data());
+  for (size_t i = 0; i < outputs.size(); ++i) method.write(i, make(without(prefix, outputs[i])).data());
 }
 
 void Calls::bind_step_outputs() {
@@ -107,63 +78,80 @@ void Calls::bind_step_outputs() {
   for (size_t i = 0; i < outputs.size(); ++i) {
     const TensorSpec& next = outputs[i];
     if (next.name == "any_active") {
-      step_->write(i, made_by(*step_, i, next).data());
+      step_->write(i, make(next).data());
     } else if (!next.name.starts_with("next_")) {
-      rows_written_.push_back({i, made_by(*step_, i, stack_of(next, max_loops_)).data(), next.nbytes()});
+      rows_written_.push_back({i, make(stack_of(next, info_.max_loops)).data(), next.nbytes()});
     } else {
       const TensorSpec x = without("next_", next);
       const auto named = [&](const TensorSpec& t) { return t.name == x.name; };
       const auto input = std::find_if(inputs.begin(), inputs.end(), named);
-      if (input == inputs.end()) step_->refuse("gives " + next.name + ", but takes no " + x.name);
-      carried_.push_back({static_cast<size_t>(input - inputs.begin()), i, &made_by(*step_, i, x), &make(next)});
+      carried_.push_back({static_cast<size_t>(input - inputs.begin()), i, &make(x), &make(next)});
     }
   }
 }
 
-// Binds every input to the buffer of its name; what is one row of that buffer goes to `rows`.
-void Calls::bind_inputs(Method& method, std::vector<Row>& rows) {
+void Calls::bind_inputs(Method& method) {
   const std::vector<TensorSpec>& inputs = method.spec().inputs;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    auto found = own_.find(inputs[i].name);
-    const bool here = found != own_.end();
-    const auto kept = shared_.find(inputs[i].name);
-    if (!here && kept == shared_.end()) method.refuse("takes " + inputs[i].name + ", which this runner does not know");
-    const Buffer& buffer = here ? found->second : kept->second;
-    if (buffer.spec().fits(inputs[i])) {
-      method.read(i, buffer.data());
-    } else if (!here && is_row_of(inputs[i], buffer.spec()) && buffer.spec().shape[0] == max_loops_) {
-      rows.push_back({i, buffer.data(), inputs[i].nbytes()});
+    const Buffer& buffer = given(method, inputs[i]);
+    const auto kept = info_.state.find(inputs[i].name);
+    if (&method == step_.get() && kept != info_.state.end() && kept->second.per_loop) {
+      rows_read_.push_back({i, buffer.data(), inputs[i].nbytes()});
     } else {
-      method.refuse("takes " + inputs[i].name + " in another form than this runner gives it");
+      method.read(i, buffer.data());
     }
   }
 }
 
-void Calls::prelude(std::span<const int64_t> tokens, int64_t position) {
-  own_.at("tokens").clear();
-  std::copy(tokens.begin(), tokens.end(), own_.at("tokens").as<int64_t>());
-  *own_.at("position").as<int64_t>() = position;
-  *own_.at("n_valid").as<int64_t>() = std::ssize(tokens);
-  float *cos = own_.at("cos").as<float>(), *sin = own_.at("sin").as<float>();
-  for (int64_t row = 0; row < rows_; ++row) {
+void Calls::prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed) {
+  const auto set = [&](const char* name, int64_t value) {
+    if (const auto found = given_.find(name); found != given_.end()) *found->second.as<int64_t>() = value;
+  };
+  set("position", position);
+  set("n_valid", std::ssize(tokens));
+  if (const auto ids = given_.find("tokens"); ids != given_.end()) {
+    ids->second.clear();
+    std::copy(tokens.begin(), tokens.end(), ids->second.as<int64_t>());
+  }
+  fill_angles(position);
+  fill_noise(position, noise_seed);
+  prelude_->run();
+}
+
+void Calls::fill_angles(int64_t position) {
+  const auto cos = given_.find("cos"), sin = given_.find("sin");
+  for (int64_t row = 0, i = 0; row < rows_; ++row) {
     for (const double frequency : frequencies_) {
       // In float64: at position 10^6 a float32 angle is wrong by hundredths of a radian.
       const double angle = static_cast<double>(position + row) * frequency;
-      *cos++ = static_cast<float>(std::cos(angle));
-      *sin++ = static_cast<float>(std::sin(angle));
+      if (cos != given_.end()) cos->second.as<float>()[i] = static_cast<float>(std::cos(angle));
+      if (sin != given_.end()) sin->second.as<float>()[i] = static_cast<float>(std::sin(angle));
+      ++i;
     }
   }
-  prelude_->run();
+}
+
+// Row r of what the model begins from belongs to its position, however the text is cut into calls.
+void Calls::fill_noise(int64_t position, uint64_t seed) {
+  for (const auto& [name, deviation] : info_.noise) {
+    const auto found = given_.find(name);
+    if (found == given_.end()) continue;
+    float* x = found->second.as<float>();
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (const float z : noise(seed, position + row, info_.width)) *x++ = z * static_cast<float>(deviation);
+    }
+  }
 }
 
 int64_t Calls::loop() {
   begin_->run();
-  own_.at("depth").clear();
-  int64_t& k = *own_.at("k").as<int64_t>();
+  made_.at("depth").clear();
+  const auto index = given_.find("k");
   const int64_t limit = *shared_.at("max_loops").as<int64_t>();
-  const bool& any_active = *own_.at("any_active").as<bool>();
-  k = 0;
-  do {
+  const bool& any_active = *made_.at("any_active").as<bool>();
+  int64_t k = 0;
+  for (bool running = any(made_.at("active")); running && k < limit; running = any_active) {
+    if (index != given_.end()) *index->second.as<int64_t>() = k;
     for (const Row& row : rows_read_) step_->read(row.argument, row.stack + k * row.stride);
     for (const Row& row : rows_written_) step_->write(row.argument, row.stack + k * row.stride);
     for (const Carried& c : carried_) {
@@ -172,11 +160,11 @@ int64_t Calls::loop() {
     }
     step_->run();
     ++k;
-  } while (any_active && k < limit);
-  if (k % 2 == 1) {  // head and commit read X
+  }
+  if (k % 2 == 1) {  // the methods behind the loop read X
     for (const Carried& c : carried_) c.x->copy(*c.next);
   }
-  return *own_.at("iterations").as<int64_t>() = k;
+  return *made_.at("iterations").as<int64_t>() = k;
 }
 
 }  // namespace rmse

@@ -7,10 +7,12 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
-#include "package.h"
+#include "info.h"
+#include "signatures.h"
 
 namespace rmse {
 
@@ -20,17 +22,19 @@ std::unique_ptr<Method> load_method(Engine& engine, const ModelInfo& info, const
 // They, and the tensors that one gives to the next.
 class Calls {
  public:
-  // `shared`: tensors that calls of all numbers of rows read.
+  // `shared`: tensors that calls of all numbers of rows read, state among them.
   Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers& shared);
   Calls(const Calls&) = delete;
 
-  void prelude(std::span<const int64_t> tokens, int64_t position);
+  // `noise_seed`: of what the model begins from, where it begins from noise.
+  void prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed);
   int64_t loop();  // iterations that ran
-  void head() { head_->run(); }
-  void commit() { commit_->run(); }
+  void coda() { run(coda_); }
+  void head() { run(head_); }
+  void commit() { run(commit_); }
 
   int64_t rows() const { return rows_; }
-  const Buffer& at(const std::string& name) const { return own_.at(name); }
+  const Buffer& at(const std::string& name) const { return made_.at(name); }  // what a method gave
 
  private:
   // An argument of `step` that is row k of a stack (K, ...).
@@ -45,18 +49,25 @@ class Calls {
     Buffer *x, *next;
   };
 
+  static void run(const std::unique_ptr<Method>& method) {
+    if (method != nullptr) method->run();  // a model need not have it
+  }
   Buffer& make(const TensorSpec& spec);
-  void make_known(const ModelInfo& info);
-  Buffer& made_by(Method& method, size_t i, TensorSpec spec);
-  void bind_inputs(Method& method, std::vector<Row>& rows);
+  void bind_inputs(Method& method);
   void bind_outputs(Method& method, std::string_view prefix = "");
   void bind_step_outputs();
+  const Buffer& given(const Method& method, const TensorSpec& input);
+  void fill_angles(int64_t position);
+  void fill_noise(int64_t position, uint64_t seed);
 
-  int64_t rows_, max_loops_;
+  const ModelInfo& info_;
+  int64_t rows_;
   const Buffers& shared_;
-  Buffers own_;
+  Specs host_;     // what the host gives
+  Buffers given_;  // of it, what methods take and is not shared
+  Buffers made_;   // by methods
   std::vector<double> frequencies_;  // of the rotary channels, radians per position
-  std::unique_ptr<Method> prelude_, begin_, step_, head_, commit_;
+  std::unique_ptr<Method> prelude_, begin_, step_, coda_, head_, commit_;  // coda, commit: null where the model has none
   std::vector<Row> rows_read_, rows_written_;
   std::vector<Carried> carried_;
 };

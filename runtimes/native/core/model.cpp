@@ -4,20 +4,24 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
 namespace rmse {
 namespace {
 
-// Prefill calls have 64 rows, decode calls one. Up to this many rows, single calls beat a padded call.
+// Up to this many rows, single calls beat a padded call.
 constexpr int64_t kSingleCalls = 6;
 
-// Splits `count` tokens from `position` on into calls: (rows of the call, tokens in it).
-std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t count, const std::vector<int64_t>& rows) {
+// Splits `count` tokens from `position` on into calls: (rows of the call, tokens in it). No call crosses a multiple of the
+// segment, so that a segment always ends with a call.
+std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t count, const ModelInfo& info) {
   std::vector<std::pair<int64_t, int64_t>> calls;
+  const std::vector<int64_t>& rows = info.chunks;
   while (count > 0) {
-    const int64_t n = std::min({count, rows.back(), kSegment - position % kSegment});
+    int64_t n = std::min(count, rows.back());
+    if (info.segment) n = std::min(n, *info.segment - position % *info.segment);
     if (n <= kSingleCalls) {
       calls.insert(calls.end(), n, {rows.front(), 1});
     } else {
@@ -29,70 +33,55 @@ std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t co
   return calls;
 }
 
+// Puts the row of every position into its slot: `made` is (..., rows, entry), and of its first `count` rows the first is that of
+// `position`. What is older than the slots last is gone.
+void put_rows(const Buffer& slots, const Buffer& made, int64_t position, int64_t count) {
+  const std::vector<int32_t>&shape = slots.spec().shape, &given = made.spec().shape;
+  const int64_t size = shape.rbegin()[1], rows = given.rbegin()[1];
+  const int64_t outer = std::accumulate(shape.begin(), shape.end() - 2, int64_t{1}, std::multiplies<>());
+  const size_t entry = slots.nbytes() / (outer * size);
+  for (int64_t o = 0; o < outer; ++o) {
+    std::byte* to = slots.data() + o * size * entry;
+    const std::byte* from = made.data() + o * rows * entry;
+    for (int64_t row = std::max<int64_t>(0, count - size); row < count; ++row) {
+      std::memcpy(to + (position + row) % size * entry, from + row * entry, entry);
+    }
+  }
+}
+
 }  // namespace
 
 Model::Model(const Package& package, std::unique_ptr<Engine> engine)
     : info_(package.info()), engine_(std::move(engine)) {
-  check_methods();
+  // Before anything is allocated: what the manifest says of the methods, and the package was checked by, is what the program has.
+  for (const auto& [name, spec] : info_.signatures) engine_->check(name, spec);
   make_shared();
   for (const int64_t rows : info_.chunks) calls_.push_back(std::make_unique<Calls>(*engine_, info_, rows, shared_));
-  if (!info_.memory.empty()) make_memory();
+  if (info_.remembers()) make_memory();
   engine_->finish_loading();
   reset();
-}
-
-// Before anything is allocated: what the manifest says of the methods is what the program has, and what it says of the model
-// is what the methods take and give.
-void Model::check_methods() {
-  for (const auto& [name, spec] : info_.methods) engine_->check(name, spec);
-  const auto find = [&](const std::string& method, std::vector<TensorSpec> MethodSpec::* side, const std::string& name) {
-    const auto known = info_.methods.find(method);
-    if (known == info_.methods.end()) engine_->refuse("the manifest has no " + method);
-    const auto& tensors = known->second.*side;
-    return std::find_if(tensors.begin(), tensors.end(), [&](const TensorSpec& t) { return t.name == name; });
-  };
-  const auto expect = [&](const std::string& method, std::vector<TensorSpec> MethodSpec::* side, const TensorSpec& spec) {
-    const auto found = find(method, side, spec.name);
-    if (found == (info_.methods.at(method).*side).end() || !found->fits(spec)) {
-      engine_->refuse(method + " has " + spec.name + " in another form than the manifest's model");
-    }
-  };
-  for (const int64_t rows : info_.chunks) {
-    std::string of_rows = "_";
-    of_rows += std::to_string(rows);
-    const auto n = static_cast<int32_t>(rows);
-    expect("prelude" + of_rows, &MethodSpec::inputs, {"tokens", Dtype::kInt64, {1, n}});
-    expect("head" + of_rows, &MethodSpec::outputs,
-           {"logits", Dtype::kFloat32, {1, n, static_cast<int32_t>(info_.vocab_size)}});
-    expect("step" + of_rows, &MethodSpec::inputs, {"h", Dtype::kFloat32, {1, n, static_cast<int32_t>(info_.width)}});
-    for (TensorSpec state : info_.state) {
-      state.shape.erase(state.shape.begin());  // one loop's
-      expect("step" + of_rows, &MethodSpec::inputs, state);
-    }
-  }
-  for (const TensorSpec& memory : info_.memory) expect("memorize_64", &MethodSpec::inputs, memory);
 }
 
 void Model::make_shared() {
   const auto make = [&](const TensorSpec& spec) { shared_.try_emplace(spec.name, spec); };
   for (const char* name : {"max_loops", "min_loops"}) make({name, Dtype::kInt64, {}});
   for (const char* name : {"exit_threshold", "exit_epsilon", "exit_entropy"}) make({name, Dtype::kFloat32, {}});
-  std::for_each(info_.state.begin(), info_.state.end(), make);
-  std::for_each(info_.memory.begin(), info_.memory.end(), make);
+  for (const auto& [_, state] : info_.state) make(state.tensor);
   // Nothing is looked up here: hits stay empty.
-  for (const TensorSpec& input : info_.methods["prelude_1"].inputs) {
-    if (input.name.starts_with("retrieved")) make(input);
+  const Specs given = given_tensors(info_, info_.chunks.front());
+  for (const TensorSpec& input : info_.signatures.at("prelude_1").inputs) {
+    if (input.name.starts_with("retrieved") && given.contains(input.name)) make(given.at(input.name));
   }
 }
 
 void Model::make_memory() {
   // Exit states since the last boundary: what the memory is going to be taught.
-  const TensorSpec segment = {"segment", Dtype::kFloat32, {1, kSegment, static_cast<int32_t>(info_.width)}};
+  const TensorSpec segment = {"segment", Dtype::kFloat32, {1, static_cast<int32_t>(*info_.segment), static_cast<int32_t>(info_.width)}};
   shared_.try_emplace(segment.name, segment);
   const TensorSpec valid = {"n_valid", Dtype::kInt64, {1}};
-  *learned_.try_emplace(valid.name, valid).first->second.as<int64_t>() = kSegment;
-  const std::unique_ptr<Method> blank = load_method(*engine_, info_, "blank", kSegment);
-  memorize_ = load_method(*engine_, info_, "memorize", kSegment);
+  *learned_.try_emplace(valid.name, valid).first->second.as<int64_t>() = *info_.segment;
+  const std::unique_ptr<Method> blank = load_method(*engine_, info_, "blank", *info_.segment);
+  memorize_ = load_method(*engine_, info_, "memorize", *info_.segment);
   for (auto [method, results] : {std::pair(blank.get(), &blank_), std::pair(memorize_.get(), &learned_)}) {
     const auto& [inputs, outputs] = method->spec();
     for (size_t i = 0; i < outputs.size(); ++i) {
@@ -107,12 +96,6 @@ void Model::make_memory() {
       method->read(i, found->second.data());
     }
   }
-  for (const TensorSpec& memory : info_.memory) {
-    for (const auto& [results, name] : {std::pair(&blank_, memory.name), std::pair(&learned_, "next_" + memory.name)}) {
-      const auto found = results->find(name);
-      if (found == results->end() || !found->second.spec().fits(memory)) memorize_->refuse("gives no " + name);
-    }
-  }
   blank->run();
 }
 
@@ -125,9 +108,11 @@ size_t Model::state_bytes() const {
 }
 
 void Model::reset() {
-  // What rings hold is masked by position; zeroed all the same, to be reproducible.
+  // What slots hold is masked by position; zeroed all the same, to be reproducible.
   for (auto& [_, buffer] : shared_) buffer.clear();
-  for (const TensorSpec& memory : info_.memory) shared_.at(memory.name).copy(blank_.at(memory.name));
+  for (const auto& [name, state] : info_.state) {
+    if (state.kind == StateKind::kWritten) shared_.at(name).copy(blank_.at(name));
+  }
   position_ = 0;
 }
 
@@ -135,22 +120,23 @@ Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_lo
   check(tokens);
   set(dials);
   Fed fed;
-  for (const auto& [rows, n] : plan_calls(position_, std::ssize(tokens), info_.chunks)) {
+  for (const auto& [rows, n] : plan_calls(position_, std::ssize(tokens), info_)) {
     Calls& calls = calls_of(rows);
-    calls.prelude(tokens.first(n), position_);
+    calls.prelude(tokens.first(n), position_, noise_seed_);
     tokens = tokens.subspan(n);
     fed.iterations.push_back(calls.loop());
     const auto* depth = calls.at("depth").as<int64_t>();
     fed.depth.insert(fed.depth.end(), depth, depth + n);
+    calls.coda();
     if (all_logits || tokens.empty()) {
       calls.head();
       const float* logits = calls.at("logits").as<float>();
-      fed.logits.insert(fed.logits.end(), logits + (all_logits ? 0 : n - 1) * info_.vocab_size,
-                        logits + n * info_.vocab_size);
+      fed.logits.insert(fed.logits.end(), logits + (all_logits ? 0 : n - 1) * info_.text.vocab_size,
+                        logits + n * info_.text.vocab_size);
     }
     calls.commit();
     keep(calls, n);
-    if (position_ % kSegment == 0 && memorize_ != nullptr && remember_) memorize();
+    if (memorize_ != nullptr && position_ % *info_.segment == 0 && remember_) memorize();
   }
   return fed;
 }
@@ -158,23 +144,27 @@ Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_lo
 Calls& Model::prepare(std::span<const int64_t> tokens, const Dials& dials) {
   set(dials);
   Calls& calls = calls_of(std::ssize(tokens));
-  calls.prelude(tokens, position_);
+  calls.prelude(tokens, position_, noise_seed_);
   return calls;
 }
 
 void Model::check(std::span<const int64_t> tokens) const {
   if (tokens.empty()) throw std::runtime_error("no tokens to run; give a prompt of at least one token");
   for (const int64_t token : tokens) {
-    if (token < 0 || token >= info_.vocab_size) {
+    if (token < 0 || token >= info_.text.vocab_size) {
       throw std::runtime_error("token " + std::to_string(token) + " is outside the vocabulary (0.." +
-                               std::to_string(info_.vocab_size - 1) + ")");
+                               std::to_string(info_.text.vocab_size - 1) + ")");
     }
   }
   const int64_t length = position_ + std::ssize(tokens);
-  if (info_.max_seq_len && length > *info_.max_seq_len) {
-    throw std::runtime_error(std::to_string(length) + " tokens are more than the " +
-                             std::to_string(*info_.max_seq_len) +
-                             " this package was exported for (--max-seq-len); shorten the prompt or export again");
+  const std::optional<int64_t> limit = info_.text.max_seq_len, room = info_.capacity();
+  if (limit && length > *limit) {
+    throw std::runtime_error(std::to_string(length) + " tokens are more than the " + std::to_string(*limit) +
+                             " this package was exported for (rmse-export --max-seq-len); shorten the prompt or export again");
+  }
+  if (room && length > *room) {
+    throw std::runtime_error(std::to_string(length) + " tokens are more than the " + std::to_string(*room) + " that " +
+                             info_.name + " attends to; shorten the text");
   }
 }
 
@@ -191,25 +181,19 @@ Calls& Model::calls_of(int64_t rows) {
   return **std::find_if(calls_.begin(), calls_.end(), [&](const auto& calls) { return calls->rows() == rows; });
 }
 
-// Keeps the keys and values, and what the memory is to learn, of a call's first `count` rows.
+// Takes what a call gave for its first `count` rows into the state, as each tensor's kind says.
 void Model::keep(const Calls& calls, int64_t count) {
-  const int64_t first = std::max<int64_t>(0, count - info_.window);
-  for (const auto& [name, source] : info_.rings) {
-    const Buffer &ring = shared_.at(name), &made = calls.at(source);
-    const std::vector<int32_t>& shape = made.spec().shape;  // (..., rows, entry)
-    const int64_t outer = std::accumulate(shape.begin(), shape.end() - 2, int64_t{1}, std::multiplies<>());
-    const size_t entry = made.nbytes() / (outer * calls.rows());
-    for (int64_t o = 0; o < outer; ++o) {
-      std::byte* to = ring.data() + o * info_.window * entry;
-      const std::byte* from = made.data() + o * calls.rows() * entry;
-      for (int64_t row = first; row < count; ++row) {
-        std::memcpy(to + (position_ + row) % info_.window * entry, from + row * entry, entry);
-      }
+  for (const auto& [name, state] : info_.state) {
+    Buffer& kept = shared_.at(name);
+    if (state.has_slots()) {
+      put_rows(kept, calls.at(state.source), position_, count);
+    } else if (state.kind == StateKind::kReplace) {
+      kept.copy(calls.at(state.source));
     }
   }
   if (memorize_ != nullptr) {
     const size_t row = info_.width * sizeof(float);
-    std::memcpy(shared_.at("segment").data() + position_ % kSegment * row, calls.at("h").data(), count * row);
+    std::memcpy(shared_.at("segment").data() + position_ % *info_.segment * row, calls.at("h").data(), count * row);
   }
   position_ += count;
 }
@@ -217,7 +201,9 @@ void Model::keep(const Calls& calls, int64_t count) {
 // Teaches the memory the segment that was just completed.
 void Model::memorize() {
   memorize_->run();
-  for (const TensorSpec& memory : info_.memory) shared_.at(memory.name).copy(learned_.at("next_" + memory.name));
+  for (const auto& [name, state] : info_.state) {
+    if (state.kind == StateKind::kWritten) shared_.at(name).copy(learned_.at("next_" + name));
+  }
 }
 
 }  // namespace rmse

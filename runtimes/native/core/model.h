@@ -1,7 +1,7 @@
 // A looped language model that remembers what it was fed: runtimes/host/text.py over the methods of a package.
 //
-// The host keeps what is kept between calls: the ring of keys and values, of which every iteration reads its row where it
-// lies, and the neural memory, written every 64 tokens.
+// The host keeps what is kept between calls, and updates it as its kind says: rings and appended rows in their slots, of which
+// every iteration reads its row where it lies, states that are replaced, memories that are written once per segment.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +35,7 @@ class Model {
   int64_t position() const { return position_; }  // tokens fed since `reset`
   size_t state_bytes() const;                     // kept between calls, the same however long the text is
   void leave_memory_blank() { remember_ = false; }
+  void set_noise_seed(uint64_t seed) { noise_seed_ = seed; }  // of models that begin from noise; 0 unless set
 
   void reset();
   Fed feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits = false);
@@ -43,7 +44,6 @@ class Model {
   Calls& prepare(std::span<const int64_t> tokens, const Dials& dials);
 
  private:
-  void check_methods();
   void make_shared();
   void make_memory();
   void check(std::span<const int64_t> tokens) const;
@@ -58,6 +58,7 @@ class Model {
   std::vector<std::unique_ptr<Calls>> calls_;
   std::unique_ptr<Method> memorize_;  // null: there is no memory
   Buffers blank_, learned_;           // a memory that knows nothing; what `memorize` gives
+  uint64_t noise_seed_ = 0;
   int64_t position_ = 0;
   bool remember_ = true;
 };

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <functional>
-#include <iterator>
 #include <set>
 #include <stdexcept>
 
@@ -22,194 +20,10 @@ constexpr char kManifest[] = "manifest.json";
 constexpr char kSums[] = "SHA256SUMS";
 constexpr size_t kDigits = 64;  // of a hash
 
-// What a manifest may ask for at most, as in rmse_edge/schema.py, config.py and runtimes/host/signatures.py: one with more is not
-// to be believed, and nothing is allocated by it.
-constexpr size_t kLargestText = 16 << 20;       // bytes of the manifest, of the list of hashes
-constexpr int64_t kLargest = INT32_MAX;         // of sizes and counts
-constexpr int64_t kLargestTensor = 2LL << 30;   // bytes
-constexpr int64_t kLargestState = 4LL << 30;    // bytes kept between calls
-constexpr int64_t kMostLoops = 64;
-constexpr int64_t kLargestWidth = 1 << 16;
-constexpr int64_t kLargestVocabulary = 1 << 22;
-constexpr int64_t kLargestWindow = 1 << 24;
-constexpr size_t kLongestName = 200;
+constexpr size_t kLargestText = 16 << 20;  // bytes of the manifest, of the list of hashes
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& what) {
   throw std::runtime_error(path.string() + ": " + what);
-}
-
-// ------------------------------------------------------------------------------------------- reading the manifest
-
-TensorSpec tensor(const std::string& name, const Json& shape, const Json& type) {
-  const std::optional<Dtype> dtype = type.is_string() ? dtype_of(string(type)) : std::nullopt;
-  if (!dtype) throw JsonError(name + ": a tensor of " + dump(type));
-  if (name.empty() || name.size() > kLongestName) throw JsonError("a tensor's name of " + std::to_string(name.size()) + " bytes");
-  TensorSpec spec{name, *dtype, {}};
-  const int64_t largest = kLargestTensor / static_cast<int64_t>(nbytes_of(*dtype));
-  int64_t elements = 1;
-  if (items(shape).size() > 8) throw JsonError(name + ": a tensor of shape " + dump(shape).substr(0, 80));
-  for (const Json& size : items(shape)) {
-    const int64_t n = integer(size);
-    if (n < 1 || n > largest / elements) throw JsonError(name + ": a tensor of shape " + dump(shape));
-    elements *= n;
-    spec.shape.push_back(static_cast<int32_t>(n));
-  }
-  return spec;
-}
-
-std::vector<TensorSpec> tensors(const Json& list) {
-  std::vector<TensorSpec> specs;
-  for (const Json& t : items(list)) {
-    specs.push_back(tensor(string(member(t, "name")), member(t, "shape"), member(t, "dtype")));
-  }
-  return specs;
-}
-
-// {name: [shape, type]}: state and memory.
-std::vector<TensorSpec> kept_tensors(const Json& kept) {
-  std::vector<TensorSpec> specs;
-  for (const auto& [name, value] : members(kept)) {
-    const auto& pair = items(value);
-    if (pair.size() != 2) throw JsonError(name + ": got " + dump(value) + ", expected a shape and a type");
-    specs.push_back(tensor(name, pair[0], pair[1]));
-  }
-  return specs;
-}
-
-int64_t count(const Json& object, const char* key, int64_t least = 1, int64_t most = kLargest) {
-  const int64_t value = integer(member(object, key));
-  if (value < least || value > most) {
-    throw JsonError(std::string(key) + ": got " + std::to_string(value) + ", expected " + std::to_string(least) + " to " +
-                    std::to_string(most));
-  }
-  return value;
-}
-
-std::optional<int64_t> optional_count(const Json& object, const char* key, int64_t least = 0, int64_t most = kLargest) {
-  const Json* found = find(object, key);
-  return found == nullptr || found->is_null() ? std::nullopt : std::optional(count(object, key, least, most));
-}
-
-double positive(const Json& object, const char* key) {
-  const double value = number(member(object, key));
-  if (!(value > 0)) throw JsonError(std::string(key) + ": got " + dump(member(object, key)) + ", expected a positive number");
-  return value;
-}
-
-// The same in "model" and in "model.config".
-void agree(const Json& model, const Json& config, const char* key) {
-  const Json &value = member(model, key), &own = member(config, key);
-  if (number(value) != number(own)) {
-    throw JsonError(std::string("model.") + key + ": got " + dump(value) + ", expected " + dump(own) +
-                    ", as model.config says");
-  }
-}
-
-// A token, several or none (null).
-std::vector<int64_t> token_ids(const Json* value, const char* key, int64_t vocab_size) {
-  std::vector<int64_t> ids;
-  if (value == nullptr || value->is_null()) return ids;
-  const auto take = [&](const Json& token) {
-    ids.push_back(integer(token));
-    if (ids.back() < 0 || ids.back() >= vocab_size) throw JsonError(std::string(key) + ": got " + dump(*value));
-  };
-  if (value->is_array()) {
-    for (const Json& token : items(*value)) take(token);
-  } else {
-    take(*value);
-  }
-  return ids;
-}
-
-// [[first, end), ...]: ids that no token has.
-std::vector<std::pair<int64_t, int64_t>> token_ranges(const Json* list, int64_t vocab_size) {
-  std::vector<std::pair<int64_t, int64_t>> ranges;
-  if (list == nullptr) return ranges;
-  for (const Json& range : items(*list)) {
-    const auto& ends = items(range);
-    const bool pair = ends.size() == 2;
-    const int64_t first = pair ? integer(ends[0]) : -1, end = pair ? integer(ends[1]) : -1;
-    if (first < 0 || end <= first || end > vocab_size) throw JsonError("unused_token_ids: got " + dump(*list));
-    ranges.emplace_back(first, end);
-  }
-  return ranges;
-}
-
-std::vector<int64_t> call_rows(const Json& list) {
-  std::vector<int64_t> rows;
-  for (const Json& n : items(list)) rows.push_back(integer(n));
-  const bool ascending = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
-  if (rows.empty() || rows.front() != 1 || rows.back() > kSegment || !ascending) {
-    throw JsonError("chunks: got " + dump(list) + ", expected numbers of rows from 1 to 64, the first of them 1");
-  }
-  return rows;
-}
-
-Dials own_dials(const Json& values, int64_t trained_depth) {
-  const Dials dials = {.max_loops = count(values, "max_loops"),
-          .min_loops = count(values, "min_loops"),
-          .exit_threshold = number(member(values, "exit_threshold")),
-          .exit_epsilon = number(member(values, "exit_epsilon")),
-          .exit_entropy = number(member(values, "exit_entropy"))};
-  try {
-    dials.check(trained_depth);
-  } catch (const std::runtime_error& error) {
-    throw JsonError(std::string("model.dials: some that cannot be set (") + error.what() + ")");
-  }
-  return dials;
-}
-
-// All that is kept together fits.
-void check_state(const ModelInfo& info) {
-  size_t nbytes = 0;
-  for (const TensorSpec& state : info.state) nbytes += state.nbytes();
-  for (const TensorSpec& memory : info.memory) nbytes += memory.nbytes();
-  if (nbytes > kLargestState) {
-    throw JsonError("model.state: " + std::to_string(nbytes) + " bytes with model.memory, expected at most 4 GiB");
-  }
-}
-
-ModelInfo model_info(const Json& manifest) {
-  const Json &model = member(manifest, "model"), &config = member(model, "config");
-  ModelInfo info;
-  info.name = string(member(model, "name"));
-  info.quant = string(member(model, "quant"));
-  info.vocab_size = count(model, "vocab_size", 1, kLargestVocabulary);
-  info.width = count(config, "d_model", 1, kLargestWidth);
-  info.max_loops = count(model, "max_loops", 1, kMostLoops);
-  info.window = count(model, "window", kSegment, kLargestWindow);
-  info.rotary_dims = count(model, "rotary_dims", 2, kLargestWidth);
-  info.parameters = count(model, "parameters", 0, int64_t{1} << 53);
-  info.rope_theta = positive(model, "rope_theta");
-  for (const char* key : {"vocab_size", "max_loops", "window", "rope_theta"}) agree(model, config, key);
-  info.dials = own_dials(member(model, "dials"), info.max_loops);
-  info.chunks = call_rows(member(model, "chunks"));
-  info.state = kept_tensors(member(model, "state"));
-  for (const auto& [ring, source] : members(member(model, "rings"))) {
-    const auto kept = std::find_if(info.state.begin(), info.state.end(), [&](const auto& t) { return t.name == ring; });
-    const bool fits = kept != info.state.end() && kept->shape.size() >= 2 && kept->shape.rbegin()[1] == info.window;
-    if (!fits) throw JsonError(ring + ": there is no such state of " + std::to_string(info.window) + " positions");
-    info.rings[ring] = string(source);
-  }
-  if (const Json* memory = find(model, "memory")) info.memory = kept_tensors(*memory);
-  check_state(info);
-  if (member(model, "target") != kTarget) throw JsonError("model.target: got " + dump(member(model, "target")) + ", expected " + kTarget);
-  if (const Json& weights = member(member(manifest, "quantization"), "weights"); weights != info.quant) {
-    throw JsonError("model.quant: got " + info.quant + ", expected " + dump(weights) + ", as quantization.weights says");
-  }
-  info.max_seq_len = optional_count(model, "max_seq_len", 1);
-  info.bos_token = optional_count(config, "bos_token_id", 0, info.vocab_size - 1);
-  // Packages made before a text could end in several ways have config.json's own token.
-  const Json* eos = find(model, "eos_token_ids");
-  info.eos_tokens = token_ids(eos != nullptr ? eos : find(config, "eos_token_id"), "eos_token_ids", info.vocab_size);
-  info.unused_tokens = token_ranges(find(model, "unused_token_ids"), info.vocab_size);
-  const auto& rules = items(member(config, "exit_rules"));
-  info.entropy_rule = std::any_of(rules.begin(), rules.end(), [](const Json& rule) { return rule == "entropy"; });
-  info.config = dump(config);
-  for (const auto& [name, method] : members(member(manifest, "methods"))) {
-    info.methods[name] = {tensors(member(method, "inputs")), tensors(member(method, "outputs"))};
-  }
-  return info;
 }
 
 // ------------------------------------------------------------------------------------------------ checking files
@@ -266,7 +80,7 @@ Package Package::open(const std::string& folder, const std::string& target) {
     package.check_files(sizes);
     const std::string& own = string(member(manifest, "target"));
     if (own != target) refuse(folder, "made for " + own + "; this runner takes packages made for " + target);
-    package.info_ = model_info(manifest);
+    package.info_ = read_model(manifest);
     const std::string& program = string(member(member(manifest, "lowering"), "program"));
     package.program_ = package.path(program);
     package.program_digest_ = package.digests_.at(program);
@@ -335,23 +149,6 @@ void Package::check_files(const std::map<std::string, int64_t>& sizes) {
 std::string Package::path(const std::string& name) const {
   if (!digests_.contains(name)) refuse(folder_, "the package holds no " + name + "; export it again");
   return (fs::path(folder_) / name).string();
-}
-
-// ---------------------------------------------------------------------------------------------------------- dials
-
-void Dials::check(int64_t trained_depth) const {
-  const auto fail = [](const char* flag, const std::string& got, const std::string& expected) {
-    throw std::runtime_error(std::string(flag) + ": got " + got + ", expected " + expected);
-  };
-  if (max_loops < 1 || max_loops > trained_depth) {
-    fail("--max-loops", std::to_string(max_loops), "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
-  }
-  if (min_loops < 1 || min_loops > max_loops) {
-    fail("--min-loops", std::to_string(min_loops), "1..max-loops (" + std::to_string(max_loops) + ")");
-  }
-  if (!(exit_threshold > 0)) fail("--exit-threshold", shown(exit_threshold), "a positive number (1 disables it)");
-  if (!(exit_epsilon >= 0)) fail("--exit-epsilon", shown(exit_epsilon), "0 (off) or more");
-  if (!(exit_entropy >= 0)) fail("--exit-entropy", shown(exit_entropy), "0 (off) or more");
 }
 
 }  // namespace rmse

@@ -23,6 +23,10 @@ constexpr Type kTypes[] = {
     {"uint8", Dtype::kUint8, 1},     {"bool", Dtype::kBool, 1},
 };
 
+const Type& type_of(Dtype dtype) {
+  return *std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return t.dtype == dtype; });
+}
+
 }  // namespace
 
 std::optional<Dtype> dtype_of(std::string_view name) {
@@ -30,9 +34,9 @@ std::optional<Dtype> dtype_of(std::string_view name) {
   return known == std::end(kTypes) ? std::nullopt : std::optional(known->dtype);
 }
 
-size_t nbytes_of(Dtype dtype) {
-  return std::find_if(std::begin(kTypes), std::end(kTypes), [&](const Type& t) { return t.dtype == dtype; })->nbytes;
-}
+std::string_view name_of(Dtype dtype) { return type_of(dtype).name; }
+
+size_t nbytes_of(Dtype dtype) { return type_of(dtype).nbytes; }
 
 size_t TensorSpec::nbytes() const {
   size_t bytes = nbytes_of(dtype);

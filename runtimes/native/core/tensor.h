@@ -15,7 +15,8 @@ namespace rmse {
 enum class Dtype { kFloat32, kFloat16, kBfloat16, kInt64, kInt32, kInt8, kUint8, kBool };
 
 std::optional<Dtype> dtype_of(std::string_view name);  // "float32", as manifests have it; none where it is another
-size_t nbytes_of(Dtype dtype);                         // of one element
+std::string_view name_of(Dtype dtype);
+size_t nbytes_of(Dtype dtype);  // of one element
 
 struct TensorSpec {
   std::string name;

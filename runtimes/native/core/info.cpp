@@ -1,0 +1,383 @@
+#include "info.h"
+
+#include <algorithm>
+#include <functional>
+#include <iterator>
+#include <stdexcept>
+#include <string_view>
+#include <type_traits>
+
+#include "signatures.h"
+#include "text.h"
+
+namespace rmse {
+namespace {
+
+// What a manifest may ask for at most, as in rmse_edge/schema.py, numbers.py and runtimes/host/signatures.py: one with more is
+// not to be believed, and nothing is allocated by it.
+constexpr int64_t kLargest = INT32_MAX;       // of a tensor's sizes
+constexpr int64_t kMany = int64_t{1} << 53;   // of bytes, tokens, parameters
+constexpr int64_t kLargestState = 4LL << 30;  // bytes kept between calls
+constexpr int64_t kMostLoops = 64;
+constexpr int64_t kLargestCount = 1 << 16;  // of channels, rows of a call
+constexpr int64_t kLargestVocabulary = 1 << 22;
+constexpr size_t kLongestName = 200;
+constexpr size_t kMostAxes = 8;
+
+[[noreturn]] void unfit(const Json& got, const std::string& expected) {
+  throw JsonError("got " + dump(got).substr(0, 100) + ", expected " + expected);
+}
+
+// ---------------------------------------------------------------------------------------------------- single values
+
+auto whole(int64_t least, int64_t most) {
+  return [=](const Json& value) {
+    const int64_t n = integer(value);
+    if (n < least || n > most) unfit(value, "a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+    return n;
+  };
+}
+
+const auto count = whole(1, kLargestCount);
+
+double positive(const Json& value) {
+  const double x = number(value);
+  if (!(x > 0)) unfit(value, "a positive number");
+  return x;
+}
+
+std::string name(const Json& value) {
+  const std::string& text = string(value);
+  if (text.empty() || text.size() > kLongestName) unfit(value, "a text of 1 to 200 bytes");
+  return text;
+}
+
+template <typename Value>
+auto one_of(const std::map<std::string, Value>& choices) {
+  return [=](const Json& value) {
+    const auto found = value.is_string() ? choices.find(string(value)) : choices.end();
+    if (found != choices.end()) return found->second;
+    std::string names;
+    for (const auto& [choice, _] : choices) names += (names.empty() ? "" : ", ") + choice;
+    unfit(value, "one of " + names);
+  };
+}
+
+template <typename Read>
+auto or_null(Read read) {
+  return [=](const Json& value) {
+    using Value = std::invoke_result_t<Read, const Json&>;
+    return value.is_null() ? std::optional<Value>() : std::optional<Value>(read(value));
+  };
+}
+
+template <typename Read>
+auto list_of(Read read) {
+  return [=](const Json& list) {
+    std::vector<std::invoke_result_t<Read, const Json&>> values;
+    for (const Json& value : items(list)) values.push_back(read(value));
+    return values;
+  };
+}
+
+std::set<std::string> set_of_names(const Json& list) {
+  const auto names = list_of(name)(list);
+  return {names.begin(), names.end()};
+}
+
+// What `run` gives; what it complains about is said of `where`.
+template <typename Do>
+auto within(const std::string& where, Do run) {
+  try {
+    return run();
+  } catch (const JsonError& error) {
+    throw JsonError(where + ": " + error.what());
+  }
+}
+
+// An object of the manifest and where it stands: what does not fit is refused as WHERE.KEY.
+class Part {
+ public:
+  Part(const Json& object, std::string where) : object_(object), where_(std::move(where)) {
+    within(where_, [&] { return members(object_).size(); });
+  }
+
+  template <typename Read>
+  auto at(const std::string& key, Read read) const {
+    const Json* found = find(object_, key);
+    if (found == nullptr) throw JsonError(where_ + "." + key + ": is missing");
+    return within(where_ + "." + key, [&] { return read(*found); });
+  }
+
+  template <typename Read, typename Value>
+  auto at(const std::string& key, Read read, Value otherwise) const {
+    return find(object_, key) == nullptr ? std::invoke_result_t<Read, const Json&>(otherwise) : at(key, read);
+  }
+
+  // A part of this one.
+  Part part(const std::string& key) const {
+    return Part(at(key, [](const Json& value) { return std::cref(value); }).get(), where_ + "." + key);
+  }
+
+  // The names in it, each as long as a name may be.
+  std::vector<std::string> names() const {
+    std::vector<std::string> found;
+    for (const auto& [key, _] : members(object_)) {
+      if (key.empty() || key.size() > kLongestName) refuse("", "a name of " + std::to_string(key.size()) + " bytes", "1 to 200");
+      found.push_back(key);
+    }
+    return found;
+  }
+
+  [[noreturn]] void refuse(const std::string& key, const std::string& got, const std::string& expected) const {
+    throw JsonError(where_ + key + ": got " + got + ", expected " + expected);
+  }
+
+ private:
+  const Json& object_;
+  std::string where_;
+};
+
+// ----------------------------------------------------------------------------------------------------------- tensors
+
+Dtype dtype(const Json& value) {
+  const std::optional<Dtype> known = value.is_string() ? dtype_of(string(value)) : std::nullopt;
+  if (!known) unfit(value, "the name of a type, such as float32");
+  return *known;
+}
+
+// Sizes whose product is no more than kLargestState bytes, whatever the type.
+std::vector<int32_t> shape(const Json& value) {
+  std::vector<int32_t> sizes;
+  int64_t elements = 1;
+  for (const int64_t n : list_of(whole(1, kLargest))(value)) {
+    if (n > kLargestState / elements || sizes.size() == kMostAxes) unfit(value, "the shape of a tensor that fits");
+    elements *= n;
+    sizes.push_back(static_cast<int32_t>(n));
+  }
+  return sizes;
+}
+
+std::vector<TensorSpec> tensors(const Json& list) {
+  std::vector<TensorSpec> specs;
+  for (const Json& value : items(list)) {
+    const Part part(value, std::string("[").append(std::to_string(specs.size())).append("]"));
+    specs.push_back({part.at("name", name), part.at("dtype", dtype), part.at("shape", shape)});
+  }
+  return specs;
+}
+
+// --------------------------------------------------------------------------------------------------- parts of a model
+
+Dials own_dials(const Part& part, int64_t trained_depth) {
+  const Dials usual;
+  const auto loops = whole(1, kMostLoops);
+  const Dials dials = {.max_loops = part.at("max_loops", loops),
+                       .min_loops = part.at("min_loops", loops, usual.min_loops),
+                       .exit_threshold = part.at("exit_threshold", number, usual.exit_threshold),
+                       .exit_epsilon = part.at("exit_epsilon", number, usual.exit_epsilon),
+                       .exit_entropy = part.at("exit_entropy", number, usual.exit_entropy)};
+  try {
+    dials.check(trained_depth);
+  } catch (const std::runtime_error& error) {
+    part.refuse("", std::string("some that cannot be set (") + error.what() + ")", "the checkpoint's own");
+  }
+  return dials;
+}
+
+std::vector<int64_t> call_rows(const Part& model, std::optional<int64_t> segment) {
+  const std::vector<int64_t> rows = model.at("chunks", list_of(count));
+  const std::string got = dump(Json(rows)).substr(0, 100);
+  const bool rising = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
+  if (rows.empty() || rows.front() != 1 || !rising) {
+    model.refuse(".chunks", got, "rising numbers of rows, the first of a model of texts 1");
+  }
+  if (const int64_t most = segment.value_or(kLargestCount); rows.back() > most) {
+    model.refuse(".chunks", got, "at most " + std::to_string(most) + " rows");
+  }
+  return rows;
+}
+
+std::vector<std::pair<int64_t, int64_t>> token_ranges(const Json& list) {
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  for (const auto& ends : list_of(list_of(whole(0, kLargestVocabulary)))(list)) {
+    if (ends.size() != 2) unfit(list, "pairs of ids, the first of a range and that behind it");
+    ranges.emplace_back(ends[0], ends[1]);
+  }
+  return ranges;
+}
+
+TextInfo text_info(const Part& part) {
+  TextInfo text{.vocab_size = part.at("vocab_size", whole(1, kLargestVocabulary)),
+                .rotary_dims = part.at("rotary_dims", whole(0, kLargestCount), 0),
+                .rope_theta = part.at("rope_theta", positive, 10'000.0),
+                .max_seq_len = part.at("max_seq_len", or_null(whole(1, kMany)), std::nullopt),
+                .eos_tokens = {},
+                .unused_tokens = {}};
+  using Ids = std::vector<int64_t>;
+  text.eos_tokens = part.at("eos_token_ids", list_of(whole(0, kLargestVocabulary - 1)), Ids());
+  text.unused_tokens = part.at("unused_token_ids", token_ranges, decltype(text.unused_tokens)());
+  const std::string expected = "ids below " + std::to_string(text.vocab_size);
+  for (const int64_t token : text.eos_tokens) {
+    if (token >= text.vocab_size) part.refuse(".eos_token_ids", dump(Json(text.eos_tokens)).substr(0, 100), expected);
+  }
+  for (const auto& [first, end] : text.unused_tokens) {
+    if (first < end && end <= text.vocab_size) continue;
+    part.refuse(".unused_token_ids", dump(Json(text.unused_tokens)).substr(0, 100), expected);
+  }
+  return text;
+}
+
+State state_of(const std::string& called, const Part& part, const ModelInfo& info) {
+  static const auto kKind = one_of<StateKind>({{"ring", StateKind::kRing},
+                                               {"append", StateKind::kAppend},
+                                               {"replace", StateKind::kReplace},
+                                               {"written", StateKind::kWritten}});
+  static const auto kReaders = list_of(one_of<std::string>(
+      {{"prelude", "prelude"}, {"loop", "loop"}, {"coda", "coda"}, {"commit", "commit"}}));
+  const auto readers = part.at("read_by", kReaders);
+  const State state = {.tensor = {called, part.at("dtype", dtype), part.at("shape", shape)},
+                       .kind = part.at("kind", kKind),
+                       .source = part.at("source", name),
+                       .read_by = {readers.begin(), readers.end()},
+                       .per_loop = part.at("per_loop", truth)};
+  const std::vector<int32_t>& axes = state.tensor.shape;
+  if (state.read_by.empty()) part.refuse(".read_by", "nothing", "the methods that read it");
+  if (state.per_loop && (axes.empty() || axes.front() != info.max_loops)) {
+    part.refuse(".shape", dump(Json(axes)), "a row for each of the " + std::to_string(info.max_loops) + " loops");
+  }
+  if (state.has_slots() && axes.size() < 3) part.refuse(".shape", dump(Json(axes)), "positions in the last axis but one");
+  if (state.kind == StateKind::kWritten && !info.segment) {
+    part.refuse(".kind", "written", "another one, since model.segment is null");
+  }
+  if (state.kind == StateKind::kWritten && !info.has(state.source)) {
+    std::string methods;
+    for (const std::string& method : info.methods) methods += (methods.empty() ? "" : ", ") + method;
+    part.refuse(".source", state.source, "some of " + methods.substr(0, 200));
+  }
+  return state;
+}
+
+void check_size(const ModelInfo& info) {
+  uint64_t nbytes = 0;
+  for (const auto& [_, state] : info.state) nbytes += state.tensor.nbytes();
+  if (nbytes > kLargestState) {
+    throw JsonError("model.state: got " + std::to_string(nbytes) + " bytes, expected at most " +
+                    std::to_string(kLargestState) + " (4 GiB)");
+  }
+}
+
+// The same in "model" and elsewhere in the manifest.
+void agree(const char* field, const std::string& got, const Json& said, const char* elsewhere) {
+  if (said == got) return;
+  throw JsonError(std::string("model.") + field + ": got " + got + ", expected " + dump(said).substr(0, 100) + ", as " +
+                  elsewhere + " says");
+}
+
+}  // namespace
+
+ModelInfo read_model(const Json& manifest) {
+  const Part model(member(manifest, "model"), "model");
+  const auto present = [&](const char* key) {
+    const Json* found = find(member(manifest, "model"), key);
+    return found != nullptr && !found->is_null();
+  };
+  ModelInfo info;
+  info.name = model.at("name", string);
+  info.target = model.at("target", name);
+  info.quant = model.at("quant", name, "fp32");
+  model.at("model_type", name);  // what it is, no host of an exported model needs to know
+  info.max_loops = model.at("max_loops", whole(1, kMostLoops));
+  info.width = model.at("width", count);
+  info.parameters = model.at("parameters", whole(0, kMany));
+  info.dials = own_dials(model.part("dials"), info.max_loops);
+  info.rules = model.at("rules", list_of(name));
+  info.segment = model.at("segment", or_null(count));
+  info.chunks = call_rows(model, info.segment);
+  info.methods = model.at("methods", set_of_names);
+  if (!present("text")) {
+    if (!present("board")) model.refuse("", "neither text nor board", "one of them");
+    model.refuse(".text", "none", "a model of texts, as this runner runs");
+  }
+  info.text = text_info(model.part("text"));
+  const Part states = model.part("state");
+  for (const std::string& called : states.names()) info.state.emplace(called, state_of(called, states.part(called), info));
+  check_size(info);
+  if (present("noise")) {
+    const Part noise = model.part("noise");
+    for (const std::string& input : noise.names()) info.noise[input] = noise.at(input, positive);
+  }
+  if (present("retrieval")) {
+    const Part space = model.part("retrieval");
+    info.hit_rows = space.at("slots", count) * space.at("hits", count);
+    if (info.hit_rows > kLargest) space.refuse(".hits", std::to_string(info.hit_rows) + " with their slots", "fewer");
+  }
+  info.loop_weights = model.at("loop_weights", whole(0, kMany), 0);
+  info.once_weights = model.at("once_weights", whole(0, kMany), 0);
+  if (present("config")) {
+    info.bos_token = model.part("config").at("bos_token_id", or_null(whole(0, info.text.vocab_size - 1)), std::nullopt);
+  }
+  agree("target", info.target, member(manifest, "target"), "target");
+  agree("quant", info.quant, member(member(manifest, "quantization"), "weights"), "quantization.weights");
+  const Part methods(member(manifest, "methods"), "methods");
+  for (const std::string& called : methods.names()) {
+    const Part method = methods.part(called);
+    info.signatures[called] = {method.at("inputs", tensors), method.at("outputs", tensors)};
+  }
+  check_signatures(info);
+  return info;
+}
+
+// ------------------------------------------------------------------------------------------------------------- parts
+
+TensorSpec State::row() const {
+  TensorSpec row = tensor;
+  if (per_loop) row.shape.erase(row.shape.begin());
+  return row;
+}
+
+TensorSpec State::taken(int64_t rows) const {
+  TensorSpec taken = tensor;
+  taken.name = source;
+  if (has_slots()) taken.shape.rbegin()[1] = static_cast<int32_t>(rows);
+  return taken;
+}
+
+bool ModelInfo::has_rule(const std::string& dial) const {
+  return std::find(rules.begin(), rules.end(), dial) != rules.end();
+}
+
+bool ModelInfo::remembers() const {
+  return std::any_of(state.begin(), state.end(), [](const auto& s) { return s.second.kind == StateKind::kWritten; });
+}
+
+std::optional<int64_t> ModelInfo::capacity() const {
+  std::optional<int64_t> least;
+  for (const auto& [_, s] : state) {
+    if (s.kind == StateKind::kAppend) least = std::min(least.value_or(s.slots()), s.slots());
+  }
+  return least;
+}
+
+std::optional<int64_t> ModelInfo::longest() const {
+  const std::optional<int64_t> room = capacity();
+  if (!room || !text.max_seq_len) return room ? room : text.max_seq_len;
+  return std::min(*room, *text.max_seq_len);
+}
+
+void Dials::check(int64_t trained_depth) const {
+  const auto fail = [](const char* flag, const std::string& got, const std::string& expected) {
+    throw std::runtime_error(std::string(flag) + ": got " + got + ", expected " + expected);
+  };
+  if (max_loops < 1 || max_loops > trained_depth) {
+    fail("--max-loops", std::to_string(max_loops), "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
+  }
+  if (min_loops < 1 || min_loops > max_loops) {
+    fail("--min-loops", std::to_string(min_loops), "1..max-loops (" + std::to_string(max_loops) + ")");
+  }
+  if (!(exit_threshold > 0)) fail("--exit-threshold", shown(exit_threshold), "a positive number (1 disables it)");
+  if (!(exit_epsilon >= 0)) fail("--exit-epsilon", shown(exit_epsilon), "0 (off) or more");
+  if (!(exit_entropy >= 0)) fail("--exit-entropy", shown(exit_entropy), "0 (off) or more");
+}
+
+}  // namespace rmse
