@@ -178,6 +178,49 @@ class Tokenizer:
         return None if changed == spec else Fast.from_str(json.dumps(changed))
 
 
+class TokenNumbers:
+    """Stands in for the tokenizer of a model that has none: a token's text is its id, with spaces between them."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def check_ids(ids: list[int] | np.ndarray, vocab_size: int) -> None:
+    """
+    Raises:
+        TextError: an id is outside the vocabulary; the message names the first one.
+    """
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise TextError(f"token {outside} is outside the vocabulary (0..{vocab_size - 1})")
+
+
+def read_ids(path: str | Path, vocab_size: int) -> np.ndarray:
+    """Token ids from a file: an array of NumPy's (.npy), or numbers in a text, with spaces, commas or lines between them.
+
+    Returns:
+        (n,) int64.
+    Raises:
+        TextError: it holds something else, or an id outside the vocabulary.
+    """
+    path = Path(path)
+    if path.suffix == ".npy":
+        try:
+            ids = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise TextError(f"{path}: not an array of NumPy's ({error})") from None
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise TextError(f"{path}: got {ids.dtype} {ids.shape}, expected whole numbers in one dimension")
+    else:
+        words = read_text(path).replace(",", " ").split()
+        unfit = next((word for word in words if not re.fullmatch(r"[0-9]{1,18}", word)), None)
+        if unfit is not None:
+            raise TextError(f"{path}: got {unfit[:40]!r}, expected token ids")
+        ids = np.array(words, np.int64)
+    check_ids(ids, vocab_size)
+    return ids.astype(np.int64)
+
+
 def _parts(component: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
     """The members of a tokenizer's component, which may be a sequence of them, or itself, or nothing."""
     if component is None:

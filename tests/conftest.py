@@ -33,6 +33,7 @@ EXPORTS = {
     "remembering_package": "onnx",
     "executorch_package": "executorch",
     "executorch_int4": "executorch",
+    "toy_package": "executorch",
     "coreml_package": "coreml",
     "coreml_int4": "coreml",
 }
@@ -211,6 +212,16 @@ def executorch_int4(calm: Quantized, tmp_path_factory: pytest.TempPathFactory) -
         export_package(calm.model, folder, request, quantized=calm)
 
     return made_once("executorch-int4.rmse", tmp_path_factory, make)
+
+
+@pytest.fixture(scope="session")
+def toy_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of tests/toy_recurrent.py, which is not RMS-E, lowered for ExecuTorch; no tokenizer. Read only."""
+    from helpers import require_executorch
+    from toy_recurrent import ToyRecurrent, write_package
+
+    require_executorch()
+    return made_once("toy.rmse", tmp_path_factory, lambda folder: write_package(ToyRecurrent().eval(), folder))
 
 
 # --------------------------------------------------------------------------------------------------------- Core ML

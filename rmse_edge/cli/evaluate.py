@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     dials = chosen_dials(args, runtime.info)
     if args.no_memory:
         leave_memory_blank(runtime)
-    ids = read_ids(args)
+    ids = tokens_of(args, runtime.info.vocab_size)
     document = {
         "model": runtime.info.name,
         "runtime": runtime.info.target,
-        "text": str(args.text),
+        "text": str(args.ids or args.text),
         "split": args.split,
         "block": args.block,
         "dials": vars(dials),
@@ -66,9 +66,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.arguments["path"] = "--plot"
     parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
-    parser.add_argument(
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
         "--text", type=existing_file, metavar="FILE", help="UTF-8 text; the folder's sample.txt without it"
     )
+    given.add_argument(
+        "--ids", type=existing_file, metavar="FILE",
+        help="token ids instead of a text: an array of NumPy's (.npy), or numbers in a text file",
+    )  # fmt: skip
     parser.add_argument(
         "--split", choices=("train", "validation", "all"), default="all", help="first 90 %%, last 10 %%, all"
     )
@@ -104,14 +109,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_ids(args: argparse.Namespace) -> np.ndarray:
+def tokens_of(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
     """The tokens to score and the one before them, (n + 1,) int64."""
-    from rmse_edge.text import Tokenizer, read_text, split
+    from rmse_edge.text import Tokenizer, read_ids, read_text, split
 
-    if not args.text.is_file():
+    if args.ids:
+        tokens = read_ids(args.ids, vocab_size)
+    elif not args.text.is_file():
         raise TextError(f"{args.model}: holds no sample.txt; give --text FILE")
-    tokens = Tokenizer(args.model / "tokenizer.json").encode(read_text(args.text))
-    ids = split(np.asarray(tokens, np.int64), args.split)
+    else:
+        tokens = np.asarray(Tokenizer(args.model / "tokenizer.json").encode(read_text(args.text)), np.int64)
+    ids = split(tokens, args.split)
     return ids if args.max_tokens is None else ids[: args.max_tokens + 1]
 
 
@@ -136,7 +144,9 @@ def run_sweep(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Na
 
         result = sweep(measure, depth, dials, args.budget, args.points)
     if args.plot:
-        draw(result, args.plot, f"{runtime.info.name}: {args.text.name}, {targets(ids, args.block)} tokens")
+        draw(
+            result, args.plot, f"{runtime.info.name}: {(args.ids or args.text).name}, {targets(ids, args.block)} tokens"
+        )
     return {"tokens": targets(ids, args.block)} | result.summary()
 
 

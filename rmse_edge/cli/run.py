@@ -14,7 +14,7 @@ from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import check_file
 
 from .chat import NO_QUESTION, talk
-from .common import INTERRUPTED, Parser, existing_path, positive_int, verb
+from .common import INTERRUPTED, Parser, existing_path, list_of, non_negative_int, positive_int, verb
 from .display import DepthWriter, plain
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.runtimes.text.conversation import Conversation
     from rmse_edge.runtimes.text.generate import BEGINNING, Generation, Tail
     from rmse_edge.runtimes.text.sampling import Sampler, Sampling
-    from rmse_edge.text import Tokenizer
+    from rmse_edge.text import Tokenizer, TokenNumbers, check_ids
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
     text = read_prompt(args)
@@ -49,11 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     runtime = open_model(args)
     assert isinstance(runtime, LoopRuntime)
     dials = chosen_dials(args, runtime.info)
-    tokenizer = Tokenizer(args.model / "tokenizer.json").fitting(runtime.info.vocab_size)
+    check_ids(args.prompt_tokens, runtime.info.vocab_size)
+    path = args.model / "tokenizer.json"
+    tokenizer: Tokenizer | TokenNumbers = TokenNumbers()  # ids are read and shown where there is no tokenizer
+    if path.is_file() or not args.prompt_tokens:
+        tokenizer = Tokenizer(path).fitting(runtime.info.vocab_size)
     librarian = prepare_memory(runtime, args, warn)
     stop = list(args.stop or ())
-    if template is not None and not args.ignore_eos and (end := template.end_of_turn(tokenizer)):
-        stop.append(end)
+    if template is not None:
+        assert isinstance(tokenizer, Tokenizer)
+        if not args.ignore_eos and (end := template.end_of_turn(tokenizer)):
+            stop.append(end)
 
     def generate(prompt: Sequence[int], tail: Tail = BEGINNING, told: int = 0) -> Generation:
         eos = () if args.ignore_eos else runtime.info.language.eos_token_ids
@@ -63,12 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     resumed = restore_session(runtime, args.session) if args.session else None
     if template is not None:
+        assert isinstance(tokenizer, Tokenizer)
         return converse(args, Conversation(runtime, tokenizer, template, dials, generate), resumed, text)
     assert text is not None
+    ids = args.prompt_tokens
+    if isinstance(tokenizer, Tokenizer) and not ids:
+        ids = tokenizer.encode_more(text) if resumed else tokenizer.encode(text) or begin_of_text(runtime.info.config)
     if resumed:
-        generation = generate(resumed.pending + tokenizer.encode_more(text), resumed.tail, len(resumed.pending))
+        generation = generate(resumed.pending + ids, resumed.tail, len(resumed.pending))
     else:
-        generation = generate(tokenizer.encode(text) or begin_of_text(runtime.info.config))
+        # Text goes on from the prompt. Numbers begin anew, unless they are shown behind it.
+        anew = isinstance(tokenizer, TokenNumbers) and not args.show_prompt
+        generation = generate(ids, told=len(ids) if anew else 0)
     base = runtime.position
     show(generation, args)
     finish(generation, text, args)
@@ -94,6 +106,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument(
         "-f", "--file", metavar="FILE", help="the prompt is in a UTF-8 file, taken as it is; - for stdin"
     )
+    given.add_argument(
+        "--prompt-tokens", type=list_of(non_negative_int), default=[], metavar="N,N,...",
+        help="token ids to continue instead of a text; of a model without tokenizer the new ones are shown as ids, too",
+    )  # fmt: skip
     parser.add_argument("-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="at most")
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token, always")
@@ -123,6 +139,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of --show-depth; without colour, runs of one depth stand in brackets: [ROM/5][EO/3]",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.prompt_tokens and args.chat:
+        raise UserError("--prompt-tokens: are no question; leave out --chat")
     if args.system is not None and not args.chat:
         raise UserError("--system: is a message of a conversation; add --chat")
     if args.system is not None and args.session:
@@ -141,6 +159,8 @@ def read_prompt(args: argparse.Namespace) -> str | None:
         TextError: the file is missing or not UTF-8.
         UserError: there is no stdin, or, with --chat, nothing but white space.
     """
+    if args.prompt_tokens:
+        return ""
     if args.prompt is not None:
         text = args.prompt
     elif args.file not in (None, "-"):
@@ -273,7 +293,7 @@ def statistics_lines(s: dict[str, Any]) -> list[str]:
         return [f"prompt {s['prompt_tokens']} tokens; stopped before the first new token"]
     ended = {
         "length": "", "eos": "; ended by the model", "stop": "; ended at a stop text", "interrupted": "; interrupted",
-        "max_seq_len": "; ended at the package's --max-seq-len",
+        "max_seq_len": "; ended at the longest text that it takes",
     }[s["finish_reason"]]  # fmt: skip
     speed = f" at {s['tokens_per_s']:.1f} tokens/s" if s["tokens_per_s"] else ""
     return [

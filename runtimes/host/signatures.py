@@ -215,9 +215,7 @@ class Flow:
             self.run(f"loop_{rows}", have)
         else:
             self.host_loop(rows, have)
-        self.require(
-            f"the loop of {rows} rows", {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")}
-        )
+        self.require(f"the loop of {rows} rows", {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")})
         if "depth" not in self.made or self.made["depth"][1] != "int64":
             self.refuse(f"methods.loop_{rows}.outputs", ", ".join(sorted(self.made)), "depth, int64, among them")
         if "coda" in self.info.methods:

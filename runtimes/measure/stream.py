@@ -59,7 +59,8 @@ class Stream:
         limit = runtime.info.longest
         if limit is not None and tokens > limit:
             raise ArgumentError(
-                "tokens", f"got {tokens}, expected at most {limit}: what the model and the export (rmse-export --max-seq-len) allow"
+                "tokens",
+                f"got {tokens}, expected at most {limit}: what the model and the export (rmse-export --max-seq-len) allow",
             )
         self.runtime = runtime
         self.ids = ids

@@ -1,5 +1,6 @@
 // runtimes/native/core alone, without ExecuTorch: its random numbers and tokens are those of tests/data/sampler.json, and
 // a package runs on an engine of ours. test_native_core.py compiles and starts it: native_core SAMPLER.JSON PACKAGE
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -89,10 +90,16 @@ class CountingMethod final : public Method {
   Arguments bound_;
 };
 
+// What the prelude of the model below was given, call by call.
+struct Given {
+  std::vector<float> start;                            // of noise
+  std::vector<std::vector<float>> all, last, latest;  // the state
+};
+
 // A model that counts: token t takes t + 1 loops, each adds one to h, and the logits point at the sum.
 class CountingEngine final : public Engine {
  public:
-  using Engine::Engine;
+  CountingEngine(const std::string& program, Given& given) : Engine(program), given_(given) {}
 
   void check(const std::string&, const MethodSpec&) override {}
 
@@ -101,27 +108,53 @@ class CountingEngine final : public Engine {
     const auto f32 = [](const Arguments& a, const char* name) { return reinterpret_cast<float*>(a.at(name)); };
     const auto i64 = [](const Arguments& a, const char* name) { return reinterpret_cast<int64_t*>(a.at(name)); };
     const std::map<std::string, CountingMethod::Work> works = {
-        {"prelude_1", [=](const Arguments& a) { *f32(a, "x0") = static_cast<float>(*i64(a, "tokens")); }},
-        {"begin_1", [=](const Arguments& a) { *f32(a, "first_h") = 0; }},
+        {"prelude_1",
+         [=, this](const Arguments& a) {
+           *f32(a, "x0") = static_cast<float>(*i64(a, "tokens"));
+           given_.start.push_back(*f32(a, "start"));
+           given_.all.emplace_back(f32(a, "all"), f32(a, "all") + 12);
+           given_.last.emplace_back(f32(a, "last"), f32(a, "last") + 3);
+           given_.latest.emplace_back(f32(a, "latest"), f32(a, "latest") + 1);
+         }},
+        {"begin_1",
+         [=](const Arguments& a) {
+           *f32(a, "first_h") = 0;
+           *reinterpret_cast<bool*>(a.at("first_active")) = true;
+         }},
         {"step_1",
          [=](const Arguments& a) {
            *f32(a, "next_h") = *f32(a, "h") + 1;
            *i64(a, "next_depth") = *i64(a, "depth") + 1;
-           *reinterpret_cast<bool*>(a.at("any_active")) = static_cast<float>(*i64(a, "k")) < *f32(a, "x0");
+           const bool going = static_cast<float>(*i64(a, "k")) < *f32(a, "x0");
+           for (const char* name : {"next_active", "any_active"}) *reinterpret_cast<bool*>(a.at(name)) = going;
          }},
+        {"coda_1", [=](const Arguments& a) { *f32(a, "y") = *f32(a, "h"); }},
         {"head_1",
          [=](const Arguments& a) {
-           for (int v = 0; v < 4; ++v) f32(a, "logits")[v] = -std::fabs(static_cast<float>(v) - *f32(a, "h"));
+           for (int v = 0; v < 4; ++v) f32(a, "logits")[v] = -std::fabs(static_cast<float>(v) - *f32(a, "y"));
          }},
-        {"commit_1", [](const Arguments&) {}},
     };
     return std::make_unique<CountingMethod>(program(), method, spec, works.at(method));
   }
+
+ private:
+  Given& given_;
 };
 
-void check_engine(const std::string& folder) {
+std::string complaint_of(const std::function<void()>& run) {
+  try {
+    run();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void check_engine(const std::string& folder, const Json& start) {
   const Package package = Package::open(folder, "counting");
-  Model model(package, std::make_unique<CountingEngine>(package.program()));
+  Given given;
+  Model model(package, std::make_unique<CountingEngine>(package.program(), given));
+  model.set_noise_seed(unsigned_of(start["seed"]));
   const std::vector<int64_t> tokens = {0, 2, 1, 0};
   const Fed fed = model.feed(tokens, {.max_loops = 3}, /*all_logits=*/true);
   expect("depth", fed.depth, std::vector<int64_t>{1, 3, 2, 1});
@@ -132,12 +165,23 @@ void check_engine(const std::string& folder) {
   expect("the likeliest tokens", best, fed.depth);
   expect("depth at a bound", model.feed(tokens, {.max_loops = 2}).depth, std::vector<int64_t>{1, 2, 2, 1});
   expect("position", model.position(), 8);
-  std::string refusal;
-  try {
-    Package::open(folder, "executorch");
-  } catch (const std::runtime_error& error) {
-    refusal = error.what();
-  }
+  given.start.resize(4);
+  expect("the noise of a Python host", given.start, start["numbers"].get<std::vector<float>>());
+  const std::vector<float> read = {0, 2, 1, 0, 0, 2, 1};  // by all calls but the last
+  expect("a ring after seven tokens", given.last.back(), std::vector<float>{1, 0, 2});
+  expect("a ring after two", given.last[2], std::vector<float>{0, 2, 0});
+  expect("what was replaced", given.latest.back(), std::vector<float>{1});
+  std::vector<float> all(12);
+  std::copy(read.begin(), read.end(), all.begin());
+  expect("what was appended", given.all.back(), all);
+  const std::vector<int64_t> too_many(5);
+  const std::string long_text = complaint_of([&] { model.feed(too_many, {.max_loops = 3}); });
+  expect("a text too long", long_text, std::string("13 tokens are more than the 12 that counting attends to; shorten the text"));
+  expect("position after it", model.position(), 8);
+  model.reset();
+  model.feed(std::span(tokens).first(1), {.max_loops = 3});
+  expect("a new text", given.all.back(), std::vector<float>(12));
+  const std::string refusal = complaint_of([&] { Package::open(folder, "executorch"); });
   expect("another target", refusal.ends_with("made for counting; this runner takes packages made for executorch"), true);
 }
 
@@ -150,6 +194,6 @@ int main(int, char** argv) {
   for (const auto& known : golden["uniform"]) rmse::check_uniform(known);
   for (const auto& known : golden["noise"]) rmse::check_noise(known);
   for (const auto& known : golden["tokens"]) rmse::check_tokens(known);
-  rmse::check_engine(argv[2]);
+  rmse::check_engine(argv[2], golden["start"]);
   return rmse::failures == 0 ? 0 : 1;
 }

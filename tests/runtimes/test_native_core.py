@@ -6,11 +6,16 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from rmse_edge.info import ModelInfo, TextInfo
+from rmse_edge.loop.contract import LoopSpec, TensorSpec
+from rmse_edge.loop.dials import Dials
 from rmse_edge.package import seal
+from rmse_edge.runtimes.host.text import LoopRuntime
 
 pytestmark = [pytest.mark.native, pytest.mark.slow]
 
@@ -46,33 +51,42 @@ def tensor(name: str, dtype: str, *shape: int) -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": shape}
 
 
+DEVIATION = 0.3  # of the noise that the model begins from
+
+
 @pytest.fixture
 def counting(tmp_path: Path) -> Path:
-    """A package of the model that native_core.cpp computes."""
-    tokens, x0, h = tensor("tokens", "int64", 1, 1), tensor("x0", "float32", 1, 1, 1), tensor("h", "float32", 1, 1, 1)
-    depth, k = tensor("depth", "int64", 1, 1), tensor("k", "int64")
-    sizes = {"vocab_size": 4, "max_loops": 3, "window": 64, "rope_theta": 10000.0}
-    dials = {"max_loops": 3, "min_loops": 1, "exit_threshold": 1.0, "exit_epsilon": 0.0, "exit_entropy": 0.0}
+    """A package of the model that native_core.cpp computes: three kinds of state, each of which keeps x0."""
+    tokens, noise = tensor("tokens", "int64", 1, 1), tensor("start", "float32", 1, 1, 1)
+    x0, h = tensor("x0", "float32", 1, 1, 1), tensor("h", "float32", 1, 1, 1)
+    depth, active, k = tensor("depth", "int64", 1, 1), tensor("active", "bool", 1, 1), tensor("k", "int64")
+    state = {
+        name: {"shape": [1, size, 1], "dtype": "float32", "kind": kind, "source": "x0", "read_by": ["prelude"], "per_loop": False}
+        for name, kind, size in (("all", "append", 12), ("last", "ring", 3), ("latest", "replace", 1))
+    }  # fmt: skip
+    kept = [tensor(name, "float32", *s["shape"]) for name, s in state.items()]
     folder = tmp_path / "counting.rmse"
     folder.mkdir()
     (folder / "program").write_text("none: the engine is a part of the test")
     methods = {
-        "prelude_1": ([tokens], [x0]),
-        "begin_1": ([x0], [h | {"name": "first_h"}]),
+        "prelude_1": ([tokens, noise, *kept], [x0]),
+        "begin_1": ([x0], [h | {"name": "first_h"}, active | {"name": "first_active"}]),
         "step_1": (
-            [k, h, depth, x0],
-            [h | {"name": "next_h"}, depth | {"name": "next_depth"}, tensor("any_active", "bool")],
+            [k, h, active, depth, x0],
+            [*(t | {"name": f"next_{t['name']}"} for t in (h, active, depth)), tensor("any_active", "bool")],
         ),
-        "head_1": ([h], [tensor("logits", "float32", 1, 1, 4)]),
-        "commit_1": ([h], []),
+        "coda_1": ([h], [h | {"name": "y"}]),
+        "head_1": ([h | {"name": "y"}], [tensor("logits", "float32", 1, 1, 4)]),
     }
     manifest = {
         "target": "counting",
         "model": {
-            "name": "counting", "quant": "fp32", **sizes, "rotary_dims": 2, "parameters": 0, "chunks": [1],
-            "dials": dials, "state": {}, "rings": {},
-            "config": {**sizes, "d_model": 1, "exit_rules": ["gate"]},
+            "name": "counting", "target": "counting", "model_type": "counting", "quant": "fp32", "max_loops": 3,
+            "dials": {"max_loops": 3}, "rules": ["max_loops"], "width": 1, "parameters": 0, "chunks": [1], "segment": None,
+            "methods": ["prelude", "loop", "head", "coda"], "state": state, "noise": {"start": DEVIATION},
+            "text": {"vocab_size": 4},
         },
+        "quantization": {"weights": "fp32"},
         "methods": {name: {"inputs": takes, "outputs": gives} for name, (takes, gives) in methods.items()},
         "lowering": {"program": "program"},
     }  # fmt: skip
@@ -80,16 +94,36 @@ def counting(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_core_needs_no_engine_of_others(program: Path, counting: Path) -> None:
-    """Numbers and tokens on record, and a package that an engine of the test's own runs."""
-    done = subprocess.run([program, GOLDEN, counting], capture_output=True, text=True)
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    """The numbers on record, and what a Python host fills the inputs of that model's first calls with."""
+    spec = LoopSpec(
+        1, 3, (), (), TensorSpec("h", (1, 1, 1)), TensorSpec("active", (1, 1)), (), noise={"start": DEVIATION}
+    )
+    info = ModelInfo.of_spec(
+        {1: spec}, name="counting", target="torch", model_type="counting", dials=Dials(3), parameters=0, nbytes=0,
+        text=TextInfo(4),
+    )  # fmt: skip
+    host = LoopRuntime(info, cast(Any, None))
+    host.noise_seed = 2**63 + 5
+    start = [host.inputs(1, np.zeros(1, np.int64), position)["start"].item() for position in range(4)]
+    path = tmp_path / "golden.json"
+    path.write_text(
+        json.dumps(json.loads(GOLDEN.read_text()) | {"start": {"seed": str(host.noise_seed), "numbers": start}})
+    )
+    return path
+
+
+def test_the_core_needs_no_engine_of_others(program: Path, counting: Path, golden: Path) -> None:
+    """Numbers and tokens on record, and a package that an engine of the test's own runs: state, a coda, noise."""
+    done = subprocess.run([program, golden, counting], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("part", ["words", "uniform", "noise", "tokens"])
-def test_other_numbers_are_noticed(program: Path, counting: Path, tmp_path: Path, part: str) -> None:
-    golden = json.loads(GOLDEN.read_text())
-    golden[part][-1] |= {"seed": "8", "options": {"temperature": 2.0, "seed": "8"}}
-    (tmp_path / "golden.json").write_text(json.dumps(golden))
-    done = subprocess.run([program, tmp_path / "golden.json", counting], capture_output=True, text=True)
+@pytest.mark.parametrize("part", ["words", "uniform", "noise", "tokens", "start"])
+def test_other_numbers_are_noticed(program: Path, counting: Path, golden: Path, part: str) -> None:
+    known = json.loads(golden.read_text())
+    (known[part] if part == "start" else known[part][-1]).update(seed="8", options={"temperature": 2.0, "seed": "8"})
+    golden.write_text(json.dumps(known))
+    done = subprocess.run([program, golden, counting], capture_output=True, text=True)
     assert done.returncode == 1 and "expected" in done.stdout

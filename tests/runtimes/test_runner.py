@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,29 +81,24 @@ def test_what_is_shown_is_what_rmse_run_shows(
     assert speeds.sub("", found.stderr) == speeds.sub("", expected.err)
 
 
+def tell_of_text(values: dict[str, Any], manifest: dict[str, Any]) -> None:
+    manifest["model"]["text"].update(values)
+
+
 @pytest.mark.parametrize("flags", [GREEDY, ("--temperature", "2"), ("--temperature", "2", "--top-k", "9")])
 def test_end_tokens_and_unused_ids_are_those_of_rmse_run(
     runner: Path, executorch_package: Path, tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of them, and the single one of a package made before there could be several."""
+    """All of them."""
     free = Runner([runner], executorch_package).document("-p", "HELLO", "-n", "40", *flags)["tokens"]
     unlike = next(token for token in range(65) if token not in free)
     for name, values in {
         "several": {"eos_token_ids": [unlike, free[9]]},
         "a gap and the last ones": {"unused_token_ids": [[free[0], free[0] + 1], [50, 65]]},
-        "old": {"config": {"eos_token_id": free[9]}},
     }.items():
         folder = shutil.copytree(executorch_package, tmp_path / f"{name}.rmse")
 
-        def change(manifest: dict[str, Any], values: dict[str, Any] = values) -> None:
-            known = manifest["model"]
-            if "config" in values:
-                del known["eos_token_ids"], known["unused_token_ids"]
-                known["config"] |= values["config"]
-            else:
-                known |= values
-
-        reseal(folder, change)
+        reseal(folder, partial(tell_of_text, values))
         assert rmse_run([str(folder), "-p", "HELLO", "-n", "40", *flags, "-t", "1", "-o", "json"]) == 0
         expected = json.loads(capsys.readouterr().out)
         found = Runner([runner], folder).document("-p", "HELLO", "-n", "40", *flags)
@@ -238,14 +234,14 @@ def test_greedy_tokens_are_pytorchs(fp32: Runner, tiny: RMSE) -> None:
 
 # Faults of the host: what is written instead of a line of model.cpp.
 HOST_FAULTS = {
-    "one slot too far": ("(position_ + row) % info_.window", "(position_ + row + 1) % info_.window"),
+    "one slot too far": ("(position + row) % size", "(position + row + 1) % size"),
     "decoding a position too far": (
-        "calls.prelude(tokens.first(n), position_)",
-        "calls.prelude(tokens.first(n), position_ + (n == 1))",
+        "calls.prelude(tokens.first(n), position_, ",
+        "calls.prelude(tokens.first(n), position_ + (n == 1), ",
     ),
     "the memory written a token late": (
-        "position_ % kSegment == 0 && memorize_",
-        "position_ % kSegment == 1 && memorize_",
+        "position_ % *info_.segment == 0 && remember_",
+        "position_ % *info_.segment == 1 && remember_",
     ),
 }
 
@@ -308,18 +304,8 @@ def model(**values: Any) -> Callable[[Path], None]:
     return resealed(lambda manifest: manifest["model"].update(values))
 
 
-def both(**values: Any) -> Callable[[Path], None]:
-    """The model's fields and those of its configuration, so that these agree."""
-
-    def change(manifest: dict[str, Any]) -> None:
-        manifest["model"].update(values)
-        manifest["model"]["config"].update(values)
-
-    return resealed(change)
-
-
-def config(**values: Any) -> Callable[[Path], None]:
-    return resealed(lambda manifest: manifest["model"]["config"].update(values))
+def text(**values: Any) -> Callable[[Path], None]:
+    return resealed(partial(tell_of_text, values))
 
 
 def listed_as(size: int) -> Callable[[Path], None]:
@@ -327,12 +313,30 @@ def listed_as(size: int) -> Callable[[Path], None]:
     return resealed(lambda manifest: manifest["sizes"].update({"sample.txt": size}))
 
 
-def state_of(shape: list[int], *more: str) -> Callable[[Path], None]:
+def state(*more: str, **values: Any) -> Callable[[Path], None]:
+    """Of all that is kept, and of as many more like it."""
+
     def change(manifest: dict[str, Any]) -> None:
-        state = manifest["model"]["state"]
-        state.update({name: [shape, "float32"] for name in (*state, *more)})
+        kept = manifest["model"]["state"]
+        kept.update({name: kept["past_keys"] for name in more})
+        kept.update({name: s | values for name, s in kept.items()})
 
     return resealed(change)
+
+
+def deeper(manifest: dict[str, Any]) -> None:
+    """One loop more, in all that is said of the model itself."""
+    manifest["model"]["max_loops"] += 1
+    for kept in manifest["model"]["state"].values():
+        kept["shape"][0] += 1
+
+
+def narrower(manifest: dict[str, Any]) -> None:
+    """Another width of what prelude gives to others, throughout: only the program knows better."""
+    for method in manifest["methods"].values():
+        for tensor in (*method["inputs"], *method["outputs"]):
+            if tensor["name"] == "x0":
+                tensor["shape"][-1] -= 1
 
 
 def edited(folder: Path) -> None:
@@ -378,8 +382,8 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number that is none": (written(MANIFEST, b'{"a": NaN}'), "not readable as JSON"),
     "a number beyond all": (written(MANIFEST, b'{"a": 1e999}'), "not readable as JSON"),
     "a word without end": (written(MANIFEST, b'{"a": ' + b"x" * 10**6), "not readable as JSON"),
-    "a count beyond all integers": (model(window=2**70), "got 1.1805916207174113e+21, expected a whole number"),
-    "a count with a point": (model(window=64.0), "got 64.0, expected a whole number"),
+    "a count beyond all integers": (model(width=2**70), "model.width: got 1.1805916207174113e+21, expected a whole number"),
+    "a count with a point": (model(width=64.0), "model.width: got 64.0, expected a whole number"),
     "another manifest": (written(MANIFEST, b"{}"), "not the manifest of an rmse-edge package"),
     "an edited manifest": (edited, "was edited after the export"),
     "another target": (resealed(lambda m: m.update(target="onnx")), "made for onnx"),
@@ -400,42 +404,42 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "noise as program": (written("program.pte", NOISE, True), "not an ExecuTorch program"),
     "noise behind the magic": (written("program.pte", b"\x30\0\0\0ET12" + NOISE, True), "cannot load it"),
     "a fitting hash of half a program": (cut_in_half, "cannot load it"),
-    "a method that is not there": (resealed(lambda m: m["methods"].pop("step_64")), "the manifest has no step_64"),
-    "another shape": (resealed(lambda m: first_input(m).update(shape=[1, 1, 63])), "in another form than the manifest says"),
-    "a huge shape": (resealed(lambda m: first_input(m).update(shape=[2**40, 2**40])), "a tensor of shape"),
-    "an unknown type": (resealed(lambda m: first_input(m).update(dtype="float19")), 'a tensor of "float19"'),
+    "a method that is not there": (resealed(lambda m: m["methods"].pop("step_64")), "step_64 among them"),
+    "another shape": (resealed(lambda m: first_input(m).update(shape=[1, 1, 63])), "methods.step_1.inputs.k: got [1, 1, 63] int64, expected [] int64"),
+    "a huge shape": (resealed(lambda m: first_input(m).update(shape=[2**40, 2**40])), "methods.step_1.inputs[0].shape: got 1099511627776"),
+    "an unknown type": (resealed(lambda m: first_input(m).update(dtype="float19")), 'methods.step_1.inputs[0].dtype: got "float19"'),
     "an unknown tensor": (resealed(lambda m: first_input(m).update(name="zz")), "zz"),
+    "another program": (resealed(narrower), "x0 in another form than the manifest says"),
+    "a method more": (resealed(lambda m: m["methods"].update(more_1=m["methods"]["head_1"])), "holds no more_1, which the manifest has"),
+    "no text": (model(text=None), "manifest.json: model: got neither text nor board, expected one of them"),
+    "a board": (model(text=None, board={"cells": 4, "symbols": 2}), "model.text: got none, expected a model of texts, as this runner runs"),
     "no model": (resealed(lambda m: m.pop("model")), 'there is no "model"'),
-    "another window": (model(window=32), "window: got 32"),
-    "another vocabulary": (model(vocab_size=64), "model.vocab_size: got 64, expected 65"),
-    "another depth": (model(max_loops=5), "model.max_loops: got 5, expected 4"),
-    "another vocabulary, twice": (both(vocab_size=66), "model.parameters: got"),
-    "an enormous vocabulary": (both(vocab_size=2**30), "vocab_size: got 1073741824, expected 1 to 4194304"),
-    "another depth, twice": (both(max_loops=5), "model.parameters: got"),
-    "another target for the model": (model(target="torch"), 'model.target: got "torch", expected executorch'),
+    "another window": (state(shape=[4, 1, 2, 32, 16]), "methods.step_1.inputs.past_keys: got [1, 2, 64, 16] float32, expected [1, 2, 32, 16] float32"),
+    "another vocabulary": (text(vocab_size=66), "logits: got [1, 1, 65] float32, expected [1, 1, 66] float32"),
+    "another depth": (model(max_loops=5), "a row for each of the 5 loops"),
+    "an enormous vocabulary": (text(vocab_size=2**30), "model.text.vocab_size: got 1073741824, expected a whole number from 1 to 4194304"),
+    "another depth, twice": (resealed(deeper), "methods.commit_1.inputs.new_keys: got [4, 1, 2, 1, 16] float32, expected [5, 1, 2, 1, 16]"),
+    "another target for the model": (model(target="torch"), 'model.target: got torch, expected "executorch", as target says'),
     "another quantisation": (model(quant="int4"), 'model.quant: got int4, expected "fp32", as quantization.weights says'),
-    "another number of parameters": (model(parameters=5), "model.parameters: got 5, expected"),
-    "another width of experts": (config(expert_width=64), "model.parameters: got"),
-    "an enormous state": (state_of([4, 2**15, 2**10, 64, 16]), "a tensor of shape"),
-    "more states than fit": (state_of([4, 1, 2**13, 64, 200], "more"), "expected at most 4 GiB"),
-    "a state of nearly 2 GiB": (state_of([4, 1, 2**13, 64, 200]), "model.state.past_keys: got [[4, 1, 8192, 64, 200]"),
-    "another state": (state_of([4, 1, 3, 64, 16]), "model.state.past_keys: got [[4, 1, 3, 64, 16]"),
-    "another cache": (config(kv_dtype="float16"), 'expected [[4, 1, 2, 64, 16], "float16"], as model.config says'),
-    "one state more": (state_of([4, 1, 2, 64, 16], "more"), "model.state.more: expected none"),
-    "a ring that is filled from another": (model(rings={"past_keys": "keys", "past_values": "keys"}), "model.rings: got"),
-    "other channels that turn": (model(rotary_dims=8), "model.rotary_dims: got 8, expected 16"),
-    "a memory that it has not": (model(memory={"x": [[1], "float32"]}), "model.memory: expected none"),
+    "another number of parameters": (model(parameters=-1), "model.parameters: got -1"),
+    "an enormous state": (state(shape=[4, 2**15, 2**10, 64, 16]), "model.state.past_keys.shape: got"),
+    "more states than fit": (state("more", shape=[4, 1, 2**13, 64, 200]), "expected at most 4294967296 (4 GiB)"),
+    "a state of nearly 2 GiB": (state(shape=[4, 1, 2**13, 64, 200]), "expected [1, 8192, 64, 200] float32"),
+    "another state": (state(shape=[4, 1, 3, 64, 16]), "expected [1, 3, 64, 16] float32"),
+    "another cache": (state(dtype="float16"), "methods.step_1.inputs.past_keys: got [1, 2, 64, 16] float32, expected [1, 2, 64, 16] float16"),
+    "one state more": (state("k"), "model.state.k: got a name that hosts give themselves, expected another"),
+    "a ring that is filled from another": (state(source="other"), "outputs.other: got no such tensor, expected [4, 1, 2, 1, 16] float32"),
+    "other channels that turn": (text(rotary_dims=8), "expected [1, 1, 4] float32"),
+    "a memory that it has not": (state(kind="written", source="memorize"), "model.state.past_keys.source: got memorize, expected some of commit, head, loop, prelude"),
     "a dial": (model(dials={"max_loops": 9, "min_loops": 1, "exit_threshold": 1, "exit_epsilon": 0, "exit_entropy": 0}), "model.dials"),
-    "a dial that is not the checkpoint's": (config(exit_threshold=0.5), "model.dials.exit_threshold: got 0.6, expected 0.5"),
-    "a rule twice": (config(exit_rules=["gate", "delta", "gate"]), 'exit_rules: got ["gate", "delta", "gate"]'),
-    "an unknown rule": (config(exit_rules=["mood"]), 'exit_rules: got ["mood"]'),
-    "a number too large": (both(rope_theta=10**400), "expected a number that is not so large"),
+    "rules that are none": (model(rules="gate"), 'model.rules: got "gate", expected an array'),
+    "a number too large": (text(rope_theta=10**400), "not readable as JSON"),
     "a deep manifest": (resealed(lambda m: m.update(more=nested(40))), "nested too deeply"),
     "a file of no bytes": (listed_as(0), "sample.txt: 2000 bytes, the manifest says 0; written to since?"),
-    "calls of 100 rows": (model(chunks=[1, 100]), "chunks: got [1, 100]"),
-    "an end token that is none": (model(eos_token_ids=[1, -2]), "eos_token_ids: got [1, -2]"),
-    "unused ids beyond the head": (model(unused_token_ids=[[60, 66]]), "unused_token_ids: got [[60, 66]]"),
-    "no dials": (model(dials={}), 'there is no "max_loops"'),
+    "calls of 100 rows": (model(chunks=[1, 100]), "model.chunks: got [1, 100], expected at most 64 rows"),
+    "an end token that is none": (text(eos_token_ids=[1, -2]), "model.text.eos_token_ids: got -2"),
+    "unused ids beyond the head": (text(unused_token_ids=[[60, 66]]), "model.text.unused_token_ids: got [[60, 66]]"),
+    "no dials": (model(dials={}), "model.dials.max_loops: is missing"),
     "no tokenizer": (written("tokenizer.json", b"{}", True), "not a tokenizer.json"),
 }  # fmt: skip
 

@@ -214,7 +214,7 @@ void print_statistics(const Document& s, bool show_depth) {
                reason == "eos"           ? "; ended by the model"
                : reason == "stop"        ? "; ended at a stop text"
                : reason == "interrupted" ? "; interrupted"
-               : reason == "max_seq_len" ? "; ended at the package's --max-seq-len"
+               : reason == "max_seq_len" ? "; ended at the longest text that it takes"
                                           : "");
   if (!show_depth) return;
   std::fprintf(stderr, "tokens by loops:");

@@ -91,7 +91,8 @@ auto within(const std::string& where, Do run) {
   try {
     return run();
   } catch (const JsonError& error) {
-    throw JsonError(where + ": " + error.what());
+    const std::string what = error.what();
+    throw JsonError(where + (what.starts_with('[') ? "" : ": ") + what);  // "methods.loop_1.inputs" + "[0].shape: ..."
   }
 }
 
