@@ -50,24 +50,32 @@ def model(**values: Any) -> Change:
     return lambda manifest: manifest["model"].update(values)
 
 
-def both(**values: Any) -> Change:
-    """The model's fields and those of its configuration, so that these agree."""
+def text(**values: Any) -> Change:
+    return lambda manifest: manifest["model"]["text"].update(values)
+
+
+def config(**values: Any) -> Change:
+    return lambda manifest: manifest["model"]["config"].update(values)
+
+
+def sized(part: str | None = None, /, **values: Any) -> Change:
+    """The configuration, the number of parameters that follows, and the fields of the model or of a part of it."""
 
     def change(manifest: dict[str, Any]) -> None:
-        manifest["model"].update(values)
-        manifest["model"]["config"].update(values)
+        known = manifest["model"]
+        known["config"].update({"d_model" if name == "width" else name: value for name, value in values.items()})
+        (known if part is None else known[part]).update(values)
+        known["parameters"] = parameters(RMSEConfig.from_dict(known["config"]))
 
     return change
 
 
-def sized(**values: Any) -> Change:
-    """As `both`, with the number of parameters that follows."""
+def of_state(name: str, /, like: str = "past_keys", **values: Any) -> Change:
+    """A tensor of the state, with other fields; a new one is like another."""
 
     def change(manifest: dict[str, Any]) -> None:
-        config = manifest["model"]["config"]
-        config.update(values)
-        manifest["model"].update({k: v for k, v in values.items() if k in manifest["model"]})
-        manifest["model"]["parameters"] = parameters(RMSEConfig.from_dict(config))
+        state = manifest["model"]["state"]
+        state[name] = state.get(name, state[like]) | values
 
     return change
 
@@ -79,19 +87,23 @@ def tensor(method: str, side: str, name: str, /, **values: Any) -> Change:
     return change
 
 
-def state(manifest: dict[str, Any]) -> None:
-    """Twice as many positions, everywhere but in the program."""
-    for shape, _ in manifest["model"]["state"].values():
-        shape[-2] *= 2
-    for name, method in manifest["methods"].items():
-        for t in method["inputs"]:
-            if t["name"].startswith("past_") and not name.startswith("commit"):
-                t["shape"][-2] *= 2
-    both(window=2 * manifest["model"]["window"])(manifest)
+def window(size: int) -> Change:
+    """As many positions, everywhere but in the program."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        config(window=size)(manifest)
+        for kept in manifest["model"]["state"].values():
+            kept["shape"][-2] = size
+        for method in manifest["methods"].values():
+            for t in method["inputs"]:
+                if t["name"].startswith("past_"):
+                    t["shape"][-2] = size
+
+    return change
 
 
 LIES: dict[str, tuple[Change, str]] = {
-    "a type": (model(vocab_size="65"), "model.vocab_size: got '65', expected a positive integer"),
+    "a type": (text(vocab_size="65"), "model.text.vocab_size: got '65', expected a positive integer"),
     "a flag for a number": (model(max_loops=True), "model.max_loops: got True, expected a whole number from 1 to 64"),
     "no field": (lambda m: m["model"].pop("dials"), "model.dials: is missing"),
     "no model": (lambda m: m.pop("model"), "model: is missing"),
@@ -101,30 +113,38 @@ LIES: dict[str, tuple[Change, str]] = {
         lambda m: m["model"]["dials"].update(exit_threshold="0.5"),
         "model.dials.exit_threshold: got '0.5'",
     ),
-    "the vocabulary": (model(vocab_size=66), "model.vocab_size: got 66, expected 65, as model.config says"),
+    "the vocabulary": (text(vocab_size=66), "model.text.vocab_size: got 66, expected 65, as model.config says"),
     "the vocabulary, throughout": (
-        sized(vocab_size=66),
+        sized("text", vocab_size=66),
         "logits: got [1, 1, 65] float32, expected [1, 1, 66] float32",
     ),
-    "the width": (lambda m: m["model"]["config"].update(d_model=128), "model.parameters: got"),
-    "the width, throughout": (sized(d_model=128), "[1, 1, 64] float32"),
+    "the width": (config(d_model=128), "model.width: got 64, expected 128, as model.config says"),
+    "the width, throughout": (sized(width=128), "[1, 1, 64] float32"),
     "the depth, throughout": (
         sized(max_loops=5),
-        "model.dials.max_loops: got 4, expected 5, as model.config says",
+        "model.state.past_keys.shape: got (4, 1, 2, 64, 16), expected (5, 1, 2, 64, 16), as model.config says",
     ),
-    "the window, twice": (
-        both(window=128),
-        "model.state.past_keys: got [4, 1, 2, 64, 16] float32, expected [4, 1, 2, 128, 16]",
+    "the window": (
+        config(window=128),
+        "model.state.past_keys.shape: got (4, 1, 2, 64, 16), expected (4, 1, 2, 128, 16), as model.config says",
     ),
-    "another cache": (lambda m: m["model"]["config"].update(kv_dtype="float16"), "expected [4, 1, 2, 64, 16] float16"),
-    "another state": (
-        lambda m: m["model"]["state"].update(more=[[4, 1, 2, 64, 16], "float32"]),
-        "model.state.more: got [4, 1, 2, 64, 16] float32, expected none",
+    "another cache": (config(kv_dtype="float16"), "model.state.past_keys.dtype: got float32, expected float16"),
+    "another state": (of_state("k"), "model.state.k: got a name that hosts give themselves, expected another"),
+    "a state of its own kind": (
+        of_state("more", kind="mood"),
+        "model.state.more.kind: got 'mood', expected one of ring, ",
     ),
+    "a state for nobody": (of_state("more", read_by=[]), "model.state.more.read_by: got nothing"),
+    "a state for somebody else": (of_state("more", read_by=["mood"]), "model.state.more.read_by[0]: got 'mood'"),
+    "a state from nowhere": (of_state("more", source="mood"), "outputs.mood: got no such tensor"),
+    "no segment": (lambda m: m["model"].pop("segment"), "model.segment: is missing"),
+    "no text": (lambda m: m["model"].pop("text"), "model.text.vocab_size: got None, expected 65, as model.config says"),
+    "noise": (model(noise={"start": -1.0}), "model.noise.start: got -1.0, expected a positive number"),
+    "noise in place of tokens": (model(noise={"tokens": 1.0}), "model.noise.tokens: got a name that hosts give"),
     "another target for the model": (model(target="torch"), "model.target: got torch, expected "),
     "another quantisation": (model(quant="int4"), "model.quant: got int4, expected fp32, as quantization.weights says"),
     "the parameters": (model(parameters=5), "model.parameters: got 5, expected"),
-    "the width of experts": (lambda m: m["model"]["config"].update(expert_width=64), "model.parameters: got"),
+    "the width of experts": (config(expert_width=64), "model.parameters: got"),
     "a dial that is not the checkpoint's": (
         lambda m: m["model"]["config"].update(exit_threshold=0.5),
         "model.dials.exit_threshold: got 0.6, expected 0.5, as model.config says",
@@ -133,25 +153,28 @@ LIES: dict[str, tuple[Change, str]] = {
         lambda m: m["model"]["config"]["exit_rules"].append("gate"),
         "expected each rule once",
     ),
-    "the window, throughout": (state, "2, 64, 16] float32, as the program has it"),
-    "an enormous window": (both(window=2**40), "model.window: got 1099511627776"),
+    "the window, throughout": (window(128), "2, 64, 16] float32, as the program has it"),
+    "an enormous window": (config(window=2**40), "window: got 1099511627776"),
     "an enormous state": (
-        lambda m: m["model"]["state"].update(past_keys=[[4, 2**20, 2**9, 64, 16], "float32"]),
+        of_state("more", shape=[4, 2**20, 2**9, 64, 16]),
         "expected at most 4294967296 (4 GiB)",
     ),
     "a configuration": (lambda m: m["model"]["config"].update(n_kv_heads=3), "model.config: n_kv_heads: got 3"),
     "a token": (lambda m: m["model"]["config"].update(eos_token_id="</s>"), "model.config: eos_token_id: got '</s>'"),
-    "rows of calls": (model(chunks=[1, 65]), "model.chunks: got [1, 65], expected rising numbers"),
+    "rows of calls": (model(chunks=[1, 65]), "model.chunks: got [1, 65], expected at most 64 rows"),
     "other rows of calls": (model(chunks=[1, 32]), "prelude_32 among them"),
     "a ring": (
-        model(rings={"past_keys": "keys", "past_values": "keys"}),
-        "model.rings: got {'past_keys': 'keys', 'past",
+        of_state("past_values", source="keys"),
+        "model.state.past_values.source: got keys, expected values, as model",
     ),
-    "a ring's state": (
-        model(rings={"past": "keys"}),
-        "model.rings: got {'past': 'keys'}, expected {'past_keys': 'keys'",
+    "a ring's name": (
+        lambda m: m["model"]["state"].update(past=m["model"]["state"].pop("past_keys")),
+        "model.state.past_keys.shape: got None, expected (4, 1, 2, 64, 16)",
     ),
-    "a memory": (model(memory={"x": [[1], "float32"]}), "model.memory: got memory tensors"),
+    "a memory": (
+        of_state("more", kind="written", source="memorize"),
+        "model.remembers: got True, expected False, as model.config says",
+    ),
     "a retrieval head": (
         model(retrieval={"key_dims": 16, "slots": 2, "hits": 2, "gamma": 2.0}),
         "model.retrieval: got {'key_dims': 16, 'slots': 2, 'hits': 2, 'gamma': 2.0}, expected None",
@@ -241,17 +264,12 @@ def test_what_a_manifest_may_well_change(package: Path, tmp_path: Path) -> None:
     assert runtimes[1].info.name == "other" and np.array_equal(fed[0].logits, fed[1].logits)
 
 
-@pytest.mark.parametrize("window", [8 << 10, 31 << 10])
-def test_nothing_is_allocated_by_a_manifest_that_lies(package: Path, tmp_path: Path, window: int) -> None:
+@pytest.mark.parametrize("size", [1 << 19, 31 << 17])
+def test_nothing_is_allocated_by_a_manifest_that_lies(package: Path, tmp_path: Path, size: int) -> None:
     """A state of half a GiB, and one just under the limit of 4 GiB: the program is asked before either is made."""
-
-    def change(manifest: dict[str, Any]) -> None:
-        manifest["model"]["state"] = {k: [[4, 1, 2, window, 16 * 64], "float32"] for k in manifest["model"]["state"]}
-        both(window=window)(manifest)
-
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(PackageError):
-        open_runtime(resealed(package, tmp_path / "p.rmse", change))
+    with pytest.raises(PackageError, match="as the program has it"):
+        open_runtime(resealed(package, tmp_path / "p.rmse", window(size)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
@@ -272,7 +290,7 @@ def test_a_model_that_would_keep_more_than_the_limit_is_refused(checkpoint: Path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"window": 2**24}))
     with pytest.raises(UserError) as caught:
         open_runtime(tmp_path / "model")
-    assert_one_line(str(caught.value), "a window of 16777216 positions", "4 GiB", "lower window")
+    assert_one_line(str(caught.value), "for 16777216 positions", "4 GiB", "lower window")
 
 
 def test_weights_too_few_for_their_configuration_are_refused_before_a_model_is_made(
@@ -319,7 +337,7 @@ def test_a_quantised_checkpoint_that_lies_is_refused_by_one_line(
 def test_a_manifest_of_a_model_reads_back(package: Path) -> None:
     info = read_model(Package.open(package))
     assert ModelInfo.from_json(json.loads(json.dumps(info.to_json())), info.nbytes) == info
-    assert isinstance(info.chunks, tuple) and isinstance(info.state["past_keys"][0], tuple)
+    assert isinstance(info.chunks, tuple) and isinstance(info.state["past_keys"].shape, tuple)
 
 
 # -------------------------------------------------------------------------------------------------------- sessions

@@ -84,9 +84,11 @@ def change_manifest(source: Path, rng: random.Random, folder: Path) -> Path:
     package = folder / "p.rmse"
     linked(source, package)
     manifest = json.loads((source / MANIFEST).read_text())
-    part = rng.choice(["model", "model", "methods", "lowering", "sizes", None])
+    part = rng.choice(["model", "model", "state", "text", "methods", "lowering", "sizes", None])
     if part is None:
         manifest = changed(rng, manifest)
+    elif part in ("state", "text"):
+        manifest["model"][part] = changed(rng, manifest["model"][part])
     else:
         manifest[part] = changed(rng, manifest[part])
     rewrite(package / MANIFEST, json.dumps(manifest))
