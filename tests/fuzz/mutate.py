@@ -14,7 +14,8 @@ Path = tuple[str | int, ...]
 NUMBERS: list[Json] = [0, 1, -1, 2, 3, 63, 65, 255, 4096, 2**16, 2**24, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 10**30, -(2**31),
                        -(2**63), 0.5, -0.0, 1.5, 1e-30, 1e30, 1e308, -1e308, math.nan, math.inf, -math.inf]  # fmt: skip
 STRINGS: list[Json] = ["", " ", "x", "0", "1", "true", "null", "float32", "float16", "int64", "bool", "../x", "/etc/passwd", "a\nb", "a\0b",
-                       "\x1b[31m", "\ud800", "loop", "prelude", "ring", "append", "replace", "written", "😀", "é" * 300, "x" * 100_000, "%s%n", "NaN", "{}"]  # fmt: skip
+                       "\x1b[31m", "\ud800", "😀", "é" * 300, "x" * 100_000, "%s%n", "NaN", "{}",
+                       "loop", "prelude", "ring", "append", "replace", "written"]  # fmt: skip
 
 
 def deep(depth: int) -> Json:
