@@ -313,8 +313,8 @@ std::string bench(const Options& options) {
   add_results(document, rows, loops, info);
   document["notes"] = Document::array();
   if (made_up) {
-    document["notes"].push_back("made-up tokens, the package holds no sample.txt: exits would mean nothing, fixed depths only "
-                                "(give --text FILE)");
+    document["notes"].push_back(
+        "made-up tokens, the package holds no sample.txt: exits would mean nothing, fixed depths only (give --text FILE)");
   } else if (!adaptive) {
     document["notes"].push_back(
         "the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)");

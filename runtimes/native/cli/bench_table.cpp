@@ -120,7 +120,8 @@ std::string markdown(const Document& d) {
   }
   text += format("memory bandwidth %.1f GB/s", d.at("memory_gb_per_s").get<double>()) + " (copying, threads: " +
           d.at("memory_threads").dump() + "); looped weights may come faster, from the cache\n" + memory_lines(d);
-  text += d.at("model").get<std::string>() + " on " + d.at("runtime").get<std::string>() + ", " + d.at("quant").get<std::string>() + ", " +
+  const auto word = [&](const char* key) { return d.at(key).get<std::string>(); };
+  text += word("model") + " on " + word("runtime") + ", " + word("quant") + ", " +
           with_commas(d.at("parameters").get<int64_t>()) + " parameters, " + d.at("repetitions").dump() + " repetitions";
   for (const Document& note : d.at("notes")) text += "\nnote: " + note.get<std::string>();
   return text;

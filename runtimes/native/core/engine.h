@@ -1,5 +1,5 @@
-// What the model asks of an engine: that it loads the methods of a program, and runs them on memory it is given. An engine
-// implements these two classes (executorch/engine.cpp); the model knows no other thing about it.
+// What the model asks of an engine: that it loads the methods of a program, and runs them on memory it is given. An
+// engine implements these two classes (executorch/engine.cpp); the model knows no other thing about it.
 #pragma once
 
 #include <cstddef>

@@ -23,7 +23,7 @@ class Limits {
     } else if (event == Event::object_start) {
       names_.emplace_back();
     } else if (event == Event::key && !names_.back().insert(part.get_ref<const std::string&>()).second) {
-      throw JsonError(dump(part) + " occurs twice in one object");
+      throw JsonError(dump(part).substr(0, kLongestGot) + " occurs twice in one object");
     }
     return true;
   }
@@ -71,11 +71,9 @@ Json parse_json(std::string_view text) {
   const size_t invalid = find_invalid_utf8(text);
   if (invalid != text.npos) throw JsonError("not UTF-8 at byte " + std::to_string(invalid));
   try {
-    return Json::parse(text.begin(), text.end(), [limits = Limits()](int depth, Json::parse_event_t event, Json& part) mutable {
-      return limits(depth, event, part);
-    });
+    return Json::parse(text.begin(), text.end(), Limits());
   } catch (const Json::exception& error) {
-    // "[json.exception.parse_error.101] parse error at line 1, column 6: ...; last read: '...'": what was read may be long.
+    // "[json.exception.parse_error.101] parse error at line 1, column 6: ...; last read: '...'", which may be long.
     const std::string_view what = error.what();
     const size_t start = what.find("] ") + 2;
     throw JsonError(std::string(what.substr(start, what.find("; last read", start) - start)));

@@ -18,8 +18,8 @@ struct JsonError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Throws JsonError saying what is wrong and where: it is not UTF-8, a name occurs twice in an object, a number is too large
-// for any type, values are nested more than 32 deep.
+// Throws JsonError saying what is wrong: it is no JSON or not UTF-8, a name occurs twice in an object, a number is too
+// large for any type, values are nested more than 32 deep.
 Json parse_json(std::string_view text);
 
 // Values of a known kind; JsonError where they are another, or not there.

@@ -37,10 +37,16 @@ std::set<std::string> files_in(const fs::path& folder) {
   return found;
 }
 
+// Of a file that is read whole.
+void check_size(const fs::path& path) {
+  if (fs::file_size(path) <= kLargestText) return;
+  refuse(path, "larger than 16 MiB, which no such file is; export the package again");
+}
+
 // Of any version: an older one had no SHA256SUMS, and is to be refused as what it is.
 Json read_manifest(const fs::path& path) {
   if (!fs::is_regular_file(path)) refuse(path, "missing; " + path.parent_path().string() + " is not a package");
-  if (fs::file_size(path) > kLargestText) refuse(path, "larger than 16 MiB, which no such file is; export the package again");
+  check_size(path);
   Json manifest;
   try {
     manifest = parse_json(read_file(path.string()));
@@ -94,7 +100,7 @@ Package Package::open(const std::string& folder, const std::string& target) {
 void Package::read_sums() {
   const fs::path path = fs::path(folder_) / kSums;
   if (!fs::is_regular_file(path)) refuse(path, "missing from the package; export it again");
-  if (fs::file_size(path) > kLargestText) refuse(path, "larger than 16 MiB, which no such file is; export the package again");
+  check_size(path);
   const std::string text = read_file(path.string());
   const size_t invalid = find_invalid_utf8(text);
   if (invalid != text.npos) {
