@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.masks import MASKED
+from rmse_edge.layers.masks import MASKED, ring_mask
 from rmse_edge.loop.contract import LoopModel
 from rmse_edge.loop.drive import run_loop
 
@@ -189,17 +189,16 @@ def test_padding_never_reaches_valid_rows(variant: str) -> None:
 
 
 def test_masks_are_finite_in_float16_and_every_row_sees_itself() -> None:
-    model = lively_model(small_config())
     assert torch.isfinite(torch.tensor(MASKED, dtype=torch.float16))
-    valid = torch.arange(64) < 5
-    mask = model.mask(torch.tensor([70]), valid[None], torch.arange(64))  # (1, 1, 64, W + 64)
+    five = torch.tensor([5])
+    mask = ring_mask(torch.tensor([70]), five, 64, 64)  # (1, 1, 64, W + 64)
     assert torch.isfinite(mask.half()).all() and set(mask.unique().tolist()) == {0.0, MASKED}
     assert (mask[0, 0, :, 64:].diagonal() == 0).all()
     # Absolute distance: the query at 70 + i sees positions 70 + i - 63 .. 70 + i, of which the ring holds 6 .. 69.
     for i in range(5):
         assert (mask[0, 0, i, :64] == 0).sum() == 63 - i
         assert (mask[0, 0, i, 64:] == 0).sum() == i + 1
-    first = model.mask(torch.tensor([0]), valid[None], torch.arange(64))
+    first = ring_mask(torch.tensor([0]), five, 64, 64)
     assert (first[..., :64] == MASKED).all(), "an empty ring is not seen"
 
 

@@ -232,7 +232,7 @@ def test_a_model_without_a_retrieval_head() -> None:
 
 def test_a_model_with_one() -> None:
     hashed = HashedEmbedder()
-    info = SimpleNamespace(retrieval={"key_dims": 48, "slots": 2}, config={"d_model": 16}, fingerprint="f")
+    info = SimpleNamespace(retrieval={"key_dims": 48, "slots": 2}, width=16, fingerprint="f")
     tokenizer = SimpleNamespace(encode=hashed.encode)
     made = ModelEmbedder(
         SimpleNamespace(info=info, embed=hashed.embed, embed_query=hashed.embed_query), tokenizer, "tiny"

@@ -240,7 +240,7 @@ def test_a_quantised_checkpoint_exports_as_it_is(
     assert (tmp_path / "p.rmse" / "weights.bin").read_bytes() == (int4 / "weights.bin").read_bytes()
     assert "parity at full depth" in capsys.readouterr().out
     for flags, parts in (
-        (("--quant", "int8"), ("--quant int8", "int4", "leave out")),
+        (("--quant", "int8"), ("--quant int8", "int4", "leave it out")),
         (("--quant", "fp32"), ("--quant fp32", "quantised")),
         (("--calibrate", str(text_file(tmp_path))), ("--calibrate", "quantised already")),
     ):

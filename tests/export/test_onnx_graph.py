@@ -299,7 +299,7 @@ def test_a_stopped_loop_does_no_more_work(package: Path, tmp_path: Path) -> None
         runtime.feed([5, 6, 7], dials)
         feeds: dict[str, Any] = runtime.state | dials.arrays()
         feeds |= runtime.methods.run("prelude", 1, {"tokens": np.array([[8]])})
-        half_dims = runtime.info.rotary_dims // 2
+        half_dims = runtime.info.language.rotary_dims // 2
         feeds |= {"cos": np.ones((1, 1, half_dims), np.float32), "sin": np.zeros((1, 1, half_dims), np.float32)}
         feeds |= {"position": np.array([3]), "n_valid": np.array([1])}
         options = onnxruntime.SessionOptions()

@@ -100,7 +100,7 @@ def test_a_short_question_is_looked_up_before_its_answer(runtime: TorchRuntime, 
     train_character_tokenizer(ALPHABET, tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     prompt = random_tokens(20, seed=5)
-    memory = {name: array.copy() for name, array in runtime.memory.items()}
+    memory = {name: np.array(array) for name, array in runtime.memory.items()}
     made = {}
     for name, gamma in (("asked", -1e6), ("not asked", 1e6)):
         runtime.reset()
@@ -111,7 +111,7 @@ def test_a_short_question_is_looked_up_before_its_answer(runtime: TorchRuntime, 
         list(generation.steps())
         assert len(generation.prompt_depth) == 20
         made[name] = generation.statistics()["consultations"]
-        after = {name: array.copy() for name, array in runtime.memory.items()}
+        after = {name: np.array(array) for name, array in runtime.memory.items()}
         assert all((after[n] == memory[n]).all() for n in memory)
         runtime.reset()
     assert [c["position"] for c in made["asked"]] == [19] and made["not asked"] == []
