@@ -1,6 +1,6 @@
 """Quantised checkpoints: a folder that every exporter and the PyTorch runtime read.
 
-config.json            RMSEConfig, as in a float checkpoint
+config.json            as in a float checkpoint
 model.safetensors      NAME.codes (uint8, packed), NAME.scales (bfloat16) and, if asymmetric, NAME.zeros (uint8) of every
                        quantised tensor; the others under their own names, in bfloat16 where that loses nothing
 quantization.json      format of every tensor, the report, SHA-256 of model.safetensors, the float model's fingerprint
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.registry import arch_of
 from rmse_edge.chat import TEMPLATE_FILE
 from rmse_edge.checkpoint import (
     CONFIG_FILE,
@@ -134,7 +134,7 @@ def load_quantized(folder: str | Path) -> Quantized:
         )
     check_size(config, weights)
     with torch.random.fork_rng(devices=[]):
-        model = RMSE(config)
+        model = arch_of(config.model_type).build(config)
     state = model.state_dict()
     tensors = {}
     if (unknown := first_of(document.tensors, state)) is not None:

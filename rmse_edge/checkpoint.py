@@ -1,27 +1,29 @@
 """Checkpoints: a folder in the Hugging Face layout, written all or nothing and read with every tensor checked.
 
-    config.json             RMSEConfig
-    model.safetensors       the state dict by its own names, tied head left out; bfloat16 by default. Shards with an index
-                            are read, too (rmse_edge/shards.py)
-    generation_config.json  special tokens; without it transformers would sample by config.json's `top_k`, the experts
+    config.json             the configuration; its `model_type` says of which architecture (rmse_edge/arch/registry.py)
+    model.safetensors       the state dict by its own names, tied tensors left out; bfloat16 by default. Shards with an index
+                            are read, too (rmse_edge/shards.py), and what others published under names of their own
+    generation_config.json  special tokens; without it transformers would take settings of sampling from config.json
     tokenizer.json          where one is given
     tokenizer_config.json   what AutoTokenizer needs to read it
 
-`rmse_edge.hf.model` reads and writes the same files under the same names.
+`rmse_edge.hf.model` reads and writes those of RMS-E, the same files under the same names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from .arch.rmse.config import RMSEConfig
-from .arch.rmse.model import RMSE
+from .arch import registry
+from .arch.registry import Arch, Stored, arch_of, arch_of_model
 from .chat import TOKENIZER_CONFIG_FILE, stored_templates
 from .errors import CheckpointError, ConfigError, TextError
 from .files import changed_folder, finish_change, kind_of
@@ -32,20 +34,20 @@ from .vocabulary import GENERATION_FILE, TOKENIZER_FILE
 CONFIG_FILE = "config.json"
 QUANTIZATION_FILE = "quantization.json"  # marks a quantised checkpoint, see rmse_edge/quantize/store.py
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
-TIED = {"head_proj.weight": "embed.weight"}  # with tie_embeddings: not on disk -> whose values it takes
 
 
-def stored_keys(config: RMSEConfig, keys: Iterator[str] | list[str]) -> list[str]:
+def stored_keys(config: Any, keys: Iterable[str]) -> list[str]:
     """Those names of a state dict that a checkpoint holds, in order."""
-    return [key for key in keys if not (config.tie_embeddings and key in TIED)]
+    tied = arch_of(config.model_type).tied(config)
+    return [key for key in keys if key not in tied]
 
 
-def require_tied(where: str | Path, head: str, same: bool) -> None:
-    """Raise a `CheckpointError` unless a head that the configuration ties to the embedding has the embedding's values."""
+def require_tied(where: str | Path, name: str, source: str, same: bool) -> None:
+    """Raise a `CheckpointError` unless a tensor that the configuration ties to `source` has the values of that."""
     if not same:
         raise CheckpointError(
-            f"{where}: tensor {head} differs from {TIED[head]}, and config.json says that they are one; set "
-            "tie_embeddings to false there to have both, or leave the tensor out"
+            f"{where}: tensor {name} differs from {source}, and config.json says that they are one; untie them there to "
+            "have both, or leave the tensor out"
         )
 
 
@@ -53,7 +55,7 @@ def require_tied(where: str | Path, head: str, same: bool) -> None:
 
 
 def save_checkpoint(
-    model: RMSE, folder: str | Path, dtype: torch.dtype = torch.bfloat16, tokenizer: str | Path | None = None
+    model: Any, folder: str | Path, dtype: torch.dtype = torch.bfloat16, tokenizer: str | Path | None = None
 ) -> None:
     """Write the model as a checkpoint folder. Other files of the folder stay as they are.
 
@@ -78,7 +80,7 @@ def save_checkpoint(
             check_finite(folder / WEIGHTS_FILE, name, tensors[name])
         save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_text(scratch / CONFIG_FILE, model.config.to_json())
-        special = {f"{role}_id": getattr(model.config, f"{role}_id") for role in SPECIAL_TOKENS}
+        special = {f"{role}_id": getattr(model.config, f"{role}_id", None) for role in SPECIAL_TOKENS}
         _write_text(scratch / GENERATION_FILE, json.dumps(special, indent=2) + "\n")
         source = folder / TOKENIZER_FILE if tokenizer is None else Path(tokenizer)
         if tokenizer is not None or source.is_file():
@@ -110,7 +112,7 @@ def _kept_templates(folder: Path) -> Any:
         return None
 
 
-def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> dict[str, Any]:
+def _tokenizer_config(text: str, path: Path, config: Any) -> dict[str, Any]:
     """What tokenizer_config.json holds: a fast tokenizer, padded on the left as generation needs it."""
     from tokenizers import Tokenizer
 
@@ -131,7 +133,7 @@ def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> dict[str, An
         "clean_up_tokenization_spaces": False,
     }
     for role in SPECIAL_TOKENS:
-        for token_id in token_ids(getattr(config, f"{role}_id"), f"{role}_id")[:1]:  # a tokenizer has one of each
+        for token_id in token_ids(getattr(config, f"{role}_id", None), f"{role}_id")[:1]:  # a tokenizer has one of each
             values[role] = tokenizer.id_to_token(token_id)
     return values
 
@@ -139,14 +141,14 @@ def _tokenizer_config(text: str, path: Path, config: RMSEConfig) -> dict[str, An
 # ------------------------------------------------------------------------------------------------------------- read
 
 
-def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> RMSE:
-    """The model of a checkpoint folder: float32, evaluation mode, on `device`.
+def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The model of a checkpoint folder, of whatever architecture: float32, evaluation mode, on `device`.
 
     Tensors are read and widened one at a time, so the peak is the model and one tensor.
 
     Raises:
         CheckpointError: one line that names the file (and the tensor) that is missing, damaged, of another shape, not
-            floating point, or not finite.
+            floating point, or not finite, or the architecture that is not known.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -159,17 +161,13 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> R
         check_size(config, *weight_files(folder))
         # The initial weights are overwritten: the caller's seed stays untouched.
         with torch.random.fork_rng(devices=[]):
-            model = RMSE(config)
+            model = arch_of(config.model_type).build(config)
         _fill(model, stored)
     return model.to(device).eval()
 
 
-# What a model may have beyond the one its training starts from.
-ADDITIONS = ("memory.", "retrieval.")
-
-
-def start_from(model: RMSE, folder: str | Path) -> list[str]:
-    """Give `model` the weights of a checkpoint of the same architecture, which may lack a memory or retrieval.
+def start_from(model: Any, folder: str | Path) -> list[str]:
+    """Give `model` the weights of a checkpoint of the same architecture, which may lack the `additions` of that.
 
     Returns:
         The names of the tensors it lacks; they stay as they are.
@@ -184,13 +182,18 @@ def start_from(model: RMSE, folder: str | Path) -> list[str]:
             raise CheckpointError(f"{folder}: tensor {name} is {tuple(tensor.shape)}, the recipe's model has {shape}")
     missing = [name for name in own if name not in known]
     for name in missing:
-        if not name.startswith(ADDITIONS):
+        if not name.startswith(arch_of_model(model).additions or ("\0",)):
             raise CheckpointError(f"{folder}: tensor {name} of the recipe's model is missing")
     model.load_state_dict(known, strict=False)
     return missing
 
 
-def read_config(folder: Path) -> RMSEConfig:
+def read_config(folder: Path) -> Any:
+    """The configuration of a checkpoint folder, of the architecture that it names.
+
+    Raises:
+        CheckpointError: one line that names the folder or the file, and what is wrong with it.
+    """
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such checkpoint folder; train one with rmse-train or give another path")
     if not folder.is_dir():
@@ -202,7 +205,7 @@ def read_config(folder: Path) -> RMSEConfig:
         kind = "an exported package, not a checkpoint" if (folder / "manifest.json").is_file() else "not a checkpoint"
         raise CheckpointError(f"{folder}: {kind}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        return RMSEConfig.from_file(folder / CONFIG_FILE)
+        return registry.read_config(folder / CONFIG_FILE)
     except ConfigError as error:
         raise CheckpointError(_config_line(folder / CONFIG_FILE, error)) from None
 
@@ -222,14 +225,14 @@ def finish_interrupted(folder: Path) -> None:
         ) from None
 
 
-def check_size(config: RMSEConfig, *files: Path) -> None:
+def check_size(config: Any, *files: Path) -> None:
     """Fail, before a model is made, where the files of its weights are too small to hold them.
 
     Raises:
         CheckpointError: they do not belong to this configuration.
     """
     with torch.device("meta"):  # shapes without memory
-        model = RMSE(config)
+        model = arch_of(config.model_type).build(config)
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     nbytes = sum(file.stat().st_size for file in files)
     if count > 2 * nbytes:  # an int4 weight takes half a byte
@@ -245,18 +248,23 @@ def _config_line(path: Path, error: ConfigError) -> str:
     return line if str(path) in line else f"{path}: {line}"
 
 
-def _fill(model: RMSE, stored: StoredTensors) -> None:
+def _fill(model: Any, stored: StoredTensors) -> None:
     """Copy every tensor of a checkpoint into the model, after checking names, shapes and values.
 
-    A head that is tied may be stored beside the embedding, with the same values, or in its place.
+    A tensor that is tied may be stored beside the one that it is tied to, with the same values, or in its place.
     """
-    state = model.state_dict()
-    expected = stored_keys(model.config, list(state))
-    present = stored.names()
-    tied = {head: source for head, source in TIED.items() if model.config.tie_embeddings and head in present}
-    present |= set(tied.values())
-    missing = [key for key in expected if key not in present]
-    unexpected = sorted(present - set(expected) - set(tied))
+    arch, state, present = arch_of_model(model), model.state_dict(), stored.names()
+    ties = arch.tied(model.config)
+    expected = [name for name in state if name not in ties]
+    forms = _forms(arch, model.config, state, present)
+    tied = {name: source for name, source in ties.items() if present.issuperset(forms[name].names)}
+    for name, source in tied.items():
+        if not present.issuperset(forms[source].names):
+            forms[source] = forms[name]
+    needed = [part for name in expected for part in forms[name].names]
+    missing = list(dict.fromkeys(part for part in needed if part not in present))
+    known = {part for name in (*expected, *tied) for part in forms[name].names}
+    unexpected = sorted(n for n in present - known if not any(fnmatchcase(n, p) for p in arch.unread))
     if missing:
         raise CheckpointError(
             f"{stored.path}: tensor {missing[0]} is missing{_others(missing)}; the file is not of this config.json's model"
@@ -266,12 +274,39 @@ def _fill(model: RMSE, stored: StoredTensors) -> None:
             f"{stored.path}: tensor {unexpected[0]} is not part of the model{_others(unexpected)}; "
             "the file is not of this config.json's model"
         )
-    in_place_of = {source: head for head, source in tied.items() if source not in stored.names()}
     for name in expected:
-        state[name].copy_(stored.read(in_place_of.get(name, name), tuple(state[name].shape)))
-    for head, source in tied.items():
-        values = stored.read(head, tuple(state[source].shape))
-        require_tied(stored.file(head), head, torch.equal(values, state[source]))
+        state[name].copy_(_read(stored, forms[name], name, tuple(state[name].shape)))
+    for name, source in tied.items():
+        values = _read(stored, forms[name], name, tuple(state[source].shape))
+        require_tied(
+            stored.file(forms[name].names[0]), forms[name].names[0], source, torch.equal(values, state[source])
+        )
+
+
+def _forms(arch: Arch, config: Any, names: Iterable[str], present: set[str]) -> dict[str, Stored]:
+    """How each of the model's tensors is stored in a checkpoint that holds the tensors `present`."""
+    own = {name: Stored((name,)) for name in (*names, *arch.tied(config))}
+    if present.issuperset(stored_keys(config, own)):
+        return own
+    return own | dict(arch.stored(config))
+
+
+def _read(stored: StoredTensors, form: Stored, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `name` of the model, of this shape, from what holds it on disk."""
+    if form.make is None:
+        return stored.read(form.names[0], shape)
+    parts = [stored.read(part) for part in form.names]
+    try:
+        found = tuple((made := form.make(*parts)).shape)
+    except (RuntimeError, ValueError, IndexError):  # sizes that do not go together
+        found = None
+    if found != shape:
+        sizes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in zip(form.names, parts))
+        raise CheckpointError(
+            f"{stored.file(form.names[0])}: {sizes} gives no {name} of shape {shape}, which config.json asks for; "
+            "the two files do not belong together"
+        )
+    return made
 
 
 def _others(names: list[str]) -> str:

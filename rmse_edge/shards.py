@@ -123,8 +123,11 @@ class StoredTensors:
         """The file that holds a tensor."""
         return self._files[name][0]
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor in float32: exact for bfloat16 and float16, rounded from float64.
+
+        Args:
+            shape: that it must have; None: any.
 
         Raises:
             CheckpointError: it has another shape, another kind of type, or is not finite in float32.
@@ -132,7 +135,7 @@ class StoredTensors:
         path, file = self._files[name]
         with _damage_of(path):
             found = tuple(file.get_slice(name).get_shape())
-            if found != shape:
+            if shape is not None and found != shape:
                 raise CheckpointError(
                     f"{path}: tensor {name} has shape {found}, config.json asks for {shape}; "
                     "the two files do not belong together"

@@ -234,7 +234,10 @@ BAD = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "not readable as JSON"]),
     "config value": (edit_config(window=8), ["config.json", "window: got 8"]),
     "config key": (edit_config(windows=128), ["config.json", "unknown key 'windows'"]),
-    "another model": (edit_config(model_type="llama"), ["config.json", "model_type is 'llama'"]),
+    "another model": (
+        edit_config(model_type="llama"),
+        ["config.json", "model_type: got 'llama', expected one of", "rmse"],
+    ),
 }
 
 

@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from rmse_edge.errors import ConfigError
+from rmse_edge.schema import read_json
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from rmse_edge.loop.contract import LoopModel
 
 GROUP = "rmse_edge.arch"
+FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
 KvDtype = Literal["float32", "float16", "int8"]
 _REGISTERED: dict[str, Arch] = {}
 
 
 class Config(Protocol):
-    """What config.json says, checked. Usually a frozen dataclass."""
+    """What config.json says, checked. A frozen dataclass.
+
+    Of models of texts, `vocab_size`, `block_size` (positions of one training sequence) and, where there are such tokens,
+    `bos_token_id`, `eos_token_id` and `pad_token_id` are fields of it.
+    """
 
     model_type: str
 
@@ -41,10 +46,6 @@ class Config(Protocol):
             ConfigError: a key or a value that this architecture does not have.
         """
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> Config:
-        """Of a config.json; raises as `from_dict`."""
-
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON has it, `model_type` left out."""
 
@@ -54,6 +55,24 @@ class Config(Protocol):
 
 def none_of_it(config: Any) -> Mapping[str, Any]:
     return {}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a published checkpoint holds a tensor of the model: in which of its own tensors, and what to make of these.
+
+    Stored(("model.norm.weight",))                                             under another name
+    Stored(("wq.weight",), lambda w: w.T)                                      transposed
+    Stored(("qkv.weight",), lambda w: w[:64])                                  as a part of one
+    Stored(("gate.weight", "up.weight"), lambda *both: torch.cat(both))        as several
+
+    They are read when their tensor is filled, and kept no longer: the peak is the model and these.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[..., Any] | None = (
+        None  # float32 tensors in the order of `names` -> the tensor; None: it is the first
+    )
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,13 @@ class Arch:
     settings: tuple[str, ...] = ()
     # A config -> tensors that need not be on disk, and whose values they then have.
     tied: Callable[[Any], Mapping[str, str]] = none_of_it
+    # A config -> the tensors that its published checkpoints hold otherwise than by the model's own names. A folder with
+    # all of the model's own names is read by these: it was written here.
+    stored: Callable[[Any], Mapping[str, Stored]] = none_of_it
+    # Patterns (`fnmatch`) of names of published tensors that the model does without, such as tables of angles.
+    unread: tuple[str, ...] = ()
+    # How the names of tensors begin that a model may have beyond the one its training starts from.
+    additions: tuple[str, ...] = ()
     # A model -> the type in which it keeps keys and values; a model and such a type -> itself, or a copy that uses it.
     cache_dtype: Callable[[Any], KvDtype] = lambda model: "float32"
     with_cache_dtype: Callable[[Any, KvDtype], Any] = lambda model, dtype: model
@@ -96,13 +122,37 @@ def arch_of(model_type: str, where: str = "config") -> Arch:
     Raises:
         ConfigError: there is none; the message begins with `where` and lists those there are.
     """
-    if model_type in _REGISTERED:
+    if isinstance(model_type, str) and model_type in _REGISTERED:  # a file may say anything
         return _REGISTERED[model_type]
     known = model_types()
     if model_type not in known:
         raise ConfigError(f"{where}: model_type: got {model_type!r}, expected one of {', '.join(known)}")
     entries = [entry for entry in entry_points(group=GROUP) if entry.name == model_type]
     return entries[0].load() if entries else import_module(f".{model_type}", __package__).ARCH
+
+
+def read_config(path: str | Path) -> Any:
+    """The configuration in a config.json, of the architecture that its `model_type` names.
+
+    The first checkpoints of RMS-E have no `model_type`: a file without one is read as theirs if it has only keys of theirs.
+
+    Raises:
+        ConfigError: one line that names the file: it is missing or no JSON object, its architecture is not known, or a
+            key or a value is not what this expects.
+    """
+    try:
+        values = read_json(Path(path), ConfigError)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected the config.json of a model") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object of configuration keys")
+    if "model_type" not in values:
+        first = arch_of(FIRST)
+        theirs = {f.name for f in fields(first.config)}
+        if any(key not in theirs and not key.startswith("_") for key in values):
+            raise ConfigError(f"{path}: model_type is missing, expected one of {', '.join(model_types())}")
+        return first.config.from_dict(values, where=str(path))
+    return arch_of(values["model_type"], str(path)).config.from_dict(values, where=str(path))
 
 
 def arch_of_model(model: nn.Module | LoopModel) -> Arch:

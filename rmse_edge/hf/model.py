@@ -32,8 +32,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.checkpoint import QUANTIZATION_FILE, TIED, require_tied, stored_keys
+from rmse_edge.checkpoint import QUANTIZATION_FILE, require_tied, stored_keys
 from rmse_edge.errors import CheckpointError, UserError, first_line
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts
@@ -155,9 +156,9 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
         ):
             if found := sorted(key if isinstance(key, str) else key[0] for key in info[kind]):
                 raise CheckpointError(f"{where}: tensor {found[0].removeprefix(PREFIX + '.')} {meaning}")
-        if model.rmse.config.tie_embeddings:  # transformers unties a head with values of its own, with a warning
-            for head, source in TIED.items():
-                require_tied(where, head, model.rmse.get_parameter(head) is model.rmse.get_parameter(source))
+        # transformers unties a head with values of its own, with a warning
+        for head, source in arch_of_model(model.rmse).tied(model.rmse.config).items():
+            require_tied(where, head, source, model.rmse.get_parameter(head) is model.rmse.get_parameter(source))
         for key, tensor in model.rmse.state_dict().items():
             if tensor.device.type != "meta":  # offloaded by a device_map
                 check_finite(where, key, tensor)

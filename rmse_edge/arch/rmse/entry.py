@@ -93,6 +93,7 @@ ARCH = Arch(
     parts,
     settings=("exit_", "min_loops", "retrieval_gamma"),
     tied=tied,
+    additions=("memory.", "retrieval."),
     stated=stated,
     salt=salt,
     cache_dtype=lambda model: model.config.kv_dtype,
