@@ -26,7 +26,7 @@ from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
 from rmse_edge.quantize.parallel import one_thread
-from rmse_edge.quantize.scheme import BITS, EXPERTS
+from rmse_edge.quantize.scheme import BITS, table_of
 from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.text import Tokenizer, read_text
@@ -133,11 +133,13 @@ def check_formats(model: Any, formats: Mapping[str, Format], target: str) -> Non
         ExportError: naming the weight.
     """
     check = get_target(target).check_format
+    if check is None or not formats:
+        return
+    use = table_of(model).use
     inputs = {name: model.get_parameter(name).shape[-1] for name in formats}
     # The tensor with the fewest choices speaks first, so that no other one refuses what it says to do.
-    for name in sorted(formats, key=lambda name: (inputs[name] & -inputs[name], name not in EXPERTS)):
-        if check is not None:
-            check(name, formats[name], inputs[name])
+    for name in sorted(formats, key=lambda name: (inputs[name] & -inputs[name], use(name) != "experts")):
+        check(name, formats[name], inputs[name], use(name))
 
 
 def rounded(model: Any, quant: str) -> Any:

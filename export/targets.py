@@ -13,6 +13,7 @@ from rmse_edge.errors import ArgumentError, UserError, quiet
 if TYPE_CHECKING:
     from torch import nn
 
+    from rmse_edge.arch.quantization import Use
     from rmse_edge.arch.registry import KvDtype
     from rmse_edge.info import ModelInfo
     from rmse_edge.loop.contract import LoopSpec
@@ -41,8 +42,8 @@ class LowerOptions:
 
 # Lowers a program into files in a folder; returns what the target's runtime needs to know, for the manifest.
 Lowering = Callable[["LoopProgram", Path, LowerOptions], dict[str, Any]]
-# Fails with an ExportError where a target has no form for a weight: its name, its format, its number of inputs.
-CheckFormat = Callable[[str, "Format", int], None]
+# Fails with an ExportError where a target has no form for a weight: its name, its format, its number of inputs, its use.
+CheckFormat = Callable[[str, "Format", int, "Use"], None]
 # What a target makes of the model before it is traced; the model given stays as it is.
 Prepare = Callable[["nn.Module", LowerOptions], "nn.Module"]
 # The type in which a package stores keys and values: of its precision, and of the model's own cache.

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.rmse.config import KvDtype
+from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.registry import KvDtype, arch_of_model
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ArgumentError
 from rmse_edge.progress import Report, Work, silent
@@ -25,7 +26,7 @@ from .gptq import gptq
 from .hessians import HEAD, LOOPS, Hessians, gather
 from .kv import kv_scales
 from .qat import finetune
-from .scheme import EXPERTS, METHODS, Scheme
+from .scheme import METHODS, Scheme, table_of
 from .tensors import Format, QuantizedTensor, round_to_nearest
 
 KV = get_args(KvDtype)
@@ -38,17 +39,6 @@ GATE_TOKENS = 8192  # that the exit gate is recalibrated on: every trial of a bi
 DENSE_SHARE, DENSE_TOKENS = 0.25, 8192
 LEAST_TOKENS = 512  # of a calibration: fewer say too little about 512 experts
 LEAST_TEXT = 1024  # tokens of a text that is split into calibration and evaluation
-
-# What is quantised together, in the order of the data flow: each sees the inputs that the ones before it make.
-STAGES = (
-    ("embed.weight",),
-    ("inject.weight",),
-    ("block.attention.q_proj.weight", "block.attention.kv_proj.weight", "block.attention.gate_proj.weight"),
-    ("block.attention.o_proj.weight",),
-    ("block.experts.gate_up_proj", "block.experts.shared_gate_up_proj.weight"),
-    ("block.experts.down_proj", "block.experts.shared_down_proj.weight"),
-    ("head_proj.weight",),
-)
 
 
 @dataclass(frozen=True)
@@ -145,11 +135,12 @@ def quantize(
         )
     calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
     model = model.eval()
-    done = Work(_costs(model, request, stages(formats), calibration, held_out), progress)
+    stages = table_of(model).in_order(formats)
+    done = Work(_costs(model, request, stages, calibration, held_out), progress)
     work = with_kv(model, request, calibration, done)
     tensors: dict[str, QuantizedTensor] = {}
     rare = 0
-    for stage in stages(formats):
+    for stage in stages:
         found = _hessians(model, work, stage, calibration, request, done)
         rare = max(rare, found.rare()) if found else rare
         for name in stage:
@@ -182,13 +173,6 @@ def quantize(
                 "ids", "the model's loss is no number on this text; check the checkpoint with rmse-eval"
             )
     return Quantized(work, tensors, request.scheme.quant, fingerprint, report)
-
-
-def stages(formats: dict[str, Format]) -> list[list[str]]:
-    """The tensors to quantise, stage by stage; one that no stage names would be lost, so that is a defect."""
-    found = [[name for name in stage if name in formats] for stage in STAGES]
-    assert sorted(name for stage in found for name in stage) == sorted(formats), "a quantised tensor has no stage"
-    return [stage for stage in found if stage]
 
 
 def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, done: Work) -> RMSE:
@@ -224,13 +208,19 @@ def _hessians(
 
 def _text_of(model: RMSE, stage: list[str], calibration: Tensor | None, request: QuantizeRequest) -> Tensor | None:
     """The part of the calibration text (n, T) that a stage reads; None: it needs none."""
-    tied = model.config.tie_embeddings
-    if calibration is None or request.method == "rtn" or (stage == ["embed.weight"] and not tied):
+    table = table_of(model)
+    looked_up = stage == [table.embedding] and not is_tied(model, table)
+    if calibration is None or request.method == "rtn" or looked_up:
         return None
-    if set(stage) & set(EXPERTS):
+    if any(table.use(name) == "experts" for name in stage):
         return calibration
     blocks, length = calibration.shape
     return calibration[: math.ceil(max(DENSE_SHARE * blocks, DENSE_TOKENS / length))]
+
+
+def is_tied(model: Any, table: QuantTable) -> bool:
+    """Whether the head's weight is the embedding's."""
+    return table.head is not None and arch_of_model(model).tied(model.config).get(table.head) == table.embedding
 
 
 def _label(stage: list[str]) -> str:

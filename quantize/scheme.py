@@ -1,17 +1,13 @@
-"""Which tensors of RMS-E are quantised, and in which format.
-
-What decides (router, exit gate, memory gates) and what scales (norms, step encodings) stays float: a rounding there changes
-*which* computation is done. So does the memory: what it learns while running is float too, and it is small.
-"""
+"""In which format tensors are quantised; which ones is said by their architecture (rmse_edge/arch/quantization.py)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from rmse_edge.arch.rmse.config import RMSEConfig
-from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.checkpoint import stored_keys
 from rmse_edge.errors import ArgumentError, UserError
 
@@ -20,24 +16,6 @@ from .tensors import Format
 BITS = {"int8": 8, "int4": 4}
 METHODS = ("gptq", "rtn")
 GROUPS = (128, 64, 32, 16)  # of dense matrices, by preference: larger groups are smaller and faster
-
-EXPERTS = ("block.experts.gate_up_proj", "block.experts.down_proj")
-EMBEDDING = "embed.weight"
-DENSE = (
-    EMBEDDING,
-    "inject.weight",
-    "block.attention.q_proj.weight",
-    "block.attention.kv_proj.weight",
-    "block.attention.o_proj.weight",
-    "block.experts.shared_gate_up_proj.weight",
-    "block.experts.shared_down_proj.weight",
-    "head_proj.weight",
-)
-ATTENTION_GATE = "block.attention.gate_proj.weight"  # dense where it has a channel per channel, else a row per head
-FLOAT = re.compile(
-    r"(.*norm\.weight|step_encoding|gate\.(weight|bias)|block\.experts\.(router\.weight|step_logits|balance_bias)"
-    r"|block\.attention\.kv_scales|memory\..*|retrieval\..*)"
-)
 
 
 @dataclass(frozen=True)
@@ -63,23 +41,24 @@ class Scheme:
             if group is not None:
                 Format(4, group)  # checks it
 
-    def formats(self, model: RMSE) -> dict[str, Format]:
+    def formats(self, model: Any) -> dict[str, Format]:
         """The format of every tensor that is quantised.
 
         Raises:
-            UserError: a tensor is not in the table, or a group size does not divide its inputs; names the tensor.
+            UserError: the architecture has no table, a tensor is not in it, or a group size does not divide its inputs;
+                names the tensor.
         """
-        inputs = {}
+        table, inputs = table_of(model), {}
         for name in stored_keys(model.config, list(model.state_dict())):
-            if is_quantized(name, model.config) and model.get_parameter(name).numel():  # no shared expert: zero wide
+            if table.quantizes(name) and model.get_parameter(name).numel():  # no shared expert: zero wide
                 inputs[name] = model.get_parameter(name).shape[-1]
         if BITS[self.quant] == 8:
             return dict.fromkeys(inputs, Format(8))
-        return {name: Format(4, self._group(name, inputs), self.symmetric) for name in inputs}
+        return {name: Format(4, self._group(name, inputs, table), self.symmetric) for name in inputs}
 
-    def _group(self, name: str, inputs: Mapping[str, int]) -> int:
+    def _group(self, name: str, inputs: Mapping[str, int], table: QuantTable) -> int:
         """The group size of one tensor, of those that are quantised and their numbers of inputs."""
-        expert = name in EXPERTS
+        expert = table.use(name) == "experts"
         if expert:
             group, argument = self.group_size, "group_size"
         else:
@@ -88,7 +67,7 @@ class Scheme:
         if inputs[name] % group == 0:
             return group
         # What is proposed has to suit all tensors, those of the other size too.
-        alike = [n for other, n in inputs.items() if (other in EXPERTS) == expert]
+        alike = [n for other, n in inputs.items() if (table.use(other) == "experts") == expert]
         fitting = [str(g) for g in (*GROUPS[::-1], 256) if all(n % g == 0 for n in alike)]
         if any(n % GROUPS[-1] for n in inputs.values()):
             hint = "pass quant=int8, which needs no groups"
@@ -97,18 +76,16 @@ class Scheme:
         raise UserError(f"{name}: group size {group} does not divide its {inputs[name]} inputs; {hint}")
 
 
-def is_quantized(name: str, config: RMSEConfig) -> bool:
-    """Whether a tensor is quantised.
+def table_of(model: Any) -> QuantTable:
+    """What a model's architecture says of its weights.
 
     Raises:
-        UserError: the table has no line for it.
+        UserError: it has no table.
     """
-    if name in DENSE or name in EXPERTS:
-        return True
-    if name == ATTENTION_GATE:
-        return config.attention_gate == "elementwise"
-    if FLOAT.fullmatch(name):
-        return False
-    raise UserError(
-        f"{name}: the quantiser does not know this tensor; say in rmse_edge/quantize/scheme.py whether it stays float"
-    )
+    table, config = arch_of_model(model).quantization, model.config
+    if table is None:
+        raise UserError(
+            f"model_type {config.model_type}: the architecture does not say which of its tensors may be quantised; export "
+            "it with quant=fp32 or fp16"
+        )
+    return table(config)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch, Stored
 from rmse_edge.errors import ConfigError
 from rmse_edge.info import TextInfo
@@ -183,7 +184,25 @@ def published(model: Toy) -> Tensors:
     }
 
 
-ARCH = Arch(ToyConfig, Toy, parts, settings=("exit_",), tied=tied, stored=stored, unread=("*.inv_freq",))
+def table(config: ToyConfig) -> QuantTable:
+    return QuantTable(
+        stages=(("embed.weight",), ("say.*",), ("up.weight",), ("d*n.weight",), ("head_proj.weight",)),
+        float=("*.bias", "norm.weight", "halt.*"),
+        embedding="embed.weight",
+        head="head_proj.weight",
+    )
+
+
+ARCH = Arch(
+    ToyConfig,
+    Toy,
+    parts,
+    settings=("exit_",),
+    tied=tied,
+    stored=stored,
+    unread=("*.inv_freq",),
+    quantization=table,
+)
 
 
 def toy(seed: int = 0, **changes: Any) -> Toy:

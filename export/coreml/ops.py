@@ -25,6 +25,8 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from torch import Tensor, nn
 
+from rmse_edge.arch.quantization import Use
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
@@ -286,7 +288,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 # ------------------------------------------------------------------------------------------------- preparation
 
 
-def check_format(name: str, fmt: Format, inputs: int) -> None:
+def check_format(name: str, fmt: Format, inputs: int, use: Use) -> None:
     """Fail unless packages have a form for this format.
 
     Raises:
@@ -322,8 +324,10 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         path = name.rpartition(".")[0]
         owner = model.get_submodule(path)
         model.set_submodule(path, StoredLinear(q, owner.bias) if isinstance(owner, nn.Linear) else StoredRows(q))
-    if getattr(getattr(model, "config", None), "tie_embeddings", False) and "embed.weight" in tensors:
-        head = StoredLinear(tensors["embed.weight"], None)
-        model.set_submodule("head_proj", head)
-        model.set_submodule("embed", SharedEmbedding(head))
+    for name, source in (arch_of_model(model).tied(model.config) if tensors else {}).items():
+        path, owner = name.rpartition(".")[0], source.rpartition(".")[0]
+        if source in tensors:
+            head = StoredLinear(tensors[source], getattr(model.get_submodule(path), "bias", None))
+            model.set_submodule(path, head)
+            model.set_submodule(owner, SharedEmbedding(head))
     return model

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rmse_edge.arch.quantization import Use
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
-from rmse_edge.quantize.scheme import EXPERTS
 from rmse_edge.quantize.tensors import Format
 
 BLOCK = 32  # XNNPACK's groups, and the activations that share a scale in the experts' kernels
@@ -143,13 +143,13 @@ def signed(q: QuantizedTensor) -> Tensor:
     return (q.codes.to(torch.int16) - q.format.middle).to(torch.int8)
 
 
-def check_format(name: str, fmt: Format, inputs: int) -> None:
+def check_format(name: str, fmt: Format, inputs: int, use: Use) -> None:
     """Fail unless XNNPACK and the experts' kernels have this format.
 
     Raises:
         ExportError: naming the tensor and the fix.
     """
-    if inputs % BLOCK and name in EXPERTS:
+    if inputs % BLOCK and use == "experts":
         raise ExportError(
             f"{name}: its {inputs} inputs make no whole blocks of {BLOCK}; export the float model, with quant=fp32"
         )
@@ -181,7 +181,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     for name, q in left.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        check_format(name, q.format, q.shape[-1])
+        check_format(name, q.format, q.shape[-1], "matrix" if isinstance(owner, nn.Linear) else "rows")
         if not isinstance(owner, nn.Linear):
             setattr(owner, attribute, nn.Parameter(torchao_weight(q, False), requires_grad=False))
             continue
@@ -205,7 +205,7 @@ def _replace_experts(model: nn.Module, path: str, module: SparseExperts, left: d
     names = [f"{path}.{weight}" for weight in ("gate_up_proj", "down_proj")]
     up, down = (left.pop(name) for name in names)
     for name, q in zip(names, (up, down)):
-        check_format(name, q.format, q.shape[-1])
+        check_format(name, q.format, q.shape[-1], "experts")
     model.set_submodule(path, IntegerExperts(module, up, down).eval())
 
 

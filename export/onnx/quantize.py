@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from rmse_edge.arch.quantization import Use
 from rmse_edge.errors import ExportError
 from rmse_edge.quantize import Format, QuantizedTensor
-from rmse_edge.quantize.scheme import EMBEDDING, EXPERTS
 
 from .ops import CONTRIB
 from .passes import subgraphs
@@ -189,7 +189,7 @@ def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_
         return None
     name = weights[0]
     q, block = stored.tensors[name], stored.block(name)
-    check_format(name, q.format, q.shape[-1])
+    check_format(name, q.format, q.shape[-1], "rows")
     inputs = [stored.codes(name), node.input[1], stored.scales(name, block), stored.zeros(name)]
     return helper.make_node(
         "GatherBlockQuantized", inputs if inputs[-1] else inputs[:-1], node.output, node.name, domain=CONTRIB,
@@ -197,13 +197,13 @@ def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_
     )  # fmt: skip
 
 
-def check_format(name: str, fmt: Format, inputs: int) -> None:
-    """Fail unless ONNX Runtime's operators have this format; `MatMulNBits` alone takes any number of inputs.
+def check_format(name: str, fmt: Format, inputs: int, use: Use) -> None:
+    """Fail unless ONNX Runtime's operators have this format; that for a matrix alone takes any number of inputs.
 
     Raises:
         ExportError: naming the tensor and the fix.
     """
-    if inputs % BLOCKS[-1] and name in (EMBEDDING, *EXPERTS):
+    if inputs % BLOCKS[-1] and use != "matrix":
         raise ExportError(
             f"{name}: {inputs} inputs make no whole blocks of {BLOCKS[-1]}, which ONNX Runtime's operator needs; "
             "export the float model, with quant=fp32 or fp16"
@@ -223,7 +223,7 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     block = None if per_channel else stored.block(up, down)
     if block is not None:
         for name in (up, down):
-            check_format(name, q.format, stored.tensors[name].shape[-1])
+            check_format(name, q.format, stored.tensors[name].shape[-1], "experts")
     inputs = [
         *node.input[:2], stored.codes(up), stored.scales(up, block), "", stored.codes(down), stored.scales(down, block), "",
         "", "", "", stored.zeros(up), stored.zeros(down),

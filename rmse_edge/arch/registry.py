@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
     from rmse_edge.loop.contract import LoopModel
 
+    from .quantization import QuantTable
+
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
 KvDtype = Literal["float32", "float16", "int8"]
+NO_ARCHITECTURES = {"identity", "quantization", "registry"}  # files of this folder
 _REGISTERED: dict[str, Arch] = {}
 
 
@@ -95,6 +98,8 @@ class Arch:
     unread: tuple[str, ...] = ()
     # How the names of tensors begin that a model may have beyond the one its training starts from.
     additions: tuple[str, ...] = ()
+    # A config -> which tensors are quantised; None: the architecture is not quantised.
+    quantization: Callable[[Any], QuantTable] | None = None
     # A model -> the type in which it keeps keys and values; a model and such a type -> itself, or a copy that uses it.
     cache_dtype: Callable[[Any], KvDtype] = lambda model: "float32"
     with_cache_dtype: Callable[[Any, KvDtype], Any] = lambda model, dtype: model
@@ -112,7 +117,7 @@ def register(model_type: str, arch: Arch) -> None:
 def model_types() -> list[str]:
     """The names of all architectures there are."""
     package = import_module(__package__)
-    own = {m.name for m in pkgutil.iter_modules(package.__path__)} - {"registry", "identity"}
+    own = {m.name for m in pkgutil.iter_modules(package.__path__)} - NO_ARCHITECTURES
     return sorted(own | set(_REGISTERED) | {entry.name for entry in entry_points(group=GROUP)})
 
 

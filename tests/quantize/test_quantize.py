@@ -25,6 +25,7 @@ from helpers import (
 
 from rmse_edge.arch.identity import fingerprint
 from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.rmse.quantization import EXPERTS, table
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.quantize import main
 from rmse_edge.errors import ArgumentError, CheckpointError, UserError
@@ -33,9 +34,10 @@ from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize
 from rmse_edge.quantize.compare import compare, deployed_exit, mean_depth
 from rmse_edge.quantize.gate import CLOSE, recalibrate
 from rmse_edge.quantize.quantizer import LEAST_TEXT
-from rmse_edge.quantize.scheme import DENSE, EXPERTS, is_quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+
+DENSE = {name for stage in table(tiny_config()).stages for name in stage} - {*EXPERTS}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_memory_and_retrieval_stay_float() -> None:
 
 def test_a_tensor_the_quantiser_does_not_know_is_named() -> None:
     with pytest.raises(UserError, match=r"^block\.mixer\.weight: the quantiser does not know this tensor"):
-        is_quantized("block.mixer.weight", tiny_config())
+        table(tiny_config()).quantizes("block.mixer.weight")
     model = mixed_model()
     model.block.mixer = torch.nn.Linear(64, 64)
     with pytest.raises(UserError, match=r"^block\.mixer\.weight: .*does not know"):

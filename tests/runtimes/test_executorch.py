@@ -298,7 +298,7 @@ def test_groups_that_xnnpack_has_not_are_refused() -> None:
     with pytest.raises(ExportError) as caught:
         prepare(made.model, LowerOptions(tensors=made.tensors))
     assert_one_line(str(caught.value), "groups of 16", "group_size=32")
-    check_format("w", Format(4, 64), 64)
+    check_format("w", Format(4, 64), 64, "matrix")
     narrow = RMSE(small_config(d_model=48)).eval()
     made = quantize(narrow, QuantizeRequest(Scheme("int8"), method="rtn"))
     with pytest.raises(ExportError) as caught:

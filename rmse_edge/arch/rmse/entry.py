@@ -12,6 +12,7 @@ from rmse_edge.numbers import SEGMENT, token_ids
 
 from .config import RINGS, RMSEConfig
 from .costs import macs_per_token, parameters
+from .quantization import table
 
 if TYPE_CHECKING:
     from .model import RMSE
@@ -94,6 +95,7 @@ ARCH = Arch(
     settings=("exit_", "min_loops", "retrieval_gamma"),
     tied=tied,
     additions=("memory.", "retrieval."),
+    quantization=table,
     stated=stated,
     salt=salt,
     cache_dtype=lambda model: model.config.kv_dtype,
