@@ -53,7 +53,6 @@ EXCEPTIONS = {
 RMSE_ONLY = ("rmse_edge.arch", "rmse_edge.train", "rmse_edge.hf", "rmse_edge.quantize")
 KNOW_RMSE = {
     "rmse_edge",
-    "rmse_edge.checkpoint",
     "rmse_edge.cli.bench",
     "rmse_edge.cli.export",
     "rmse_edge.cli.quantize",

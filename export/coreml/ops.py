@@ -325,9 +325,9 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         owner = model.get_submodule(path)
         model.set_submodule(path, StoredLinear(q, owner.bias) if isinstance(owner, nn.Linear) else StoredRows(q))
     for name, source in (arch_of_model(model).tied(model.config) if tensors else {}).items():
-        path, owner = name.rpartition(".")[0], source.rpartition(".")[0]
+        reader, owns = name.rpartition(".")[0], source.rpartition(".")[0]
         if source in tensors:
-            head = StoredLinear(tensors[source], getattr(model.get_submodule(path), "bias", None))
-            model.set_submodule(path, head)
-            model.set_submodule(owner, SharedEmbedding(head))
+            head = StoredLinear(tensors[source], getattr(model.get_submodule(reader), "bias", None))
+            model.set_submodule(reader, head)
+            model.set_submodule(owns, SharedEmbedding(head))
     return model
