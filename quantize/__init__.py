@@ -1,8 +1,9 @@
 """Integers and scales from trained weights, one source of truth per package.
 
-scheme.py     which tensors, in which format            tensors.py   codes, scales, zeros
+scheme.py     in which format                           tensors.py   codes, scales, zeros
+reader.py     whole texts through any model
 hessians.py   what a looped weight sees in every loop   gptq.py      codes that keep the outputs
-quantizer.py  the stages, in the order of the data      qat.py, gate.py, kv.py   finetune, exit gate, int8 KV cache
+quantizer.py  the stages, in the order of the data      qat.py, gate.py   finetune, exit gate
 compare.py    what it cost                              store.py     quantised checkpoints on disk
 """
 

@@ -10,34 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmse_edge.arch.rmse.model import RMSE, Stop
-from rmse_edge.loop.stop import stops
+from rmse_edge.loop.course import Course, Reader
 from rmse_edge.losses import token_loss
 
 from .parallel import cores, split_evenly
+from .reader import reader_of
 
 BATCH = 16  # sequences run at once: their states of all loops are kept
 
 
-def deployed_exit(model: RMSE) -> Stop | None:
-    """The configuration's own exit rules as a `stop` of `RMSE.trajectory`; None where all are off."""
-    c = model.config
-    if c.exit_threshold >= 1 and not c.exit_epsilon and not c.exit_entropy:
-        return None
-    dials = {
-        name: torch.tensor(getattr(c, name)) for name in ("min_loops", "exit_threshold", "exit_epsilon", "exit_entropy")
-    }
-
-    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
-        logits = model.head(after)["logits"] if c.exit_entropy else None
-        return stops(k, before, after, log_survival, dials, logits)
-
-    return stop
-
-
 @torch.no_grad()
 def compare(
-    reference: RMSE, candidate: RMSE, blocks: Tensor, progress: Callable[[float], object] = lambda _: None
+    reference: Any, candidate: Any, blocks: Tensor, progress: Callable[[float], object] = lambda _: None
 ) -> dict[str, Any]:
     """Both models over the same blocks, each from an empty past, in PyTorch.
 
@@ -46,50 +30,42 @@ def compare(
         progress: called with the number of tokens done since the last call, from several threads.
     Returns:
         "full_depth" and, where the model has exits, "adaptive": see `_setting`; "drift": per loop, the mean relative
-        difference of the normed states at full depth.
+        difference of the states at full depth, as the head reads them.
     """
     settings: dict[str, list[dict[str, Tensor]]] = {"full_depth": [], "adaptive": []}
     drift: list[Tensor] = []
-    models = (reference, candidate)
-    exits = [deployed_exit(model) for model in models]
+    readers = ours, theirs = reader_of(reference), reader_of(candidate)
     with cores() as workers:
         for part in blocks.split(split_evenly(2 * len(blocks), workers.count, 4, BATCH)):
             tokens, targets = part[:, :-1], part[:, 1:]
-            runs: list[tuple[RMSE, Stop | None]] = [(model, None) for model in models]
-            if exits[0] is not None:
-                runs += list(zip(models, exits))
+            runs = [(reader, stop) for stop in (False, True)[: 1 + ours.exits] for reader in readers]
 
-            def run(
-                which: tuple[RMSE, Stop | None], tokens: Tensor = tokens, share: float = 1 / len(runs)
-            ) -> tuple[list[Tensor], Tensor]:
-                states, _, depth = which[0].trajectory(tokens, stop=which[1], every=which[1] is None)
+            def run(which: tuple[Reader, bool], tokens: Tensor = tokens, share: float = 1 / len(runs)) -> Course:
+                course = which[0].read(tokens, stop=which[1], every=not which[1])
                 progress(share * tokens.numel())
-                return states, depth
+                return course
 
-            (a, ours), (b, theirs), *adaptive = workers.each(run, runs)
-            shift = [((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a, b)]
+            a, b, *adaptive = workers.each(run, runs)
+            shift = [((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a.states, b.states)]
             drift.append(torch.stack(shift) * len(part))
-            settings["full_depth"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
+            settings["full_depth"].append(_pair(ours, theirs, a, b, targets))
             if adaptive:
-                (a, ours), (b, theirs) = adaptive
-                settings["adaptive"].append(_pair(reference, candidate, a[-1], b[-1], ours, theirs, targets))
+                settings["adaptive"].append(_pair(ours, theirs, *adaptive, targets))
     result = {name: _setting(parts) for name, parts in settings.items() if parts}
     return result | {"drift": (torch.stack(drift).sum(0) / len(blocks)).tolist(), "tokens": blocks[:, 1:].numel()}
 
 
-def _pair(
-    reference: RMSE, candidate: RMSE, a: Tensor, b: Tensor, ours: Tensor, theirs: Tensor, targets: Tensor
-) -> dict[str, Tensor]:
-    """Figures of every position, (B, T) each, from the normed states (B, T, d) and the depths of both models."""
-    p, q = reference.head_proj(a), candidate.head_proj(b)
+def _pair(ours: Reader, theirs: Reader, a: Course, b: Course, targets: Tensor) -> dict[str, Tensor]:
+    """Figures of every position, (B, T) each, from the courses of both models."""
+    p, q = ours.logits(a.states[-1]), theirs.logits(b.states[-1])
     log_p, log_q = F.log_softmax(p.double(), -1), F.log_softmax(q.double(), -1)
     return {
         "float": token_loss(p, targets),
         "quantized": token_loss(q, targets),
         "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
         "same_top": (p.argmax(-1) == q.argmax(-1)).double(),
-        "float_depth": ours.double(),
-        "quantized_depth": theirs.double(),
+        "float_depth": a.depth.double(),
+        "quantized_depth": b.depth.double(),
     }
 
 
@@ -123,9 +99,10 @@ def _setting(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def mean_depth(model: RMSE, blocks: Tensor, stop: Stop) -> float:
-    """Loops a position runs on average: blocks (n, T) int64."""
+def mean_depth(model: Any, blocks: Tensor) -> float:
+    """Loops a position runs on average, by the model's own exit rules: blocks (n, T) int64."""
+    reader = reader_of(model)
     with cores() as workers:
         parts = blocks.split(split_evenly(len(blocks), workers.count, 4, BATCH))
-        depths = list(workers.each(lambda part: model.trajectory(part, stop=stop, every=False)[2], parts))
+        depths = list(workers.each(lambda part: reader.read(part, stop=True, every=False).depth, parts))
     return float(torch.cat(depths).double().mean())

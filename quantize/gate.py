@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.registry import arch_of_model
 
-from .compare import deployed_exit, mean_depth
+from .compare import mean_depth
+from .reader import own_dials
 
 CLOSE = 0.002  # relative difference of the mean depth that is good enough
 WIDEST = 1.0  # logit that the bias may move
@@ -26,24 +28,24 @@ class Recalibration:
     shift: float  # of the gate's bias, logits
 
 
-def recalibrate(reference: RMSE, model: RMSE, blocks: Tensor) -> Recalibration | None:
+def recalibrate(reference: Any, model: Any, blocks: Tensor) -> Recalibration | None:
     """Move the bias of `model`'s gate until positions run as many loops on average as in `reference`, in place.
 
     Args:
         blocks: (n, T) int64.
     Returns:
-        What was done; None where the configuration's gate is off.
+        What was done; None where the architecture has no gate, or the configuration's is off.
     """
-    own = deployed_exit(reference)
-    stop = deployed_exit(model)
-    if own is None or stop is None or model.config.exit_threshold >= 1:
+    name = arch_of_model(model).gate_bias
+    if name is None or own_dials(model).exit_threshold >= 1:
         return None
-    wanted, bias = mean_depth(reference, blocks, own), model.gate.bias.detach().clone()
+    gate = model.get_parameter(name)
+    wanted, bias = mean_depth(reference, blocks), gate.detach().clone()
 
     def depth_at(shift: float) -> float:
         with torch.no_grad():
-            model.gate.bias.copy_(bias + shift)
-        return mean_depth(model, blocks, stop)
+            gate.copy_(bias + shift)
+        return mean_depth(model, blocks)
 
     before = depth = depth_at(0.0)
     best = (abs(before / wanted - 1), 0.0, before)
@@ -56,5 +58,5 @@ def recalibrate(reference: RMSE, model: RMSE, blocks: Tensor) -> Recalibration |
         low, high = (shift, high) if depth > wanted else (low, shift)
         best = min(best, (abs(depth / wanted - 1), shift, depth))
     with torch.no_grad():
-        model.gate.bias.copy_(bias + best[1])
+        gate.copy_(bias + best[1])
     return Recalibration(wanted, before, best[2], best[1])

@@ -7,16 +7,17 @@ to float weights behind it (straight-through estimator, Bengio et al. 2013, arXi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.stop import exit_distribution
 
+from .reader import reader_of
 from .tensors import QuantizedTensor, quantize_with
 
 RATE = 0.01  # of Adam, in steps of a weight's own scale: scales differ thirtyfold between tensors
@@ -24,8 +25,8 @@ BATCH = 8
 
 
 def finetune(
-    reference: RMSE,
-    model: RMSE,
+    reference: Any,
+    model: Any,
     tensors: dict[str, QuantizedTensor],
     blocks: Tensor,
     steps: int,
@@ -86,12 +87,15 @@ class _Round(torch.autograd.Function):
         return gradient, None
 
 
-def _divergence(reference: RMSE, model: RMSE, rounded: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """sum_k p_k KL(reference || model) after loop k, averaged over positions; p is the reference's exit distribution."""
+def _divergence(reference: Any, model: Any, rounded: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """sum_k p_k KL(reference || model) after loop k, averaged over positions; p is the reference's exit distribution, or
+    even where it has none."""
     with torch.no_grad():
-        states, gates, _ = reference.trajectory(tokens)
-        wanted = [F.log_softmax(reference.head_proj(h), -1) for h in states]
-        p = exit_distribution(gates)
+        reader = reader_of(reference)
+        course = reader.read(tokens)
+        wanted = [F.log_softmax(reader.logits(h), -1) for h in course.states]
+        even = torch.ones_like(course.depth, dtype=torch.float32).expand(len(wanted), *tokens.shape) / len(wanted)
+        p = even if course.gates is None else exit_distribution(course.gates)
         p = 0.5 * p + 0.5 / len(p)  # every depth counts, as in the Hessians
     names = {f"model.{name}": w for name, w in rounded.items()}
     found = functional_call(_Trajectory(model), names, (tokens,))
@@ -102,10 +106,10 @@ def _divergence(reference: RMSE, model: RMSE, rounded: dict[str, Tensor], tokens
 class _Trajectory(torch.nn.Module):
     """`functional_call` calls forward: the logits after every loop."""
 
-    def __init__(self, model: RMSE) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
-        states, _, _ = self.model.trajectory(tokens)
-        return [self.model.head_proj(h) for h in states]
+        reader = reader_of(self.model)
+        return [reader.logits(h) for h in reader.read(tokens).states]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import KvDtype, arch_of_model
-from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ArgumentError
 from rmse_edge.progress import Report, Work, silent
 from rmse_edge.shards import check_finite
@@ -23,9 +22,9 @@ from rmse_edge.text import consecutive_blocks, random_blocks, split
 from .compare import compare
 from .gate import recalibrate
 from .gptq import gptq
-from .hessians import HEAD, LOOPS, Hessians, gather
-from .kv import kv_scales
+from .hessians import LOOPS, Hessians, gather
 from .qat import finetune
+from .reader import text_length, text_of
 from .scheme import METHODS, Scheme, table_of
 from .tensors import Format, QuantizedTensor, round_to_nearest
 
@@ -78,7 +77,7 @@ class QuantizeRequest:
 class Quantized:
     """A quantised model: float32 in PyTorch, with the integers that its weights stand for."""
 
-    model: RMSE
+    model: Any
     tensors: dict[str, QuantizedTensor]
     quant: str  # "int8" or "int4"
     fingerprint: str  # of the float model it was made from
@@ -105,7 +104,7 @@ def blocks_of(ids: np.ndarray, length: int, request: QuantizeRequest) -> tuple[T
 
 
 def quantize(
-    model: RMSE,
+    model: Any,
     request: QuantizeRequest,
     ids: np.ndarray | None = None,
     fingerprint: str = "",
@@ -127,15 +126,17 @@ def quantize(
         raise ArgumentError("ids", "is missing: a text like those the model will read (method=rtn rounds without one)")
     for name, p in model.state_dict().items():
         check_finite("the model", name, p)
-    if ids is not None and len(ids) and ids.max() >= model.config.vocab_size:
-        raise ArgumentError(
-            "ids",
-            f"token {ids.max()} is outside the vocabulary (0..{model.config.vocab_size - 1}); "
-            "the tokenizer is of another model",
-        )
-    calibration, held_out = (None, None) if ids is None else blocks_of(ids, model.config.block_size, request)
+    calibration, held_out = None, None
+    if ids is not None:
+        last = text_of(model).vocab_size - 1
+        if len(ids) and ids.max() > last:
+            raise ArgumentError(
+                "ids", f"token {ids.max()} is outside the vocabulary (0..{last}); the tokenizer is of another model"
+            )
+        calibration, held_out = blocks_of(ids, text_length(model), request)
     model = model.eval()
-    stages = table_of(model).in_order(formats)
+    table = table_of(model)
+    stages = table.in_order(formats)
     done = Work(_costs(model, request, stages, calibration, held_out), progress)
     work = with_kv(model, request, calibration, done)
     tensors: dict[str, QuantizedTensor] = {}
@@ -156,13 +157,15 @@ def quantize(
         note = done.start(GATE, 1)
         moved = recalibrate(model, work, calibration[: max(1, GATE_TOKENS // calibration.shape[1])])
         note(1)
+    paths = {name.rpartition(".")[0]: len(tensors[name].codes) for name in tensors if table.use(name) == "experts"}
+    experts = sum(paths.values())
     report: dict[str, Any] = {
         "quant": request.scheme.quant,
         "request": dataclasses.asdict(request),
         "bytes": sum(q.nbytes for q in tensors.values()),
         "tensors": {name: tensor_report(model.get_parameter(name).detach(), q) for name, q in tensors.items()},
         "float_tensors": [name for name in work.state_dict() if name not in tensors],
-        "rarely_routed_experts": {"count": rare, "of": model.config.n_experts} if request.method == "gptq" else None,
+        "rarely_routed_experts": {"count": rare, "of": experts} if experts and request.method == "gptq" else None,
         "gate": None if moved is None else dataclasses.asdict(moved),
         "calibration_tokens": 0 if calibration is None else calibration.numel(),
     }
@@ -175,38 +178,53 @@ def quantize(
     return Quantized(work, tensors, request.scheme.quant, fingerprint, report)
 
 
-def with_kv(model: RMSE, request: QuantizeRequest, calibration: Tensor | None, done: Work) -> RMSE:
-    """A copy of `model` with the KV cache that was asked for, its weights unchanged."""
-    if request.kv is None or request.kv == model.config.kv_dtype != "int8":
+def with_kv(model: Any, request: QuantizeRequest, calibration: Tensor | None, done: Work) -> Any:
+    """A copy of `model` with the KV cache that was asked for, its weights unchanged.
+
+    Raises:
+        ArgumentError: its architecture has no such cache.
+    """
+    arch, wanted = arch_of_model(model), request.kv
+    own = arch.cache_dtype(model)
+    if wanted is None or wanted == own != "int8":
         return copy.deepcopy(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "block.attention.kv_scales"}
-    changed = RMSE(dataclasses.replace(model.config, kv_dtype=request.kv)).eval()
-    if request.kv == "int8":
+    if wanted == "int8" and arch.int8_cache is not None:
         assert calibration is not None  # `needs_text`
-        exact = RMSE(dataclasses.replace(model.config, kv_dtype="float32")).eval()
-        exact.load_state_dict(state)
-        note = done.start(KV_SCALES, calibration.numel())
-        state["block.attention.kv_scales"] = kv_scales(exact, calibration, note)
-    changed.load_state_dict(state)
+        return arch.int8_cache(model, calibration, done.start(KV_SCALES, calibration.numel()))
+    return cached_in(model, wanted)
+
+
+def cached_in(model: Any, kv: KvDtype | None) -> Any:
+    """`model`, or a copy whose KV cache has another type. In int8 it is good for its shapes: no scales are found.
+
+    Raises:
+        ArgumentError: its architecture has no such cache.
+    """
+    arch = arch_of_model(model)
+    changed = model if kv is None else arch.with_cache_dtype(model, kv)
+    if kv is not None and (own := arch.cache_dtype(changed)) != kv:
+        raise ArgumentError("kv", f"model_type {model.config.model_type} keeps its cache in {own}; leave it out", kv)
     return changed
 
 
 def _hessians(
-    model: RMSE, work: RMSE, stage: list[str], calibration: Tensor | None, request: QuantizeRequest, done: Work
+    model: Any, work: Any, stage: list[str], calibration: Tensor | None, request: QuantizeRequest, done: Work
 ) -> Hessians | None:
     """What a stage's weights see; None where that does not matter: rounded to the nearest, or looked up."""
     text = _text_of(model, stage, calibration, request)
     if text is None:
         return None
     note = done.start(_label(stage), text.numel())
-    if stage == ["embed.weight"]:  # it is the head as well, and what the head says is what counts
-        found = gather(model, text, [HEAD], request.loops, note)
-        found.sums["embed.weight"] = found.sums.pop(HEAD)
+    table = table_of(model)
+    if stage == [table.embedding]:  # it is the head as well, and what the head says is what counts
+        assert table.head is not None
+        found = gather(model, text, [table.head], request.loops, note)
+        found.sums[table.embedding] = found.sums.pop(table.head)
         return found
     return gather(work if request.in_flow else model, text, stage, request.loops, note)
 
 
-def _text_of(model: RMSE, stage: list[str], calibration: Tensor | None, request: QuantizeRequest) -> Tensor | None:
+def _text_of(model: Any, stage: list[str], calibration: Tensor | None, request: QuantizeRequest) -> Tensor | None:
     """The part of the calibration text (n, T) that a stage reads; None: it needs none."""
     table = table_of(model)
     looked_up = stage == [table.embedding] and not is_tied(model, table)
@@ -224,11 +242,14 @@ def is_tied(model: Any, table: QuantTable) -> bool:
 
 
 def _label(stage: list[str]) -> str:
-    return stage[0].removesuffix(".weight").split(".")[-1]
+    """For people who wait: the tensor's own name, and where there is one per layer all of it."""
+    name = stage[0].removesuffix(".weight")
+    parts = name.split(".")
+    return name if any(part.isdecimal() for part in parts) else parts[-1]
 
 
 def _costs(
-    model: RMSE,
+    model: Any,
     request: QuantizeRequest,
     stages: list[list[str]],
     calibration: Tensor | None,
@@ -237,8 +258,10 @@ def _costs(
     """Roughly what each part of a quantisation costs, in positions that are computed to the end."""
     texts = {_label(stage): _text_of(model, stage, calibration, request) for stage in stages}
     found: dict[str, float] = {label: text.numel() for label, text in texts.items() if text is not None}
-    if "inject" in found:
-        found["inject"] /= model.config.max_loops
+    loops = model.spec(model.call_sizes()[0]).max_loops
+    for stage in stages:
+        if _label(stage) in found and all(table_of(model).is_once(name) for name in stage):
+            found[_label(stage)] /= loops
     if calibration is not None:
         if request.kv == "int8":
             found[KV_SCALES] = 1.5 * calibration.numel()

@@ -202,6 +202,7 @@ ARCH = Arch(
     stored=stored,
     unread=("*.inv_freq",),
     quantization=table,
+    gate_bias="halt.bias",
 )
 
 

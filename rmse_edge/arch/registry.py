@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rmse_edge.loop.contract import LoopModel
+    from rmse_edge.loop.course import Reader
 
     from .quantization import QuantTable
 
@@ -100,6 +101,13 @@ class Arch:
     additions: tuple[str, ...] = ()
     # A config -> which tensors are quantised; None: the architecture is not quantised.
     quantization: Callable[[Any], QuantTable] | None = None
+    # A model -> what reads whole texts with it, for calibration; None: the calls of hosts do.
+    reader: Callable[[Any], Reader] | None = None
+    # The name of the exit gate's bias, if it has one that decides how soon positions stop: quantising moves it.
+    gate_bias: str | None = None
+    # A model, texts (n, T) and a function to be told of tokens that are done -> a copy that keeps keys and values in int8,
+    # with scales that suit the texts; None: there is no such cache.
+    int8_cache: Callable[[Any, Any, Callable[[int], object]], Any] | None = None
     # A model -> the type in which it keeps keys and values; a model and such a type -> itself, or a copy that uses it.
     cache_dtype: Callable[[Any], KvDtype] = lambda model: "float32"
     with_cache_dtype: Callable[[Any, KvDtype], Any] = lambda model, dtype: model

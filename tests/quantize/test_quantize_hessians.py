@@ -8,14 +8,16 @@ from helpers import mixed_model, remembering_model
 from torch import Tensor
 
 from rmse_edge.arch.rmse.model import RMSE, Stop
+from rmse_edge.arch.rmse.reading import deployed_exit
 from rmse_edge.errors import UserError
 from rmse_edge.layers.experts import Routing, swiglu
 from rmse_edge.loop.stop import exit_distribution
-from rmse_edge.quantize.compare import deployed_exit
-from rmse_edge.quantize.hessians import DOWN, FLOOR, HEAD, PRIOR_ROWS, UP, gather
+from rmse_edge.quantize.hessians import FLOOR, PRIOR_ROWS, gather
 
 Q = "block.attention.q_proj.weight"
-INJECT = "inject.weight"
+INJECT, HEAD = "inject.weight", "head_proj.weight"
+EXPERTS = "block.experts"
+UP, DOWN = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_experts_hear_of_running_rows_only(model: RMSE, blocks: Tensor) -> None:
             share = routing.weights.square().sum(1) * (k < depth) * (1 if stop is None else running(gates)[k])
             expected += (x * share[:, None]).T @ x
             rows += int((k < depth).sum()) * model.config.top_k
-    assert int(found.rows.sum()) == rows and close(found.sums[UP].sum(0), expected.detach())
+    assert int(found.rows[EXPERTS].sum()) == rows and close(found.sums[UP].sum(0), expected.detach())
 
 
 def test_without_exits_every_loop_counts_by_its_chance(blocks: Tensor) -> None:
@@ -147,7 +149,7 @@ def test_every_expert_has_its_own_rows(model: RMSE, blocks: Tensor) -> None:
     model.block.experts.observer = None
     found = gather(model, blocks, [UP, DOWN], "even")
     top_k, count = model.config.top_k, model.config.n_experts
-    assert found.rows.sum() == blocks.numel() * model.config.max_loops * top_k
+    assert found.rows[EXPERTS].sum() == blocks.numel() * model.config.max_loops * top_k
     for expert in (0, 7, count - 1):
         up, down = torch.zeros(64, 64), torch.zeros(32, 32)
         for x, routing in zip(inputs, routings):
@@ -164,12 +166,12 @@ def test_an_expert_that_is_never_routed_borrows(blocks: Tensor) -> None:
     model = mixed_model()
     model.block.experts.balance_bias[5] = -100
     found = gather(model, blocks, [UP, DOWN], "even")
-    assert found.rows[5] == 0 and found.rare() == int((found.rows < 64).sum()) >= 1
+    assert found.rows[EXPERTS][5] == 0 and found.rare() == int((found.rows[EXPERTS] < 64).sum()) >= 1
     assert not found.sums[UP][5].any()
-    typical = found.sums[UP].sum(0) / found.rows.sum()  # weights and rows cancel: E[x x^T] of a row
+    typical = found.sums[UP].sum(0) / found.rows[EXPERTS].sum()  # weights and rows cancel: E[x x^T] of a row
     assert close(found.of(UP)[5], PRIOR_ROWS * typical)
     assert torch.linalg.eigvalsh(found.of(DOWN)[5]).min() > 0
-    busiest = int(found.rows.argmax())
+    busiest = int(found.rows[EXPERTS].argmax())
     assert close(found.of(UP)[busiest], found.sums[UP][busiest] + PRIOR_ROWS * typical)
 
 

@@ -12,11 +12,10 @@ from helpers import QUICK_CALIBRATION, calibration_text, mixed_model, random_tok
 from small_models import RingHost, dials, lively_model, small_config, small_recipe, whole_sequence
 
 from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.rmse.reading import deployed_exit, kv_scales
 from rmse_edge.errors import ConfigError
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
-from rmse_edge.quantize.compare import deployed_exit
-from rmse_edge.quantize.kv import kv_scales
 from rmse_edge.runtimes import Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 

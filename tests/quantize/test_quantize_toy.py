@@ -9,18 +9,22 @@ from typing import Any
 import pytest
 import torch
 import toy as toys
-from helpers import assert_one_line, write_checkpoint
+from helpers import QUICK_CALIBRATION, assert_one_line, calibration_text, mixed_model, write_checkpoint
+from torch import Tensor
 from toy import ARCH, Toy, toy
 
 from rmse_edge.arch import registry
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.quantize import main
-from rmse_edge.errors import ExportError, UserError
+from rmse_edge.errors import ArgumentError, ExportError, UserError
 from rmse_edge.export.pipeline import check_formats
+from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
-
-QUANTIZED = {"embed.weight", "say.weight", "up.weight", "down.weight", "head_proj.weight"}
+from rmse_edge.quantize.compare import compare
+from rmse_edge.quantize.gate import recalibrate
+from rmse_edge.quantize.hessians import gather
+from rmse_edge.quantize.reader import CallReader, own_dials, reader_of, text_of
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +88,139 @@ def test_targets_ask_the_table_how_a_weight_is_read() -> None:
         check_formats(model, formats, "onnx")
     del formats["embed.weight"]
     check_formats(model, formats, "onnx")
+
+
+# ---------------------------------------------------------------------------------------------------- through its calls
+
+
+def texts(count: int, length: int) -> Tensor:
+    return torch.randint(65, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@torch.no_grad()
+def test_calls_say_what_the_whole_text_says(stop: bool) -> None:
+    """Logits and depths of texts that end within a call, at full depth and where positions stop."""
+    model = toy()
+    blocks, dials = texts(3, 45), own_dials(model) if stop else Dials(4)
+    course = reader_of(model).read(blocks, stop=stop, every=False)
+    given = {name: torch.from_numpy(array) for name, array in dials.arrays().items()}
+    for text, said, depth in zip(blocks, reader_of(model).logits(course.states[-1]), course.depth):
+        whole = model.whole_text(text, given)
+        assert torch.equal(depth, whole.depth) and close(said, whole.logits)
+    assert (len(course.depth.unique()) > 2) == stop  # so that it shows who stopped
+
+
+@torch.no_grad()
+def test_every_input_of_the_loop_is_heard() -> None:
+    """A quarter of the texts at full depth, the rest where positions run; padding never; what is read once, once."""
+    model, blocks = toy(), texts(8, 45)
+    heard: list[Tensor] = []
+    hook = model.down.register_forward_pre_hook(lambda _, args: heard.append(args[0][0]))
+    expected, head = torch.zeros(64, 64), torch.zeros(32, 32)
+    for text, dials in zip(blocks, [Dials(4)] * 2 + [own_dials(model)] * 6):
+        heard.clear()
+        whole = model.whole_text(text, {name: torch.from_numpy(a) for name, a in dials.arrays().items()})
+        for k, x in enumerate(heard):
+            rows = x[k < whole.depth]
+            expected += rows.T @ rows
+        states = model.norm(whole.h)
+        head += states.T @ states if dials.exit_threshold < 1 else torch.zeros(32, 32)
+    hook.remove()
+    found = gather(model, blocks, ["down.weight", "head_proj.weight"])
+    assert close(found.of("down.weight"), expected)
+    full = reader_of(model).read(blocks[:2]).states
+    head += sum((model.norm(h).flatten(0, 1).T @ model.norm(h).flatten(0, 1)) / 4 for h in full)
+    assert close(found.of("head_proj.weight"), head)
+
+
+@torch.no_grad()
+def test_calls_hear_what_a_reader_of_the_architecture_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RMS-E, whose own reader sees whole texts, through calls, rings of keys and stacks of experts: the same sums."""
+    model, blocks = mixed_model(), texts(3, 200)
+    names = [
+        "block.attention.q_proj.weight",
+        "block.experts.down_proj",
+        "block.experts.gate_up_proj",
+        "head_proj.weight",
+    ]
+    own = gather(model, blocks, names, "even")
+    arch = dataclasses.replace(registry.arch_of("rmse"), reader=None)
+    monkeypatch.setitem(registry._REGISTERED, "rmse", arch)
+    assert isinstance(reader_of(model), CallReader)
+    by_calls = gather(model, blocks, names, "even")
+    for name in names:
+        assert close(by_calls.of(name), own.of(name)), name
+    rows = [found.rows["block.experts"] for found in (own, by_calls)]
+    assert (rows[0] - rows[1]).abs().sum() <= 4  # of undecided routings
+    assert (own.sums["head_proj.weight"] != 0).any()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_gptq_says_more_than_rounding(quant: str) -> None:
+    model = toy(tied=True)
+    request = QuantizeRequest(Scheme(quant), **QUICK_CALIBRATION)
+    found = quantize(model, request, calibration_text())
+    rounded = quantize(model, dataclasses.replace(request, method="rtn"), calibration_text())
+    again = quantize(model, request, calibration_text())
+    evaluation = found.report["evaluation"]
+    assert {*found.tensors} == {"embed.weight", "say.weight", "up.weight", "down.weight"}
+    for name, q in found.tensors.items():
+        assert not torch.equal(q.codes, rounded.tensors[name].codes), name
+        assert torch.equal(q.codes, again.tensors[name].codes), name
+    assert evaluation["full_depth"]["kl"] < rounded.report["evaluation"]["full_depth"]["kl"]
+    assert len(evaluation["drift"]) == 4 and 1 < evaluation["adaptive"]["mean_depth"]["float"] < 4
+
+
+def test_the_gate_s_bias_is_moved_where_the_architecture_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, model, blocks = toy(), toy(), texts(16, 45)
+    with torch.no_grad():
+        model.halt.bias += 0.5
+    found = recalibrate(reference, model, blocks)
+    assert found is not None and found.shift == pytest.approx(-0.5, abs=0.1)
+    change(monkeypatch, gate_bias=None)
+    assert recalibrate(reference, model, blocks) is None
+
+
+def test_finetuning_goes_through_calls() -> None:
+    model, blocks = toy(), texts(4, 41)
+    request = QuantizeRequest(method="rtn", evaluation_tokens=0, recalibrate_gate=False, calibration_tokens=512)
+    rounded = quantize(model, request, calibration_text())
+    tuned = quantize(model, dataclasses.replace(request, qat_steps=30), calibration_text())
+    a, b = (compare(model, q.model, blocks)["full_depth"]["kl"] for q in (rounded, tuned))
+    assert b < 0.9 * a
+
+
+def test_what_an_architecture_has_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kv in ("int8", "float16"):
+        with pytest.raises(ArgumentError, match=f"^kv={kv}: model_type toy keeps its cache in float32; leave it out$"):
+            quantize(toy(), QuantizeRequest(kv=kv, method="rtn"), calibration_text())
+    change(monkeypatch, parts=lambda model: {"dials": Dials(4)})
+    with pytest.raises(UserError, match=r"^model_type toy: reads no texts; .*method=rtn$"):
+        text_of(toy())
+
+
+def test_a_weight_that_gptq_cannot_hear_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another module, one that nobody reads, and one whose rows are no positions."""
+
+    class Other(Toy):
+        def refined(self, h: Tensor, mean: Tensor, x0: Tensor) -> Tensor:
+            return super().refined(h, mean, x0) + self.down(self.up(mean[:, :5])).sum(1, keepdim=True)
+
+    model = toy()
+    model.idle = torch.nn.Linear(32, 32, bias=False)
+    model.odd = torch.nn.Bilinear(32, 32, 32, bias=False)
+    other = toy()
+    other.__class__ = Other
+    for built, name, said in (
+        (model, "odd.weight", "is a weight of Bilinear, whose inputs gptq does not hear"),
+        (other, "up.weight", "is given 15 rows for 48 positions"),
+    ):
+        with pytest.raises(UserError, match=f"^{name}: {said}"):
+            gather(built, texts(3, 16), [name], "even")
+    with pytest.raises(UserError, match=r"^idle\.weight: nothing is multiplied with it"):
+        gather(model, texts(3, 16), ["idle.weight"], "even").of("idle.weight")

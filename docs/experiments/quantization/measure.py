@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.rmse.reading import deployed_exit
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.losses import token_loss
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
-from rmse_edge.quantize.compare import deployed_exit
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 
 MODEL = Path("models/rmse-shakespeare")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rmse_edge.arch.registry import Arch
@@ -12,9 +12,13 @@ from rmse_edge.numbers import SEGMENT, token_ids
 
 from .config import RINGS, RMSEConfig
 from .costs import macs_per_token, parameters
-from .quantization import table
+from .quantization import GATE_BIAS, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rmse_edge.loop.course import Reader
+
     from .model import RMSE
 
 
@@ -77,6 +81,18 @@ def build(config: RMSEConfig) -> RMSE:
     return RMSE(config)
 
 
+def reader(model: RMSE) -> Reader:
+    from .reading import TrajectoryReader
+
+    return TrajectoryReader(model)
+
+
+def int8_cache(model: RMSE, blocks: Tensor, progress: Callable[[int], object]) -> RMSE:
+    from .reading import with_int8_cache
+
+    return with_int8_cache(model, blocks, progress)
+
+
 def tied(config: RMSEConfig) -> Mapping[str, str]:
     return {"head_proj.weight": "embed.weight"} if config.tie_embeddings else {}
 
@@ -96,6 +112,9 @@ ARCH = Arch(
     tied=tied,
     additions=("memory.", "retrieval."),
     quantization=table,
+    reader=reader,
+    gate_bias=GATE_BIAS,
+    int8_cache=int8_cache,
     stated=stated,
     salt=salt,
     cache_dtype=lambda model: model.config.kv_dtype,

@@ -35,6 +35,7 @@ from rmse_edge.layers.masks import MASKED, ring_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Ring, StateSpec, Tensors, TensorSpec, WholeText, Written
+from rmse_edge.loop.course import Watcher
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
 from rmse_edge.numbers import SEGMENT
 
@@ -216,7 +217,10 @@ class RMSE(nn.Module):
             self.head_proj.weight = self.embed.weight
 
     def with_cache_dtype(self, dtype: KvDtype) -> RMSE:
-        """The model itself, or a copy whose keys and values are kept in another type, a float."""
+        """The model itself, or a copy whose keys and values are kept in another type.
+
+        In int8 the copy has no scales yet, only shapes: see rmse_edge/arch/rmse/reading.py.
+        """
         if dtype == self.config.kv_dtype:
             return self
         twin = copy.deepcopy(self)
@@ -441,6 +445,7 @@ class RMSE(nn.Module):
         surprises: list[Tensor] | None = None,
         together: int | None = None,
         every: bool = True,
+        watcher: Watcher | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """All states of a whole sequence from an empty past, every iteration computed that somebody reads.
 
@@ -461,6 +466,7 @@ class RMSE(nn.Module):
             together: positions computed at once by a model without a memory, all by default: attention scores take
                 the square of that. With a memory it is always a segment.
             every: False keeps the states after the last iteration only.
+            watcher: is told of every iteration before it is computed.
         Returns:
             (normed states after each iteration [(B, T, d)] * loops, or one without `every`; gate logits (loops, B, T), depth
             (B, T)).
@@ -474,7 +480,7 @@ class RMSE(nn.Module):
         for i, start in enumerate(range(0, count, length)):
             part = tokens[:, start : start + length]
             found = {} if hits is None else hits.of_segment(i, part.shape[1])
-            piece = self._segment(part, start, past, memory, found, stop, stopped_kv, every)
+            piece = self._segment(part, start, past, memory, found, stop, stopped_kv, every, watcher)
             parts.append(piece)
             whole = start + length < count or (surprises is not None and start + length == count)
             if self.memory is not None and remember and whole:
@@ -495,6 +501,7 @@ class RMSE(nn.Module):
         stop: Stop | None,
         stopped_kv: str,
         every: bool,
+        watcher: Watcher | None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Positions `start` to `start + C` of `trajectory`; `past`, each loop's keys and values before them, moves on."""
         window, count = self.config.window, tokens.shape[1]
@@ -503,6 +510,8 @@ class RMSE(nn.Module):
         cos, sin = (torch.from_numpy(a).to(tokens.device)[None] for a in angles)
         distance = row[:, None] - torch.arange(start - min(start, window), start + count, device=tokens.device)
         mask = torch.where((distance >= 0) & (distance < window), 0.0, MASKED)[None, None]
+        if watcher is not None:
+            watcher.begins(torch.ones_like(tokens, dtype=torch.bool))
         prelude = self.prelude({"tokens": tokens} | retrieved)
         h, injection = prelude["x0"], prelude["injection"]
         active = torch.ones_like(tokens, dtype=torch.bool)
@@ -514,11 +523,13 @@ class RMSE(nn.Module):
         recall = self.recall(memory)
         for k in range(len(past)):
             u = self.enter(h, injection, k)
+            running = None if stop is None else active
+            if watcher is not None:
+                watcher.iterates(active, log_survival, self.block.computed(running), k)
             if stopped_kv == "frozen":
                 after, frozen = self._frozen_iteration(u, k, cos, sin, mask, past[k], active, frozen, recall)
                 keys, values = frozen
             else:
-                running = None if stop is None else active
                 after, keys, values = self.block(u, k, cos, sin, mask, past[k], running, recall)
             if past[k] is not None:
                 keys, values = (torch.cat([p, n], 2) for p, n in zip(past[k], (keys, values)))  # type: ignore[arg-type]
@@ -532,6 +543,8 @@ class RMSE(nn.Module):
             before, h = h, torch.where(active.unsqueeze(-1), after, h)
             if stop is not None:
                 active = active & ~stop(k, before, h, log_survival)
+        if watcher is not None:
+            watcher.ends()
         return states, torch.stack(gates), depth
 
     def _frozen_iteration(
