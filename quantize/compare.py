@@ -45,12 +45,12 @@ def compare(
                 progress(share * tokens.numel())
                 return course
 
-            a, b, *adaptive = workers.each(run, runs)
+            a, b, *early = workers.each(run, runs)
             shift = [((y - x).norm(dim=-1) / x.norm(dim=-1)).mean() for x, y in zip(a.states, b.states)]
             drift.append(torch.stack(shift) * len(part))
             settings["full_depth"].append(_pair(ours, theirs, a, b, targets))
-            if adaptive:
-                settings["adaptive"].append(_pair(ours, theirs, *adaptive, targets))
+            if early:
+                settings["adaptive"].append(_pair(ours, theirs, early[0], early[1], targets))
     result = {name: _setting(parts) for name, parts in settings.items() if parts}
     return result | {"drift": (torch.stack(drift).sum(0) / len(blocks)).tolist(), "tokens": blocks[:, 1:].numel()}
 

@@ -118,8 +118,8 @@ class _Listener:
         self.progress(valid.numel())
 
     def ends(self) -> None:
-        self.active, self.computed = self.valid, None
-        self.row_weight = self.valid.float()
+        self.active, self.row_weight = self.valid, self.valid.float()
+        self.computed: Tensor | None = None
 
     def iterates(self, active: Tensor, log_survival: Tensor | None, computed: Tensor | None, k: int) -> None:
         self.active, self.computed = active, computed

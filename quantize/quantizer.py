@@ -217,7 +217,7 @@ def _hessians(
     note = done.start(_label(stage), text.numel())
     table = table_of(model)
     if stage == [table.embedding]:  # it is the head as well, and what the head says is what counts
-        assert table.head is not None
+        assert table.embedding is not None and table.head is not None
         found = gather(model, text, [table.head], request.loops, note)
         found.sums[table.embedding] = found.sums.pop(table.head)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class CallReader:
             watcher.begins(valid)
         tensors = given | state | model.prelude(given | state)
         watched = _Watched(model, valid, watcher)
-        found = tensors | run_loop(watched, spec, tensors, dials)
+        found = tensors | run_loop(cast(LoopModel, watched), spec, tensors, dials)
         if watcher is not None:
             watcher.ends()
         states = watched.states or [found["h"]]
@@ -172,7 +172,7 @@ class CallReader:
 
 
 class _Watched:
-    """A model whose iterations are told of, and their states kept."""
+    """What `run_loop` asks of a model, whose iterations are told of, and their states kept."""
 
     def __init__(self, model: LoopModel, valid: Tensor, watcher: Watcher | None) -> None:
         self.model, self.valid, self.watcher = model, valid, watcher

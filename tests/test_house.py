@@ -50,12 +50,9 @@ EXCEPTIONS = {
     ("rmse_edge.runtimes.host.session", "rmse_edge.runtimes.text.generate"),
 }
 # Modules that name RMS-E, beside those of its own folder and of the rooms that are about it. Also a list to shorten.
-RMSE_ONLY = ("rmse_edge.arch", "rmse_edge.train", "rmse_edge.hf", "rmse_edge.quantize")
+RMSE_ONLY = ("rmse_edge.arch", "rmse_edge.train", "rmse_edge.hf")
 KNOW_RMSE = {
     "rmse_edge",
-    "rmse_edge.cli.bench",
-    "rmse_edge.cli.export",
-    "rmse_edge.cli.quantize",
 }
 
 # Files whose messages still speak of flags. The library names arguments, which the command line calls by its flags.

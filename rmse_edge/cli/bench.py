@@ -23,7 +23,17 @@ from tqdm import tqdm
 from rmse_edge.errors import TextError, UserError
 
 from . import profiling, streaming
-from .common import Parser, existing_file, existing_path, list_of, non_negative_int, one_of, positive_int, verb
+from .common import (
+    Parser,
+    existing_file,
+    existing_path,
+    list_of,
+    non_negative_int,
+    one_of,
+    positive_int,
+    random_model,
+    verb,
+)
 from .display import bars, plain, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
 
@@ -165,16 +175,6 @@ def baseline_memory(path: Path) -> int | None:
 
     start_engine(Package.open(path).target)
     return resident_bytes()[0]
-
-
-def random_model(config: Path) -> Any:
-    import torch
-
-    from rmse_edge.arch.rmse.config import RMSEConfig
-    from rmse_edge.arch.rmse.model import RMSE
-
-    torch.manual_seed(0)
-    return RMSE(RMSEConfig.from_file(config))
 
 
 def export_random(config: Path, destination: Path, quant: str, target: str) -> None:

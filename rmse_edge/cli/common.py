@@ -186,6 +186,21 @@ def in_flags(message: str, name: str = "") -> str:
     return SETTING.sub(flag, message)
 
 
+def random_model(config: Path, seed: int = 0) -> Any:
+    """A model with the configuration of a file, of the architecture that it names, and random weights.
+
+    Raises:
+        ConfigError: see `read_config`.
+    """
+    import torch
+
+    from rmse_edge.arch.registry import arch_of, read_config
+
+    found = read_config(config)
+    torch.manual_seed(seed)
+    return arch_of(found.model_type).build(found)
+
+
 @contextmanager
 def total_bar() -> Iterator[Callable[[float], Report]]:
     """One bar for the whole of a command, on a terminal: what it is doing, how far it is, and how long it has still to go.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Parser, output_path, positive_int, total_bar, verb
+from .common import Parser, output_path, positive_int, random_model, total_bar, verb
 from .quantize import add_quantize_flags, quantized, request_of
 
 if TYPE_CHECKING:
@@ -64,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if args.model and args.config:
         raise UserError("--model and --config: give one of them")
-    from rmse_edge.arch.rmse.model import RMSE
     from rmse_edge.checkpoint import load_checkpoint
     from rmse_edge.export import ExportRequest, describe, export_package
     from rmse_edge.export.pipeline import check_formats
     from rmse_edge.package import check_destination
     from rmse_edge.quantize import Scheme, is_quantized_checkpoint, load_quantized, quantize
+    from rmse_edge.quantize.quantizer import cached_in
 
     if args.threads:
         import torch
@@ -94,7 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if how:
         check_way(args, how)
     if args.config:
-        model, checkpoint, name = random_model(args), None, Path(args.config).absolute().parent.name or "random"
+        config = Path(args.config)
+        model, checkpoint, name = (
+            random_model(config, args.seed).eval(),
+            None,
+            config.absolute().parent.name or "random",
+        )
     else:
         model = stored.model if stored else load_checkpoint(folder)
         checkpoint, name = folder, folder.absolute().name
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     check_formats(model, formats, request.target)
     if args.dry_run:
         if how:
-            model = RMSE(dataclasses.replace(model.config, kv_dtype=how.kv or model.config.kv_dtype))
+            model = cached_in(model, how.kv)
         print_description(describe(model, request, formats), args.format)
         return 0
     output = args.output or Path(f"{name}-{args.target}.rmse")
@@ -120,17 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         package = export_package(model, output, request, checkpoint, part(share), integers)
     print_result(package)
     return 0
-
-
-def random_model(args):
-    import torch
-
-    from rmse_edge.arch.rmse.config import RMSEConfig
-    from rmse_edge.arch.rmse.model import RMSE
-
-    config = RMSEConfig.from_file(args.config)
-    torch.manual_seed(args.seed)
-    return RMSE(config).eval()
 
 
 def check_way(args, how: QuantizeRequest) -> None:

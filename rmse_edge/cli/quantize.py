@@ -15,7 +15,6 @@ from .common import Parser, existing_file, existing_folder, non_negative_int, ou
 from .display import table
 
 if TYPE_CHECKING:
-    from rmse_edge.arch.rmse.model import RMSE
     from rmse_edge.progress import Report
     from rmse_edge.quantize import Quantized, QuantizeRequest
 
@@ -95,7 +94,7 @@ def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
 
 
 def quantized(
-    args: argparse.Namespace, model: RMSE, folder: Path, request: QuantizeRequest, progress: Report
+    args: argparse.Namespace, model: Any, folder: Path, request: QuantizeRequest, progress: Report
 ) -> Quantized:
     """Quantise the model of the checkpoint in `folder`."""
     import numpy as np

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toy as toys
-from helpers import QUICK_CALIBRATION, assert_one_line, calibration_text, mixed_model, write_checkpoint
+from helpers import ALPHABET, QUICK_CALIBRATION, assert_one_line, calibration_text, mixed_model, write_checkpoint
 from torch import Tensor
-from toy import ARCH, Toy, toy
+from toy import ARCH, Toy, ToyConfig, toy
 
 from rmse_edge.arch import registry
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.cli.common import random_model
+from rmse_edge.cli.export import main as export
 from rmse_edge.cli.quantize import main
 from rmse_edge.errors import ArgumentError, ExportError, UserError
 from rmse_edge.export.pipeline import check_formats
@@ -224,3 +227,35 @@ def test_a_weight_that_gptq_cannot_hear_is_named(monkeypatch: pytest.MonkeyPatch
             gather(built, texts(3, 16), [name], "even")
     with pytest.raises(UserError, match=r"^idle\.weight: nothing is multiplied with it"):
         gather(model, texts(3, 16), ["idle.weight"], "even").of("idle.weight")
+
+
+# ---------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_the_command_calibrates_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_checkpoint(toy(), tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(ALPHABET[i] for i in calibration_text(2000)))
+    flags = ["--calibrate", str(text), "--calibration-tokens", "512", "--evaluation-tokens", "80"]
+    assert main(["-m", str(source), "-o", str(tmp_path / "q"), *flags]) == 0
+    printed = capsys.readouterr().out
+    for part in ("say.weight", "adaptive", "exit gate", "drift"):
+        assert part in printed
+    assert isinstance(load_quantized(tmp_path / "q").model, Toy)
+
+
+@pytest.mark.onnx
+def test_random_weights_of_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`rmse-export --config` reads whose they are."""
+    (tmp_path / "config.json").write_text(ToyConfig().to_json())
+    flags = ["--config", str(tmp_path / "config.json"), "--dry-run", "--quant", "int4", "--method", "rtn"]
+    assert export([*flags, "--format", "json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    model = random_model(tmp_path / "config.json")
+    assert isinstance(model, Toy) and described["parameters"] == sum(p.numel() for p in model.parameters())
+    assert described["methods"]["prelude_16"]["inputs"] == {"tokens": [[1, 16], "int64"]}
+    assert export([*flags, "--kv", "float16"]) == 2
+    assert_one_line(capsys.readouterr().err, "--kv float16: model_type toy keeps its cache in float32")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert export(flags) == 2
+    assert_one_line(capsys.readouterr().err, "config.json: model_type: got 'llama', expected one of")
