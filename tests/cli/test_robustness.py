@@ -108,7 +108,10 @@ LIES: dict[str, tuple[Change, str]] = {
     "no field": (lambda m: m["model"].pop("dials"), "model.dials: is missing"),
     "no model": (lambda m: m.pop("model"), "model: is missing"),
     "a list for the model": (lambda m: m.update(model=[1]), "model: got [1], expected an object"),
-    "a dial": (lambda m: m["model"]["dials"].update(max_loops=9), "model.dials: got some that cannot be set"),
+    "a dial": (
+        lambda m: m["model"]["dials"].update(max_loops=9),
+        "model.dials.max_loops: got 9, expected 4, as model.config says",
+    ),
     "a dial's type": (
         lambda m: m["model"]["dials"].update(exit_threshold="0.5"),
         "model.dials.exit_threshold: got '0.5'",

@@ -210,7 +210,8 @@ std::vector<int64_t> made_up_ids(int64_t vocab_size, int64_t count) {
 }
 
 std::vector<int64_t> read_ids(const Package& package, const Options& options) {
-  const int64_t needed = std::max({options.prefill, options.decode > 0 ? kContext + options.decode : 0, package.info().chunks.back()});
+  const int64_t decoding = options.decode > 0 ? kContext + options.decode : 0;
+  const int64_t needed = std::max({options.prefill, decoding, package.info().chunks.back()});
   if (!has_text(package, options)) return made_up_ids(package.info().text.vocab_size, needed);
   std::vector<int64_t> ids = options.prompt_tokens;
   if (ids.empty()) {

@@ -76,7 +76,7 @@ void Model::make_shared() {
 
 void Model::make_memory() {
   // Exit states since the last boundary: what the memory is going to be taught.
-  const TensorSpec segment = {"segment", Dtype::kFloat32, {1, static_cast<int32_t>(*info_.segment), static_cast<int32_t>(info_.width)}};
+  const TensorSpec segment = given_tensors(info_, *info_.segment).at("segment");
   shared_.try_emplace(segment.name, segment);
   const TensorSpec valid = {"n_valid", Dtype::kInt64, {1}};
   *learned_.try_emplace(valid.name, valid).first->second.as<int64_t>() = *info_.segment;
