@@ -92,6 +92,14 @@ def test_state_takes_what_its_shapes_say(toy: Runner, toy_package: Path) -> None
     assert toy.document("--prompt-tokens", "1", "-n", "1")["state_bytes"] == runtime.state_bytes()
 
 
+def test_its_calls_are_timed(toy: Runner) -> None:
+    """Of one row and of eight, with whatever the loop reads."""
+    flags = ("--prompt-tokens", ",".join(map(str, IDS)), "-p", "24", "-n", "0", "-r", "1")
+    document = toy.document("--bench", *flags)
+    assert {row["test"] for row in document["rows"]} == {"pp24"}
+    assert {row["test"] for row in document["loop_rows"]} == {"loop1", "loop8"}
+
+
 TIMES = ("prompt_tokens_per_s", "time_to_first_token_s", "tokens_per_s")
 
 

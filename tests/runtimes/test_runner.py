@@ -395,7 +395,7 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file listed twice": (listed(lambda s: s + s.splitlines()[0]), "SHA256SUMS: line 5: the same file again"),
     "a file elsewhere": (listed(lambda s: f"{s}{'0' * 64}  ../x\n"), "x: missing from the package"),
     "another hash": (listed(lambda s: s.replace(s[:4], "0000", 1)), "its SHA-256 is not that in SHA256SUMS"),
-    "a size that is no number": (resealed(lambda m: m["sizes"].update({"sample.txt": "2000"})), 'got "2000", expected a whole number'),
+    "a size that is no number": (resealed(lambda m: m["sizes"].update({"sample.txt": "2000"})), 'sizes.sample.txt: got "2000", expected a whole number'),
     "no sizes": (resealed(lambda m: m.pop("sizes")), 'there is no "sizes"'),
     "a pipe": (a_pipe, "sample.txt: is no file"),
     "a file that is not listed": (written("notes", b""), "notes: not listed"),

@@ -54,6 +54,12 @@ def test_bench_documents_are_those_of_rmse_bench(
     assert json.dumps(form(found)) == json.dumps(form(expected))  # in the same order
     same = ("quant", "parameters", "package_bytes", "state_bytes", "threads", "dials", "histogram", "notes")
     assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+    # Bytes of weights per token, of which both tell gigabytes per second.
+    moved = [
+        [row["gb_per_s"] / row["tok_per_s"]["median"] for row in d["rows"] if row["gb_per_s"] is not None]
+        for d in (found, expected)
+    ]
+    np.testing.assert_allclose(*moved, rtol=1e-12)
     assert 0 < found["baseline_rss_bytes"] < found["rss_bytes"] <= found["peak_rss_bytes"]
 
 

@@ -36,7 +36,7 @@ std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t co
 // Puts the row of every position into its slot: `made` is (..., rows, entry), and of its first `count` rows the first is that of
 // `position`. What is older than the slots last is gone.
 void put_rows(const Buffer& slots, const Buffer& made, int64_t position, int64_t count) {
-  const std::vector<int32_t>&shape = slots.spec().shape, &given = made.spec().shape;
+  const std::vector<int32_t> &shape = slots.spec().shape, &given = made.spec().shape;
   const int64_t size = shape.rbegin()[1], rows = given.rbegin()[1];
   const int64_t outer = std::accumulate(shape.begin(), shape.end() - 2, int64_t{1}, std::multiplies<>());
   const size_t entry = slots.nbytes() / (outer * size);

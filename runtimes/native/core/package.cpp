@@ -63,6 +63,18 @@ Json read_manifest(const fs::path& path) {
   return manifest;
 }
 
+std::map<std::string, int64_t> file_sizes(const Json& manifest) {
+  std::map<std::string, int64_t> sizes;
+  for (const auto& [name, size] : members(member(manifest, "sizes"))) {
+    try {
+      sizes[name] = integer(size);
+    } catch (const JsonError& error) {
+      throw JsonError("sizes." + name.substr(0, 200) + ": " + error.what());
+    }
+  }
+  return sizes;
+}
+
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------------- package
@@ -81,9 +93,7 @@ Package Package::open(const std::string& folder, const std::string& target) {
     refuse(path, std::string("was edited after the export (its SHA-256 is not that in ") + kSums + "); export again");
   }
   try {
-    std::map<std::string, int64_t> sizes;
-    for (const auto& [name, size] : members(member(manifest, "sizes"))) sizes[name] = integer(size);
-    package.check_files(sizes);
+    package.check_files(file_sizes(manifest));
     const std::string& own = string(member(manifest, "target"));
     if (own != target) refuse(folder, "made for " + own + "; this runner takes packages made for " + target);
     package.info_ = read_model(manifest);
