@@ -261,7 +261,7 @@ def test_ctrl_c_at_any_token(
         (["--min-loops", "3", "--max-loops", "2"], ["--min-loops"]),
         (["--exit-threshold", "0"], ["--exit-threshold"]),
         (["--exit-epsilon", "nan"], ["--exit-epsilon"]),
-        (["--exit-entropy", "1"], ["--exit-entropy", "without the entropy rule"]),
+        (["--exit-entropy", "1"], ["--exit-entropy", "has no such rule"]),
         (["--temperature", "-1"], ["--temperature", "-1"]),
         (["--top-p", "0"], ["--top-p"]),
         (["--top-k", "-3"], ["--top-k"]),
