@@ -185,7 +185,7 @@ NOT_RUN: dict[str, str] = {
     'rmse-run rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_executorch.py",
     'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
     'rmse-run rmse-shakespeare-coreml.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_coreml.py",
-    "rmse-run MODEL --prompt-tokens 1,2,3": "tests/cli/test_run.py",
+    "rmse-run MODEL --prompt-tokens 1,2,3": "tests/runtimes/test_other_models.py",
     "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
     "rmse-data shakespeare -o shakespeare.txt": "downloads; tests/train/test_train_data.py",
     "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/base": TRAINS,
