@@ -191,7 +191,8 @@ def with_kv(model: Any, request: QuantizeRequest, calibration: Tensor | None, do
     if wanted == "int8" and arch.int8_cache is not None:
         assert calibration is not None  # `needs_text`
         return arch.int8_cache(model, calibration, done.start(KV_SCALES, calibration.numel()))
-    return cached_in(model, wanted)
+    changed = cached_in(model, wanted)
+    return copy.deepcopy(model) if changed is model else changed
 
 
 def cached_in(model: Any, kv: KvDtype | None) -> Any:

@@ -26,8 +26,12 @@ class QuantTable:
     float: tuple[str, ...]  # what stays float; a name that neither has is refused, so that none is forgotten
     experts: tuple[str, ...] = ()  # of `stages`: stacks (E, N, K) of `rmse_edge.layers.experts.SparseExperts`
     once: tuple[str, ...] = ()  # of `stages`: read in front of the loop and nowhere else
-    embedding: str | None = None  # of which rows are looked up by token
+    embedding: str | None = None  # of which rows are looked up by token; a stage of its own, by its full name
     head: str | None = None  # whose product is the logits
+
+    def __post_init__(self) -> None:
+        if self.embedding is not None and (self.embedding,) not in self.stages:
+            raise ValueError(f"{self.embedding}: the embedding is no stage of its own")
 
     def quantizes(self, name: str) -> bool:
         """Whether a tensor is quantised.

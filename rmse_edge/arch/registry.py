@@ -37,8 +37,8 @@ _REGISTERED: dict[str, Arch] = {}
 class Config(Protocol):
     """What config.json says, checked. A frozen dataclass.
 
-    Of models of texts, `vocab_size`, `block_size` (positions of one training sequence) and, where there are such tokens,
-    `bos_token_id`, `eos_token_id` and `pad_token_id` are fields of it.
+    Of models of texts `vocab_size` is a field of it and, where they are known, `block_size` (positions of one training
+    sequence), `bos_token_id`, `eos_token_id` and `pad_token_id`.
     """
 
     model_type: str
@@ -74,9 +74,8 @@ class Stored:
     """
 
     names: tuple[str, ...]
-    make: Callable[..., Any] | None = (
-        None  # float32 tensors in the order of `names` -> the tensor; None: it is the first
-    )
+    # Float32 tensors in the order of `names` -> the tensor; None: it is the first of them.
+    make: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

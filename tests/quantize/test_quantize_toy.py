@@ -75,10 +75,10 @@ def test_a_tensor_that_the_table_forgets_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_stages_are_in_the_order_of_the_table() -> None:
     table = QuantTable(
-        stages=(("a.*.q", "a.*.v"), ("a.0.*",), ("x", "a.*")), float=(), experts=("a.*.e",), embedding="x"
+        stages=(("a.*.q", "a.*.v"), ("a.0.*",), ("x",), ("a.*",)), float=(), experts=("a.*.e",), embedding="x"
     )
     names = ["a.1.o", "x", "a.1.v", "a.0.v", "a.0.q", "a.0.e", "a.1.q"]
-    assert table.in_order(names) == [["a.0.q", "a.1.q", "a.1.v", "a.0.v"], ["a.0.e"], ["x", "a.1.o"]]
+    assert table.in_order(names) == [["a.0.q", "a.1.q", "a.1.v", "a.0.v"], ["a.0.e"], ["x"], ["a.1.o"]]
     assert [table.use(name) for name in ("a.0.e", "x", "a.0.q")] == ["experts", "rows", "matrix"]
 
 
