@@ -68,9 +68,11 @@ def main(argv: list[str] | None = None) -> int:
             if args.case is not None:
                 return show(subject, name, args.seed, args.case, Path(base))
             tally, start = Tally(), time.monotonic()
-            for i in range(args.n or COUNTS[name]):
-                run(subject, name, args.seed, i, Path(base), args.seconds, args.memory, tally)
-            report(name, args.seed, tally, time.monotonic() - start, args.v)
+            try:
+                for i in range(args.n or COUNTS[name]):
+                    run(subject, name, args.seed, i, Path(base), args.seconds, args.memory, tally)
+            finally:  # after Ctrl-C, too: of hours, what there was
+                report(name, args.seed, tally, time.monotonic() - start, args.v)
             failed |= bool(tally.defects)
     return int(failed)
 
