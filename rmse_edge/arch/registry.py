@@ -161,8 +161,11 @@ def read_config(path: str | Path) -> Any:
     if "model_type" not in values:
         first = arch_of(FIRST)
         theirs = {f.name for f in fields(first.config)}
-        if any(key not in theirs and not key.startswith("_") for key in values):
-            raise ConfigError(f"{path}: model_type is missing, expected one of {', '.join(model_types())}")
+        if unknown := sorted(key for key in values if key not in theirs and not key.startswith("_")):
+            raise ConfigError(
+                f"{path}: model_type is missing, expected one of {', '.join(model_types())}; {unknown[0]!r} is no key of "
+                f"{FIRST}, which may leave it out"
+            )
         return first.config.from_dict(values, where=str(path))
     return arch_of(values["model_type"], str(path)).config.from_dict(values, where=str(path))
 
