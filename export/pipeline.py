@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import platform
 import shutil
@@ -198,7 +199,7 @@ def export_package(
         stage = Stages(_plan(model, request, target, exact_twin), progress)
         name = destination.name.removesuffix(".rmse")
         info = model_info(model, name, 0, request.target, source, request.quant, checkpoint)
-        info = info.with_limit(request.max_seq_len) if info.text is not None else info
+        info = limited(info, request.max_seq_len, target)
         options = LowerOptions(
             quant=request.quant,
             tensors=quantized.tensors if quantized else {},
@@ -211,14 +212,22 @@ def export_package(
         )
         traced = target.prepare(model, options) if target.prepare else model
         with collection_paused():
-            program = trace(traced, model.call_sizes(), stage, target.any_rows, target.host_loop)  # type: ignore[arg-type]
+            program = trace(
+                traced,  # type: ignore[arg-type]
+                model.call_sizes(),
+                stage,
+                target.any_rows,
+                target.host_loop,
+                target.grows,
+                request.max_seq_len,
+            )
             lowering = target.lower(program, folder, options)
         text = _carry_text(checkpoint, folder)
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": info.to_json(),
             "methods": {
-                name: {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
+                name: {"inputs": tensors_json(takes, target.grows), "outputs": tensors_json(gives, target.grows)}
                 for name, (takes, gives) in signatures(program.specs, target, request.quant).items()
             },
             "quantization": _quantization(request, quantized),
@@ -335,6 +344,18 @@ def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) 
     return plan + ([("parity of the integers", 0.0), *gate] if exact_twin else []) + gate
 
 
+def limited(info: ModelInfo, max_seq_len: int | None, target: Target) -> ModelInfo:
+    """What a package says of a model: for texts of at most so many tokens, and with all slots where it cannot grow."""
+    if info.text is None:
+        return info
+    state = info.state
+    if max_seq_len is not None and info.capacity is not None:
+        most = min(max_seq_len, info.capacity)
+        state = {name: dataclasses.replace(s, shape=s.of_slots(most)) for name, s in state.items()}
+    page = info.page if target.grows else None
+    return dataclasses.replace(info, state=state, page=page).with_limit(max_seq_len)
+
+
 def sealed(folder: Path, manifest: dict[str, Any]) -> LoopRuntime:
     """The runtime of the package in the making, which the gate runs."""
     seal(folder, manifest)
@@ -425,7 +446,7 @@ def describe(model: Any, request: ExportRequest, formats: Mapping[str, Format] |
     """
     target = get_target(request.target)
     cached = as_cached(model, request)
-    specs = {chunk: cached.spec(chunk) for chunk in model.call_sizes()}
+    specs = {chunk: cached.spec(chunk).of_capacity(request.max_seq_len) for chunk in model.call_sizes()}
     parameters = sum(p.numel() for p in model.parameters())
     first = next(iter(specs.values()))
     segment = 4 * (first.segment or 0) * first.h.shape[-1] if first.written else 0

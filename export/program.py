@@ -48,6 +48,9 @@ ITERATIONS = TensorSpec("iterations", (), torch.int64)
 LOOP_INDEX = TensorSpec("k", (), torch.int64)
 ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
 ROWS = -1  # in the shapes of a method that serves calls of several sizes: the number of rows of the call
+# In the shapes of a method that serves any length of text: the slots that the appended state has just then.
+SLOTS = -2
+NAMES = {ROWS: "rows", SLOTS: "slots"}
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # the tensors a method takes and gives, in order
 
@@ -129,6 +132,12 @@ def at_rows(tensor: TensorSpec, rows: int) -> TensorSpec:
     return dataclasses.replace(tensor, shape=tuple(rows if d == ROWS else d for d in tensor.shape))
 
 
+def growing(tensors: Signature) -> Signature:
+    """The same with `SLOTS` where the size is the number of slots of the appended state."""
+    takes, gives = (tuple(t.of_slots(SLOTS) for t in side) for side in tensors)
+    return takes, gives
+
+
 class Method(nn.Module):
     """One method as a module: tensors in by position, in the order of `signature`, tensors out likewise.
 
@@ -196,20 +205,24 @@ class Method(nn.Module):
         emits = tuple(dataclasses.replace(t, shape=shapes[t.name][1:]) for t in self.spec.emits)
         return dataclasses.replace(self.spec, emits=emits)
 
-    def example(self, rows: int | None = None) -> tuple[Tensor, ...]:
+    def example(self, rows: int | None = None, slots: int | None = None) -> tuple[Tensor, ...]:
         """Inputs to trace with: zeros, and one of everything where zero would be out of range.
 
         Args:
             rows: of the call; needed where the method serves several.
+            slots: of the appended state; needed where that grows.
         """
         ones = {"max_loops", "min_loops", "n_valid", "iterations", "exit_threshold"}
         takes = self.takes if rows is None else tuple(at_rows(t, rows) for t in self.takes)
+        takes = takes if slots is None else tuple(t.of_slots(slots) for t in takes)
         return tuple(t.zeros() + 1 if t.name in ones else t.zeros() for t in takes)
 
 
 @dataclass(frozen=True)
 class ExportedMethod:
-    """A traced method and the calls it serves. Where these are several, its shapes have `ROWS` in them."""
+    """A traced method and the calls it serves. Where these are several, its shapes have `ROWS` in them, and where the
+    appended state grows, `SLOTS`.
+    """
 
     name: str
     chunks: tuple[int, ...]
@@ -230,6 +243,7 @@ class LoopProgram:
     model: LoopModel
     specs: dict[int, LoopSpec]  # chunk -> spec
     methods: tuple[ExportedMethod, ...]
+    grows: bool = False  # the methods take any number of slots of the appended state
 
     def method(self, name: str, chunk: int) -> ExportedMethod:
         return next(m for m in self.methods if m.name == name and chunk in m.chunks)
@@ -247,6 +261,8 @@ def trace(
     progress: Callable[[str], None] = lambda _: None,
     any_rows: bool = False,
     host_loop: bool = False,
+    grows: bool = False,
+    most: int | None = None,
 ) -> LoopProgram:
     """Model -> LoopProgram.
 
@@ -256,29 +272,35 @@ def trace(
         any_rows: trace a method once for all of `chunks`, with a symbolic number of rows, where its tensors differ in
             nothing else. Otherwise every method is traced for each of them, and all shapes are static.
         host_loop: the target has no loop; see the module.
+        grows: trace with a symbolic number of slots of the appended state; otherwise there are as many as fit.
+        most: positions that a text may have, where that is fewer than the model attends to.
     Raises:
         ExportError: a method does not trace, or does not return what its spec says.
     """
     if isinstance(model, nn.Module):
         model.eval()
-    specs = {chunk: model.spec(chunk) for chunk in chunks}
+    specs = {chunk: model.spec(chunk).of_capacity(most) for chunk in chunks}
     for spec in specs.values():
         check_spec(spec)
     methods = []
     for chunk, spec in specs.items():
         for name in method_names(spec, host_loop):
             shared = shared_signature(specs, name) if any_rows else None
-            if shared is None:
-                tensors = signature(spec, name, host_loop)
-                methods.append(_traced(Method(model, spec, name, tensors), (chunk,), progress))
-            elif chunk == chunks[0]:
-                methods.append(_traced(Method(model, spec, name, shared), chunks, progress))
-    return LoopProgram(model, specs, tuple(methods))
+            if shared is not None and chunk != chunks[0]:
+                continue
+            tensors = shared or signature(spec, name, host_loop)
+            method = Method(model, spec, name, growing(tensors) if grows else tensors)
+            methods.append(_traced(method, (chunk,) if shared is None else chunks, progress))
+    return LoopProgram(model, specs, tuple(methods), grows)
 
 
-def tensors_json(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
-    """Names, shapes and types, for a manifest."""
-    return [{"name": t.name, "shape": list(t.shape), "dtype": dtype_name(t.dtype)} for t in specs]
+def tensors_json(specs: Iterable[TensorSpec], grows: bool = False) -> list[dict[str, Any]]:
+    """Names, shapes and types, for a manifest; with `grows` also which axis grows with the appended state."""
+    return [
+        {"name": t.name, "shape": list(t.shape), "dtype": dtype_name(t.dtype)}
+        | ({"slots_axis": t.slots_axis} if grows and t.slots_axis is not None else {})
+        for t in specs
+    ]
 
 
 def rows_text(chunks: tuple[int, ...]) -> str:
@@ -287,20 +309,23 @@ def rows_text(chunks: tuple[int, ...]) -> str:
 
 def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], None]) -> ExportedMethod:
     progress(f"tracing {module.method} ({rows_text(chunks)})")
-    rows: int | None = None
+    sizes: dict[int, int] = {}  # symbol -> the size to trace it with
     options: dict[str, Any] = {}
-    axes = [[i for i, d in enumerate(t.shape) if d == ROWS] for t in module.takes]
-    if any(axes):
-        dim = torch.export.Dim("rows", min=1, max=max(chunks))
-        rows = example_rows(module, max(chunks))
-        options = {
-            "dynamic_shapes": (tuple(dict.fromkeys(at, dim) or None for at in axes),),
+    symbols = {d: most for t in module.takes for d, most in _symbols(t, max(chunks), module.spec.capacity)}
+    if symbols:
+        dims = {d: torch.export.Dim(NAMES[d], min=1 if d == ROWS else 2, max=most) for d, most in symbols.items()}
+        for d, most in symbols.items():
+            sizes[d] = example_size(module, most, sizes.values())
+        axes = tuple({i: dims[d] for i, d in enumerate(t.shape) if d in dims} or None for t in module.takes)
+        options = {"dynamic_shapes": (axes,)}
+        if ROWS in symbols:
             # A call of one row is as good as any: where the tracer would rule it out, let it assume nothing.
-            "prefer_deferred_runtime_asserts_over_guards": True,
-        }
+            options["prefer_deferred_runtime_asserts_over_guards"] = True
     try:
         with torch.no_grad():
-            program = torch.export.export(module, module.example(rows), strict=False, **options)
+            program = torch.export.export(
+                module, module.example(sizes.get(ROWS), sizes.get(SLOTS)), strict=False, **options
+            )
     except Exception as error:
         raise ExportError(
             f"{type(module.model).__name__}.{module.method} does not trace: {first_line(error)}"
@@ -310,13 +335,19 @@ def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], N
     return exported
 
 
-def example_rows(module: Method, largest: int) -> int:
-    """The rows of the call to trace: a number that `torch.export` takes for nothing but the number of rows.
+def _symbols(tensor: TensorSpec, most_rows: int, capacity: int | None) -> list[tuple[int, int]]:
+    """The symbols in a shape, each with the most that it may be."""
+    most = {ROWS: most_rows, SLOTS: capacity or 0}
+    return [(d, most[d]) for d in tensor.shape if d in most]
 
-    One row would be taken for a broadcast, and the size of another dimension for that dimension.
+
+def example_size(module: Method, largest: int, taken: Iterable[int]) -> int:
+    """The number to trace for a size that varies: one that `torch.export` takes for nothing else.
+
+    One would be taken for a broadcast, and the size of another dimension, or one in `taken`, for that.
     """
-    sizes = {d for t in (*module.takes, *module.gives) for d in t.shape}
-    return next((n for n in range(largest - 1, 1, -1) if n not in sizes), largest)
+    sizes = {d for t in (*module.takes, *module.gives) for d in t.shape} | set(taken)
+    return next((n for n in range(min(largest, 1024) - 1, 1, -1) if n not in sizes), largest)
 
 
 def check(method: ExportedMethod) -> None:
@@ -328,12 +359,17 @@ def check(method: ExportedMethod) -> None:
     nodes = {n.name: n for n in method.program.graph.nodes}
     signed = method.program.graph_signature
     given = [nodes[name].meta["val"] for name in signed.user_inputs]
-    symbols = {str(v.shape[t.shape.index(ROWS)]) for t, v in zip(method.takes, given, strict=True) if ROWS in t.shape}
+    symbols = {
+        str(v.shape[t.shape.index(mark)]): name
+        for t, v in zip(method.takes, given, strict=True)
+        for mark, name in NAMES.items()
+        if mark in t.shape
+    }
 
     def written(shape: Iterable[Any]) -> str:
-        dims = ["rows" if d == ROWS else str(d) for d in shape]
-        for symbol in symbols:
-            dims = [re.sub(rf"\b{symbol}\b", "rows", d) for d in dims]
+        dims = [NAMES.get(d, str(d)) if isinstance(d, int) else str(d) for d in shape]
+        for symbol, name in symbols.items():
+            dims = [re.sub(rf"\b{symbol}\b", name, d) for d in dims]
         return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
 
     for spec, output in zip(method.gives, signed.user_outputs, strict=True):

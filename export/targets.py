@@ -65,6 +65,7 @@ class Target:
     compacts: bool = False  # knows `LowerOptions.compact`; others never compute the experts of stopped rows
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
+    grows: bool = False  # methods take any number of slots of the appended state; otherwise all there are
     halves: tuple[str, ...] = ()  # precisions whose packages compute in float16
     # Values of `LowerOptions.compute`, the first is the default, each with the precisions that it has.
     computes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

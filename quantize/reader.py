@@ -14,10 +14,11 @@ from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import UserError
 from rmse_edge.info import TextInfo
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import Append, LoopModel, LoopSpec, Replace, StateSpec, Tensors, Written
+from rmse_edge.loop.contract import SLOTS, Append, LoopModel, LoopSpec, Replace, StateSpec, Tensors, Written
 from rmse_edge.loop.course import Course, Reader, Watcher
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
+from rmse_edge.loop.generator import starts
 
 from .scheme import table_of
 
@@ -96,11 +97,14 @@ class CallReader:
         chosen = self.dials if stop else Dials(first.max_loops)
         dials = {n: torch.from_numpy(a).to(tokens.device) for n, a in chosen.arrays().items() if n in first.dials}
         dials["max_loops"] = torch.tensor(min(depth, int(chosen.max_loops)), device=tokens.device)
-        state = {s.name: torch.zeros(s.of_batch(batch), dtype=s.dtype, device=tokens.device) for s in first.state}
+        # Slots for this text, not for the longest there may be.
+        kept = [cast(StateSpec, s.of_slots(count)) for s in first.state]
+        state = {s.name: torch.zeros(s.of_batch(batch), dtype=s.dtype, device=tokens.device) for s in kept}
         parts, depths = [], []
         for position, chunk, n in _calls(count, sizes, first.segment):
             padded = F.pad(tokens[:, position : position + n], (0, chunk - n))
-            given = {"tokens": padded} | self._context(position, n, chunk, batch, tokens.device)
+            given = {"tokens": padded, SLOTS: torch.arange(count, device=tokens.device)}
+            given |= self._context(position, n, chunk, batch, tokens.device)
             states, ran, state = self._call(specs[chunk], given, state, dials, position, n, every, watcher)
             parts.append([h[:, :n] for h in states])
             depths.append(ran[:, :n])
@@ -150,11 +154,9 @@ class CallReader:
         if text.rotary_dims:
             angles = rotary_angles(position + np.arange(chunk), text.rotary_dims, text.rope_theta)
             found |= {name: torch.from_numpy(a).expand(batch, -1, -1) for name, a in zip(("cos", "sin"), angles)}
-        draw = torch.Generator().manual_seed(position)
         spec = self.model.spec(chunk)
-        shapes = {t.name: t.of_batch(batch) for t in spec.inputs}
-        for name, deviation in spec.noise.items():
-            found[name] = deviation * torch.randn(shapes[name], generator=draw)
+        noise = starts(spec.noise, 0, range(position, position + chunk), spec.h.shape[-1])
+        found |= {name: torch.from_numpy(rows).expand(batch, -1, -1) for name, rows in noise.items()}
         return {name: tensor.to(device) for name, tensor in found.items()}
 
     def logits(self, state: Tensor) -> Tensor:

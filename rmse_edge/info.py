@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field
@@ -25,6 +26,11 @@ Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uin
 Form = tuple[tuple[int, ...], Dtype]  # shape and type
 Kind = Literal["ring", "append", "replace", "written"]
 Reader = Literal["prelude", "loop", "coda", "commit"]
+
+
+PAGE = 256  # slots by which a state that is appended to grows
+LARGEST_STATE = 4 << 30  # bytes that a model may keep between calls
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 def dtype_name(dtype: object) -> Dtype:
@@ -46,6 +52,12 @@ class State:
     @property
     def form(self) -> Form:
         return self.shape, self.dtype
+
+    def of_slots(self, slots: int | None) -> tuple[int, ...]:
+        """The shape while the appended state has so many slots; None: all of them."""
+        if slots is None or self.kind != "append":
+            return self.shape
+        return (*self.shape[:-2], slots, self.shape[-1])
 
     @property
     def row(self) -> Form:
@@ -121,6 +133,8 @@ class ModelInfo:
     noise: dict[Name, Positive] = field(
         default_factory=dict
     )  # inputs to be filled with noise: their standard deviation
+    # Slots by which what is appended grows as a text gets longer; None: nothing is, or all slots are there from the start.
+    page: Count | None = None
     text: TextInfo | None = None
     board: BoardInfo | None = None
     retrieval: Retrieval | None = None  # None: the model has no retrieval head
@@ -145,6 +159,7 @@ class ModelInfo:
             methods=tuple(dict.fromkeys(name for s in specs.values() for name in s.methods)),
             state={s.name: State.of(s) for s in spec.state},
             noise=dict(spec.noise),
+            page=None if spec.capacity is None else PAGE,
             **fields,
         )
 
@@ -214,10 +229,29 @@ class ModelInfo:
     @property
     def capacity(self) -> int | None:
         """Positions that a text may have at most, for its state; None: any number."""
-        sizes = [s.shape[-2] for s in self.state.values() if s.kind == "append"]
-        return min(sizes, default=None)
+        return next((s.shape[-2] for s in self.state.values() if s.kind == "append"), None)
+
+    def slots(self, positions: int) -> int | None:
+        """Slots of the appended state of a text of so many positions; None: nothing is appended."""
+        if self.capacity is None or self.page is None:
+            return self.capacity
+        return min(self.capacity, self.page * max(1, -(-positions // self.page)))
+
+    def kept_bytes(self, positions: int = 0) -> int:
+        """Bytes of the state behind so many positions."""
+        slots = self.slots(positions)
+        return sum(prod(s.of_slots(slots)) * SIZES[s.dtype] for s in self.state.values())
+
+    @property
+    def room(self) -> int | None:
+        """Positions whose state is not larger than `LARGEST_STATE`, as far as it grows; None: any number."""
+        if self.capacity is None or self.page is None:
+            return self.capacity
+        slots = sum(prod(s.of_slots(1)) * SIZES[s.dtype] for s in self.state.values() if s.kind == "append")
+        others = sum(prod(s.shape) * SIZES[s.dtype] for s in self.state.values() if s.kind != "append")
+        return min(self.capacity, max(0, LARGEST_STATE - others) // slots)
 
     @property
     def longest(self) -> int | None:
         """Tokens that a text may have at most, for its state and for the export; None: any number."""
-        return min((n for n in (self.language.max_seq_len, self.capacity) if n is not None), default=None)
+        return min((n for n in (self.language.max_seq_len, self.room) if n is not None), default=None)

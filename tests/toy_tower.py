@@ -1,7 +1,7 @@
 """A looped text model as unlike RMS-E as the contract allows, and small: every kind of state, layers around the loop.
 
     x0 = first layer(embed(tokens))                     prelude, attention in a window, its own ring
-    K times: two attention layers, one recurrence       step; keys of both layers per loop, a state that is replaced
+    K times: two attention layers, one recurrence       step; keys of both layers per loop, appended; a state that is replaced
     y = last layer(h)                                   coda, attention to the whole text, appended keys
 
 A position that stopped repeats the keys and values it had last, in all deeper loops (RMS-E makes new ones: a block of two
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from rmse_edge.arch.registry import Arch
 from rmse_edge.errors import ConfigError
 from rmse_edge.info import TextInfo
-from rmse_edge.layers.masks import append_mask, ring_mask
+from rmse_edge.layers.masks import append_mask, causal_mask, ring_mask, slots_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.loop.contract import (
+    SLOTS,
     Append,
     InjectedHits,
     LoopSpec,
@@ -50,8 +51,8 @@ class TowerConfig:
     vocab_size: int = 65
     d_model: int = 32
     n_heads: int = 2
-    window: int = 24  # of the first layer and of the loop
-    capacity: int = 512  # of the last layer
+    window: int = 24  # of the first layer
+    capacity: int = 512  # of all others
     max_loops: int = 4
     exit_threshold: float = 1.0
     exit_epsilon: float = 0.0
@@ -171,12 +172,12 @@ class Tower(nn.Module):
             max_loops=loops,
             inputs=(TensorSpec("tokens", (1, chunk), integer), *where),
             prelude=(TensorSpec("x0", vector), TensorSpec("first_keys", kv), TensorSpec("first_values", kv)),
-            context=where,
+            context=(*where, TensorSpec(SLOTS, (c.capacity,), integer, None, slots_axis=0)),
             state=(
                 StateSpec("past_first_keys", ring, **of_first),
                 StateSpec("past_first_values", ring, **of_first | {"update": Ring("first_values")}),
-                StateSpec("past_keys", (loops, 1, LAYERS * c.n_heads, c.window, hd), update=Ring("keys")),
-                StateSpec("past_values", (loops, 1, LAYERS * c.n_heads, c.window, hd), update=Ring("values")),
+                StateSpec("past_keys", (loops, 1, LAYERS * c.n_heads, c.capacity, hd), update=Append("keys")),
+                StateSpec("past_values", (loops, 1, LAYERS * c.n_heads, c.capacity, hd), update=Append("values")),
                 StateSpec(
                     "memory", (loops, 1, c.n_heads, hd, hd), update=Replace("next_memory"), read_by=("loop", "commit")
                 ),
@@ -192,7 +193,10 @@ class Tower(nn.Module):
                 TensorSpec("held_keys", layers),
                 TensorSpec("held_values", layers),
             ),
-            invariants=(TensorSpec("mask", (1, 1, chunk, c.window + chunk)),),
+            invariants=(
+                TensorSpec("slots_mask", (1, 1, chunk, c.capacity), slots_axis=3),
+                TensorSpec("causal_mask", (1, 1, chunk, chunk)),
+            ),
             emits=(
                 TensorSpec("new_keys", layers),
                 TensorSpec("new_values", layers),
@@ -219,13 +223,14 @@ class Tower(nn.Module):
 
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         x0, n_valid = tensors["x0"], tensors["n_valid"]
-        mask = ring_mask(tensors["position"], n_valid, x0.shape[1], self.config.window)
+        past, call = slots_mask(tensors["position"], x0.shape[1], tensors[SLOTS]), causal_mask(n_valid, x0.shape[1])
         active = torch.arange(x0.shape[1]) < n_valid[:, None]
         heads = self.config.n_heads
         held = x0.new_zeros((x0.shape[0], LAYERS * heads, x0.shape[1], self.config.d_model // heads))
         survival = torch.zeros_like(x0[..., 0])
         return {"h": x0, "active": active, "log_survival": survival, "held_keys": held, "held_values": held}, {
-            "mask": mask
+            "slots_mask": past,
+            "causal_mask": call,
         }
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
@@ -233,13 +238,13 @@ class Tower(nn.Module):
         u = before + self.inject(fixed["x0"])
         runs = active[:, None, :, None]
         held = [carry[name].chunk(LAYERS, 1) for name in ("held_keys", "held_values")]
-        rings = [past[name].chunk(LAYERS, 1) for name in ("past_keys", "past_values")]
+        pasts = [past[name].chunk(LAYERS, 1) for name in ("past_keys", "past_values")]
         every: list[tuple[Tensor, Tensor]] = []
-        x = u
+        x, mask = u, torch.cat([fixed["slots_mask"], fixed["causal_mask"]], -1)
         for i, layer in enumerate(self.layers):
             own = layer.keys_values(x)
             kept = tuple(torch.where(runs, new, old[i]) for new, old in zip(own, held))
-            x = layer(x, *kept, (rings[0][i], rings[1][i]), fixed["mask"])
+            x = layer(x, *kept, (pasts[0][i], pasts[1][i]), mask)
             every.append(kept)
         memory = self.recurrence.keys_values(u)
         after = self.recurrence(x, *memory, past["memory"])
@@ -257,7 +262,7 @@ class Tower(nn.Module):
 
     def coda(self, tensors: Tensors) -> Tensors:
         h = tensors["h"]
-        mask = append_mask(tensors["position"], tensors["n_valid"], h.shape[1], self.config.capacity)
+        mask = append_mask(tensors["position"], tensors["n_valid"], h.shape[1], tensors[SLOTS])
         keys, values = self.last.keys_values(h)
         past = tensors["past_last_keys"], tensors["past_last_values"]
         return {"y": self.last(h, keys, values, past, mask), "last_keys": keys, "last_values": values}

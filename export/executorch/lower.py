@@ -38,6 +38,7 @@ PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate
     quants=("fp32", "int8", "int4"),
     accuracy_levels=(4,),
     host_loop=True,
+    grows=True,
     check_format=check_format,
     prepare=prepare,
 )

@@ -21,7 +21,7 @@ class DropIdleExpands(ExportPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         found = False
         for node in list(graph_module.graph.nodes):
-            if node.op == "call_function" and node.target == EXPAND and _shape(node) == _shape(node.args[0]):
+            if node.op == "call_function" and node.target == EXPAND and _is_idle(node):
                 node.replace_all_uses_with(node.args[0])
                 graph_module.graph.erase_node(node)
                 found = True
@@ -30,7 +30,7 @@ class DropIdleExpands(ExportPass):
 
 
 class ReshapesAsViews(ExportPass):
-    """Squeezes are copies at run time; views of static shapes are nothing at all.
+    """Squeezes are copies at run time; views of static shapes are nothing at all. Other shapes stay as they are.
 
     Given:   y = unsqueeze(x, 0)
     Result:  y = view(x, y.shape)
@@ -39,8 +39,8 @@ class ReshapesAsViews(ExportPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         found = False
         for node in graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in RESHAPES:
-                node.target, node.args = VIEW, (node.args[0], [int(d) for d in _shape(node)])
+            if node.op == "call_function" and node.target in RESHAPES and _is_static(node):
+                node.target, node.args = VIEW, (node.args[0], [*_shape(node)])
                 found = True
         graph_module.recompile()
         return PassResult(graph_module, found)
@@ -48,6 +48,15 @@ class ReshapesAsViews(ExportPass):
 
 def _shape(node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def _is_static(node) -> bool:
+    return all(isinstance(d, int) for d in _shape(node))
+
+
+def _is_idle(node) -> bool:
+    """Whether it has its argument's shape. Symbols are compared by name: to ask whether two are equal would make them so."""
+    return [str(d) for d in _shape(node)] == [str(d) for d in _shape(node.args[0])]
 
 
 EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews()]

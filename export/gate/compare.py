@@ -296,4 +296,5 @@ def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | 
     """The part of a text that the gate compares, by its rule; see `gate`. A text that is too short is read over again."""
     least = least_positions(info)
     count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))
-    return tokens[:count] if len(tokens) >= least else np.resize(tokens, least)
+    found = tokens[:count] if len(tokens) >= least else np.resize(tokens, least)
+    return found[: info.room]

@@ -8,24 +8,32 @@ import torch
 from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram, dial_specs, signature, stacked
 from rmse_edge.info import dtype_name
-from rmse_edge.loop.contract import LoopSpec, Replace, Written
+from rmse_edge.loop.contract import SLOTS, LoopSpec, Replace, Written
 from rmse_edge.loop.steps import drive_steps
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays, Methods
 
+EXAMPLE_SLOTS = 300  # of appended states that grow: the most there are may be far more than this takes to compare
 
-def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0) -> Arrays:
-    """Made-up but consistent inputs for every method of one call: valid ids, real prelude results, a filled state."""
+
+def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0, slots: int | None = None) -> Arrays:
+    """Made-up but consistent inputs for every method of one call: valid ids, real prelude results, a filled state.
+
+    Args:
+        slots: of the appended state; None: all there are.
+    """
     draw = np.random.default_rng(seed)
     feeds: Arrays = {}
-    given = {t.name: t for t in (*spec.inputs, *spec.context, *spec.state)}
+    given = {t.name: t if slots is None else t.of_slots(slots) for t in (*spec.inputs, *spec.context, *spec.state)}
     for t in given.values():
-        if t in spec.written:
+        if t.name in {s.name for s in spec.written}:
             continue
         dtype = dtype_name(t.dtype)
         if dtype == "bool":
             feeds[t.name] = draw.random(t.shape) < 0.5
             feeds[t.name].flat[-1], feeds[t.name].flat[0] = False, True  # all alike, nobody would see who reads them
+        elif t.name == SLOTS:
+            feeds[t.name] = np.arange(t.shape[0])
         elif t.name in spec.examples:
             feeds[t.name] = np.asarray(spec.examples[t.name], dtype).reshape(t.shape)
         elif dtype == "int8":
@@ -87,7 +95,8 @@ def compare_methods(
     for chunk, spec in program.specs.items():
         reference = TorchMethods(program.model)
         dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
-        feeds = example_feeds(spec, reference)
+        slots = min(spec.capacity, EXAMPLE_SLOTS) if program.grows and spec.capacity is not None else None
+        feeds = example_feeds(spec, reference, slots=slots)
         results: dict[str, Arrays] = {}
         for name in spec.methods:
             given = feeds | results.get("loop", {}) | results.get("coda", {}) | dials
@@ -136,6 +145,6 @@ def committed(spec: LoopSpec, found: Arrays) -> Arrays:
         if isinstance(s.update, Replace):
             after[s.name] = given.copy()
         else:
-            slots = (position + np.arange(n)) % s.shape[-2]
+            slots = (position + np.arange(n)) % after[s.name].shape[-2]
             after[s.name][..., slots, :] = given[..., :n, :]
     return after

@@ -23,7 +23,7 @@ from rmse_edge.export.program import ExportedMethod, LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
 
 from .ops import translations
-from .passes import PASSES, WeightFile
+from .passes import PASSES, WeightFile, name_sizes
 from .quantize import check_format, use_integers
 
 OPSET = 23
@@ -60,6 +60,7 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
             verbose=False,
         )
     model = exported.model_proto
+    name_sizes(model, method.takes)
     for apply in PASSES:
         apply(model)
     return model
@@ -76,7 +77,7 @@ def weight_names(model: nn.Module) -> dict[bytes, str]:
     return names
 
 
-@target("onnx", any_rows=True, asymmetric=True, scale_bytes=4, compacts=True, check_format=check_format)
+@target("onnx", any_rows=True, grows=True, asymmetric=True, scale_bytes=4, compacts=True, check_format=check_format)
 def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
     """Write METHOD.onnx and weights.bin into `folder`.
 

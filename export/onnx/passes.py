@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rmse_edge.errors import ExportError
-from rmse_edge.runtimes.engines.onnx import ROWS
+from rmse_edge.export.program import NAMES
+from rmse_edge.loop.contract import TensorSpec
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -32,31 +33,39 @@ def find_loop(model: ModelProto) -> NodeProto | None:
     return next((n for n in model.graph.node if n.op_type == "Loop"), None)
 
 
-def name_rows(model: ModelProto) -> None:
-    """Give the number of rows one name in every graph: the tracer's symbols differ from method to method.
+def name_sizes(model: ModelProto, takes: Sequence[TensorSpec]) -> None:
+    """Give the sizes that vary from call to call the same names in every graph: the tracer's symbols differ from method to
+    method.
 
     Given:   inputs and outputs (1, s41, 64), in the graph and in every body
     Result:  (1, "rows", 64)
 
+    Args:
+        takes: what the graph takes, in order, with `ROWS` and `SLOTS` of export/program.py in the shapes.
     Raises:
-        ExportError: a dimension of an input or output is neither a number nor the number of rows.
+        ExportError: a dimension of an input or output is neither a number nor one of these sizes.
     """
 
-    def rename(graph: GraphProto, symbol: str | None) -> None:
+    def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
         for value in [*graph.input, *graph.output]:
             for dim in value.type.tensor_type.shape.dim:
-                if symbol is not None and dim.dim_param == symbol:
-                    dim.dim_param = ROWS
+                if dim.dim_param in names:
+                    dim.dim_param = names[dim.dim_param]
         for node in graph.node:
             for inner in subgraphs(node):
-                rename(inner, symbol)
+                rename(inner, names)
 
-    dims = [d for value in model.graph.input for d in value.type.tensor_type.shape.dim]
-    rename(model.graph, next((d.dim_param for d in dims if d.dim_param), None))
+    names = {
+        dim.dim_param: NAMES[size]
+        for value, spec in zip(model.graph.input, takes, strict=True)
+        for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True)
+        if size in NAMES
+    }
+    rename(model.graph, names)
     for value in [*model.graph.input, *model.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
-            if not dim.HasField("dim_value") and dim.dim_param != ROWS:
-                raise ExportError(f"name_rows: {value.name} has a dimension {dim.dim_param or 'of unknown size'}")
+            if not dim.HasField("dim_value") and dim.dim_param not in NAMES.values():
+                raise ExportError(f"name_sizes: {value.name} has a dimension {dim.dim_param or 'of unknown size'}")
 
 
 def stack_to_scan(model: ModelProto) -> None:
@@ -202,7 +211,6 @@ def drop_trace_metadata(model: ModelProto) -> None:
 
 
 PASSES = (
-    name_rows,
     stack_to_scan,
     hoist_invariants,
     remove_dead_nodes,

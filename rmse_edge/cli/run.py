@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     template = ChatTemplate.open(args.model) if args.chat else None
     runtime = open_model(args)
     assert isinstance(runtime, LoopRuntime)
+    runtime.noise_seed = args.seed
     dials = chosen_dials(args, runtime.info)
     check_ids(args.prompt_tokens, runtime.info.vocab_size)
     path = args.model / "tokenizer.json"

@@ -29,20 +29,33 @@ def ring_mask(position: Tensor, n_valid: Tensor, count: int, window: int) -> Ten
     past = (held >= 0)[:, None] & (here[..., None] - held[:, None] < window)
     distance = row[:, None] - row
     chunk = (distance >= 0) & (distance < window) & (valid[:, None] | (distance == 0))
-    return _mask(past, chunk)
+    return _mask(torch.cat([past, chunk.expand(*past.shape[:2], chunk.shape[-1])], -1))
 
 
-def append_mask(position: Tensor, n_valid: Tensor, count: int, capacity: int) -> Tensor:
-    """Of `capacity` slots that fill up, position p in slot p: (B, 1, C, capacity + C). Arguments as in `ring_mask`."""
-    row = torch.arange(count, device=position.device)
+def append_mask(position: Tensor, n_valid: Tensor, count: int, slots: Tensor) -> Tensor:
+    """Of slots that fill up, position p in slot p: (B, 1, C, S + C).
+
+    Args:
+        slots: (S,) 0, 1, 2, ...: of as many slots as there are now.
+        position, n_valid, count: as in `ring_mask`.
+    """
+    return torch.cat([slots_mask(position, count, slots), causal_mask(n_valid, count)], -1)
+
+
+def slots_mask(position: Tensor, count: int, slots: Tensor) -> Tensor:
+    """What `append_mask` says of the slots alone, (B, 1, C, S): an invariant of a loop that grows with them."""
+    return _mask(slots < position[:, None, None].expand(-1, count, -1))
+
+
+def causal_mask(n_valid: Tensor, count: int) -> Tensor:
+    """What `append_mask` says of the call alone, (B, 1, C, C)."""
+    row = torch.arange(count, device=n_valid.device)
     valid = row < n_valid[:, None]
-    slot = torch.arange(capacity, device=row.device)
-    past = (slot < position[:, None])[:, None].expand(-1, count, -1)  # (B, C, capacity)
     distance = row[:, None] - row
-    return _mask(past, (distance >= 0) & (valid[:, None] | (distance == 0)))
+    return _mask((distance >= 0) & (valid[:, None] | (distance == 0)))
 
 
-def _mask(past: Tensor, chunk: Tensor) -> Tensor:
-    seen = torch.cat([past, chunk.expand(*past.shape[:2], chunk.shape[-1])], -1)
+def _mask(seen: Tensor) -> Tensor:
+    """(B, C, n) flags -> (B, 1, C, n)."""
     zero = torch.zeros((), device=seen.device)
     return torch.where(seen, zero, zero + MASKED).unsqueeze(1)

@@ -20,6 +20,10 @@ Further methods that hosts call outside the loop, such as RMS-E's `memorize`, ar
 | `Replace` | takes `source` whole                                                                | recurrences, conv tails|
 | `Written` | nothing: a method of `extra`, called once per segment, gives it anew                | neural memories        |
 
+What is appended grows: a host gives a call as many slots as the text needs, a page more whenever they are full, and never
+more than the spec's shape says. So a model reads the number of slots off the tensors that it is given, never off its
+configuration; `begin`, which is given no state, finds it in a tensor of the context named `slots`.
+
 `LoopModel` is what an architecture implements; `rmse_edge/loop/drive.py` has the loop. Nothing here assumes a language
 model: a puzzle solver that refines a board has no context, no state and no commit.
 """
@@ -27,7 +31,7 @@ model: a puzzle solver that refines a board has no context, no state and no comm
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -44,9 +48,17 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     batch_axis: int | None = 0  # where the batch is; None, or a scalar: there is none
+    # The axis as long as the appended state has slots, see `Append`; its size in `shape` is the most there are.
+    slots_axis: int | None = field(default=None, kw_only=True)
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype)
+
+    def of_slots(self, slots: int) -> TensorSpec:
+        """The same where the appended state has so many slots."""
+        if (axis := self.slots_axis) is None:
+            return self
+        return replace(self, shape=(*self.shape[:axis], slots, *self.shape[axis + 1 :]))
 
     def of_batch(self, batch: int) -> tuple[int, ...]:
         """The shape for a batch of so many."""
@@ -71,7 +83,11 @@ class Ring:
 
 @dataclass(frozen=True)
 class Append:
-    """Position p lies in slot p of the last axis but one, whose size is the number of positions that a text may have."""
+    """Position p lies in slot p of the last axis but one, whose size is the number of positions that a text may have.
+
+    A call is given some of the slots, from the first: at least as many as there were positions before it. Everything of which
+    a model says the same `slots_axis` (`SLOTS` in its context, masks among its invariants) has as many.
+    """
 
     source: str  # as in `Ring`
 
@@ -96,6 +112,7 @@ class Written:
 Update = Ring | Append | Replace | Written
 UPDATES: dict[str, type[Update]] = {"ring": Ring, "append": Append, "replace": Replace, "written": Written}
 READERS = ("prelude", "loop", "coda", "commit")
+SLOTS = "slots"  # (capacity,) int64, 0, 1, 2, ...: what hosts give to a model that names it in its context
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,10 @@ class StateSpec(TensorSpec):
     read_by: tuple[str, ...] = ("loop",)  # some of `READERS`
     per_loop: bool = True  # (K, ...): iteration k reads row k; otherwise all that read it read it whole
 
+    def __post_init__(self) -> None:
+        if isinstance(self.update, Append) and self.slots_axis is None:
+            object.__setattr__(self, "slots_axis", len(self.shape) - 2)
+
     @property
     def kind(self) -> str:
         """The name of its update, as manifests have it."""
@@ -115,9 +136,8 @@ class StateSpec(TensorSpec):
     @property
     def row(self) -> TensorSpec:
         """What one iteration reads of it."""
-        return TensorSpec(
-            self.name, self.shape[1:], self.dtype, None if self.batch_axis is None else self.batch_axis - 1
-        )
+        batch, slots = (None if axis is None else axis - 1 for axis in (self.batch_axis, self.slots_axis))
+        return TensorSpec(self.name, self.shape[1:], self.dtype, batch, slots_axis=slots)
 
 
 @dataclass(frozen=True)
@@ -173,6 +193,19 @@ class LoopSpec:
         return tuple(s for s in self.state if method in s.read_by)
 
     @property
+    def capacity(self) -> int | None:
+        """Positions that a text may have, for the state that is appended to; None: any number."""
+        return next((s.shape[-2] for s in self.state if isinstance(s.update, Append)), None)
+
+    def of_capacity(self, most: int | None) -> LoopSpec:
+        """The same for texts of at most so many positions."""
+        if most is None or self.capacity is None or most >= self.capacity:
+            return self
+        sides = ("inputs", "context", "state", "invariants")
+        fewer: dict[str, Any] = {side: tuple(t.of_slots(most) for t in getattr(self, side)) for side in sides}
+        return replace(self, **fewer)
+
+    @property
     def written(self) -> tuple[StateSpec, ...]:
         """The state that methods of `extra` give anew."""
         return tuple(s for s in self.state if isinstance(s.update, Written))
@@ -195,6 +228,17 @@ def check_spec(spec: LoopSpec) -> None:
     Raises:
         ValueError: naming the tensor.
     """
+    grows = {
+        t.name: t.shape[t.slots_axis]
+        for t in (*spec.state, *spec.context, *spec.invariants)
+        if t.slots_axis is not None
+    }
+    for name, size in grows.items():
+        if size != spec.capacity:
+            raise ValueError(f"{name}: has {size} slots, where the state that is appended to has {spec.capacity}")
+    for t in (*spec.prelude, *spec.carried, *spec.emits, *spec.coda, *spec.head, *spec.commit):
+        if t.slots_axis is not None:
+            raise ValueError(f"{t.name}: says slots_axis, which only inputs, context, state and invariants have")
     stacked = {t.name: (spec.max_loops, *t.shape) for t in spec.emits}
     given = {t.name: t.shape for t in (*spec.prelude, *spec.coda, *spec.commit)} | {
         name: shape for name, shape in stacked.items() if name not in {t.name for t in spec.commit}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .contract import InjectedHits, LoopModel, Tensors, WholeText
+from .contract import SLOTS, InjectedHits, LoopModel, Tensors, WholeText
 from .stop import margins, scores
 
 # What a model decides with beside its exit rules, such as a router: after every iteration, (T,) distance to another decision.
@@ -43,7 +43,8 @@ def in_one_call(
     assert hits is None, "a model that is looked things up for reads its texts itself"
     count, loops = len(tokens), int(dials["max_loops"])
     spec = model.spec(count)
-    tensors = {s.name: s.zeros() for s in spec.state} | context
+    # Of an appended state one slot is enough, since nothing lies in it.
+    tensors = {s.name: s.of_slots(1).zeros() for s in spec.state} | {SLOTS: torch.arange(1)} | context
     tensors |= {"tokens": tokens[None], "position": torch.tensor([0]), "n_valid": torch.tensor([count])}
     tensors |= model.prelude(tensors)
     carry, invariants = model.begin(tensors)

@@ -145,9 +145,12 @@ class ExecutorchMethods:
         for t in self.tensors[name]["inputs"]:
             value = feeds[t["name"]]
             tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, order="C"))
-            if list(tensor.shape) != t["shape"] or str(tensor.dtype) != f"torch.{t['dtype']}":
+            shape, axis = list(t["shape"]), t.get("slots_axis")
+            if axis is not None and tensor.dim() == len(shape):
+                shape[axis] = min(shape[axis], tensor.shape[axis])
+            if list(tensor.shape) != shape or str(tensor.dtype) != f"torch.{t['dtype']}":
                 got = f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
-                raise ValueError(f"{t['name']}: got {got}, expected {tuple(t['shape'])} {t['dtype']}")
+                raise ValueError(f"{t['name']}: got {got}, expected {tuple(shape)} {t['dtype']}")
             given[t["name"]] = tensor
         return given
 

@@ -36,7 +36,7 @@ TYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-ROWS = "rows"  # the name that graphs give to the number of rows of a call
+ROWS, SLOTS = "rows", "slots"  # the names of sizes that vary: rows of a call, slots of the appended state
 
 
 def _import_onnxruntime():
@@ -103,7 +103,9 @@ class BoundSession:
         self.session = session
         self._ort = ort = _import_onnxruntime()
         self._binding = self.session.io_binding()
-        self._inputs = {i.name: _array(i, rows) for i in self.session.get_inputs()}
+        # Inputs that grow with the appended state have no buffer here: they are bound where the host has them.
+        self._growing = {i.name: i for i in self.session.get_inputs() if SLOTS in i.shape}
+        self._inputs = {i.name: _array(i, rows) for i in self.session.get_inputs() if i.name not in self._growing}
         self._bound: dict[str, np.ndarray] = {}
         self.outputs = {}
         for name, array in self._inputs.items():
@@ -111,6 +113,7 @@ class BoundSession:
         for output in self.session.get_outputs():
             self.outputs[output.name] = array = _array(output, rows)
             self._binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(array))
+        self.rows = rows
 
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
@@ -129,13 +132,22 @@ class BoundSession:
             if self._bound[name] is not own:
                 self._bind(name, own)
             np.copyto(own, given)
+        for name, value in self._growing.items():
+            given = feeds[name]
+            if self._bound.get(name) is given:
+                continue
+            shape, dtype = _form(value, self.rows, given.shape[value.shape.index(SLOTS)])
+            if given.shape != shape or given.dtype != dtype:
+                raise ValueError(f"{name}: got {given.shape} {given.dtype}, expected {shape} {dtype}")
+            self._bind(name, np.ascontiguousarray(given))
         self.session.run_with_iobinding(self._binding)
         return self.outputs
 
 
-def _form(value: Any, rows: int) -> Form:
-    """Shape and type of a graph's input or output in calls of so many rows."""
-    return tuple(rows if d == ROWS else d for d in value.shape), TYPES.get(value.type, value.type)
+def _form(value: Any, rows: int, slots: int | None = None) -> Form:
+    """Shape and type of a graph's input or output in calls of so many rows, with so many slots of the appended state."""
+    sizes = {ROWS: rows, SLOTS: slots}
+    return tuple(sizes.get(d, d) for d in value.shape), TYPES.get(value.type, value.type)
 
 
 def _array(value: Any, rows: int) -> np.ndarray:
@@ -155,13 +167,15 @@ class OnnxMethods:
         graphs: Mapping[str, str],
         threads: int | None = None,
         manifest: tuple[Mapping[str, Method], Refuse] | None = None,
+        capacity: int | None = None,
     ) -> None:
         """
         Args:
+            capacity: slots that the appended state has at most.
             manifest: what each METHOD_ROWS takes and gives by the manifest, and what to do where its graph says otherwise.
         """
         self.folder = folder
-        self.manifest = manifest
+        self.manifest, self.capacity = manifest, capacity
         self.graphs = graphs
         self.threads = threads
         self._loaded: dict[str, Any] = {}  # file -> session
@@ -205,7 +219,7 @@ class OnnxMethods:
         if name not in tables:
             refuse("methods", ", ".join(tables), f"{name} among them, which lowering.graphs has")
         for side, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-            found = [(value.name, _form(value, chunk)) for value in values]
+            found = [(value.name, _form(value, chunk, self.capacity)) for value in values]
             check_engine(name, side, getattr(tables[name], side), found, refuse)
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
@@ -231,7 +245,7 @@ def opened(package: Package, threads: int | None = None) -> Opened:
     for file in (*lowering.graphs.values(), lowering.weights):
         package.path(file)
     check_methods(info, tables, in_graph=True, refuse=refuse)
-    methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse))
+    methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse), info.capacity)
     for chunk in info.chunks:  # now, so that the first token does not wait for it
         for method in info.methods:
             if f"{method}_{chunk}" in methods.graphs:

@@ -47,7 +47,8 @@ class Calls:
     def __init__(self, info: ModelInfo, methods: Methods) -> None:
         self.info, self.methods = info, methods
         own = {name: s for name, s in info.state.items() if name not in self.kept_by_engine()}
-        made = {name: self.put(np.zeros(s.shape, s.dtype)) for name, s in own.items()}
+        self.slots = info.slots(0)  # of the appended state, as far as it has grown
+        made = {name: self.put(np.zeros(s.of_slots(self.slots), s.dtype)) for name, s in own.items()}
         self.state = {name: array for name, array in made.items() if own[name].kind != "written"}
         self.memory = {name: array for name, array in made.items() if own[name].kind == "written"}
         # What the memory holds before a text begins.
@@ -83,7 +84,21 @@ class Calls:
 
     # ------------------------------------------------------------------------------------------ what is kept
 
+    def grow(self, positions: int) -> None:
+        """Give the appended state the slots that a text of so many positions has: more, or fewer after a reset."""
+        slots = self.info.slots(positions)
+        if slots == self.slots:
+            return
+        for name, state in self.info.state.items():
+            if state.kind == "append" and name in self.state:
+                old, new = self.state[name], self.put(np.zeros(state.of_slots(slots), state.dtype))
+                both = min(old.shape[-2], new.shape[-2])
+                new[..., :both, :] = old[..., :both, :]
+                self.state[name] = new
+        self.slots = slots
+
     def reset(self) -> None:
+        self.grow(0)
         # Slots are masked by position, so what they hold does not matter; zeroed all the same, to be reproducible.
         for array in self.state.values():
             array[...] = 0
@@ -100,8 +115,9 @@ class Calls:
         own = self.state | self.memory | ({} if self.segment is None else {"segment": self.segment})
         return self.read_engine() | {name: self.get(array) for name, array in own.items()}
 
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Put back what `tensors` gave."""
+    def restore(self, position: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Put back what `tensors` gave at `position`."""
+        self.grow(position)
         for name, array in (self.state | self.memory).items():
             array[...] = self.put(tensors[name])
         if self.segment is not None:
@@ -145,13 +161,14 @@ class Calls:
 
     def update(self, found: Mapping[str, Any], position: int, n: int) -> None:
         """Take what a call gave for its `n` tokens into the state, as each tensor's kind says."""
+        self.grow(position + n)
         for name, array in self.state.items():
             state = self.info.state[name]
             given = found[state.source]
             if state.kind == "replace":
                 array[...] = given
                 continue
-            size = state.shape[-2]
+            size = array.shape[-2]
             first = max(0, n - size)
             start = (position + first) % size  # an appended position is below the size: `LoopRuntime` checks it
             until = min(size, start + n - first)  # the rest of the call begins at slot 0 again
@@ -195,7 +212,7 @@ class Calls:
         given = {name: self.put(array) for name, array in (inputs | context | dials).items()}
         # From position 0 no ring is seen, whatever it holds: what an engine keeps stays there, what a host gives is asked for.
         kept = {name: self.info.state[name] for name in self.state}
-        nothing = {name: self.put(np.zeros(s.shape, s.dtype)) for name, s in kept.items()}
+        nothing = {name: self.put(np.zeros(s.of_slots(self.slots), s.dtype)) for name, s in kept.items()}
         found = self.methods.run("prelude", rows, given | nothing | self.blank)
         h = self.methods.run(self.loop, rows, given | found | nothing | self.blank)["h"]
         said = self.methods.run("embed_segment", rows, {"segment": h, "n_valid": given["n_valid"]})

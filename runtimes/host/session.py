@@ -79,8 +79,7 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
     if not os.path.isfile(path):  # unlike Path.is_file, False also for a name that is too long
         what = f"is {kind_of(path)}, expected a file" if os.path.exists(path) else "no such session file"
         raise SessionError(f"{path}: {what}; make one with rmse-run --save-session")
-    own = runtime.tensors()
-    known: dict[str, Form] = {name: (array.shape, array.dtype) for name, array in own.items()}
+    known: dict[str, Form] = {}
     found: dict[str, Form] = {}
     tensors: Arrays | None = None
     try:
@@ -92,6 +91,8 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
                 raise SessionError(
                     f"{path}: session version {values.get('version')}, this rmse-edge reads {VERSION}; start a new one"
                 )
+            header = validated(Header, values, str(path), SessionError, "start a new session")
+            known = {**runtime.forms(_position(path, header, runtime))}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             found = {name: (tuple(s.get_shape()), TYPES.get(s.get_dtype())) for name, s in slices.items()}
             if found == known:  # so that no more is read than the model keeps anyway
@@ -101,7 +102,6 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
         raise SessionError(f"{path}: damaged ({reason}); start a new session") from None
     if tensors is not None and values.get("sha256") != digest(tensors, values):
         raise SessionError(f"{path}: its SHA-256 does not fit; the file is damaged, start a new session")
-    header = validated(Header, values, str(path), SessionError, "start a new session")
     if not runtime.info.fingerprint or header.model != runtime.info.fingerprint:
         raise SessionError(
             f"{path}: a session of another model ({header.name}), not of {runtime.info.name}; start a new one"
@@ -126,6 +126,20 @@ def restore_session(runtime: LoopRuntime, path: str | Path) -> Resumed:
             )
     runtime.restore(int(header.position), tensors)
     return Resumed(pending, Tail(tuple(context), tuple(begun)), header.chat)
+
+
+def _position(path: Path, header: Header, runtime: LoopRuntime) -> int:
+    """Where the text has got to.
+
+    Raises:
+        SessionError: further than the model's state goes.
+    """
+    position, most = int(header.position), runtime.info.longest
+    if most is not None and position > most:
+        raise SessionError(
+            f"{path}: position: got {position}, and {runtime.info.name} takes {most} tokens at most; start a new session"
+        )
+    return position
 
 
 Tokens = Annotated[str, Field(pattern="^([0-9]{1,9}( [0-9]{1,9})*)?$"), Expected("tokens")]

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+
+from pydantic import Field
 
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
-from rmse_edge.info import Dtype, Form, ModelInfo
+from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, Dtype, Form, ModelInfo
+from rmse_edge.loop.contract import SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
-LARGEST_STATE = 4 << 30  # bytes that a model may keep between calls: what is zeroed before the first one
 LARGEST_CALL = 1 << 16  # rows of a call
 LARGEST_TENSOR = 2 << 30  # bytes of anything that goes into a call or comes out of it
 
@@ -31,6 +32,8 @@ class Tensor:
     name: Name
     shape: Shape
     dtype: Dtype
+    # The axis of which a call has no more than the appended state has slots just then.
+    slots_axis: Annotated[int, Field(ge=0, le=8)] | None = None
 
     @property
     def form(self) -> Form:
@@ -111,8 +114,13 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
         refuse("model.chunks", list(chunks), f"at most {most} rows")
     for name in info.state:
         check_state(info, name, refuse)
-    if kept_bytes(info) > LARGEST_STATE:
-        refuse("model.state", f"{kept_bytes(info)} bytes", f"at most {LARGEST_STATE} (4 GiB)")
+    appended = {s.shape[-2] for s in info.state.values() if s.kind == "append"}
+    if len(appended) > 1:
+        refuse("model.state", f"appended ones of {' and '.join(map(str, sorted(appended)))} slots", "as many in each")
+    if info.page is not None and not appended:
+        refuse("model.page", info.page, "null, since nothing is appended")
+    if info.kept_bytes() > LARGEST_STATE:
+        refuse("model.state", f"{info.kept_bytes()} bytes", f"at most {LARGEST_STATE} (4 GiB)")
 
 
 def _stated(info: ModelInfo, name: str) -> Any:
@@ -139,11 +147,6 @@ def check_state(info: ModelInfo, name: str, refuse: Refuse) -> None:
             refuse(f"{field}.source", state.source, f"some of {', '.join(info.methods)}")
 
 
-def kept_bytes(info: ModelInfo) -> int:
-    """Bytes of the state."""
-    return sum(_nbytes(state.form) for state in info.state.values())
-
-
 def _nbytes(form: Form) -> int:
     return prod(form[0]) * SIZES[form[1]]
 
@@ -162,7 +165,10 @@ def check_methods(
     """
     for name, method in methods.items():
         for tensor in (*method.inputs, *method.outputs):
-            if _nbytes(tensor.form) > LARGEST_TENSOR:
+            shape = list(tensor.shape)
+            if tensor.slots_axis is not None and tensor.slots_axis < len(shape):  # the rest comes with the text
+                shape[tensor.slots_axis] = min(shape[tensor.slots_axis], info.page or PAGE)
+            if _nbytes((tuple(shape), tensor.dtype)) > LARGEST_TENSOR:
                 refuse(f"methods.{name}.{tensor.name}", list(tensor.shape), "at most 2 GiB")
     flow = Flow(info, methods, refuse, engine_keeps)
     for rows in info.chunks:
@@ -179,6 +185,7 @@ class Flow:
         self.info, self.methods, self.refuse, self.engine_keeps = info, methods, refuse, engine_keeps
         self.width = info.width
         self.made: dict[str, Form] = {}  # what methods gave, of what a host has at hand
+        self.axes: dict[str, int] = {}  # of tensors that grow with the appended state: the axis that does
 
     def given(self, rows: int) -> dict[str, Form]:
         """What the host itself gives to the methods of a call of so many rows."""
@@ -200,6 +207,11 @@ class Flow:
             found["retrieved_scores"] = ((1, hits), "float32")
             found["retrieved_valid"] = ((1, hits), "bool")
         noise: dict[str, Form] = {name: ((1, rows, self.width), "float32") for name in info.noise}
+        if info.capacity is not None:
+            found[SLOTS] = ((info.capacity,), "int64")
+        if info.page is not None:
+            self.axes = {name: len(kept.shape) - 2 for name, kept in info.state.items() if kept.kind == "append"}
+            self.axes[SLOTS] = 0
         state = {name: kept.form for name, kept in info.state.items()}
         for field, new in (("noise", noise), ("state", state)):
             for name in found.keys() & new.keys():
@@ -287,6 +299,8 @@ class Flow:
             for prefix in prefixes:
                 known = known.removeprefix(prefix)
             self.give(name, have, known, tensor.form)
+            if tensor.slots_axis is not None:
+                self.grows(name, known, tensor)
 
     def take(self, name: str, have: Mapping[str, Form], of_loop: bool = False) -> None:
         for tensor in self.method(name).inputs:
@@ -294,8 +308,12 @@ class Flow:
             if tensor.name not in have:
                 self.refuse(field, "a tensor that nothing gives", f"some of {', '.join(sorted(have))}")
             shape, dtype = have[tensor.name]
+            axis = self.axes.get(tensor.name)
             if of_loop and tensor.name in self.info.state:
                 shape, dtype = self.info.state[tensor.name].row
+                axis = axis - 1 if axis is not None and self.info.state[tensor.name].per_loop else axis
+            if tensor.slots_axis != axis:
+                self.refuse(f"{field}.slots_axis", tensor.slots_axis, str(axis))
             if not _fits(tensor.form, (shape, dtype)):
                 self.refuse(field, f"{list(tensor.shape)} {tensor.dtype}", f"{list(shape)} {dtype}")
 
@@ -305,6 +323,15 @@ class Flow:
             self.refuse(f"methods.{name}.outputs.{known}", f"{list(form[0])} {form[1]}", f"{list(shape)} {dtype}")
         have.setdefault(known, form)
         self.made.setdefault(known, form)
+
+    def grows(self, name: str, known: str, tensor: Tensor) -> None:
+        """Take note of a result that grows with the appended state: only the masks of `begin` do."""
+        field, axis = f"methods.{name}.outputs.{tensor.name}.slots_axis", tensor.slots_axis
+        if self.info.page is None or not name.startswith("begin_"):
+            self.refuse(field, axis, "null")
+        if axis is None or axis >= len(tensor.shape) or tensor.shape[axis] != self.info.capacity:
+            self.refuse(field, axis, f"an axis of {self.info.capacity}, as the appended state has")
+        self.axes[known] = axis
 
     def require(self, name: str, wanted: Mapping[str, Form]) -> None:
         """Fail unless methods gave all of `wanted`."""

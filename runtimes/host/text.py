@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from rmse_edge.errors import UserError
-from rmse_edge.info import ModelInfo, TextInfo
+from rmse_edge.info import LARGEST_STATE, ModelInfo, TextInfo
 from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.loop.contract import SLOTS
 from rmse_edge.loop.dials import Dials
+from rmse_edge.loop.generator import starts
 
 from .base import Arrays, Fed, Methods, Surprise
 from .calls import Calls, plan_calls
-from .generator import noise
-from .signatures import LARGEST_STATE, kept_bytes
 
 
 class LoopRuntime:
@@ -24,9 +25,9 @@ class LoopRuntime:
     def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls, loop: str = "loop") -> None:
         if info.text is None:
             raise UserError(f"{info.name}: fills in boards and reads no text (rmse_edge.runtimes.board_for runs it)")
-        if kept_bytes(info) > LARGEST_STATE:
+        if info.kept_bytes() > LARGEST_STATE:
             raise UserError(
-                f"{info.name}: keeps {kept_bytes(info)} bytes between calls, for {info.window or info.capacity} positions and "
+                f"{info.name}: keeps {info.kept_bytes()} bytes between calls, for {info.window or info.capacity} positions and "
                 f"{info.max_loops} loops; at most {LARGEST_STATE} (4 GiB) are supported, lower window in its config.json"
             )
         self.info = info
@@ -73,16 +74,22 @@ class LoopRuntime:
         """All that is kept between calls, but for the position; views where that is possible."""
         return self.calls.tensors() | self.retrieved
 
+    def forms(self, position: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and types of what `tensors` gives at a position."""
+        slots = self.info.slots(position)
+        grown = {name: state.of_slots(slots) for name, state in self.info.state.items() if state.kind == "append"}
+        return {name: (grown.get(name, array.shape), array.dtype) for name, array in self.tensors().items()}
+
     def restore(self, position: int, tensors: Arrays) -> None:
         """Go on from what `tensors` gave at `position`.
 
         Raises:
             ValueError: names, shapes or types are not this model's; nothing was changed.
         """
-        shapes = [{k: (v.shape, v.dtype) for k, v in t.items()} for t in (self.tensors(), tensors)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"state: got {shapes[1]}, expected {shapes[0]}")
-        self.calls.restore(tensors)
+        got, expected = {k: (v.shape, v.dtype) for k, v in tensors.items()}, self.forms(position)
+        if got != expected:
+            raise ValueError(f"state: got {got}, expected {expected}")
+        self.calls.restore(position, tensors)
         for name, array in self.retrieved.items():
             np.copyto(array, tensors[name])
         self._position = position
@@ -116,7 +123,7 @@ class LoopRuntime:
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = self._valid_ids(tokens)
-        count, limit, room = self._position + len(ids), self.info.language.max_seq_len, self.info.capacity
+        count, limit, room = self._position + len(ids), self.info.language.max_seq_len, self.info.room
         if limit is not None and count > limit:
             raise UserError(
                 f"{count} tokens are more than the {limit} this package was exported for "
@@ -124,7 +131,9 @@ class LoopRuntime:
             )
         if room is not None and count > room:
             raise UserError(
-                f"{count} tokens are more than the {room} that {self.info.name} attends to; shorten the text"
+                f"{count} tokens are more than the {room} that {self.info.name} "
+                + ("attends to" if room == self.info.capacity else "can keep in 4 GiB")
+                + "; shorten the text"
             )
         return ids
 
@@ -145,7 +154,14 @@ class LoopRuntime:
         if text.rotary_dims:
             cos, sin = rotary_angles(position + np.arange(chunk), text.rotary_dims, text.rope_theta)
             angles = {"cos": cos[None], "sin": sin[None]}
-        return angles | {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
+        slots: Arrays = {} if self.calls.slots is None else {SLOTS: self._slots(self.calls.slots)}
+        return angles | slots | {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def _slots(count: int) -> np.ndarray:
+        """The same array until there are more: what is bound to an engine need not be bound again."""
+        return np.arange(count)
 
     def inputs(self, chunk: int, ids: np.ndarray, position: int | None = None, hits: Arrays | None = None) -> Arrays:
         """What a call of `chunk` rows reads that begins at `position` (here, by default): tokens, hits and noise.
@@ -161,10 +177,8 @@ class LoopRuntime:
 
     def _noise(self, chunk: int, position: int) -> Arrays:
         """Every row belongs to its position, so that it does not matter how a text is cut into calls."""
-        if not self.info.noise:
-            return {}
-        rows = np.stack([noise(self.noise_seed, position + row, self.info.width) for row in range(chunk)])[None]
-        return {name: rows * np.float32(deviation) for name, deviation in self.info.noise.items()}
+        found = starts(self.info.noise, self.noise_seed, range(position, position + chunk), self.info.width)
+        return {name: rows[None] for name, rows in found.items()}
 
     def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
         """One call with `ids`, which move the position on."""

@@ -80,10 +80,12 @@ class Stream:
         """Feed all of it from an empty past."""
         ends = {int(part[-1]) for part in self.parts}
         self.runtime.reset()
-        early = self._snapshot()
+        early, late, limit = self._snapshot(), None, self.runtime.info.longest
         for call in range(len(self.seconds)):
             if call == self.parts[0][0]:
                 early = self._snapshot()
+            if limit is not None and self.runtime.position + 2 * SEGMENT > limit and late is None:
+                late = self._snapshot()  # behind this there is no room for the call that the two are compared by
             start = perf_counter()
             fed = self._feed(call, SEGMENT)
             self.seconds[call] = perf_counter() - start
@@ -97,6 +99,7 @@ class Stream:
             if call in ends:
                 self.finite &= self._state_is_finite()
             progress(SEGMENT)
+        late = self._snapshot() if late is None else late  # at the end of a segment, where calls can be whole again
         rest = self.tokens % SEGMENT
         if rest:
             self._feed(len(self.seconds), rest)
@@ -104,7 +107,7 @@ class Stream:
         self.finite &= self._state_is_finite()
         self.resident = resident_bytes()[0]
         self.state_bytes = self.runtime.state_bytes()
-        self._compare(early, self._snapshot())
+        self._compare(early, late)
 
     def _snapshot(self) -> tuple[int, Arrays]:
         return self.runtime.position, {name: array.copy() for name, array in self.runtime.tensors().items()}
@@ -116,19 +119,18 @@ class Stream:
 
     def _compare(self, early: tuple[int, Arrays], late: tuple[int, Arrays]) -> None:
         """The same tokens from both states in turns, at a fixed depth, so that both do the same work."""
-        dials, limit = Dials(self.paired_loops), self.runtime.info.longest
-        room = late[0] if limit is None else limit - SEGMENT
+        dials, end = Dials(self.paired_loops), self._snapshot()
         for pair in range(PAIRS + 1):
             ids = self.ids.take(np.arange(pair * SEGMENT, (pair + 1) * SEGMENT), mode="wrap")
             seconds = []
             for state in (early, late):
-                self.runtime.restore(min(state[0], room) // SEGMENT * SEGMENT, state[1])
+                self.runtime.restore(*state)
                 start = perf_counter()
                 self.runtime.feed(ids, dials, logits="last")
                 seconds.append(perf_counter() - start)
             if pair:  # the first one warms up
                 self.pairs.append((seconds[0], seconds[1]))
-        self.runtime.restore(*late)
+        self.runtime.restore(*end)
 
     def _feed(self, call: int, count: int) -> Fed:
         places = np.arange(call * SEGMENT, call * SEGMENT + count)

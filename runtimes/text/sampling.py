@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmse_edge.errors import UserError
-from rmse_edge.runtimes.host.generator import MASK, SplitMix64
+from rmse_edge.loop.generator import MASK, SplitMix64
 
 
 @dataclass(frozen=True)

@@ -76,24 +76,27 @@ void check_tokens(const Json& known) {
 class CountingMethod final : public Method {
  public:
   using Arguments = std::map<std::string, std::byte*>;
-  using Work = std::function<void(const Arguments&)>;
+  using Work = std::function<void(const Arguments&, int64_t slots)>;
 
   CountingMethod(const std::string& program, const std::string& name, const MethodSpec& spec, Work work)
       : Method(program, name, spec), work_(std::move(work)) {}
 
+  void resize(size_t, int64_t slots) override { slots_ = slots; }
   void read(size_t input, std::byte* data) override { bound_[spec().inputs[input].name] = data; }
   void write(size_t output, std::byte* data) override { bound_[spec().outputs[output].name] = data; }
-  void run() override { work_(bound_); }
+  void run() override { work_(bound_, slots_); }
 
  private:
   Work work_;
   Arguments bound_;
+  int64_t slots_ = 0;  // of what is appended
 };
 
 // What the prelude of the model below was given, call by call.
 struct Given {
-  std::vector<float> start;                            // of noise
+  std::vector<float> start, turn;                      // of noise
   std::vector<std::vector<float>> all, last, latest;  // the state
+  std::vector<std::vector<int64_t>> slots;            // the numbers of the slots of `all`
 };
 
 // A model that counts: token t takes t + 1 loops, each adds one to h, and the logits point at the sum.
@@ -109,28 +112,30 @@ class CountingEngine final : public Engine {
     const auto i64 = [](const Arguments& a, const char* name) { return reinterpret_cast<int64_t*>(a.at(name)); };
     const std::map<std::string, CountingMethod::Work> works = {
         {"prelude_1",
-         [=, this](const Arguments& a) {
+         [=, this](const Arguments& a, int64_t slots) {
            *f32(a, "x0") = static_cast<float>(*i64(a, "tokens"));
            given_.start.push_back(*f32(a, "start"));
-           given_.all.emplace_back(f32(a, "all"), f32(a, "all") + 12);
+           given_.turn.push_back(*f32(a, "turn"));
+           given_.all.emplace_back(f32(a, "all"), f32(a, "all") + slots);
+           given_.slots.emplace_back(i64(a, "slots"), i64(a, "slots") + slots);
            given_.last.emplace_back(f32(a, "last"), f32(a, "last") + 3);
            given_.latest.emplace_back(f32(a, "latest"), f32(a, "latest") + 1);
          }},
         {"begin_1",
-         [=](const Arguments& a) {
+         [=](const Arguments& a, int64_t) {
            *f32(a, "first_h") = 0;
            *reinterpret_cast<bool*>(a.at("first_active")) = true;
          }},
         {"step_1",
-         [=](const Arguments& a) {
+         [=](const Arguments& a, int64_t) {
            *f32(a, "next_h") = *f32(a, "h") + 1;
            *i64(a, "next_depth") = *i64(a, "depth") + 1;
            const bool going = static_cast<float>(*i64(a, "k")) < *f32(a, "x0");
            for (const char* name : {"next_active", "any_active"}) *reinterpret_cast<bool*>(a.at(name)) = going;
          }},
-        {"coda_1", [=](const Arguments& a) { *f32(a, "y") = *f32(a, "h"); }},
+        {"coda_1", [=](const Arguments& a, int64_t) { *f32(a, "y") = *f32(a, "h"); }},
         {"head_1",
-         [=](const Arguments& a) {
+         [=](const Arguments& a, int64_t) {
            for (int v = 0; v < 4; ++v) f32(a, "logits")[v] = -std::fabs(static_cast<float>(v) - *f32(a, "y"));
          }},
     };
@@ -165,22 +170,27 @@ void check_engine(const std::string& folder, const Json& start) {
   expect("the likeliest tokens", best, fed.depth);
   expect("depth at a bound", model.feed(tokens, {.max_loops = 2}).depth, std::vector<int64_t>{1, 2, 2, 1});
   expect("position", model.position(), 8);
-  given.start.resize(4);
-  expect("the noise of a Python host", given.start, start["numbers"].get<std::vector<float>>());
+  for (const auto& [name, got] : {std::pair("start", &given.start), std::pair("turn", &given.turn)}) {
+    got->resize(4);
+    expect(std::string("the noise of a Python host: ") + name, *got, start[name].get<std::vector<float>>());
+  }
   const std::vector<float> read = {0, 2, 1, 0, 0, 2, 1};  // by all calls but the last
   expect("a ring after seven tokens", given.last.back(), std::vector<float>{1, 0, 2});
   expect("a ring after two", given.last[2], std::vector<float>{0, 2, 0});
   expect("what was replaced", given.latest.back(), std::vector<float>{1});
-  std::vector<float> all(12);
+  std::vector<float> all(8);  // two pages
   std::copy(read.begin(), read.end(), all.begin());
   expect("what was appended", given.all.back(), all);
+  expect("what was appended to the first page", given.all[3], std::vector<float>{0, 2, 1, 0});
+  expect("the slots of one page", given.slots[3], std::vector<int64_t>{0, 1, 2, 3});
+  expect("the slots of two", given.slots.back(), std::vector<int64_t>{0, 1, 2, 3, 4, 5, 6, 7});
   const std::vector<int64_t> too_many(5);
   const std::string long_text = complaint_of([&] { model.feed(too_many, {.max_loops = 3}); });
   expect("a text too long", long_text, std::string("13 tokens are more than the 12 that counting attends to; shorten the text"));
   expect("position after it", model.position(), 8);
   model.reset();
   model.feed(std::span(tokens).first(1), {.max_loops = 3});
-  expect("a new text", given.all.back(), std::vector<float>(12));
+  expect("a new text", given.all.back(), std::vector<float>(4));
   const std::string refusal = complaint_of([&] { Package::open(folder, "executorch"); });
   expect("another target", refusal.ends_with("made for counting; this runner takes packages made for executorch"), true);
 }

@@ -47,29 +47,33 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tensor(name: str, dtype: str, *shape: int) -> dict[str, Any]:
-    return {"name": name, "dtype": dtype, "shape": shape}
+def tensor(name: str, dtype: str, *shape: int, **more: int) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": shape} | more
 
 
-DEVIATION = 0.3  # of the noise that the model begins from
+DEVIATIONS = {"start": 0.3, "turn": 2.0}  # of the noise that the model begins from
 
 
 @pytest.fixture
 def counting(tmp_path: Path) -> Path:
     """A package of the model that native_core.cpp computes: three kinds of state, each of which keeps x0."""
-    tokens, noise = tensor("tokens", "int64", 1, 1), tensor("start", "float32", 1, 1, 1)
+    tokens, slots = tensor("tokens", "int64", 1, 1), tensor("slots", "int64", 12, slots_axis=0)
+    noise = [tensor(name, "float32", 1, 1, 1) for name in DEVIATIONS]
     x0, h = tensor("x0", "float32", 1, 1, 1), tensor("h", "float32", 1, 1, 1)
     depth, active, k = tensor("depth", "int64", 1, 1), tensor("active", "bool", 1, 1), tensor("k", "int64")
     state = {
         name: {"shape": [1, size, 1], "dtype": "float32", "kind": kind, "source": "x0", "read_by": ["prelude"], "per_loop": False}
         for name, kind, size in (("all", "append", 12), ("last", "ring", 3), ("latest", "replace", 1))
     }  # fmt: skip
-    kept = [tensor(name, "float32", *s["shape"]) for name, s in state.items()]
+    kept = [
+        tensor(name, "float32", *s["shape"], **({"slots_axis": 1} if name == "all" else {}))
+        for name, s in state.items()
+    ]
     folder = tmp_path / "counting.rmse"
     folder.mkdir()
     (folder / "program").write_text("none: the engine is a part of the test")
     methods = {
-        "prelude_1": ([tokens, noise, *kept], [x0]),
+        "prelude_1": ([tokens, slots, *noise, *kept], [x0]),
         "begin_1": ([x0], [h | {"name": "first_h"}, active | {"name": "first_active"}]),
         "step_1": (
             [k, h, active, depth, x0],
@@ -83,7 +87,7 @@ def counting(tmp_path: Path) -> Path:
         "model": {
             "name": "counting", "target": "counting", "model_type": "counting", "quant": "fp32", "max_loops": 3,
             "dials": {"max_loops": 3}, "rules": ["max_loops"], "width": 1, "parameters": 0, "chunks": [1], "segment": None,
-            "methods": ["prelude", "loop", "head", "coda"], "state": state, "noise": {"start": DEVIATION},
+            "methods": ["prelude", "loop", "head", "coda"], "state": state, "noise": DEVIATIONS, "page": 4,
             "text": {"vocab_size": 4},
         },
         "quantization": {"weights": "fp32"},
@@ -97,20 +101,17 @@ def counting(tmp_path: Path) -> Path:
 @pytest.fixture
 def golden(tmp_path: Path) -> Path:
     """The numbers on record, and what a Python host fills the inputs of that model's first calls with."""
-    spec = LoopSpec(
-        1, 3, (), (), TensorSpec("h", (1, 1, 1)), TensorSpec("active", (1, 1)), (), noise={"start": DEVIATION}
-    )
+    spec = LoopSpec(1, 3, (), (), TensorSpec("h", (1, 1, 1)), TensorSpec("active", (1, 1)), (), noise=DEVIATIONS)
     info = ModelInfo.of_spec(
         {1: spec}, name="counting", target="torch", model_type="counting", dials=Dials(3), parameters=0, nbytes=0,
         text=TextInfo(4),
     )  # fmt: skip
     host = LoopRuntime(info, cast(Any, None))
     host.noise_seed = 2**63 + 5
-    start = [host.inputs(1, np.zeros(1, np.int64), position)["start"].item() for position in range(4)]
+    drawn = [host.inputs(1, np.zeros(1, np.int64), position) for position in range(4)]
+    start = {name: [given[name].item() for given in drawn] for name in DEVIATIONS}
     path = tmp_path / "golden.json"
-    path.write_text(
-        json.dumps(json.loads(GOLDEN.read_text()) | {"start": {"seed": str(host.noise_seed), "numbers": start}})
-    )
+    path.write_text(json.dumps(json.loads(GOLDEN.read_text()) | {"start": {"seed": str(host.noise_seed)} | start}))
     return path
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_one_line
 
 from rmse_edge.errors import UserError
-from rmse_edge.runtimes.host.generator import SplitMix64, noise, number
+from rmse_edge.loop.generator import SplitMix64, noise, number
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling, probabilities
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "sampler.json").read_text())

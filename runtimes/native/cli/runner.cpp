@@ -295,6 +295,7 @@ int write_logits(const Options& options) {
   check_memory(options, package.info());
   Model model(package, open_executorch(package, options.packed_weights));
   if (options.no_memory) model.leave_memory_blank();
+  model.set_noise_seed(options.sampling.seed);
   std::span<const int64_t> tokens = options.prompt_tokens;
   std::vector<float> logits;
   std::string depths;
@@ -333,6 +334,7 @@ int generate(const Options& options) {
   Writer writer(options);
   Model model(package, open_executorch(package, options.packed_weights));
   if (options.no_memory) model.leave_memory_blank();
+  model.set_noise_seed(options.sampling.seed);
   struct sigaction once = {};  // Ctrl-C ends the text; a second one the program
   once.sa_handler = [](int) { interrupted = 1; };
   once.sa_flags = static_cast<int>(SA_RESETHAND);

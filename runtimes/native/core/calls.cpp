@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "generator.h"
 
@@ -47,11 +48,19 @@ Calls::Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers&
   for (const auto* method : {&prelude_, &coda_, &head_, &commit_}) {
     if (*method != nullptr) bind_outputs(**method);
   }
-  for (const auto* method : {&prelude_, &begin_, &step_, &coda_, &head_, &commit_}) {
-    if (*method != nullptr) bind_inputs(**method);
+  bind(info.slots(0));
+  if (const auto slots = given_.find("slots"); slots != given_.end()) {  // as many of them are read as there are
+    std::iota(slots->second.as<int64_t>(), slots->second.as<int64_t>() + *info.capacity(), int64_t{0});
   }
   for (int64_t i = 0; i < info.text.rotary_dims / 2; ++i) {
     frequencies_.push_back(std::pow(info.text.rope_theta, -2.0 * i / static_cast<double>(info.text.rotary_dims)));
+  }
+}
+
+void Calls::bind(int64_t slots) {
+  rows_read_.clear();
+  for (const auto* method : {&prelude_, &begin_, &step_, &coda_, &head_, &commit_}) {
+    if (*method != nullptr) bind_inputs(**method, slots);
   }
 }
 
@@ -90,13 +99,14 @@ void Calls::bind_step_outputs() {
   }
 }
 
-void Calls::bind_inputs(Method& method) {
+void Calls::bind_inputs(Method& method, int64_t slots) {
   const std::vector<TensorSpec>& inputs = method.spec().inputs;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Buffer& buffer = given(method, inputs[i]);
     const auto kept = info_.state.find(inputs[i].name);
+    if (inputs[i].slots_axis >= 0) method.resize(i, slots);
     if (&method == step_.get() && kept != info_.state.end() && kept->second.per_loop) {
-      rows_read_.push_back({i, buffer.data(), inputs[i].nbytes()});
+      rows_read_.push_back({i, buffer.data(), inputs[i].of_slots(slots).nbytes()});
     } else {
       method.read(i, buffer.data());
     }
@@ -133,12 +143,16 @@ void Calls::fill_angles(int64_t position) {
 
 // Row r of what the model begins from belongs to its position, however the text is cut into calls.
 void Calls::fill_noise(int64_t position, uint64_t seed) {
+  SplitMix64 others(seed);  // its numbers are the seeds of all inputs but the first
+  others.next();
+  uint64_t own = seed;
   for (const auto& [name, deviation] : info_.noise) {
+    if (name != info_.noise.begin()->first) own = others.next();
     const auto found = given_.find(name);
     if (found == given_.end()) continue;
     float* x = found->second.as<float>();
     for (int64_t row = 0; row < rows_; ++row) {
-      for (const float z : noise(seed, position + row, info_.width)) *x++ = z * static_cast<float>(deviation);
+      for (const float z : noise(own, position + row, info_.width)) *x++ = z * static_cast<float>(deviation);
     }
   }
 }

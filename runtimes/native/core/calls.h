@@ -26,6 +26,9 @@ class Calls {
   Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers& shared);
   Calls(const Calls&) = delete;
 
+  // What is shared lies elsewhere now, and the appended state has so many slots.
+  void bind(int64_t slots);
+
   // `noise_seed`: of what the model begins from, where it begins from noise.
   void prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed);
   int64_t loop();  // iterations that ran
@@ -53,7 +56,7 @@ class Calls {
     if (method != nullptr) method->run();  // a model need not have it
   }
   Buffer& make(const TensorSpec& spec);
-  void bind_inputs(Method& method);
+  void bind_inputs(Method& method, int64_t slots);
   void bind_outputs(Method& method, std::string_view prefix = "");
   void bind_step_outputs();
   const Buffer& given(const Method& method, const TensorSpec& input);

@@ -21,6 +21,8 @@ class Method {
   Method(const Method&) = delete;
   virtual ~Method() = default;
 
+  // How long an input is that grows with the appended state. Its data is bound anew afterwards.
+  virtual void resize(size_t input, int64_t slots) = 0;
   virtual void read(size_t input, std::byte* data) = 0;
   virtual void write(size_t output, std::byte* data) = 0;
   virtual void run() = 0;

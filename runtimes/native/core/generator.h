@@ -1,4 +1,4 @@
-// Random numbers that are the same in every language. runtimes/host/generator.py says how they are made.
+// Random numbers that are the same in every language. rmse_edge/loop/generator.py says how they are made.
 #pragma once
 
 #include <cstddef>

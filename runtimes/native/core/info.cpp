@@ -163,7 +163,11 @@ std::vector<TensorSpec> tensors(const Json& list) {
   std::vector<TensorSpec> specs;
   for (const Json& value : items(list)) {
     const Part part(value, std::string("[").append(std::to_string(specs.size())).append("]"));
-    specs.push_back({part.at("name", name), part.at("dtype", dtype), part.at("shape", shape)});
+    TensorSpec tensor = {part.at("name", name), part.at("dtype", dtype), part.at("shape", shape)};
+    const auto axis = part.at("slots_axis", or_null(whole(0, kMostAxes)), std::nullopt);
+    tensor.slots_axis = static_cast<int>(axis.value_or(-1));
+    if (tensor.slots_axis >= std::ssize(tensor.shape)) part.refuse(".slots_axis", std::to_string(*axis), "one of its axes");
+    specs.push_back(std::move(tensor));
   }
   return specs;
 }
@@ -237,7 +241,7 @@ State state_of(const std::string& called, const Part& part, const ModelInfo& inf
   static const auto kReaders = list_of(one_of<std::string>(
       {{"prelude", "prelude"}, {"loop", "loop"}, {"coda", "coda"}, {"commit", "commit"}}));
   const auto readers = part.at("read_by", kReaders);
-  const State state = {.tensor = {called, part.at("dtype", dtype), part.at("shape", shape)},
+  State state = {.tensor = {called, part.at("dtype", dtype), part.at("shape", shape)},
                        .kind = part.at("kind", kKind),
                        .source = part.at("source", name),
                        .read_by = {readers.begin(), readers.end()},
@@ -248,6 +252,7 @@ State state_of(const std::string& called, const Part& part, const ModelInfo& inf
     part.refuse(".shape", dump(Json(axes)), "a row for each of the " + std::to_string(info.max_loops) + " loops");
   }
   if (state.has_slots() && axes.size() < 3) part.refuse(".shape", dump(Json(axes)), "positions in the last axis but one");
+  if (state.kind == StateKind::kAppend && info.page) state.tensor.slots_axis = static_cast<int>(axes.size()) - 2;
   if (state.kind == StateKind::kWritten && !info.segment) {
     part.refuse(".kind", "written", "another one, since model.segment is null");
   }
@@ -261,7 +266,15 @@ State state_of(const std::string& called, const Part& part, const ModelInfo& inf
 
 void check_size(const ModelInfo& info) {
   uint64_t nbytes = 0;
-  for (const auto& [_, state] : info.state) nbytes += state.tensor.nbytes();
+  for (const auto& [called, state] : info.state) {
+    nbytes += state.tensor.of_slots(info.slots(0)).nbytes();
+    if (state.kind != StateKind::kAppend || state.slots() == *info.capacity()) continue;
+    throw JsonError("model.state: got appended ones of " + std::to_string(*info.capacity()) + " and " +
+                    std::to_string(state.slots()) + " slots, expected as many in each");
+  }
+  if (info.page && !info.capacity()) {
+    throw JsonError("model.page: got " + std::to_string(*info.page) + ", expected null, since nothing is appended");
+  }
   if (nbytes > kLargestState) {
     throw JsonError("model.state: got " + std::to_string(nbytes) + " bytes, expected at most " +
                     std::to_string(kLargestState) + " (4 GiB)");
@@ -301,6 +314,7 @@ ModelInfo read_model(const Json& manifest) {
     model.refuse(".text", "none", "a model of texts, as this runner runs");
   }
   info.text = text_info(model.part("text"));
+  info.page = model.at("page", or_null(count), std::nullopt);
   const Part states = model.part("state");
   for (const std::string& called : states.names()) info.state.emplace(called, state_of(called, states.part(called), info));
   check_size(info);
@@ -333,13 +347,17 @@ ModelInfo read_model(const Json& manifest) {
 
 TensorSpec State::row() const {
   TensorSpec row = tensor;
-  if (per_loop) row.shape.erase(row.shape.begin());
+  if (per_loop) {
+    row.shape.erase(row.shape.begin());
+    if (row.slots_axis >= 0) --row.slots_axis;
+  }
   return row;
 }
 
 TensorSpec State::taken(int64_t rows) const {
   TensorSpec taken = tensor;
   taken.name = source;
+  taken.slots_axis = -1;
   if (has_slots()) taken.shape.rbegin()[1] = static_cast<int32_t>(rows);
   return taken;
 }
@@ -353,17 +371,32 @@ bool ModelInfo::remembers() const {
 }
 
 std::optional<int64_t> ModelInfo::capacity() const {
-  std::optional<int64_t> least;
   for (const auto& [_, s] : state) {
-    if (s.kind == StateKind::kAppend) least = std::min(least.value_or(s.slots()), s.slots());
+    if (s.kind == StateKind::kAppend) return s.slots();
   }
-  return least;
+  return std::nullopt;
+}
+
+int64_t ModelInfo::slots(int64_t positions) const {
+  const std::optional<int64_t> most = capacity();
+  if (!most || !page) return most.value_or(0);
+  return std::min(*most, *page * std::max<int64_t>(1, (positions + *page - 1) / *page));
+}
+
+std::optional<int64_t> ModelInfo::room() const {
+  const std::optional<int64_t> most = capacity();
+  if (!most || !page) return most;
+  int64_t slot = 0, others = 0;
+  for (const auto& [_, s] : state) {
+    (s.kind == StateKind::kAppend ? slot : others) += static_cast<int64_t>(s.tensor.of_slots(1).nbytes());
+  }
+  return std::min(*most, std::max<int64_t>(0, kLargestState - others) / slot);
 }
 
 std::optional<int64_t> ModelInfo::longest() const {
-  const std::optional<int64_t> room = capacity();
-  if (!room || !text.max_seq_len) return room ? room : text.max_seq_len;
-  return std::min(*room, *text.max_seq_len);
+  const std::optional<int64_t> most = room();
+  if (!most || !text.max_seq_len) return most ? most : text.max_seq_len;
+  return std::min(*most, *text.max_seq_len);
 }
 
 void Dials::check(int64_t trained_depth) const {

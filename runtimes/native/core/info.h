@@ -63,6 +63,7 @@ struct ModelInfo {
   std::vector<int64_t> chunks;        // rows of the calls that exist, ascending; the first is 1
   std::optional<int64_t> segment;     // no call crosses a multiple of so many positions
   std::set<std::string> methods;      // that the model has, whoever drives the loop
+  std::optional<int64_t> page;        // slots by which what is appended grows; none: nothing is, or all are there from the start
   std::map<std::string, State> state;
   std::map<std::string, double> noise;  // inputs to be filled with noise: their standard deviation
   TextInfo text;
@@ -75,6 +76,8 @@ struct ModelInfo {
   bool has_rule(const std::string& dial) const;
   bool remembers() const;                  // whether it has a memory that is written while it reads
   std::optional<int64_t> capacity() const; // positions that a text may have at most, for its state
+  std::optional<int64_t> room() const;     // positions whose state is not too large, as far as it grows
+  int64_t slots(int64_t positions) const;  // of the appended state of a text of so many positions; 0: there is none
   std::optional<int64_t> longest() const;  // of a text, in tokens, for its state and the export
 };
 

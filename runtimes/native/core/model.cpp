@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
-#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -38,7 +36,7 @@ std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t co
 void put_rows(const Buffer& slots, const Buffer& made, int64_t position, int64_t count) {
   const std::vector<int32_t> &shape = slots.spec().shape, &given = made.spec().shape;
   const int64_t size = shape.rbegin()[1], rows = given.rbegin()[1];
-  const int64_t outer = std::accumulate(shape.begin(), shape.end() - 2, int64_t{1}, std::multiplies<>());
+  const auto outer = static_cast<int64_t>(slots.outer());
   const size_t entry = slots.nbytes() / (outer * size);
   for (int64_t o = 0; o < outer; ++o) {
     std::byte* to = slots.data() + o * size * entry;
@@ -52,7 +50,7 @@ void put_rows(const Buffer& slots, const Buffer& made, int64_t position, int64_t
 }  // namespace
 
 Model::Model(const Package& package, std::unique_ptr<Engine> engine)
-    : info_(package.info()), engine_(std::move(engine)) {
+    : info_(package.info()), engine_(std::move(engine)), slots_(info_.slots(0)) {
   // Before anything is allocated: what the manifest says of the methods, and the package was checked by, is what the program has.
   for (const auto& [name, spec] : info_.signatures) engine_->check(name, spec);
   make_shared();
@@ -66,7 +64,7 @@ void Model::make_shared() {
   const auto make = [&](const TensorSpec& spec) { shared_.try_emplace(spec.name, spec); };
   for (const char* name : {"max_loops", "min_loops"}) make({name, Dtype::kInt64, {}});
   for (const char* name : {"exit_threshold", "exit_epsilon", "exit_entropy"}) make({name, Dtype::kFloat32, {}});
-  for (const auto& [_, state] : info_.state) make(state.tensor);
+  for (const auto& [_, state] : info_.state) make(state.tensor.of_slots(slots_));
   // Nothing is looked up here: hits stay empty.
   const Specs given = given_tensors(info_, info_.chunks.front());
   for (const TensorSpec& input : info_.signatures.at("prelude_1").inputs) {
@@ -108,6 +106,7 @@ size_t Model::state_bytes() const {
 }
 
 void Model::reset() {
+  grow(0);
   // What slots hold is masked by position; zeroed all the same, to be reproducible.
   for (auto& [_, buffer] : shared_) buffer.clear();
   for (const auto& [name, state] : info_.state) {
@@ -157,14 +156,15 @@ void Model::check(std::span<const int64_t> tokens) const {
     }
   }
   const int64_t length = position_ + std::ssize(tokens);
-  const std::optional<int64_t> limit = info_.text.max_seq_len, room = info_.capacity();
+  const std::optional<int64_t> limit = info_.text.max_seq_len, room = info_.room();
   if (limit && length > *limit) {
     throw std::runtime_error(std::to_string(length) + " tokens are more than the " + std::to_string(*limit) +
                              " this package was exported for (rmse-export --max-seq-len); shorten the prompt or export again");
   }
   if (room && length > *room) {
     throw std::runtime_error(std::to_string(length) + " tokens are more than the " + std::to_string(*room) + " that " +
-                             info_.name + " attends to; shorten the text");
+                             info_.name + (room == info_.capacity() ? " attends to" : " can keep in 4 GiB") +
+                             "; shorten the text");
   }
 }
 
@@ -181,8 +181,27 @@ Calls& Model::calls_of(int64_t rows) {
   return **std::find_if(calls_.begin(), calls_.end(), [&](const auto& calls) { return calls->rows() == rows; });
 }
 
+// Gives the appended state the slots that a text of so many positions has: more, or fewer after a reset.
+void Model::grow(int64_t positions) {
+  const int64_t slots = info_.slots(positions), both = std::min(slots, slots_);
+  if (slots == slots_) return;
+  for (const auto& [name, state] : info_.state) {
+    if (state.kind != StateKind::kAppend) continue;
+    Buffer& old = shared_.at(name);
+    Buffer grown(state.tensor.of_slots(slots));
+    const size_t entry = grown.nbytes() / grown.outer() / slots;
+    for (size_t o = 0; o < grown.outer(); ++o) {
+      std::memcpy(grown.data() + o * slots * entry, old.data() + o * slots_ * entry, both * entry);
+    }
+    old = std::move(grown);
+  }
+  slots_ = slots;
+  for (const auto& calls : calls_) calls->bind(slots);
+}
+
 // Takes what a call gave for its first `count` rows into the state, as each tensor's kind says.
 void Model::keep(const Calls& calls, int64_t count) {
+  grow(position_ + count);
   for (const auto& [name, state] : info_.state) {
     Buffer& kept = shared_.at(name);
     if (state.has_slots()) {

@@ -33,7 +33,7 @@ class Model {
 
   const ModelInfo& info() const { return info_; }
   int64_t position() const { return position_; }  // tokens fed since `reset`
-  size_t state_bytes() const;                     // kept between calls, the same however long the text is
+  size_t state_bytes() const;                     // kept between calls; grows with the text where something is appended
   void leave_memory_blank() { remember_ = false; }
   void set_noise_seed(uint64_t seed) { noise_seed_ = seed; }  // of models that begin from noise; 0 unless set
 
@@ -49,6 +49,7 @@ class Model {
   void check(std::span<const int64_t> tokens) const;
   void set(const Dials& dials);
   Calls& calls_of(int64_t rows);
+  void grow(int64_t positions);
   void keep(const Calls& calls, int64_t count);
   void memorize();
 
@@ -59,6 +60,7 @@ class Model {
   std::unique_ptr<Method> memorize_;  // null: there is no memory
   Buffers blank_, learned_;           // a memory that knows nothing; what `memorize` gives
   uint64_t noise_seed_ = 0;
+  int64_t slots_;  // of the appended state, as far as it has grown
   int64_t position_ = 0;
   bool remember_ = true;
 };

@@ -13,6 +13,8 @@ constexpr size_t kLargestTensor = size_t{2} << 30;  // bytes of what goes into a
 
 std::string shown(const TensorSpec& tensor) { return dump(Json(tensor.shape)) + " " + std::string(name_of(tensor.dtype)); }
 
+std::string axis_of(const TensorSpec& tensor) { return tensor.slots_axis < 0 ? "null" : std::to_string(tensor.slots_axis); }
+
 [[noreturn]] void refuse(const std::string& field, const std::string& got, const std::string& expected) {
   throw JsonError(field + ": got " + got.substr(0, 300) + ", expected " + expected.substr(0, 300));
 }
@@ -129,16 +131,27 @@ class Flow {
       if (found == have_.end()) refuse(field, "a tensor that nothing gives", "some of " + names_of(have_));
       const auto kept = info_.state.find(tensor.name);
       const TensorSpec given = of_loop && kept != info_.state.end() ? kept->second.row() : found->second;
+      if (tensor.slots_axis != given.slots_axis) refuse(field + ".slots_axis", axis_of(tensor), axis_of(given));
       if (!tensor.fits(given)) refuse(field, shown(tensor), shown(given));
     }
   }
 
   void give(const std::string& name, const TensorSpec& tensor) {
+    if (tensor.slots_axis >= 0) grows(name, tensor);
     const auto [known, fresh] = have_.emplace(tensor.name, tensor);
     if (!fresh && !known->second.fits(tensor)) {
       refuse("methods." + name + ".outputs." + tensor.name, shown(tensor), shown(known->second));
     }
     made_.emplace(tensor.name, tensor);
+  }
+
+  // Of a result that grows with the appended state: only the masks of `begin` do.
+  void grows(const std::string& name, const TensorSpec& tensor) const {
+    const std::string field = "methods." + name + ".outputs." + tensor.name + ".slots_axis";
+    if (!info_.page || !name.starts_with("begin_")) refuse(field, axis_of(tensor), "null");
+    if (tensor.shape[tensor.slots_axis] != *info_.capacity()) {
+      refuse(field, axis_of(tensor), "an axis of " + std::to_string(*info_.capacity()) + ", as the appended state has");
+    }
   }
 
   void require(const std::string& name, const TensorSpec& wanted) const { require_among(name, made_, wanted); }
@@ -182,6 +195,10 @@ Specs given_tensors(const ModelInfo& info, int64_t rows) {
   if (pairs > 0) {
     for (const char* name : {"cos", "sin"}) add(name, Dtype::kFloat32, {1, n, pairs});
   }
+  if (const auto most = info.capacity()) {
+    add("slots", Dtype::kInt64, {static_cast<int32_t>(*most)});
+    if (info.page) given.at("slots").slots_axis = 0;
+  }
   if (info.remembers()) add("segment", Dtype::kFloat32, {1, static_cast<int32_t>(*info.segment), width});
   if (hits > 0) {
     add("retrieved", Dtype::kFloat32, {1, hits, width});
@@ -200,7 +217,8 @@ void check_signatures(const ModelInfo& info) {
   for (const auto& [name, method] : info.signatures) {
     for (const auto* side : {&method.inputs, &method.outputs}) {
       for (const TensorSpec& tensor : *side) {
-        if (tensor.nbytes() > kLargestTensor) {
+        // Of what grows with the text, the rest comes with it.
+        if (tensor.of_slots(info.slots(0)).nbytes() > kLargestTensor) {
           refuse("methods." + name + "." + tensor.name, dump(Json(tensor.shape)), "at most 2 GiB");
         }
       }

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <iterator>
 #include <new>
+#include <numeric>
 
 namespace rmse {
 namespace {
@@ -38,6 +40,12 @@ std::string_view name_of(Dtype dtype) { return type_of(dtype).name; }
 
 size_t nbytes_of(Dtype dtype) { return type_of(dtype).nbytes; }
 
+TensorSpec TensorSpec::of_slots(int64_t slots) const {
+  TensorSpec grown = *this;
+  if (slots_axis >= 0) grown.shape[slots_axis] = static_cast<int32_t>(slots);
+  return grown;
+}
+
 size_t TensorSpec::nbytes() const {
   size_t bytes = nbytes_of(dtype);
   for (const int32_t n : shape) bytes *= n;
@@ -48,6 +56,10 @@ Buffer::Buffer(const TensorSpec& spec)
     : spec_(spec),
       nbytes_(spec.nbytes()),
       bytes_(new (std::align_val_t{kAlignment}) std::byte[nbytes_ + kSlack]()) {}
+
+size_t Buffer::outer() const {
+  return std::accumulate(spec_.shape.begin(), spec_.shape.end() - 2, size_t{1}, std::multiplies<>());
+}
 
 void Buffer::Free::operator()(std::byte* bytes) const { operator delete[](bytes, std::align_val_t{kAlignment}); }
 

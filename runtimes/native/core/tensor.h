@@ -22,7 +22,10 @@ struct TensorSpec {
   std::string name;
   Dtype dtype;
   std::vector<int32_t> shape;
+  // The axis that is as long as the appended state has slots just then, `shape` the most there are; -1: there is none.
+  int slots_axis = -1;
 
+  TensorSpec of_slots(int64_t slots) const;  // the same where the appended state has so many slots
   size_t nbytes() const;
   bool fits(const TensorSpec& other) const { return dtype == other.dtype && shape == other.shape; }
 };
@@ -38,6 +41,7 @@ class Buffer {
 
   const TensorSpec& spec() const { return spec_; }
   size_t nbytes() const { return nbytes_; }
+  size_t outer() const;  // of slots in the last axis but one: how many times they are there
   std::byte* data() const { return bytes_.get(); }
   template <typename T>
   T* as() const {

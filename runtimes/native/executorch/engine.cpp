@@ -101,12 +101,11 @@ class ExecutorchMethod final : public Method {
  public:
   ExecutorchMethod(const std::string& program, Module& module, const std::string& name, const MethodSpec& spec)
       : Method(program, name, spec), module_(module) {
-    const auto holder = [](const TensorSpec& tensor) {
-      return executorch::extension::from_blob(nullptr, tensor.shape, scalar_type(tensor.dtype));
-    };
     std::transform(spec.inputs.begin(), spec.inputs.end(), std::back_inserter(inputs_), holder);
     std::transform(spec.outputs.begin(), spec.outputs.end(), std::back_inserter(outputs_), holder);
   }
+
+  void resize(size_t input, int64_t slots) override { inputs_[input] = holder(spec().inputs[input].of_slots(slots)); }
 
   void read(size_t input, std::byte* data) override {
     inputs_[input]->unsafeGetTensorImpl()->set_data(data);
@@ -127,6 +126,10 @@ class ExecutorchMethod final : public Method {
   }
 
  private:
+  static TensorPtr holder(const TensorSpec& tensor) {
+    return executorch::extension::from_blob(nullptr, tensor.shape, scalar_type(tensor.dtype));
+  }
+
   Module& module_;
   std::vector<TensorPtr> inputs_, outputs_;  // a shape and where the data is
 };

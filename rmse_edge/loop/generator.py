@@ -16,6 +16,7 @@ tests/data/sampler.json has numbers that both are held against.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -73,3 +74,18 @@ def noise(seed: int, position: int, count: int) -> np.ndarray:
     pieces = mixed(counters).view(np.uint16).reshape(count, PIECES)  # in whatever order: they are added up
     sums = pieces.sum(axis=1, dtype=np.int64)
     return ((sums - PIECES // 2 * (2**16 - 1)) / 2**16).astype(np.float32)
+
+
+def starts(deviations: Mapping[str, float], seed: int, positions: Iterable[int], width: int) -> dict[str, np.ndarray]:
+    """What a model begins from where that is noise, (positions, width) float32 each.
+
+    Args:
+        deviations: of each input that is filled with noise. The first by name gets the noise of `seed`, number i after it that
+            of number i of the seed's stream: no two are alike.
+    """
+    found, places = {}, list(positions)
+    for i, name in enumerate(sorted(deviations)):
+        own = number(seed, i) if i else seed
+        rows = [noise(own, position, width) for position in places]
+        found[name] = np.stack(rows) * np.float32(deviations[name])
+    return found
