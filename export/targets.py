@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rmse_edge.arch.quantization import Use
-    from rmse_edge.arch.registry import KvDtype
     from rmse_edge.info import ModelInfo
     from rmse_edge.loop.contract import LoopSpec
+    from rmse_edge.numbers import KvDtype
     from rmse_edge.quantize import Format, QuantizedTensor
 
     from .program import LoopProgram, Signature

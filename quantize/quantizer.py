@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rmse_edge.arch.quantization import QuantTable
-from rmse_edge.arch.registry import KvDtype, arch_of_model
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ArgumentError
+from rmse_edge.numbers import KvDtype
 from rmse_edge.progress import Report, Work, silent
 from rmse_edge.shards import check_finite
 from rmse_edge.text import consecutive_blocks, random_blocks, split

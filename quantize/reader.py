@@ -79,7 +79,7 @@ class CallReader:
             head: the module with the weight that gives the logits, a part of `model`; None: nobody asks what it reads.
         """
         self.model, self.dials, self.text, self.head = model, dials, text, head
-        self.exits = dials.exit_threshold < 1 or dials.exit_epsilon > 0 or dials.exit_entropy > 0
+        self.exits = dials.exits
 
     def read(
         self,

@@ -6,7 +6,7 @@ their file.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ OffOr = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("0 (off) or 
 Share = Annotated[float, Field(ge=0, lt=1), Expected("a number in [0, 1)")]
 Token = Annotated[int, Field(ge=0, lt=2**22)]
 EndTokens = Annotated[Token | tuple[Token, ...] | None, Expected("a token id, a list of them, or null")]
+KvDtype = Literal["float32", "float16", "int8"]  # that keys and values are stored in
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:

@@ -19,10 +19,10 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Program
 
-from rmse_edge.arch.registry import KvDtype
 from rmse_edge.errors import ExportError, UserError, first_line, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
 from rmse_edge.export.targets import QUANTIZATIONS, LowerOptions, target
+from rmse_edge.numbers import KvDtype
 
 from .check import Expected, check, decides, expected
 from .functions import OPSET, Assembly, Converted, signatures

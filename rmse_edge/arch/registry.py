@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rmse_edge.errors import ConfigError
+from rmse_edge.numbers import KvDtype
 from rmse_edge.schema import read_json
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
-KvDtype = Literal["float32", "float16", "int8"]
 NO_ARCHITECTURES = {"identity", "quantization", "registry"}  # files of this folder
 _REGISTERED: dict[str, Arch] = {}
 

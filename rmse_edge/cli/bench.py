@@ -237,11 +237,11 @@ def prepare(
     runtime: LoopRuntime, ids: np.ndarray | None, args: argparse.Namespace
 ) -> tuple[Bench, list[str], Any, Any]:
     """The bench of one runtime, what is to be noted about it, its dials, and the text that all of them read."""
-    from rmse_edge.runtimes.measure.bench import Bench, BenchSettings, exits_disabled
+    from rmse_edge.runtimes.measure.bench import Bench, BenchSettings
 
     notes = []
     dials = chosen_dials(args, runtime.info)
-    adaptive = None if args.config or exits_disabled(dials) else dials
+    adaptive = dials if dials.exits and not args.config else None
     if args.config:
         notes.append("random weights: exits would mean nothing, fixed depths only")
     elif adaptive is None:

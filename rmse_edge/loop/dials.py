@@ -8,9 +8,10 @@ rmse_edge/loop/stop.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
+from torch import Tensor
 
 from rmse_edge.errors import ArgumentError
 from rmse_edge.numbers import Loops
@@ -29,6 +30,16 @@ class Dial:
     exclusive: bool = False  # `least` itself is no value
     off: float | None = None  # the value that disables the rule; None: it is no rule
     expected: str = ""  # of a rule: what values it has, in words
+
+    @overload
+    def enables(self, value: float) -> bool: ...
+    @overload
+    def enables(self, value: Tensor) -> Tensor: ...
+    def enables(self, value: Any) -> Any:
+        """Whether the rule can stop anything at this value, or at each of a tensor's; never, where it is no rule."""
+        if self.off is None:
+            return value != value
+        return value < self.off if self.exclusive else value > self.off
 
     def allows(self, value: float) -> bool:
         """Whether a rule may have this value; not for loops, whose largest number depends on the model."""
@@ -65,6 +76,11 @@ class Dials:
     exit_threshold: Finite = 1.0  # >= 1 disables the gate
     exit_epsilon: Finite = 0.0  # 0 disables the delta rule
     exit_entropy: Finite = 0.0  # 0 disables the entropy rule
+
+    @property
+    def exits(self) -> bool:
+        """Whether any rule can stop a position before `max_loops`."""
+        return any(dial.enables(getattr(self, dial.name)) for dial in DIALS.values())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As the scalar inputs of `loop` and `step`."""

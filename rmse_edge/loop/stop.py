@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dials import DIALS
+
 
 def stops(
     k: int | Tensor,
@@ -58,7 +60,7 @@ def margins(scores: Mapping[str, Tensor], dials: Mapping[str, Tensor]) -> Tensor
     asked = (loop >= dials["min_loops"]) & (loop < dials["max_loops"])
     found = torch.full((loops, count), torch.inf, dtype=torch.float64)
     for name, score in scores.items():
-        on = dials[name] < 1 if name == "exit_threshold" else dials[name] > 0
+        on = DIALS[name].enables(dials[name])
         found = torch.where(asked & on, torch.minimum(found, (score - dials[name]).abs()), found)
     return found
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmse_edge.info import ModelInfo
+from rmse_edge.info import SIZES, ModelInfo
 
 from .base import Arrays, Methods
 
@@ -110,20 +111,40 @@ class Calls:
         if self.segment is not None:
             self.segment[...] = 0
 
-    def tensors(self) -> Arrays:
-        """All that is kept; of what is not the engine's, views where that is possible."""
+    def tensors(self, position: int) -> Arrays:
+        """All that is kept at `position`; of what is not the engine's, views where that is possible.
+
+        Of what is appended only the slots that are filled: how many there are besides is every host's own.
+        """
         own = self.state | self.memory | ({} if self.segment is None else {"segment": self.segment})
-        return self.read_engine() | {name: self.get(array) for name, array in own.items()}
+        found = self.read_engine() | {name: self.get(array) for name, array in own.items()}
+        return {name: array[..., :position, :] if self._appended(name) else array for name, array in found.items()}
 
     def restore(self, position: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Put back what `tensors` gave at `position`."""
         self.grow(position)
         for name, array in (self.state | self.memory).items():
-            array[...] = self.put(tensors[name])
+            filled = array[..., :position, :] if self._appended(name) else array
+            filled[...] = self.put(tensors[name])
         if self.segment is not None:
             self.segment[...] = self.put(tensors["segment"])
         if self.kept_by_engine():
-            self.write_engine({name: tensors[name] for name in self.kept_by_engine()})
+            own = {
+                name: np.zeros(self.info.state[name].shape, self.info.state[name].dtype)
+                for name in self.kept_by_engine()
+            }
+            for name, array in own.items():
+                (array[..., :position, :] if self._appended(name) else array)[...] = tensors[name]
+            self.write_engine(own)
+
+    def nbytes(self) -> int:
+        """What all of it takes, filled or not."""
+        own = [*self.state.values(), *self.memory.values(), *([] if self.segment is None else [self.segment])]
+        kept = (self.info.state[name] for name in self.kept_by_engine())
+        return sum(array.nbytes for array in own) + sum(prod(s.shape) * SIZES[s.dtype] for s in kept)
+
+    def _appended(self, name: str) -> bool:
+        return name in self.info.state and self.info.state[name].kind == "append"
 
     # ------------------------------------------------------------------------------------------ calls
 

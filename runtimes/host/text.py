@@ -71,14 +71,13 @@ class LoopRuntime:
         self.whole = True
 
     def tensors(self) -> Arrays:
-        """All that is kept between calls, but for the position; views where that is possible."""
-        return self.calls.tensors() | self.retrieved
+        """All that is kept between calls, but for the position; views where that is possible. See `Calls.tensors`."""
+        return self.calls.tensors(self._position) | self.retrieved
 
     def forms(self, position: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes and types of what `tensors` gives at a position."""
-        slots = self.info.slots(position)
-        grown = {name: state.of_slots(slots) for name, state in self.info.state.items() if state.kind == "append"}
-        return {name: (grown.get(name, array.shape), array.dtype) for name, array in self.tensors().items()}
+        filled = {name: state.of_slots(position) for name, state in self.info.state.items() if state.kind == "append"}
+        return {name: (filled.get(name, array.shape), array.dtype) for name, array in self.tensors().items()}
 
     def restore(self, position: int, tensors: Arrays) -> None:
         """Go on from what `tensors` gave at `position`.
@@ -96,7 +95,7 @@ class LoopRuntime:
         self.whole = True
 
     def state_bytes(self) -> int:
-        return sum(array.nbytes for array in self.tensors().values())
+        return self.calls.nbytes() + sum(array.nbytes for array in self.retrieved.values())
 
     def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
         ids = self._checked(tokens)

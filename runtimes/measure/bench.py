@@ -66,11 +66,6 @@ class Row:
         return known | {"tok_per_s": speed}
 
 
-def exits_disabled(dials: Dials) -> bool:
-    """Whether no rule can stop a position before `max_loops`."""
-    return dials.exit_threshold >= 1 and dials.exit_epsilon == 0 and dials.exit_entropy == 0
-
-
 def third(full: int) -> int:
     """A third of full depth: 4 of 12."""
     return max(1, full // 3)

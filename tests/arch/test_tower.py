@@ -113,7 +113,9 @@ def test_appended_keys_take_a_page_at_a_time(tower: Tower, text: np.ndarray, tmp
     assert runtime.state["past_keys"].shape[-2] == runtime.state["past_last_values"].shape[-2] == 2 * PAGE
     assert runtime.state_bytes() > 1.8 * first and runtime.state["past_first_keys"].shape[-2] == tower.config.window
     save_session(runtime, tmp_path / "long")
-    assert (tmp_path / "long").stat().st_size > 1.8 * (tmp_path / "short").stat().st_size
+    sizes = [(tmp_path / name).stat().st_size for name in ("short", "long")]
+    slot = sum(s.of_slots(1).nbytes for s in tower.spec(1).state if s.kind == "append")
+    assert sizes[1] - sizes[0] == pytest.approx(8 * slot, abs=64)  # what is empty is in no session
     logits, depth = whole(tower, long[: PAGE + 5], dials)
     assert np.array_equal(np.concatenate([f.depth for f in fed]), depth)
     np.testing.assert_allclose(np.concatenate([f.logits for f in fed]), logits, atol=1e-5)
@@ -130,7 +132,7 @@ def test_a_session_beyond_the_end_is_refused(tower: Tower, text: np.ndarray, tmp
     runtime.feed(text, SETTINGS["full depth"])
     for position, said in (
         ("513", "position: got 513, and tower takes 512 tokens at most"),
-        ("300", "its tensors are not"),
+        ("149", "its tensors are not"),
     ):
         move(runtime, tmp_path / "s", position)
         with pytest.raises(SessionError, match=said):

@@ -28,6 +28,7 @@ from .subjects import Subject, scratch_folder
 
 COUNTS = {"onnx": 2000, "executorch": 2000, "coreml": 2000, "runner": 2000, "session": 1000, "knowledge": 1000, "config": 500,
           "quantized": 500}  # fmt: skip
+FEWEST = 50  # cases of which some must run: many changes do no harm
 REFUSED, RAN, WRONG = "refused", "ran", "wrong"
 
 
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
                     run(subject, name, args.seed, i, Path(base), args.seconds, args.memory, tally)
             finally:  # after Ctrl-C, too: of hours, what there was
                 report(name, args.seed, tally, time.monotonic() - start, args.v)
+            if tally.outcomes.total() >= FEWEST and not tally.outcomes[RAN]:
+                print("  no case ran: what is changed does not run as it is (is the runner built? make runner)")
+                failed = True
             failed |= bool(tally.defects)
     return int(failed)
 

@@ -26,7 +26,6 @@ from rmse_edge.runtimes.measure.bench import (
     Bench,
     BenchSettings,
     default_depths,
-    exits_disabled,
     weight_bytes_per_token,
 )
 
@@ -160,7 +159,7 @@ def test_default_depths_are_full_half_and_a_third():
     [(Dials(4), True), (Dials(4, 1, 0.9), False), (Dials(4, 1, 1.0, 0.1), False), (Dials(4, 1, 1.0, 0.0, 0.5), False)],
 )
 def test_exits_disabled(dials: Dials, disabled: bool):
-    assert exits_disabled(dials) is disabled
+    assert dials.exits is not disabled
 
 
 def test_a_text_that_is_too_short(runtime: TorchRuntime):

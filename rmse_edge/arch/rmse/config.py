@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from rmse_edge.errors import ConfigError
+from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import (
     SEGMENT,
     Count,
     EndTokens,
+    KvDtype,
     Loops,
     OffOr,
     Positions,
@@ -31,7 +33,6 @@ EXIT_RULES = ("gate", "delta", "entropy")
 RINGS = {"past_keys": "keys", "past_values": "values"}  # what is kept between calls <- the commit result that fills it
 StepEncoding = Literal["learned", "temporal_rope"]
 AttentionGate = Literal["headwise", "elementwise"]
-KvDtype = Literal["float32", "float16", "int8"]
 Memory = Literal["none", "titans", "atlas"]
 
 Threshold = Annotated[Positive, Expected("a positive number (1 or more disables the gate)")]
@@ -137,6 +138,11 @@ class RMSEConfig:
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def dials(self) -> Dials:
+        """The settings that the model was made for."""
+        return Dials(self.max_loops, self.min_loops, self.exit_threshold, self.exit_epsilon, self.exit_entropy)
 
     @property
     def rotary_dims(self) -> int:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rmse_edge.arch.registry import Arch
 from rmse_edge.info import Retrieval, TextInfo
-from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT, token_ids
 
 from .config import RINGS, RMSEConfig
@@ -27,7 +26,7 @@ def parts(model: RMSE) -> dict[str, Any]:
     macs = macs_per_token(c, context=0)  # each weight is used in one multiply-add per token
     propagation = macs["once"]["propagate_kv"]
     return {
-        "dials": Dials(c.max_loops, c.min_loops, c.exit_threshold, c.exit_epsilon, c.exit_entropy),
+        "dials": c.dials,
         "text": TextInfo(
             c.vocab_size, c.rotary_dims, c.rope_theta, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
         ),

@@ -37,9 +37,9 @@ from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Ring, StateSpec, Tensors, TensorSpec, WholeText, Written
 from rmse_edge.loop.course import Watcher
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
-from rmse_edge.numbers import SEGMENT
+from rmse_edge.numbers import SEGMENT, KvDtype
 
-from .config import RINGS, KvDtype, RMSEConfig
+from .config import RINGS, RMSEConfig
 from .parts import make_attention, make_experts, make_memory, make_retrieval
 
 WHOLE_TEXT_PIECE = 256  # positions of a whole text computed together, where the memory does not say how many

@@ -21,15 +21,13 @@ KV_SCALES = "block.attention.kv_scales"
 
 def deployed_exit(model: RMSE) -> Stop | None:
     """The configuration's own exit rules as a `stop` of `RMSE.trajectory`; None where all are off."""
-    c = model.config
-    if c.exit_threshold >= 1 and not c.exit_epsilon and not c.exit_entropy:
+    own = model.config.dials
+    if not own.exits:
         return None
-    dials = {
-        name: torch.tensor(getattr(c, name)) for name in ("min_loops", "exit_threshold", "exit_epsilon", "exit_entropy")
-    }
+    dials = {name: torch.from_numpy(value) for name, value in own.arrays().items()}
 
     def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
-        logits = model.head(after)["logits"] if c.exit_entropy else None
+        logits = model.head(after)["logits"] if own.exit_entropy else None
         return stops(k, before, after, log_survival, dials, logits)
 
     return stop
