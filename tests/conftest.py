@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,6 +224,23 @@ def toy_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     require_executorch()
     return made_once("toy.rmse", tmp_path_factory, lambda folder: write_package(ToyRecurrent().eval(), folder))
+
+
+# -------------------------------------------------------------------------------------------------------- the runner
+
+
+@pytest.fixture(scope="session")
+def runner() -> Path:
+    """Built against this interpreter's ExecuTorch."""
+    from native_runner import ROOT, make
+
+    from rmse_edge.runtimes.engines.kernels import executorch_folder
+
+    for tool in ("make", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    folder = executorch_folder()
+    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
 
 
 # --------------------------------------------------------------------------------------------------------- Core ML

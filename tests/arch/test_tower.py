@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import reseal
+from native_runner import Runner
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from toy_tower import ARCH, Tower, lively_tower
@@ -292,7 +293,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return export_package(lively_tower(max_loops=3), folder, ExportRequest(request.param))
 
 
-def test_a_package_says_what_the_model_says(exported: Package, text: np.ndarray, tmp_path: Path) -> None:
+def test_a_package_says_what_the_model_says(
+    exported: Package, text: np.ndarray, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Beyond the gate: in a host of its own, from a session of PyTorch's, and with an unknown kind of state refused."""
     parity = exported.manifest["parity"]
     assert parity["rule"] == "exact" and set(parity["settings"]) == {"full depth", "gate", "delta"}
@@ -312,6 +315,11 @@ def test_a_package_says_what_the_model_says(exported: Package, text: np.ndarray,
     a, b = (runtime.feed(long, Dials(3, 1, 0.6)) for runtime in runtimes)  # type: ignore[union-attr]
     assert np.array_equal(a.depth, b.depth)
     np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)
+    if exported.target == "executorch":
+        runner = Runner([request.getfixturevalue("runner")], exported.folder)
+        logits, depth = runner.feed(long, tmp_path / "logits", "--exit-threshold", "0.6")
+        assert np.array_equal(depth, a.depth)
+        np.testing.assert_allclose(logits, a.logits, atol=1e-4)
     grows = exported.target != "coreml"
     assert theirs.info.page == (PAGE if grows else None) and theirs.calls.slots == 512  # type: ignore[union-attr]
     kinds = {

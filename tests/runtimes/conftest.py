@@ -1,25 +1,11 @@
-"""The runner, for all files of tests that start it."""
+"""The runner on packages that several files of tests share."""
 
 from __future__ import annotations
 
-import shutil
-import zlib
 from pathlib import Path
 
 import pytest
-from native_runner import ROOT, Runner, make
-
-
-@pytest.fixture(scope="session")
-def runner() -> Path:
-    """Built against this interpreter's ExecuTorch."""
-    from rmse_edge.runtimes.engines.kernels import executorch_folder
-
-    for tool in ("make", "g++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool}")
-    folder = executorch_folder()
-    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+from native_runner import Runner
 
 
 @pytest.fixture
