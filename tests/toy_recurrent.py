@@ -8,7 +8,7 @@ no angles, its first state is noise, and its calls may begin anywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rmse_edge.loop.contract import Append, LoopSpec, Replace, Ring, StateSpec, 
 from rmse_edge.loop.dials import Dials
 
 VOCAB, DIMS, HEADS, HEAD_DIMS, MAX_LOOPS = 13, 16, 2, 8, 4
-ROOM, WINDOW, CHUNKS = 48, 5, (1, 8)
+ROOM, PAGE, WINDOW, CHUNKS = 48, 10, 5, (1, 8)
 NAME = "toy_recurrent"
 
 
@@ -93,7 +93,7 @@ class ToyRecurrent(nn.Module):
     def prelude(self, tensors: Tensors) -> Tensors:
         x = self.embed(tensors["tokens"])
         seen, chunk = self.place(x), x.shape[1]
-        slots = torch.arange(ROOM)
+        slots = torch.arange(tensors["past"].shape[1])
         behind = distances(tensors, chunk, slots)
         empty = torch.cat([slots >= tensors["position"], torch.zeros(chunk, dtype=torch.bool)])
         scores = x @ torch.cat([tensors["past"], seen], 1).transpose(1, 2)
@@ -165,12 +165,12 @@ def write_package(model: ToyRecurrent, folder: Path) -> Path:
     from rmse_edge.export.targets import LowerOptions, get_target
     from rmse_edge.package import seal
 
-    target, info = get_target("executorch"), model_info(model, "toy", 0, "executorch")
-    program = trace(model, model.call_sizes(), host_loop=True)
+    target, info = get_target("executorch"), replace(model_info(model, "toy", 0, "executorch"), page=PAGE)
+    program = trace(model, model.call_sizes(), host_loop=True, grows=True)
     folder.mkdir()
     lowering = target.lower(program, folder, LowerOptions(info=info))
     methods = {
-        name: {"inputs": tensors_json(takes), "outputs": tensors_json(gives)}
+        name: {"inputs": tensors_json(takes, grows=True), "outputs": tensors_json(gives, grows=True)}
         for name, (takes, gives) in signatures(program.specs, target, "fp32").items()
     }
     manifest = {"target": "executorch", "model": info.to_json(), "methods": methods}

@@ -313,7 +313,8 @@ class Flow:
                 shape, dtype = self.info.state[tensor.name].row
                 axis = axis - 1 if axis is not None and self.info.state[tensor.name].per_loop else axis
             if tensor.slots_axis != axis:
-                self.refuse(f"{field}.slots_axis", tensor.slots_axis, str(axis))
+                got, expected = ("null" if a is None else str(a) for a in (tensor.slots_axis, axis))
+                self.refuse(f"{field}.slots_axis", got, expected)
             if not _fits(tensor.form, (shape, dtype)):
                 self.refuse(field, f"{list(tensor.shape)} {tensor.dtype}", f"{list(shape)} {dtype}")
 

@@ -214,6 +214,16 @@ def without(*names: str) -> Change:
     return change
 
 
+def grows(method: str, side: str, name: str, axis: int | None) -> Change:
+    """A tensor of a method says that another of its axes grows with the appended state, or none."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        tensor = next(t for t in manifest["methods"][method][side] if t["name"] == name)
+        tensor["slots_axis"] = axis
+
+    return change
+
+
 def renamed_state(manifest: dict[str, Any]) -> None:
     """`past` is called as what hosts give themselves."""
     state = manifest["model"]["state"]
@@ -248,6 +258,14 @@ LIES: dict[str, tuple[Change, str]] = {
     "a coda that is not there": (without("methods", "coda_8"), "expected coda_8 among them"),
     "no commit": (lambda m: m["model"]["methods"].remove("commit"), "outputs.new_memory: got no such tensor"),
     "no flag to go on": (lambda m: m["methods"]["step_8"]["outputs"].pop(), "any_active"),
+    "all slots from the start": (model(page=None), "methods.prelude_1.inputs.past.slots_axis: got 1, expected null"),
+    "no slots": (model(page=0), "model.page: got 0"),
+    "slots that stay": (grows("prelude_1", "inputs", "past", None), "methods.prelude_1.inputs.past.slots_axis: got null, expected 1"),
+    "tokens that grow": (grows("prelude_8", "inputs", "tokens", 1), "methods.prelude_8.inputs.tokens.slots_axis: got 1, expected null"),
+    "a state that grows": (grows("begin_8", "outputs", "first_h", 1), "slots_axis: got 1, expected an axis of 48"),
+    "logits that grow": (grows("head_8", "outputs", "logits", 1), "methods.head_8.outputs.logits.slots_axis: got 1, expected null"),
+    "an axis that is not there": (grows("prelude_1", "inputs", "past", 3), "slots_axis: got 3, expected "),
+    "states that grow apart": (of_state("tail", kind="append", shape=[1, 47, 16]), "model.state: got appended ones of "),
     "another width": (model(width=8), "expected [1, 1, 8] float32"),
     "no width": (without("model", "width"), "model.width: is missing"),
     "weights": (model(loop_weights=-1), "model.loop_weights: got -1"),

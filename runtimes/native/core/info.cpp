@@ -163,7 +163,10 @@ std::vector<TensorSpec> tensors(const Json& list) {
   std::vector<TensorSpec> specs;
   for (const Json& value : items(list)) {
     const Part part(value, std::string("[").append(std::to_string(specs.size())).append("]"));
-    TensorSpec tensor = {part.at("name", name), part.at("dtype", dtype), part.at("shape", shape)};
+    TensorSpec tensor;
+    tensor.name = part.at("name", name);
+    tensor.dtype = part.at("dtype", dtype);
+    tensor.shape = part.at("shape", shape);
     const auto axis = part.at("slots_axis", or_null(whole(0, kMostAxes)), std::nullopt);
     tensor.slots_axis = static_cast<int>(axis.value_or(-1));
     if (tensor.slots_axis >= std::ssize(tensor.shape)) part.refuse(".slots_axis", std::to_string(*axis), "one of its axes");
@@ -241,11 +244,15 @@ State state_of(const std::string& called, const Part& part, const ModelInfo& inf
   static const auto kReaders = list_of(one_of<std::string>(
       {{"prelude", "prelude"}, {"loop", "loop"}, {"coda", "coda"}, {"commit", "commit"}}));
   const auto readers = part.at("read_by", kReaders);
-  State state = {.tensor = {called, part.at("dtype", dtype), part.at("shape", shape)},
-                       .kind = part.at("kind", kKind),
-                       .source = part.at("source", name),
-                       .read_by = {readers.begin(), readers.end()},
-                       .per_loop = part.at("per_loop", truth)};
+  // One after the other: GCC 12 frees what a list of initialisers has made twice when a later one throws.
+  State state;
+  state.tensor.name = called;
+  state.tensor.dtype = part.at("dtype", dtype);
+  state.tensor.shape = part.at("shape", shape);
+  state.kind = part.at("kind", kKind);
+  state.source = part.at("source", name);
+  state.read_by = {readers.begin(), readers.end()};
+  state.per_loop = part.at("per_loop", truth);
   const std::vector<int32_t>& axes = state.tensor.shape;
   if (state.read_by.empty()) part.refuse(".read_by", "nothing", "the methods that read it");
   if (state.per_loop && (axes.empty() || axes.front() != info.max_loops)) {
