@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ALPHABET, TINY, random_tokens, require_executorch
@@ -27,7 +28,9 @@ from rmse_edge.runtimes.engines.kernels import executorch_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*/README.md")])
+DOCUMENTS = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*/README.md")]
+)
 SCRIPTS = sorted(ROOT.glob("docs/**/*.py"))
 STARTS = re.compile(r"(?:\w+=\S+ +)*(rmse-[a-z]+|python|make|pip|build/native/rmse-runner)\b(?!:)")
 FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
@@ -122,9 +125,9 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
 QUICK = ["--calibration-tokens", "512", "--evaluation-tokens", "128"]
 RUN: dict[str, list[str]] = {
     'rmse-run rmse-shakespeare-onnx.rmse --prompt "ROMEO:" --show-depth': ["-n", "4"],
+    'rmse-run rmse-shakespeare-onnx.rmse --prompt "ROMEO:" --show-depth -n 160 --seed 1': ["-n", "4"],
     "rmse-eval rmse-shakespeare-onnx.rmse --text FILE --sweep": ["--block", "64", "--max-tokens", "128"],
     "rmse-bench rmse-shakespeare-onnx.rmse": ["-p", "64", "-n", "4", "-r", "1"],
-    'rmse-run rmse-shakespeare-onnx.rmse --prompt "..." --save-session talk.session': ["-n", "2"],
     'rmse-run MODEL --prompt "..." --save-session talk.session': ["-n", "2"],
     'rmse-run MODEL --session talk.session --prompt "..."': ["-n", "2"],
     'rmse-run MODEL -p "ROMEO:"': ["-n", "2"],
@@ -168,19 +171,16 @@ NOT_RUN: dict[str, str] = {
     "make test": "this is it",
     "make runner": "tests/runtimes/test_runner.py builds it",
     "make fuzz": "takes hours; tests/cli/test_robustness.py runs a few of its cases",
-    "rmse-run MODEL --chat": "the shipped model has no template; tests/cli/test_chat.py",
-    'rmse-run MODEL --chat --system "Be brief."': "as above",
+    'rmse-run MODEL --chat --system "Be brief."': "the shipped model has no template; tests/cli/test_chat.py",
     "python docs/experiments/knowledge/recall.py": "runs above, at another size",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
     "rmse-export -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export -m runs/mine": EXPORTS,
     "rmse-export -m runs/facts -o runs/facts.rmse": EXPORTS,
-    "rmse-export --target onnx -m models/rmse-shakespeare": EXPORTS,
     "rmse-export --target executorch -m models/rmse-shakespeare": EXPORTS,
     "rmse-export --target executorch -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export --target coreml -m models/rmse-shakespeare --quant fp16": EXPORTS,
     "rmse-export --target coreml -m rmse-shakespeare-int4 --compute gpu": EXPORTS,
-    "rmse-export -m models/rmse-shakespeare --quant int4 --calibrate FILE": EXPORTS,
     "rmse-export -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt": EXPORTS,
     'rmse-run rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_executorch.py",
     'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
@@ -201,7 +201,10 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/executorch/decode.py --runner build/native/rmse-runner [--config docs/benchmarks/d768.json]": "run below, at another size",
     "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
+    "python examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
+    "pip install -c constraints.txt '.[onnx]'": "installs",
+    "pip install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict": "installs",
 }
 
 
@@ -242,6 +245,18 @@ def test_a_documented_command_runs(
         return
     module, function = PROJECT["scripts"][program].split(":")
     assert not getattr(importlib.import_module(module), function)(rest), capsys.readouterr().err
+
+
+def test_the_python_of_the_readme_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder with a package of the name that it opens, whose tokenizer knows other characters."""
+    monkeypatch.chdir(workplace)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    found: dict[str, Any] = {}
+    exec(compile(blocks[0], "README.md", "exec"), found)
+    assert len(found["fed"].depth) == len("ROMEO:") and capsys.readouterr().out.startswith("[")
 
 
 @pytest.mark.slow
