@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from filelock import FileLock
+from paths import ROOT
 
 if TYPE_CHECKING:
     from helpers import Memo
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rmse_edge.arch.rmse.model import RMSE
     from rmse_edge.quantize import Quantized
 
-ROOT = Path(__file__).resolve().parent.parent
 
 # The models of the tests are tiny: more threads only wait for each other. The commands that tests start inherit this.
 torch.set_num_threads(1)
@@ -232,7 +232,7 @@ def toy_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runner() -> Path:
     """Built against this interpreter's ExecuTorch."""
-    from native_runner import ROOT, make
+    from native_runner import make
 
     from rmse_edge.runtimes.engines.kernels import executorch_folder
 

@@ -180,10 +180,8 @@ class Memo:
         model: Any,
         chunks: tuple[int, ...],
         progress: Callable[[str], None] = lambda _: None,
-        any_rows: bool = False,
-        host_loop: bool = False,
+        *kind: Any,
     ) -> LoopProgram:
-        kind = (any_rows, host_loop)
         for other, known in self.programs:
             if other == kind and tuple(known.specs) == chunks and same_model(known.model, model):
                 return dataclasses.replace(known, model=model)

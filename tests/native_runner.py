@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from helpers import assert_one_line
-
-ROOT = Path(__file__).resolve().parents[1]
-NATIVE = ROOT / "runtimes" / "native"
+from paths import NATIVE
 
 
 def make(executorch: Path, build: Path, *variables: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.evaluate import main as rmse_eval

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from helpers import ALPHABET
+from paths import ROOT
 from small_models import small_recipe
 from small_tokenizers import BOS, EOS, byte_fallback, byte_level, cut_short, with_bos
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from helpers import assert_one_line
+from paths import ROOT
 
 from rmse_edge.errors import quiet
 

@@ -16,9 +16,10 @@ import onnx
 import onnx.reference
 import onnxruntime
 import pytest
-from conftest import ROOT
+import torch
 from helpers import Memo
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from paths import ROOT
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
@@ -27,12 +28,14 @@ from rmse_edge.export.onnx.passes import (
     WeightFile,
     find_loop,
     hoist_invariants,
-    name_rows,
+    name_sizes,
     names_read,
     remove_dead_nodes,
     subgraphs,
     weights_in_outer_scope,
 )
+from rmse_edge.export.program import ROWS, SLOTS
+from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.onnx import OnnxMethods, OnnxRuntime
@@ -367,26 +370,28 @@ def test_a_weight_in_a_body_fails_the_export() -> None:
         weights_in_outer_scope(model)
 
 
-def test_the_number_of_rows_has_one_name_everywhere() -> None:
-    """The tracer's symbol becomes "rows" in the graph and in bodies; any other size that is no number is an error."""
+def test_sizes_that_vary_have_one_name_everywhere() -> None:
+    """The tracer's symbols become "rows" and "slots" in the graph and in bodies; any other size that is no number is an error."""
     info = helper.make_tensor_value_info
     body = helper.make_graph([helper.make_node("Neg", ["x"], ["r"])], "b", [], [info("r", 1, ["s7", 3])])
     branch = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+    takes = [TensorSpec("c", (), torch.bool), TensorSpec("x", (ROWS, 3)), TensorSpec("past", (1, SLOTS))]
 
     def model(output: list[int | str | None]) -> ModelProto:
-        inputs = [info("c", TensorProto.BOOL, []), info("x", 1, ["s7", 3])]
+        inputs = [info("c", TensorProto.BOOL, []), info("x", 1, ["s7", 3]), info("past", 1, [1, "s9"])]
         return helper.make_model(helper.make_graph([branch], "g", inputs, [info("y", 1, output)]))
 
     named = model(["s7", 3])
-    name_rows(named)
+    name_sizes(named, takes)
+    wanted = {"c": [], "past": [1, "slots"]}
     for graph in every_graph(named.graph):
         for value in (*graph.input, *graph.output):
             shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-            assert shape == ([] if value.name == "c" else ["rows", 3]), value.name
+            assert shape == wanted.get(value.name, ["rows", 3]), value.name
     with pytest.raises(ExportError, match=r"y has a dimension 3\*s7"):
-        name_rows(model(["3*s7", 3]))
+        name_sizes(model(["3*s7", 3]), takes)
     with pytest.raises(ExportError, match="y has a dimension of unknown size"):
-        name_rows(model(["s7", None]))
+        name_sizes(model(["s7", None]), takes)
 
 
 def looped(nodes: list[onnx.NodeProto], result: str) -> ModelProto:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from rmse_edge.errors import TextError
 from rmse_edge.knowledge import Passage

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from paths import NATIVE, ROOT
 
 from rmse_edge.info import ModelInfo, TextInfo
 from rmse_edge.loop.contract import LoopSpec, TensorSpec
@@ -19,8 +20,6 @@ from rmse_edge.runtimes.host.text import LoopRuntime
 
 pytestmark = [pytest.mark.native, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
-NATIVE = ROOT / "runtimes" / "native"
 GOLDEN = ROOT / "tests" / "data" / "sampler.json"
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import ALPHABET, FEW, decided_text, random_tokens, reference_of, reseal
-from native_runner import NATIVE, Runner, flip
+from native_runner import Runner, flip
+from paths import NATIVE
 from small_tokenizers import cut_short
 
 pytest.importorskip("executorch")

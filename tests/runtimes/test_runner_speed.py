@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import FEW, random_tokens
-from native_runner import ROOT, Runner, flip, make
+from native_runner import Runner, flip, make
+from paths import ROOT
 
 pytest.importorskip("executorch")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from rmse_edge.cli.data import main
 from rmse_edge.train import download
