@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rmse_edge.arch.registry import arch_of
 from rmse_edge.chat import TEMPLATE_FILE
 from rmse_edge.checkpoint import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
     check_size,
+    empty_model,
     finish_interrupted,
     read_config,
     stored_keys,
@@ -133,8 +133,7 @@ def load_quantized(folder: str | Path) -> Quantized:
             f"{weights}: its SHA-256 is not that of {QUANTIZATION_FILE}; the file is damaged, copy it again"
         )
     check_size(config, weights)
-    with torch.random.fork_rng(devices=[]):
-        model = arch_of(config.model_type).build(config)
+    model = empty_model(config)
     state = model.state_dict()
     tensors = {}
     if (unknown := first_of(document.tensors, state)) is not None:

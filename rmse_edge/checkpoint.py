@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .arch import registry
 from .arch.registry import Arch, Stored, arch_of, arch_of_model
@@ -159,9 +160,7 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> A
         )
     with StoredTensors(folder) as stored:
         check_size(config, *weight_files(folder))
-        # The initial weights are overwritten: the caller's seed stays untouched.
-        with torch.random.fork_rng(devices=[]):
-            model = arch_of(config.model_type).build(config)
+        model = empty_model(config)
         _fill(model, stored)
     return model.to(device).eval()
 
@@ -225,6 +224,22 @@ def finish_interrupted(folder: Path) -> None:
         ) from None
 
 
+class _Undrawn(TorchFunctionMode):
+    """Tensors that are to be filled with random numbers stay as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def empty_model(config: Any) -> Any:
+    """A model whose parameters are yet to be filled. The caller's random state is left as it is."""
+    with torch.random.fork_rng(devices=[]), _Undrawn():
+        return arch_of(config.model_type).build(config)
+
+
 def check_size(config: Any, *files: Path) -> None:
     """Fail, before a model is made, where the files of its weights are too small to hold them.
 
@@ -232,7 +247,7 @@ def check_size(config: Any, *files: Path) -> None:
         CheckpointError: they do not belong to this configuration.
     """
     with torch.device("meta"):  # shapes without memory
-        model = arch_of(config.model_type).build(config)
+        model = empty_model(config)
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     nbytes = sum(file.stat().st_size for file in files)
     if count > 2 * nbytes:  # an int4 weight takes half a byte

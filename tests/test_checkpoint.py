@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,13 @@ def test_loading_leaves_the_callers_seed_alone(folder: Path) -> None:
     torch.manual_seed(7)
     load_checkpoint(folder)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_loading_imports_no_compiler(folder: Path) -> None:
+    """Which takes longer than everything else that loading does."""
+    code = "import sys; from rmse_edge.checkpoint import load_checkpoint as load; load(sys.argv[1]); "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ write

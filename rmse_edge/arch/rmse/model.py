@@ -183,7 +183,10 @@ class RMSE(nn.Module):
         self.gate = nn.Linear(config.d_model, 1)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.reset_parameters()
+        if config.tie_embeddings:
+            self.head_proj.weight = self.embed.weight
+        if not self.embed.weight.is_meta:  # where there is nothing to draw, PyTorch would import its compiler to do it
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -214,7 +217,6 @@ class RMSE(nn.Module):
             self.retrieval.reset_parameters()
         if config.tie_embeddings:
             self.embed.weight.normal_(std=0.02)
-            self.head_proj.weight = self.embed.weight
 
     def with_cache_dtype(self, dtype: KvDtype) -> RMSE:
         """The model itself, or a copy whose keys and values are kept in another type.
