@@ -8,8 +8,9 @@ import gc
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
-from rmse_edge.quantize.parallel import one_thread
+from rmse_edge.quantize.parallel import aside, one_thread
 from rmse_edge.quantize.scheme import BITS, table_of
 from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
 from rmse_edge.runtimes.host.text import LoopRuntime
@@ -34,7 +35,7 @@ from rmse_edge.text import Tokenizer, read_text
 from rmse_edge.vocabulary import TOKENIZER_FILE
 
 from .gate.board import board_gate
-from .gate.compare import POSITIONS, compare_host, compared, gate
+from .gate.compare import POSITIONS, compare_host, compared, computed_ahead, gate
 from .gate.reference import LEAST_POSITIONS, Reference
 from .program import LoopProgram, Signature, method_names, signature, tensors_json, trace
 from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
@@ -187,7 +188,7 @@ def export_package(
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
-    with writing(destination, request.overwrite) as folder, one_thread(model):
+    with writing(destination, request.overwrite) as folder, one_thread(model) as idle, ExitStack() as stack:
         target = get_target(request.target)
         source = quantized.fingerprint if quantized else None
         cached = as_cached(model, request)
@@ -210,6 +211,10 @@ def export_package(
             info=info,
             progress=stage,
         )
+        text = _carry_text(checkpoint, folder)
+        proof = Proof(model, info, request, target, folder, text, stage)
+        if request.check and info.board is None:
+            ahead = stack.enter_context(aside(lambda: computed_ahead(proof.reference, proof.longest), idle))
         traced = target.prepare(model, options) if target.prepare else model
         with collection_paused():
             program = trace(
@@ -222,7 +227,6 @@ def export_package(
                 request.max_seq_len,
             )
             lowering = target.lower(program, folder, options)
-        text = _carry_text(checkpoint, folder)
         manifest: dict[str, Any] = {
             "target": request.target,
             "model": info.to_json(),
@@ -237,9 +241,12 @@ def export_package(
         }
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)
-        if request.check:
-            proof = Proof(program, model, info, request, target, folder, manifest, stage)
-            manifest["parity"] = proof.board() if info.board is not None else proof.text(twin)
+        if request.check and info.board is not None:
+            manifest["parity"] = proof.board(program, manifest)
+        elif request.check:
+            if (known := ahead()) is not None:
+                proof.reference.learn(known)
+            manifest["parity"] = proof.text(program, manifest, twin)
         seal(folder, manifest)
     return Package.open(destination)
 
@@ -248,55 +255,72 @@ def export_package(
 class Proof:
     """The gate of one export, over the package in the making."""
 
-    program: LoopProgram
     model: Any
     info: ModelInfo
     request: ExportRequest
     target: Target
     folder: Path
-    manifest: dict[str, Any]
+    files: dict[str, str]  # tokenizer and text sample in the folder, as the manifest names them
     stage: Stages
 
-    def board(self) -> dict[str, Any]:
+    def board(self, program: LoopProgram, manifest: dict[str, Any]) -> dict[str, Any]:
         """Of a model that fills in boards."""
-        seal(self.folder, self.manifest)
+        seal(self.folder, manifest)
         exact = self.request.quant == "fp32"
         counterpart, package = rounded(self.model, self.request.quant), Package.open(self.folder)
-        return board_gate(self.program, counterpart, board_for(package), exact, self.stage)
+        return board_gate(program, counterpart, board_for(package), exact, self.stage)
 
-    def text(self, twin: dict[str, Any] | None) -> dict[str, Any]:
+    @property
+    def float_cache(self) -> bool:
+        """An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise."""
+        return arch_of_model(self.model).cache_dtype(self.model) == "float32"
+
+    @property
+    def rounded_activations(self) -> bool:
+        level = self.request.level if self.request.quant in BITS else 0
+        return level != 0 or self.request.quant in self.target.halves
+
+    @property
+    def exact(self) -> bool:
+        return self.request.quant != "fp16" and not self.rounded_activations and self.float_cache
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return parity_tokens(self.info.vocab_size, self.folder, self.files)
+
+    @property
+    def longest(self) -> np.ndarray:
+        """The longest text that is compared."""
+        return compared(self.tokens, self.info, self.exact, self.target.positions)
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(rounded(self.model, self.request.quant), self.info, self.longest)
+
+    def text(self, program: LoopProgram, manifest: dict[str, Any], twin: dict[str, Any] | None) -> dict[str, Any]:
         """Of a model of texts.
 
         Args:
             twin: of a package that rounds activations, what its lowering says of graphs that do not.
         """
-        model, info, request, target = self.model, self.info, self.request, self.target
-        rounds_activations = bool(request.quant in BITS and request.level != 0)
-        tokens = parity_tokens(info.vocab_size, self.folder, self.manifest["text"])
-        # An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise.
-        arch = arch_of_model(model)
-        float_cache = arch.cache_dtype(model) == "float32"
-        rounded_activations = rounds_activations or request.quant in target.halves
-        exact = request.quant != "fp16" and not rounded_activations and float_cache
-        longest = compared(tokens, info, exact, target.positions)
-        counterpart = rounded(model, request.quant)
-        reference = Reference(counterpart, info, longest)
+        tokens, reference, target = self.tokens, self.reference, self.target
+        exact, float_cache = self.exact, self.float_cache
         found = None
         if twin is not None:
             self.stage("parity of the integers")
-            candidate = sealed(self.folder, self.manifest | {"lowering": twin})
-            found = gate(self.program, reference, candidate, tokens, float_cache, self.stage)
+            candidate = sealed(self.folder, manifest | {"lowering": twin})
+            found = gate(program, reference, candidate, tokens, float_cache, self.stage)
             for file in set(twin["graphs"].values()):
                 (self.folder / file).unlink()
         alone = None
         if not exact and not (found is not None and float_cache):
             self.stage("parity of the host")
-            alone = compare_host(arch.with_cache_dtype(counterpart, "float32"), tokens)
-        package = [sealed(self.folder, self.manifest)]
+            alone = compare_host(arch_of_model(self.model).with_cache_dtype(reference.model, "float32"), tokens)
+        package = [sealed(self.folder, manifest)]
         candidates = [*package, *map(unlimited, other_runtimes(Package.open(self.folder)))]
         try:
             reports = [
-                gate(self.program, reference, c, tokens, exact, self.stage, rounded_activations, target.positions)
+                gate(program, reference, c, tokens, exact, self.stage, self.rounded_activations, target.positions)
                 for c in candidates
             ]
         except ParityError as error:

@@ -7,10 +7,15 @@ text that are computed side by side wait for nothing.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 import torch
@@ -53,17 +58,64 @@ def cores() -> Iterator[Cores]:
 
 
 @contextmanager
-def one_thread(model: nn.Module) -> Iterator[None]:
+def one_thread(model: nn.Module) -> Iterator[bool]:
     """PyTorch computes with one thread meanwhile, if `model` is small: its operations on few rows are over before other
     cores have heard of them, and on a busy machine each would wait for a core that does something else.
+
+    Yields:
+        Whether that leaves a core idle that PyTorch was to use.
     """
     count = torch.get_num_threads()
     small = sum(p.numel() for p in model.parameters()) <= SMALL
     try:
         torch.set_num_threads(1 if small else count)
-        yield
+        yield small and count > 1
     finally:
         torch.set_num_threads(count)
+
+
+@contextmanager
+def aside(work: Callable[[], R], idle: bool) -> Iterator[Callable[[], R | None]]:
+    """Call `work` on an idle core while the block runs: in a copy of this process, since Python runs one thread at a time.
+
+    Args:
+        work: computes with PyTorch on the CPU, in one thread; its result must be picklable.
+        idle: whether there is such a core, as `one_thread` says.
+    Yields:
+        A function that waits for the result. It gives None where there is no such core, where processes cannot be copied
+        safely (outside of Linux), or where `work` failed: so a caller must be able to do without.
+    """
+    if not (idle and sys.platform == "linux"):
+        yield lambda: None
+        return
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, work), daemon=True)
+    process.start()
+    there.close()  # the copy has its own; once that is closed, nobody waits any longer
+
+    def result() -> R | None:
+        try:
+            return pickle.loads(here.recv_bytes())  # type: ignore[no-any-return]
+        except EOFError:
+            return None
+
+    try:
+        yield result
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+
+
+def _send(there: Connection, work: Callable[[], object]) -> None:
+    """What the copy does; it leaves without the clean-up that is the original's."""
+    try:
+        with torch.no_grad():
+            # By plain pickle: tensors in shared memory, which PyTorch sends otherwise, do not outlive this process.
+            there.send_bytes(pickle.dumps(work()))
+    finally:
+        os._exit(0)
 
 
 def split_evenly(count: int, parts: int, least: int, most: int) -> int:

@@ -42,13 +42,14 @@ from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.text import LoopRuntime
 
-from .memory import MEMORY_TOLERANCE, compare_memory, compare_passage
+from .memory import MEMORY_TOLERANCE, compare_memory, compare_passage, memory_tokens
 from .methods import compare_methods
 from .reference import (
     LEAST_POSITIONS,
     MARGIN,
     SINGLES,
     Course,
+    Known,
     Reference,
     conversation,
     least_positions,
@@ -267,6 +268,15 @@ def gate(
         report["passage"] = compare_passage(reference, candidate, tokens)
     candidate.reset()
     return report
+
+
+def computed_ahead(reference: Reference, tokens: np.ndarray) -> Known:
+    """What `gate` asks of the reference about these tokens, which no package has to be there for."""
+    for dials in adaptive_settings(reference, tokens[: least_positions(reference.info)]).values():
+        reference.course(tokens, dials)
+    if reference.info.memory:
+        reference.segments(memory_tokens(reference.info))
+    return reference.known()
 
 
 def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:

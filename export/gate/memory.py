@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rmse_edge.errors import ParityError
+from rmse_edge.info import ModelInfo
 from rmse_edge.runtimes.host.base import Arrays, Methods
 from rmse_edge.runtimes.host.text import LoopRuntime
 
@@ -16,6 +17,12 @@ from .reference import MARGIN, Reference
 MEMORY_SEGMENTS = 32  # written one after the other, before the memories are compared
 PASSAGE = 50  # tokens
 MEMORY_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
+
+
+def memory_tokens(info: ModelInfo) -> np.ndarray:
+    """The text whose exit states the memories are taught."""
+    assert info.segment is not None
+    return np.random.default_rng(1).integers(0, info.vocab_size, MEMORY_SEGMENTS * info.segment)
 
 
 def compare_memory(reference: Reference, candidate: Methods, exact: bool) -> dict[str, Any]:
@@ -32,10 +39,7 @@ def compare_memory(reference: Reference, candidate: Methods, exact: bool) -> dic
         ParityError: naming the tensor.
     """
     tolerance = MEMORY_TOLERANCE[exact]
-    assert reference.info.segment is not None
-    count = MEMORY_SEGMENTS * reference.info.segment
-    tokens = np.random.default_rng(1).integers(0, reference.info.vocab_size, count)
-    segments = reference.segments(tokens)
+    segments = reference.segments(memory_tokens(reference.info))
     ours = written(reference.methods, segments)
     singly = [written(candidate, [n], start)[0] for n, start in zip(segments, [None, *ours])]
     draw = np.random.default_rng(2)

@@ -48,6 +48,10 @@ class ReferenceCourse(Course):
         return ReferenceCourse(**values, scores={name: of_loops[:, :count] for name, of_loops in self.scores.items()})
 
 
+# Courses by dials and text, exit states of segments by text.
+Known = tuple[dict[tuple[Dials, bytes], ReferenceCourse], dict[bytes, list[np.ndarray]]]
+
+
 class Reference:
     """A model, and what it has said so far: a text is computed once per setting, whoever is compared with it.
 
@@ -104,6 +108,15 @@ class Reference:
             h = self.model.whole_text(torch.from_numpy(whole), self.scalars(self.info.full_depth)).h.numpy()
             self._segments[key] = [part[None] for part in h.reshape(-1, segment, h.shape[-1])]
         return self._segments[key]
+
+    def known(self) -> Known:
+        """What has been computed so far, for another reference of the same model; see `learn`."""
+        return self._courses, self._segments
+
+    def learn(self, known: Known) -> None:
+        courses, segments = known
+        self._courses |= courses
+        self._segments |= segments
 
     def scalars(self, dials: Dials) -> dict[str, torch.Tensor]:
         """The dials as the model takes them."""

@@ -19,13 +19,14 @@ from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ParityError
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared
+from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared, computed_ahead
 from rmse_edge.export.gate.reference import SINGLES, Reference, conversation, least_positions
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import TextModel
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
 from rmse_edge.quantize import Quantized
+from rmse_edge.quantize.parallel import aside
 from rmse_edge.runtimes import Dials, LoopRuntime, runtime_for
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays
@@ -365,6 +366,21 @@ def with_window(info: ModelInfo, window: int) -> ModelInfo:
     """The same with rings of another size."""
     rings = {n: dataclasses.replace(s, shape=(*s.shape[:-2], window, s.shape[-1])) for n, s in info.rings.items()}
     return dataclasses.replace(info, state=info.state | rings)
+
+
+def test_all_that_the_gate_asks_is_computed_ahead(model: RMSE) -> None:
+    text, info = random_tokens(400, 3), reference_of(model).info
+    ahead, waiting = Reference(model, info, text), Reference(model, info, text)
+    with aside(lambda: computed_ahead(ahead, text), idle=True) as result:
+        known = result()
+    assert known is None or not ahead.known()[0]  # elsewhere: in this process nothing was computed
+    waiting.learn(known or computed_ahead(ahead, text))
+    assert len(waiting.known()[0]) == 3 and len(waiting.known()[1]) == (1 if info.memory else 0)
+    waiting.model = None  # type: ignore[assignment]  # not asked again
+    for dials in adaptive_settings(waiting, text[: least_positions(info)]).values():
+        own = reference_of(model).course(text, dials)
+        for count in (len(text), 300):
+            assert np.array_equal(waiting.course(text[:count], dials).logits, own.logits[:count])
 
 
 @pytest.mark.parametrize("window", [64, 100, 128, 256, 1000])
