@@ -7,21 +7,28 @@ text that are computed side by side wait for nothing.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from multiprocessing.context import ForkProcess
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 SMALL = 200_000_000  # parameters
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the one that made it ends
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,43 +86,77 @@ def aside(work: Callable[[], R], idle: bool) -> Iterator[Callable[[], R | None]]
     """Call `work` on an idle core while the block runs: in a copy of this process, since Python runs one thread at a time.
 
     Args:
-        work: computes with PyTorch on the CPU, in one thread; its result must be picklable.
+        work: computes with PyTorch on the CPU, in one thread; its result must be picklable, and is best made of arrays.
         idle: whether there is such a core, as `one_thread` says.
     Yields:
         A function that waits for the result. It gives None where there is no such core, where processes cannot be copied
-        safely (outside of Linux), or where `work` failed: so a caller must be able to do without.
+        safely (outside of Linux, or while other threads of Python may hold locks), or where `work` failed: so a caller
+        must be able to do without. The copy ends with the block, and with this process, however that ends.
     """
-    if not (idle and sys.platform == "linux"):
+    if not (idle and sys.platform == "linux" and threading.active_count() == 1):
         yield lambda: None
         return
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(there, work), daemon=True)
-    process.start()
+    process = context.Process(target=_send, args=(there, work, os.getpid()), daemon=True)
+    if not _started(process):
+        there.close()
+        here.close()
+        yield lambda: None
+        return
     there.close()  # the copy has its own; once that is closed, nobody waits any longer
-
-    def result() -> R | None:
-        try:
-            return pickle.loads(here.recv_bytes())  # type: ignore[no-any-return]
-        except EOFError:
-            return None
-
     try:
-        yield result
+        yield lambda: _received(here)
     finally:
         process.kill()
         process.join()
         here.close()
 
 
-def _send(there: Connection, work: Callable[[], object]) -> None:
+def _started(process: ForkProcess) -> bool:
+    """Start a copy of this process that Ctrl-C leaves alone: it is for the original to say so, and to end the copy."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with warnings.catch_warnings():
+            # From Python 3.12 on it warns of other threads. Those there are now are the engines' own, and wait for work.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        return True
+    except OSError:  # no more processes, or no memory for one
+        return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _send(there: Connection, work: Callable[[], object], parent: int) -> None:
     """What the copy does; it leaves without the clean-up that is the original's."""
     try:
+        # Killed, the original could not end the copy, which would keep its locks on files.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+        gc.disable()  # it would touch, and so copy, all that the two processes share
+        arrays: list[pickle.PickleBuffer] = []
         with torch.no_grad():
             # By plain pickle: tensors in shared memory, which PyTorch sends otherwise, do not outlive this process.
-            there.send_bytes(pickle.dumps(work()))
+            rest = pickle.dumps(work(), protocol=5, buffer_callback=arrays.append)
+        there.send((rest, [array.raw().nbytes for array in arrays]))
+        for array in arrays:  # one by one, so that no second copy of them all is made
+            there.send_bytes(array.raw())
     finally:
         os._exit(0)
+
+
+def _received(here: Connection) -> Any:
+    """What `_send` sent, None if it did not get that far."""
+    try:
+        rest, sizes = here.recv()
+        arrays = [bytearray(size) for size in sizes]
+        for array in arrays:
+            here.recv_bytes_into(array)
+    except (EOFError, OSError):
+        return None
+    return pickle.loads(rest, buffers=arrays)
 
 
 def split_evenly(count: int, parts: int, least: int, most: int) -> int:

@@ -225,11 +225,13 @@ def finish_interrupted(folder: Path) -> None:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Tensors that are to be filled with random numbers stay as they are."""
+    """Tensors that are to be filled with random numbers stay as they are, unless from a generator of their own: such numbers
+    are the same in every model, and may be in none of its files.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_") and kwargs.get("generator") is None:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 

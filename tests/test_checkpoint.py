@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import subprocess
@@ -16,8 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import small_config
 from torch import Tensor
+from toy import ARCH as TOY_ARCH
+from toy import Toy, ToyConfig
 
 from rmse_edge import checkpoint
+from rmse_edge.arch import registry
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import CheckpointError
@@ -75,6 +79,21 @@ def test_loading_leaves_the_callers_seed_alone(folder: Path) -> None:
     torch.manual_seed(7)
     load_checkpoint(folder)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_numbers_of_a_generator_of_their_own_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer that no file holds is the same in every model; what the file holds is not drawn first."""
+
+    class Sketched(Toy):
+        def __init__(self, config: ToyConfig) -> None:
+            super().__init__(config)
+            sketch = torch.empty(4).normal_(generator=torch.Generator().manual_seed(3))
+            self.register_buffer("sketch", sketch, persistent=False)
+
+    monkeypatch.setattr(registry, "_REGISTERED", {"toy": dataclasses.replace(TOY_ARCH, build=Sketched)})
+    model = Sketched(ToyConfig())
+    save_checkpoint(model, tmp_path)
+    assert torch.equal(load_checkpoint(tmp_path).sketch, model.sketch)
 
 
 def test_loading_imports_no_compiler(folder: Path) -> None:

@@ -211,6 +211,9 @@ def total_bar() -> Iterator[Callable[[float], Report]]:
     from tqdm import tqdm
 
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
+    tqdm.monitor_interval = (
+        0  # no thread that looks after bars: this one is refreshed, and an export copies its process
+    )
     with tqdm(total=1.0, bar_format=form, smoothing=0, leave=False, disable=None, file=sys.stderr) as bar:
         begun = 0.0
 

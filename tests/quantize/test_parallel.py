@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from rmse_edge.cli.common import total_bar
 from rmse_edge.quantize.parallel import aside, one_thread
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
@@ -35,6 +42,65 @@ def test_work_that_fails_has_no_result(work: object, capfd: pytest.CaptureFixtur
     with aside(work, idle=True) as result:  # type: ignore[arg-type]
         assert result() is None
     assert capfd.readouterr() == ("", "")
+
+
+@forks
+def test_ctrl_c_is_not_for_the_work_aside(capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends it to all processes; only the one the person started says something."""
+    with aside(lambda: (os.kill(os.getpid(), signal.SIGINT), np.ones((3, 4)))[1], idle=True) as result:
+        assert np.array_equal(result(), np.ones((3, 4)))
+    assert capfd.readouterr() == ("", "")
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@forks
+def test_work_aside_dies_with_a_process_that_is_killed() -> None:
+    """Otherwise it would go on, and hold the locks of files that were being written."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from rmse_edge.quantize.parallel import aside\n"
+        "def work():\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+        "with aside(work, idle=True):\n    sys.stdin.readline()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and int(process.stdout.readline())
+        process.kill()
+        assert process.stdout.read() == b""  # nobody holds the other end any longer
+
+
+@forks
+def test_beside_other_threads_no_process_is_copied() -> None:
+    """One of them might hold a lock, which nobody would free in the copy."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with aside(os.getpid, idle=True) as result:
+            assert result() is None
+    finally:
+        done.set()
+        thread.join()
+
+
+@forks
+def test_without_another_process_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with aside(os.getpid, idle=True) as result:
+        assert result() is None
+
+
+@forks
+def test_a_bar_on_a_terminal_brings_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with total_bar() as part, aside(os.getpid, idle=True) as result:
+        part(1.0)("working", 0.5)
+        assert result() is not None
+    assert "working" in terminal.getvalue()
 
 
 @forks
