@@ -7,7 +7,6 @@ is copied in every iteration. K and V of the call are a scan output, and leave t
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from functools import cache
 from pathlib import Path
@@ -20,11 +19,13 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from rmse_edge.errors import ExportError, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
+from rmse_edge.export.stored import weights_of_codes
 from rmse_edge.export.targets import LowerOptions, target
 
 from .ops import translations
-from .passes import PASSES, WeightFile, name_sizes
-from .quantize import check_format, use_integers
+from .passes import PASSES, name_sizes
+from .quantize import check_format, prepare, use_integers, with_float_activations
+from .weights import MODEL, WeightFile, aliases
 
 OPSET = 23
 WEIGHTS = "weights.bin"
@@ -66,18 +67,16 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
     return model
 
 
-def weight_names(model: nn.Module) -> dict[bytes, str]:
-    """Content -> name for every parameter and buffer, as it is and, for matrices, transposed."""
-    names: dict[bytes, str] = {}
-    for name, tensor in model.state_dict().items():
-        array = tensor.detach().cpu().contiguous()
-        names.setdefault(array.numpy().tobytes(), name)
-        if array.dim() == 2:
-            names.setdefault(array.T.contiguous().numpy().tobytes(), f"{name}.T")
-    return names
-
-
-@target("onnx", any_rows=True, grows=True, asymmetric=True, scale_bytes=4, compacts=True, check_format=check_format)
+@target(
+    "onnx",
+    any_rows=True,
+    grows=True,
+    asymmetric=True,
+    scale_bytes=4,
+    compacts=True,
+    check_format=check_format,
+    prepare=prepare,
+)
 def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str, Any]:
     """Write METHOD.onnx and weights.bin into `folder`.
 
@@ -87,32 +86,31 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     Raises:
         ExportError: a graph that ONNX's own checker refuses, or a quantised weight that no graph reads as integers.
     """
-    names = weight_names(program.model) if isinstance(program.model, nn.Module) else {}
-    weights = WeightFile(names, half=options.quant == "fp16")
+    model = program.model
+    codes = weights_of_codes(model) if isinstance(model, nn.Module) else {}
+    names = {f"{MODEL}{buffer}": name for buffer, name in codes.items()}
     graphs: dict[str, str] = {}
     twins: dict[str, str] = {}
     read: set[str] = set()
-    for method in program.methods:
-        options.progress(f"lowering {method.label}")
-        model = to_onnx(method, compact=options.compact and max(method.chunks) > 1)
-        file = graph_file(program, method)
-        if options.exact_twin:
-            twin = copy.deepcopy(model)
-            use_integers(twin, options.tensors, names, accuracy_level=0)
-            weights.take(twin, WEIGHTS)
-            onnx.save(twin, folder / f"exact-{file}")
-            twins |= {f"{method.name}_{chunk}": f"exact-{file}" for chunk in method.chunks}
-        if options.tensors:
-            read |= use_integers(model, options.tensors, names, options.accuracy_level)
-        weights.take(model, WEIGHTS)
-        onnx.save(model, folder / file)
-        graphs |= {f"{method.name}_{chunk}": file for chunk in method.chunks}
+    with WeightFile(folder / WEIGHTS, aliases(model), half=options.quant == "fp16") as weights:
+        for method in program.methods:
+            options.progress(f"lowering {method.label}")
+            graph = to_onnx(method, compact=options.compact and max(method.chunks) > 1)
+            if options.tensors:
+                read |= use_integers(graph, options.tensors, names, options.accuracy_level)
+            weights.take(graph)
+            file = graph_file(program, method)
+            onnx.save(graph, folder / file)
+            graphs |= {f"{method.name}_{chunk}": file for chunk in method.chunks}
+            if options.exact_twin:
+                with_float_activations(graph)
+                onnx.save(graph, folder / f"exact-{file}")
+                twins |= {f"{method.name}_{chunk}": f"exact-{file}" for chunk in method.chunks}
     for name in options.tensors:
         if name not in read:
             raise ExportError(
                 f"{name}: is quantised, but no graph reads it as integers; export with quant=fp32 or fp16"
             )
-    weights.write(folder / WEIGHTS)
     for file in dict.fromkeys(graphs.values()):
         try:
             onnx.checker.check_model(str(folder / file))

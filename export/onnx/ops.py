@@ -1,5 +1,8 @@
 """How the model's own operators become ONNX: `RotaryEmbedding`, and ONNX Runtime's contrib `MoE`, with compaction or not.
 
+Two operators of our own stand in the graph only until export/onnx/weights.py and quantize.py have seen who reads them:
+`StoredWeight`, a weight given by its integers, and `Transposed`, the weight of a linear layer as a product wants it.
+
 `rmse_edge::sparse_experts` selects experts by logits plus balancing bias, but weighs them by the logits alone. `MoE`
 knows one input for both, so the logits of experts that were not selected are pushed to -1e4 first: its own top-k then
 finds the same experts, and its softmax gives the rest exactly nothing. Which experts are selected is decided by `TopK`,
@@ -15,12 +18,17 @@ import onnx.defs as defs
 import onnxscript
 import torch
 from onnxscript import opset23 as op
+from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
 
+from rmse_edge.export import stored
 from rmse_edge.layers.masks import MASKED
 
 CONTRIB = "com.microsoft"
+OWN = "rmse_edge"  # of operators that no package has
+STORED_WEIGHT, TRANSPOSED = "StoredWeight", "Transposed"
 ROTARY = torch.ops.rmse_edge.rotary.default
 SPARSE_EXPERTS = torch.ops.rmse_edge.sparse_experts.default
+LINEAR = torch.ops.aten.linear.default
 
 
 @cache
@@ -64,6 +72,22 @@ def register_contrib_schemas(*names: str) -> None:
         )
 
 
+@cache
+def register_own_schemas() -> None:
+    """Tell `onnx` the operators that stand in a graph for a while."""
+    parameter, option = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
+    floats, codes = "tensor(float)", "tensor(uint8)"
+    inputs = [parameter("codes", codes), parameter("scales", floats)]
+    inputs.append(parameter("zeros", codes, param_option=option.Optional))
+    bits = defs.OpSchema.Attribute("bits", defs.OpSchema.AttrType.INT, "of a code", required=True)
+    weight = [parameter("weight", floats)]
+    for schema in (
+        defs.OpSchema(STORED_WEIGHT, OWN, 1, inputs=inputs, outputs=weight, attributes=[bits]),
+        defs.OpSchema(TRANSPOSED, OWN, 1, inputs=weight, outputs=[parameter("transposed", floats)]),
+    ):
+        defs.register_schema(schema)
+
+
 def translations(compact: bool) -> dict[Any, Any]:
     """The translation table for `torch.onnx.export`.
 
@@ -72,7 +96,8 @@ def translations(compact: bool) -> dict[Any, Any]:
             so the cost follows the number of active rows instead of the deepest one's depth.
     """
     register_contrib_schemas("MoE")
-    ms = onnxscript.values.Opset(CONTRIB, 1)
+    register_own_schemas()
+    ms, own = onnxscript.values.Opset(CONTRIB, 1), onnxscript.values.Opset(OWN, 1)
 
     def experts(x, logits, bias, gate_up, down, top_k):
         _, chosen = op.TopK(op.Add(logits, bias), op.Constant(value_ints=[top_k]), axis=-1)  # (N, top_k)
@@ -104,4 +129,14 @@ def translations(compact: bool) -> dict[Any, Any]:
         axis = op.Constant(value_ints=[1])  # angles are alike for all heads: (B, 1, C, hd/2) -> (B, C, hd/2)
         return op.RotaryEmbedding(x, op.Squeeze(cos, axis), op.Squeeze(sin, axis))
 
-    return {SPARSE_EXPERTS: active_rows if compact else all_rows, ROTARY: rotary}
+    def stored_weight(codes, scales, zeros, bits: int):
+        return own.StoredWeight(codes, scales, zeros, bits=bits)
+
+    def linear(x, weight, bias=None):
+        if len(x.shape) == 2 or len(weight.shape) != 2:
+            return aten_linear(x, weight, bias)
+        product = op.MatMul(x, own.Transposed(weight))
+        return product if bias is None else op.Add(product, bias)
+
+    experts_of = active_rows if compact else all_rows
+    return {SPARSE_EXPERTS: experts_of, ROTARY: rotary, stored.OPERATOR: stored_weight, LINEAR: linear}

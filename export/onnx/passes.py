@@ -6,17 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from rmse_edge.errors import ExportError
 from rmse_edge.export.program import NAMES
 from rmse_edge.loop.contract import TensorSpec
+
+from .ops import OWN, STORED_WEIGHT, TRANSPOSED
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             yield attribute.g
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph and all bodies in it."""
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from graphs(inner)
 
 
 def names_read(graph: GraphProto) -> set[str]:
@@ -210,89 +220,57 @@ def drop_trace_metadata(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
+def transpose_weights(model: ModelProto) -> None:
+    """Lay out weights of linear layers as a product reads them. Integers are left to export/onnx/quantize.py.
+
+    Given:   y = MatMul(x, Transposed(w)), w an initializer
+    Result:  y = MatMul(x, w.T), w.T an initializer; of a w that is computed, y = MatMul(x, Transpose(w))
+    """
+    graph = model.graph
+    weights = {t.name: t for t in graph.initializer}
+    stored = {o for g in graphs(graph) for n in g.node if n.op_type == STORED_WEIGHT for o in n.output}
+    names: dict[str, str] = {}
+    for inner in graphs(graph):
+        for node in [n for n in inner.node if n.op_type == TRANSPOSED]:
+            (name,), (result,) = node.input, node.output
+            if name in stored:
+                continue
+            if name not in weights:
+                plain = helper.make_node("Transpose", [name], [result], node.name, perm=[1, 0])
+                node.CopyFrom(plain)
+                continue
+            inner.node.remove(node)
+            names[result] = f"{name}.T"
+    for name in dict.fromkeys(names.values()):
+        array = numpy_helper.to_array(weights[name.removesuffix(".T")])
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array.T), name))
+    rename(graph, names)
+    forget_own_operators(model)
+
+
+def forget_own_operators(model: ModelProto) -> None:
+    """Take back the import of our own operators, once none stands in the graph any longer."""
+    if not any(n.domain == OWN for g in graphs(model.graph) for n in g.node):
+        kept = [o for o in model.opset_import if o.domain != OWN]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+
+
+def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
+    """Give values other names, where nodes read them: in the graph and in its bodies."""
+    for inner in graphs(graph):
+        for node in inner.node:
+            for i, name in enumerate(node.input):
+                if name in names:
+                    node.input[i] = names[name]
+
+
 PASSES = (
     stack_to_scan,
     hoist_invariants,
+    transpose_weights,
     remove_dead_nodes,
     outputs_are_computed,
     weights_in_outer_scope,
     drop_trace_metadata,
 )
-
-
-class WeightFile:
-    """One file for the weights of all graphs: every distinct tensor is stored once, at an aligned offset."""
-
-    ALIGNMENT = 4096  # a page, so that a tensor can be mapped, dropped and fetched by itself
-    INLINE_BELOW = 1024  # bytes; smaller tensors stay in the graph
-
-    def __init__(self, names: dict[bytes, str], half: bool) -> None:
-        """
-        Args:
-            names: content of a float32 tensor (row-major bytes) -> the name to store it under.
-            half: store float32 tensors as float16 and cast them in front of their readers.
-        """
-        self.names = names
-        self.half = half
-        self.offsets: dict[tuple[int, bytes], int] = {}  # type and content, in whatever shape it is read
-        self.parts: list[bytes] = []
-        self.size = 0
-
-    def take(self, model: ModelProto, location: str) -> None:
-        """Move the model's large initializers into this file, renamed to what they are.
-
-        Given:   initializer val_19 (float32, inline)
-        Result:  initializer block.attention.kv_proj.weight.T (external, shared), cast from float16 if `half`
-        """
-        graph, renamed, casts = model.graph, {}, []
-        for tensor in graph.initializer:
-            array = numpy_helper.to_array(tensor)
-            if array.nbytes < self.INLINE_BELOW:
-                continue
-            name = self.names.get(array.tobytes(), tensor.name)
-            half = self.half and array.dtype == np.float32
-            if tensor.name != name and any(t.name == name for t in graph.initializer):
-                name = f"{name}.{tensor.name}"
-            renamed[tensor.name] = name
-            stored = array.astype(np.float16) if half else array
-            offset = self._store(stored)
-            tensor.Clear()
-            tensor.name = f"{name}.fp16" if half else name
-            tensor.dims.extend(stored.shape)
-            tensor.data_type = helper.np_dtype_to_tensor_dtype(stored.dtype)
-            onnx.external_data_helper.set_external_data(_raw(tensor), location, offset, stored.nbytes)
-            tensor.ClearField("raw_data")
-            if half:
-                casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
-        _rename(graph, renamed)
-        for node in reversed(casts):
-            graph.node.insert(0, node)
-
-    def _store(self, array: np.ndarray) -> int:
-        key = (array.dtype.num, array.tobytes())
-        if key not in self.offsets:
-            padding = -self.size % (self.ALIGNMENT if array.nbytes >= self.ALIGNMENT else 64)
-            self.parts += [bytes(padding), key[1]]
-            self.offsets[key] = self.size + padding
-            self.size += padding + array.nbytes
-        return self.offsets[key]
-
-    def write(self, path) -> None:
-        with open(path, "wb") as file:
-            for part in self.parts:
-                file.write(part)
-
-
-def _raw(tensor: TensorProto) -> TensorProto:
-    """`set_external_data` insists on raw data being there."""
-    tensor.raw_data = b"\0"
-    return tensor
-
-
-def _rename(graph: GraphProto, names: dict[str, str]) -> None:
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in names:
-                node.input[i] = names[name]
-        for inner in subgraphs(node):
-            _rename(inner, names)

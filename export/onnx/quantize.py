@@ -1,57 +1,65 @@
-"""Quantised weights in ONNX: readers of a dequantised weight become ONNX Runtime's operators on its integers.
+"""Quantised weights in ONNX: readers of a weight given by its integers become ONNX Runtime's operators on them.
 
     MatMul, Gemm  -> MatMulNBits            Gather -> GatherBlockQuantized            MoE -> QMoE
 
-The program is traced with the dequantised weights, so this is the only place where ONNX knows about integers. Scales
-are bfloat16 numbers stored as float32: the operators keep them beside what they pack, and so these stay pages of the file
-instead of becoming memory. Per-channel scales are stored once per channel, and `Expand` gives every block its own.
+The program is traced with `rmse_edge::stored_weight` (export/stored.py). Scales are bfloat16 numbers stored as float32: the
+operators keep them beside what they pack, and so these stay pages of the file instead of becoming memory. Per-channel scales
+are stored once per channel, and `Expand` gives every block its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from torch import nn
 
 from rmse_edge.arch.quantization import Use
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
+from rmse_edge.export.stored import with_stored
+from rmse_edge.export.targets import LowerOptions
 from rmse_edge.quantize import Format, QuantizedTensor
 
-from .ops import CONTRIB
-from .passes import subgraphs
+from .ops import CONTRIB, STORED_WEIGHT, TRANSPOSED
+from .passes import forget_own_operators, graphs, remove_dead_nodes
+from .weights import MODEL
 
+QMOE_SCALES = (3, 6)  # places of its inputs
 BLOCKS = (128, 64, 32, 16)  # for weights with one scale per channel, by preference: the operators insist on blocks
 
 
+def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
+    """`model`, or a copy in which quantised weights are their integers."""
+    if not options.tensors:
+        return model
+    return with_stored(model, options.tensors, arch_of_model(model).tied(model.config))
+
+
 def use_integers(
-    model: ModelProto, tensors: Mapping[str, QuantizedTensor], names: Mapping[bytes, str], accuracy_level: int
+    model: ModelProto, tensors: Mapping[str, QuantizedTensor], names: Mapping[str, str], accuracy_level: int
 ) -> set[str]:
     """Replace every reader of a quantised weight, in the graph and in its bodies.
 
-    Given:   y = MatMul(x, w.T), w.T the dequantised weights, float32
+    Given:   y = MatMul(x, Transposed(StoredWeight(w.codes, w.scales)))
     Result:  y = MatMulNBits(x, w.codes, w.scales); w.codes and w.scales in outer scope
 
     Args:
         tensors: by name of the weight.
-        names: content of a float32 tensor (row-major bytes) -> its name, "NAME.T" if transposed.
+        names: of the initializers that hold codes -> of the weights.
         accuracy_level: 4 rounds activations to int8, 0 computes in float32.
     Returns:
         The names of the weights that the graph reads.
     Raises:
         ExportError: a quantised weight is read by an operator that has no form for integers.
     """
-    found = {}  # initializer -> weight
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
-            name = names.get(numpy_helper.to_array(tensor).tobytes())
-            if name is not None and name.removesuffix(".T") in tensors:
-                found[tensor.name] = name
+    found = _weights(model.graph, names)
     stored = _Stored(model.graph, tensors)
-    for graph in _graphs(model.graph):
+    for graph in [*graphs(model.graph)]:
         for index, node in enumerate(graph.node):
             weights = {i: found[name] for i, name in enumerate(node.input) if name in found}
-            if not weights:
+            if not weights or node.output[0] in found:
                 continue
             replace = REPLACEMENTS.get(node.op_type)
             new = replace(node, weights, stored, accuracy_level) if replace else None
@@ -62,18 +70,68 @@ def use_integers(
                     "for floating point; export with quant=fp32 or fp16"
                 )
             graph.node[index].CopyFrom(new)
-    kept = [t for t in model.graph.initializer if t.name not in found]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+        for node in [n for n in graph.node if n.output and n.output[0] in found]:
+            graph.node.remove(node)
     stored.finish(model)
+    _remove_unread(model.graph)
+    forget_own_operators(model)
     return {name.removesuffix(".T") for name in found.values()}
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for inner in subgraphs(node):
-            yield from _graphs(inner)
+def _weights(graph: GraphProto, names: Mapping[str, str]) -> dict[str, str]:
+    """Values that are a quantised weight -> its name, "NAME.T" if transposed."""
+    found: dict[str, str] = {}
+    for inner in graphs(graph):  # a body reads what the graphs around it have
+        for node in inner.node:
+            if node.op_type == STORED_WEIGHT:
+                found[node.output[0]] = names[node.input[0]]
+            elif node.input and node.input[0] in found and _transposes(node):
+                name = found[node.input[0]]
+                found[node.output[0]] = name.removesuffix(".T") if name.endswith(".T") else f"{name}.T"
+    return found
+
+
+def _transposes(node: NodeProto) -> bool:
+    perms = [list(a.ints) for a in node.attribute if a.name == "perm"]
+    return node.op_type == TRANSPOSED or (node.op_type == "Transpose" and perms == [[1, 0]])
+
+
+def _remove_unread(graph: GraphProto) -> None:
+    """Initializers that only the operators read that are gone: codes and scales as they were traced."""
+    read = {name for inner in graphs(graph) for node in inner.node for name in node.input}
+    read |= {o.name for inner in graphs(graph) for o in inner.output}
+    kept = [t for t in graph.initializer if t.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def with_float_activations(model: ModelProto) -> None:
+    """Make a graph that rounds activations compute in float32, on the same integers of the same file.
+
+    Given:   y = MatMulNBits(x, w.codes, w.scales), accuracy_level 4
+    Result:  the same with accuracy_level 0; of int8, which `QMoE` reads in blocks only with rounded activations,
+             y = QMoE(x, w.codes, w.scales) without blocks, w.scales one per channel
+    """
+    makers = {o: n for n in model.graph.node for o in n.output}
+    initializers = {t.name: t for t in model.graph.initializer}
+    for graph in graphs(model.graph):
+        for node in graph.node:
+            given = {a.name: a for a in node.attribute} if node.domain == CONTRIB else {}
+            if "accuracy_level" in given:
+                given["accuracy_level"].i = 0
+            if "block_size" not in given or node.op_type != "QMoE" or given["expert_weight_bits"].i != 8:
+                continue
+            for i in QMOE_SCALES:
+                each = makers[node.input[i]].input[0] if node.input[i] in makers else node.input[i]
+                name = f"{each}.channels"
+                if name not in initializers:
+                    initializers[name] = model.graph.initializer.add()
+                    initializers[name].CopyFrom(initializers[each])
+                    initializers[name].name = name
+                    del initializers[name].dims[-1]  # (E, N, 1) -> (E, N)
+                node.input[i] = name
+            node.attribute.remove(given["block_size"])
+    remove_dead_nodes(model)
 
 
 class _Stored:
@@ -83,14 +141,6 @@ class _Stored:
         self.graph, self.tensors = graph, tensors
         self.known: set[str] = set()
         self.nodes: list[NodeProto] = []  # that make scales, in front of everything
-
-    def lies(self, name: str, transposed: bool) -> bool:
-        """Whether an initializer of this name holds the weight as inputs x outputs (`transposed`) or outputs x inputs."""
-        if name.endswith(".T") == transposed:
-            return True
-        weight = self.tensors[name.removesuffix(".T")].dequantize()
-        # A symmetric matrix has one content, hence one name, both ways.
-        return weight.shape[0] == weight.shape[-1] and bool((weight == weight.T).all())
 
     def block(self, *names: str) -> int:
         """The block size that the operators are told, one for all of `names`."""
@@ -104,19 +154,19 @@ class _Stored:
         q = self.tensors[name]
         packed = q.packed().numpy()
         if block is None:
-            return self._keep(f"{name}.codes", packed)
+            return self._keep(f"{MODEL}{name}.codes", packed)
         rows, wide = packed.shape
         bytes_of_block = block * q.format.bits // 8
         zero = q.format.middle if q.format.bits == 8 else q.format.middle * 0x11
         padded = np.full((rows, -(-wide // bytes_of_block) * bytes_of_block), zero, np.uint8)
         padded[:, :wide] = packed
-        return self._keep(f"{name}.codes.blocks", padded.reshape(rows, -1, bytes_of_block))
+        return self._keep(f"{MODEL}{name}.codes.blocks", padded.reshape(rows, -1, bytes_of_block))
 
     def scales(self, name: str, block: int | None) -> str:
         """(..., N, blocks) float32; with `block` None one per channel, (..., N)."""
         q = self.tensors[name]
         scales = q.scales if block is not None else q.scales.squeeze(-1)
-        label = f"{name}.scales" if block is not None else f"{name}.scales.channels"
+        label = f"{MODEL}{name}.scales" if block is not None else f"{MODEL}{name}.scales.channels"
         if label in self.known:
             return label
         blocks = 1 if block is None else -(-q.shape[-1] // block)
@@ -138,7 +188,7 @@ class _Stored:
             if zeros.shape[-1] % 2:
                 zeros = np.concatenate([zeros, np.zeros_like(zeros[..., :1])], -1)
             zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
-        return self._keep(f"{name}.zeros", zeros)
+        return self._keep(f"{MODEL}{name}.zeros", zeros)
 
     def _keep(self, label: str, array: np.ndarray) -> str:
         if label not in self.known:
@@ -155,7 +205,7 @@ class _Stored:
 
 def _matmul(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
     """Given: MatMul(x, w.T). Result: MatMulNBits(x, w)."""
-    if set(weights) != {1} or not stored.lies(weights[1], transposed=True):
+    if set(weights) != {1} or not weights[1].endswith(".T"):
         return None
     return _nbits(node, weights[1].removesuffix(".T"), "", stored, accuracy_level)
 
@@ -164,7 +214,7 @@ def _gemm(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_le
     """Given: Gemm(x, w, bias, transB=1), or w.T without. Result: MatMulNBits(x, w, bias)."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     plain = given.get("alpha", 1.0) == 1.0 and given.get("beta", 1.0) == 1.0 and not given.get("transA", 0)
-    if set(weights) != {1} or not plain or not stored.lies(weights[1], transposed=not given.get("transB", 0)):
+    if set(weights) != {1} or not plain or weights[1].endswith(".T") == bool(given.get("transB", 0)):
         return None
     bias = node.input[2] if len(node.input) > 2 else ""
     return _nbits(node, weights[1].removesuffix(".T"), bias, stored, accuracy_level)

@@ -27,7 +27,7 @@ from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import UserError
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.onnx.passes import WeightFile
+from rmse_edge.export.onnx.weights import WeightFile
 from rmse_edge.export.pipeline import rounded
 from rmse_edge.loop.stop import delta_stops, entropy_stops, gate_stops
 from rmse_edge.package import Package, check_destination

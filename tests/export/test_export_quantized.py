@@ -15,7 +15,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ALPHABET, Memo, assert_one_line, mixed_model, random_tokens, remembering_model, tiny_config
+from helpers import (
+    ALPHABET,
+    Memo,
+    assert_one_line,
+    mixed_model,
+    random_tokens,
+    remembering_model,
+    same_model,
+    tiny_config,
+)
 from onnx import TensorProto, helper, numpy_helper
 
 from rmse_edge.arch.rmse.model import RMSE
@@ -26,12 +35,14 @@ from rmse_edge.errors import ExportError, ParityError, UserError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export import targets as registry
 from rmse_edge.export.gate.methods import example_feeds
-from rmse_edge.export.onnx import lower as onnx_target
-from rmse_edge.export.onnx.lower import to_onnx, weight_names
+from rmse_edge.export.onnx.lower import to_onnx
+from rmse_edge.export.onnx.ops import OWN, STORED_WEIGHT, TRANSPOSED
 from rmse_edge.export.onnx.passes import subgraphs
-from rmse_edge.export.onnx.quantize import use_integers
+from rmse_edge.export.onnx.quantize import prepare, use_integers, with_float_activations
+from rmse_edge.export.onnx.weights import MODEL
 from rmse_edge.export.program import ExportedMethod, Method
-from rmse_edge.export.targets import target
+from rmse_edge.export.stored import weights_of_codes
+from rmse_edge.export.targets import LowerOptions, get_target, target
 from rmse_edge.package import Package
 from rmse_edge.quantize import Format, Quantized, QuantizedTensor, QuantizeRequest, Scheme, quantize, save_quantized
 from rmse_edge.quantize.tensors import round_to_nearest
@@ -258,17 +269,24 @@ def test_calls_of_any_size_share_the_packed_weights(int4: Path) -> None:
 # ------------------------------------------------------------------------------------------- other formats, by method
 
 
-def on_onnx(quantized: Quantized, method: str, chunk: int, accuracy_level: int) -> tuple[Arrays, Arrays]:
-    """What one method gives in PyTorch and as an ONNX graph in memory, on made-up inputs."""
+def on_onnx(
+    quantized: Quantized, method: str, chunk: int, accuracy_level: int, twin: bool = False
+) -> tuple[Arrays, Arrays]:
+    """What one method gives in PyTorch and as an ONNX graph in memory, on made-up inputs; with `twin` in float activations."""
     model = quantized.model
     spec, reference = model.spec(chunk), TorchMethods(model)
-    module = Method(model, spec, method)
+    traced: Any = prepare(model, LowerOptions(tensors=quantized.tensors))
+    module = Method(traced, spec, method)
     with torch.no_grad():
         program = torch.export.export(module, module.example(), strict=False)
     exported = ExportedMethod(method, (chunk,), module.takes, module.gives, program)
     graph = to_onnx(exported, compact=True)
-    use_integers(graph, quantized.tensors, weight_names(model), accuracy_level)
+    names = {f"{MODEL}{codes}": name for codes, name in weights_of_codes(traced).items()}
+    use_integers(graph, quantized.tensors, names, accuracy_level)
+    if twin:
+        with_float_activations(graph)
     onnx.checker.check_model(graph)
+    assert {o.domain for o in graph.opset_import} <= {"", "com.microsoft"}
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     feeds = example_feeds(spec, reference) | Dials(4, 1, 0.6).arrays()
     feeds |= {"h": feeds["x0"]}
@@ -292,12 +310,22 @@ def test_other_forms_are_exact(form: str) -> None:
     model, scheme, methods = FORMS[form]
     quantized = rounded(model, **scheme)
     for method in methods:
-        ours, theirs = on_onnx(quantized, method, 64, accuracy_level=0)
-        iterations = slice(int(ours.get("iterations", 0)))
-        for name, a in ours.items():
-            rows = iterations if name.startswith("new_") else slice(None)
-            a, b = (np.atleast_1d(x)[rows] for x in (a, theirs[name]))
-            np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * max(1.0, np.abs(a).max()), err_msg=f"{method} {name}")
+        check_exact(method, *on_onnx(quantized, method, 64, accuracy_level=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_the_twin_of_a_graph_that_rounds_activations_is_exact(quant: str) -> None:
+    """It is the same graph, of the same integers: of int8, experts are read otherwise than in blocks."""
+    check_exact("loop", *on_onnx(rounded(mixed_model(), quant=quant), "loop", 64, accuracy_level=4, twin=True))
+
+
+def check_exact(method: str, ours: Arrays, theirs: Arrays) -> None:
+    iterations = slice(int(ours.get("iterations", 0)))
+    for name, a in ours.items():
+        rows = iterations if name.startswith("new_") else slice(None)
+        a, b = (np.atleast_1d(x)[rows] for x in (a, theirs[name]))
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * max(1.0, np.abs(a).max()), err_msg=f"{method} {name}")
 
 
 @pytest.mark.slow
@@ -333,62 +361,73 @@ def test_an_int8_cache_in_a_package(quick_export: Memo, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_reader_without_a_form_for_integers_fails_the_export() -> None:
-    """Never a silent fallback to floating point: the tensor and the operator are named."""
-    q = round_to_nearest(torch.randn(64, 64), Format(4, 32))
-    weight = q.dequantize().numpy()
+def graph_of(nodes: list[onnx.NodeProto], q: QuantizedTensor, columns: int) -> onnx.ModelProto:
+    """Nodes that read "w", a weight given by its integers, and "x"."""
     info = helper.make_tensor_value_info
+    stored = helper.make_node(STORED_WEIGHT, ["codes", "scales"], ["w"], domain=OWN, bits=q.format.bits)
+    kept = [numpy_helper.from_array(t.numpy(), name) for name, t in (("codes", q.codes), ("scales", q.scales))]
     graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "w"], ["y"])], "g", [info("x", 1, [64, 64])], [info("y", 1, [64, 64])],
-        [numpy_helper.from_array(weight, "w")],
-    )  # fmt: skip
-    with pytest.raises(ExportError) as caught:
-        use_integers(helper.make_model(graph), {"inject.weight": q}, {weight.tobytes(): "inject.weight"}, 4)
-    assert_one_line(str(caught.value), "inject.weight", "Mul", "quant=fp32")
-
-
-def graph_of(nodes: list[onnx.NodeProto], weight: np.ndarray, columns: int) -> onnx.ModelProto:
-    info = helper.make_tensor_value_info
-    rows = weight.shape[0]
-    graph = helper.make_graph(
-        nodes, "g", [info("x", 1, [3, rows])], [info("y", 1, [3, columns])], [numpy_helper.from_array(weight, "w")]
+        [stored, *nodes], "g", [info("x", 1, [3, q.shape[0]])], [info("y", 1, [3, columns])], kept
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
-def test_a_symmetric_matrix_is_its_own_transpose() -> None:
-    """Its content names it untransposed wherever it stands; it is found to be the same."""
-    q = round_to_nearest(0.5 * torch.eye(32), Format(4, 32))
-    weight = q.dequantize().numpy()
-    model = graph_of([helper.make_node("MatMul", ["x", "w"], ["y"])], weight, 32)
-    assert use_integers(model, {"inject.weight": q}, {weight.tobytes(): "inject.weight"}, 0) == {"inject.weight"}
+def test_a_reader_without_a_form_for_integers_fails_the_export() -> None:
+    """Never a silent fallback to floating point: the tensor and the operator are named."""
+    q = round_to_nearest(torch.randn(64, 64), Format(4, 32))
+    model = graph_of([helper.make_node("Mul", ["x", "w"], ["y"])], q, 64)
+    with pytest.raises(ExportError) as caught:
+        use_integers(model, {"inject.weight": q}, {"codes": "inject.weight"}, 4)
+    assert_one_line(str(caught.value), "inject.weight", "Mul", "quant=fp32")
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [helper.make_node(TRANSPOSED, ["w"], ["t"], domain=OWN)],
+        [helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0])],
+        [
+            helper.make_node(TRANSPOSED, ["w"], ["u"], domain=OWN),
+            helper.make_node("Transpose", ["u"], ["v"], perm=[1, 0]),
+            helper.make_node(TRANSPOSED, ["v"], ["t"], domain=OWN),
+        ],
+    ],
+    ids=["by a linear layer", "by the model", "there and back"],
+)
+def test_a_weight_is_read_through_whatever_transposes_it(turns: list[onnx.NodeProto]) -> None:
+    """A product wants it once transposed: a square one read as it is would be another matrix."""
+    q = round_to_nearest(torch.randn(32, 32), Format(4, 32))
+    model = graph_of([*turns, helper.make_node("MatMul", ["x", "t"], ["y"])], q, 32)
+    assert use_integers(model, {"inject.weight": q}, {"codes": "inject.weight"}, 0) == {"inject.weight"}
+    assert [n.op_type for n in model.graph.node] == ["MatMulNBits"]
+    assert {t.name for t in model.graph.initializer} == set(model.graph.node[0].input[1:])
     x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
     (y,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
-    np.testing.assert_allclose(y, x @ weight, atol=1e-6)
+    np.testing.assert_allclose(y, x @ q.dequantize().numpy().T, atol=1e-5)
+    with pytest.raises(ExportError, match=r"^inject\.weight: .* MatMul reads it"):
+        use_integers(
+            graph_of([helper.make_node("MatMul", ["x", "w"], ["y"])], q, 32),
+            {"inject.weight": q},
+            {"codes": "inject.weight"},
+            0,
+        )
 
 
 def test_a_weight_that_no_graph_reads_as_integers_fails_the_export(
-    int4: Path, checkpoint: Path, quick_export: Memo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: RMSE, package: Path, quick_export: Memo, tmp_path: Path
 ) -> None:
-    """Such as one that the exporter folded into another number: it would ship as floating point."""
-    quantized = calibrated(checkpoint)
-    real = onnx_target.weight_names
-    monkeypatch.setattr(
-        onnx_target, "weight_names", lambda m: {k: v for k, v in real(m).items() if not v.startswith("inject")}
-    )
+    """Such as one of a program that was traced with floats: it would ship as floating point."""
+    (program,) = (p for kind, p in quick_export.programs if kind == (True, False) and same_model(p.model, tiny))
+    q = round_to_nearest(tiny.inject.weight.detach(), Format(8))
     with pytest.raises(ExportError, match=r"^inject\.weight: is quantised, but no graph reads it as integers"):
-        export_package(
-            quantized.model, tmp_path / "p.rmse", ExportRequest(quant="int4", check=False), quantized=quantized
-        )
-    assert not list(tmp_path.iterdir())
+        get_target("onnx").lower(program, tmp_path, LowerOptions("int8", {"inject.weight": q}))
 
 
 def test_inputs_that_make_no_whole_blocks_are_named() -> None:
     q = round_to_nearest(torch.randn(40, 72), Format(8))
-    weight = q.dequantize().numpy()
-    model = graph_of([helper.make_node("Gather", ["w", "x"], ["y"])], weight, 72)
+    model = graph_of([helper.make_node("Gather", ["w", "x"], ["y"])], q, 72)
     with pytest.raises(ExportError) as caught:
-        use_integers(model, {"embed.weight": q}, {weight.tobytes(): "embed.weight"}, 4)
+        use_integers(model, {"embed.weight": q}, {"codes": "embed.weight"}, 4)
     assert_one_line(str(caught.value), "embed.weight", "72 inputs", "blocks of 16", "quant=fp32")
 
 

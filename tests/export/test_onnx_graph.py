@@ -24,16 +24,18 @@ from paths import ROOT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
 from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.export.onnx.ops import OWN, TRANSPOSED
 from rmse_edge.export.onnx.passes import (
-    WeightFile,
     find_loop,
     hoist_invariants,
     name_sizes,
     names_read,
     remove_dead_nodes,
     subgraphs,
+    transpose_weights,
     weights_in_outer_scope,
 )
+from rmse_edge.export.onnx.weights import WeightFile
 from rmse_edge.export.program import ROWS, SLOTS
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.package import Package
@@ -439,22 +441,61 @@ def test_equal_tensors_share_one_place_in_the_file(tmp_path: Path) -> None:
     """Equal content is stored once whatever its name, graph or shape; small tensors stay in the graph."""
     draw = np.random.default_rng(0)
     table = draw.standard_normal((32, 32)).astype(np.float32)
-    file = WeightFile({table.tobytes(): "table", table.T.copy().tobytes(): "table.T"}, half=False)
+    arrays = {"model.table": table, "val_1": table.reshape(4, 8, 32), "model.table.T": table.T.copy()}
     places = []
-    for array in (table, table.reshape(4, 8, 32), table.T.copy()):
-        model = model_of(
-            [helper.make_node("Neg", ["val_1"], ["y"]), helper.make_node("Neg", ["small"], ["z"])],
-            {"val_1": array, "small": np.ones(3, np.float32)},
-            {"y": list(array.shape), "z": [3]},
-        )
-        file.take(model, "weights.bin")
-        large, small = model.graph.initializer
-        assert model.graph.node[0].input[0] == large.name and not small.external_data
-        places.append((large.name, external(large)))
-        onnx.save(model, tmp_path / f"{len(places)}.onnx")
-    file.write(tmp_path / "weights.bin")
-    assert places[0] == places[1] and [name for name, _ in places] == ["table", "table", "table.T"]
+    with WeightFile(tmp_path / "weights.bin", {}, half=False) as file:
+        for given, array in arrays.items():
+            model = model_of(
+                [helper.make_node("Neg", [given], ["y"]), helper.make_node("Neg", ["small"], ["z"])],
+                {given: array, "small": np.ones(3, np.float32)},
+                {"y": list(array.shape), "z": [3]},
+            )
+            file.take(model)
+            large, small = model.graph.initializer
+            assert model.graph.node[0].input[0] == large.name and not small.external_data
+            places.append((large.name, external(large)))
+            onnx.save(model, tmp_path / f"{len(places)}.onnx")
+    assert places[0][1] == places[1][1] and [name for name, _ in places] == ["table", "val_1", "table.T"]
     assert (tmp_path / "weights.bin").stat().st_size == 2 * table.nbytes
-    for i, array in enumerate((table, table.reshape(4, 8, 32), table.T)):
+    assert file.digest.hexdigest() == hashlib.sha256((tmp_path / "weights.bin").read_bytes()).hexdigest()
+    for i, array in enumerate(arrays.values()):
         read = onnx.load(tmp_path / f"{i + 1}.onnx").graph.initializer[0]
         np.testing.assert_array_equal(numpy_helper.to_array(read), array)
+
+
+def test_a_tensor_of_the_model_is_stored_once_under_its_first_name(tmp_path: Path) -> None:
+    """It is known by its name: another graph's copy is not looked at. The tracer's names say nothing."""
+    table, other = (np.full((32, 32), value, np.float32) for value in (1, 2))
+    found = []
+    with WeightFile(tmp_path / "weights.bin", {"head.weight": "embed.weight"}, half=True) as file:
+        for name, array in (
+            ("model.embed.weight", table), ("model.head.weight", table), ("val_0", table), ("val_0", other),
+        ):  # fmt: skip
+            model = model_of([helper.make_node("Neg", [name], ["y"])], {name: array}, {"y": [32, 32]})
+            file.take(model)
+            (tensor,) = model.graph.initializer
+            found.append((tensor.name, external(tensor)))
+    assert [name for name, _ in found] == ["embed.weight.fp16", "embed.weight.fp16", "val_0.fp16", "val_0.fp16"]
+    assert found[0] == found[1] and found[0][1] == found[2][1] != found[3][1]
+
+
+def test_weights_of_linear_layers_are_laid_out_for_the_product() -> None:
+    """One that is computed is transposed where it is read."""
+    w = np.arange(6, dtype=np.float32).reshape(2, 3)
+    model = model_of(
+        [
+            helper.make_node("Neg", ["w"], ["v"]),
+            helper.make_node(TRANSPOSED, ["w"], ["a"], domain=OWN),
+            helper.make_node(TRANSPOSED, ["v"], ["b"], domain=OWN),
+            helper.make_node("Add", ["a", "b"], ["y"]),
+        ],
+        {"w": w},
+        {"y": [3, 2]},
+    )
+    model.opset_import.append(helper.make_opsetid(OWN, 1))
+    transpose_weights(model)
+    onnx.checker.check_model(model)
+    assert [o.domain for o in model.opset_import] == [""]
+    assert [n.op_type for n in model.graph.node] == ["Neg", "Transpose", "Add"]
+    assert {t.name: t.dims[0] for t in model.graph.initializer} == {"w": 2, "w.T": 3}
+    np.testing.assert_array_equal(onnx.reference.ReferenceEvaluator(model).run(None, {})[0], np.zeros((3, 2)))

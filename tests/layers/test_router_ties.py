@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.onnx.lower import OPSET, weight_names
+from rmse_edge.export.onnx.lower import OPSET
 from rmse_edge.export.onnx.ops import translations
 from rmse_edge.export.onnx.quantize import use_integers
+from rmse_edge.export.stored import weights_of_codes, with_stored
 from rmse_edge.layers.experts import SparseExperts, best, best_portable, gathered_experts, select
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
@@ -72,14 +73,15 @@ def test_onnx_experts_are_those_of_pytorch(bits: int, level: int, compact: bool)
         tensors = {name: round_to_nearest(p.detach(), fmt) for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
             p.data.copy_(tensors[name].dequantize())
+    traced = with_stored(model, tensors, {})
     x = torch.randn(len(LOGITS), D, generator=torch.Generator().manual_seed(1))
     given = (x, LOGITS, torch.ones(len(x), dtype=torch.bool))
     graph = torch.onnx.export(
-        torch.export.export(model, given), (), dynamo=True, opset_version=OPSET, verbose=False,
+        torch.export.export(traced, given), (), dynamo=True, opset_version=OPSET, verbose=False,
         custom_translation_table=translations(compact), input_names=["x", "logits", "active"],
     ).model_proto  # fmt: skip
     if tensors:
-        use_integers(graph, tensors, weight_names(model), level)
+        use_integers(graph, tensors, weights_of_codes(traced), level)
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, dict(zip(("x", "logits", "active"), (t.numpy() for t in given))))
     routing = select(LOGITS, BIAS, TOP_K)
