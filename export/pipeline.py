@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
+from rmse_edge.files import Digests
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.package import Package, seal, writing
@@ -247,8 +248,8 @@ def export_package(
             if (known := ahead()) is not None:
                 proof.reference.learn(known)
             manifest["parity"] = proof.text(program, manifest, twin)
-        seal(folder, manifest)
-    return Package.open(destination)
+        seal(folder, manifest, proof.digests)
+    return Package.open(destination, proof.digests)
 
 
 @dataclass
@@ -262,13 +263,18 @@ class Proof:
     folder: Path
     files: dict[str, str]  # tokenizer and text sample in the folder, as the manifest names them
     stage: Stages
+    digests: Digests = field(default_factory=Digests)  # of the folder's files, which are sealed for every candidate
 
     def board(self, program: LoopProgram, manifest: dict[str, Any]) -> dict[str, Any]:
         """Of a model that fills in boards."""
-        seal(self.folder, manifest)
         exact = self.request.quant == "fp32"
-        counterpart, package = rounded(self.model, self.request.quant), Package.open(self.folder)
+        counterpart, package = rounded(self.model, self.request.quant), self.sealed(manifest)
         return board_gate(program, counterpart, board_for(package), exact, self.stage)
+
+    def sealed(self, manifest: dict[str, Any]) -> Package:
+        """The package in the making, as a runtime would find it."""
+        seal(self.folder, manifest, self.digests)
+        return Package.open(self.folder, self.digests)
 
     @property
     def float_cache(self) -> bool:
@@ -308,7 +314,7 @@ class Proof:
         found = None
         if twin is not None:
             self.stage("parity of the integers")
-            candidate = sealed(self.folder, manifest | {"lowering": twin})
+            candidate = candidate_of(self.sealed(manifest | {"lowering": twin}))
             found = gate(program, reference, candidate, tokens, float_cache, self.stage)
             for file in set(twin["graphs"].values()):
                 (self.folder / file).unlink()
@@ -316,8 +322,8 @@ class Proof:
         if not exact and not (found is not None and float_cache):
             self.stage("parity of the host")
             alone = compare_host(arch_of_model(self.model).with_cache_dtype(reference.model, "float32"), tokens)
-        package = [sealed(self.folder, manifest)]
-        candidates = [*package, *map(unlimited, other_runtimes(Package.open(self.folder)))]
+        package = self.sealed(manifest)
+        candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
         try:
             reports = [
                 gate(program, reference, c, tokens, exact, self.stage, self.rounded_activations, target.positions)
@@ -380,10 +386,9 @@ def limited(info: ModelInfo, max_seq_len: int | None, target: Target) -> ModelIn
     return dataclasses.replace(info, state=state, page=page).with_limit(max_seq_len)
 
 
-def sealed(folder: Path, manifest: dict[str, Any]) -> LoopRuntime:
+def candidate_of(package: Package) -> LoopRuntime:
     """The runtime of the package in the making, which the gate runs."""
-    seal(folder, manifest)
-    candidate = runtime_for(Package.open(folder))
+    candidate = runtime_for(package)
     assert isinstance(candidate, LoopRuntime)
     return unlimited(candidate)
 

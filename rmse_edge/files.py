@@ -66,6 +66,29 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Digests:
+    """SHA-256 of files that are asked for again and again: each is read once, and again where it was written to.
+
+    A clock's tick is some milliseconds: who writes a file twice in one, and asks in between, must `forget` it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[tuple[int, int], str]] = {}  # file, wherever it lies -> state, hash
+
+    def of(self, path: Path) -> str:
+        """Hexadecimal, as `digest_file` gives it."""
+        found = path.stat()
+        file, state = (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
+        known = self._known.get(file)
+        if known is None or known[0] != state:
+            known = self._known[file] = state, digest_file(path)
+        return known[1]
+
+    def forget(self, path: Path) -> None:
+        found = path.stat()
+        self._known.pop((found.st_dev, found.st_ino), None)
+
+
 # ----------------------------------------------------------------------------------------------------------- writing
 
 

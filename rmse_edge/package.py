@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ExportError, PackageError
-from .files import check_folder, digest_file, kind_of, new_folder, tidy
+from .files import Digests, check_folder, kind_of, new_folder, tidy
 from .schema import Name, Whole, read_bytes, read_json, validated
 
 T = TypeVar("T")
@@ -38,13 +38,15 @@ class Package:
         self.digests = digests  # SHA-256 of every file but SHA256SUMS, by its name
 
     @classmethod
-    def open(cls, folder: str | Path) -> Package:
+    def open(cls, folder: str | Path, digests: Digests | None = None) -> Package:
         """Read and verify a package: its format, and that no file is missing, changed, or unlisted.
 
+        Args:
+            digests: of whoever writes the package, who need not read again what has not changed.
         Raises:
             PackageError: one line saying what is wrong with which file, and what to do.
         """
-        folder = Path(folder)
+        folder, digests = Path(folder), digests or Digests()
         if not folder.is_dir():
             with suppress(OSError):
                 tidy(folder)  # a process may have been killed that was replacing it
@@ -53,15 +55,15 @@ class Package:
             raise PackageError(f"{folder}: {what}; make one with rmse-export")
         manifest = _read_manifest(folder)
         package = cls(folder, manifest, _read_sums(folder))
-        if digest_file(folder / MANIFEST) != package.digests[MANIFEST]:
+        if digests.of(folder / MANIFEST) != package.digests[MANIFEST]:
             raise PackageError(
                 f"{folder / MANIFEST}: was edited after the export (its SHA-256 is not that in {SUMS}); export again"
             )
         package.section(Name, "target")
-        package._check_files()
+        package._check_files(digests)
         return package
 
-    def _check_files(self) -> None:
+    def _check_files(self, digests: Digests) -> None:
         listed, present = self.digests, _files_in(self.folder) - {SUMS}
         for name in sorted(set(listed) - present):
             raise PackageError(f"{self.folder / name}: missing from the package; export it again")
@@ -76,7 +78,7 @@ class Package:
             if size != sizes.get(name, size):  # known at once, and says more than a hash that differs
                 how = "truncated" if size < sizes[name] else "written to since"
                 raise PackageError(f"{path}: {size} bytes, the manifest says {sizes[name]}; {how}? export again")
-            if digest_file(path) != digest:
+            if digests.of(path) != digest:
                 raise PackageError(f"{path}: its SHA-256 is not that in {SUMS}; the file is damaged, export again")
 
     def section(self, kind: type[T], name: str) -> T:
@@ -195,16 +197,23 @@ def writing(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield folder
 
 
-def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write `manifest` into `folder`, with the format and every file's size, and then `SHA256SUMS`. Returns what it wrote."""
+def seal(folder: Path, manifest: dict[str, Any], digests: Digests | None = None) -> dict[str, Any]:
+    """Write `manifest` into `folder`, with the format and every file's size, and then `SHA256SUMS`. Returns what it wrote.
+
+    Args:
+        digests: to be kept where a package is sealed more than once.
+    """
     sizes = {name: (folder / name).stat().st_size for name in sorted(_files_in(folder) - {MANIFEST, SUMS})}
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest | {"sizes": sizes}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    write_sums(folder)
+    if digests is not None:
+        digests.forget(folder / MANIFEST)
+    write_sums(folder, digests)
     return manifest
 
 
-def write_sums(folder: Path) -> None:
+def write_sums(folder: Path, digests: Digests | None = None) -> None:
     """List all files that are in `folder` now, with their SHA-256, as coreutils' `sha256sum` does."""
-    lines = [f"{digest_file(folder / name)}  {name}\n" for name in sorted(_files_in(folder) - {SUMS})]
+    digests = digests or Digests()
+    lines = [f"{digests.of(folder / name)}  {name}\n" for name in sorted(_files_in(folder) - {SUMS})]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")

@@ -39,6 +39,25 @@ def test_a_whole_package_opens_and_speaks(copied: Path, capsys: pytest.CaptureFi
     assert len(json.loads(capsys.readouterr().out)["tokens"]) == 3
 
 
+def test_who_writes_a_package_reads_its_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is sealed and opened, and wherever it is moved; a file that is written to is read again."""
+    read, true = [], files.digest_file
+    monkeypatch.setattr(files, "digest_file", lambda path: read.append(path.name) or true(path))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "weights").write_bytes(bytes(100))
+    digests = files.Digests()
+    for target in ("here", "hare"):  # manifests of one size, within a tick of the clock
+        seal(tmp_path / "new", {"target": target}, digests)
+        assert Package.open(tmp_path / "new", digests).target == target
+    (tmp_path / "new").rename(tmp_path / "old")
+    Package.open(tmp_path / "old", digests)
+    assert read == ["manifest.json", "weights", "manifest.json"]
+    Package.open(tmp_path / "old")  # as anyone else does
+    (tmp_path / "old" / "weights").write_bytes(bytes(99) + b"!")
+    with pytest.raises(PackageError, match="weights: its SHA-256"):
+        Package.open(tmp_path / "old", digests)
+
+
 # ------------------------------------------------------------------------------------------------------ damage
 
 

@@ -58,7 +58,6 @@ class WeightFile:
         self.places: dict[str, Place] = {}  # of the model's tensors, by name
         self.contents: dict[bytes, Place] = {}  # of all, by type and content: in whatever shape it is read
         self.size = 0
-        self.digest = hashlib.sha256()  # of what was written
 
     def __enter__(self) -> WeightFile:
         return self
@@ -127,5 +126,4 @@ class WeightFile:
 
     def _write(self, part: bytes | np.ndarray) -> None:
         self.file.write(part)
-        self.digest.update(part)
         self.size += memoryview(part).nbytes

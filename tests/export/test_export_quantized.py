@@ -27,6 +27,7 @@ from helpers import (
 )
 from onnx import TensorProto, helper, numpy_helper
 
+from rmse_edge import files
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.bench import main as bench
@@ -203,7 +204,10 @@ def test_the_integers_are_proved_before_activations_are_rounded(
     """At level 4 the gate runs the same integers with float activations first, by the exact rule: a single wrong code of
     one expert, far below what rounded activations excuse, fails the export."""
     quantized = rounded(decisive_model())
+    read, true_digest = [], files.digest_file
+    monkeypatch.setattr(files, "digest_file", lambda path: read.append(path.name) or true_digest(path))
     package = export_package(quantized.model, tmp_path / "p.rmse", ExportRequest(quant="int4"), quantized=quantized)
+    assert Counter(read)["weights.bin"] == Counter(read)["loop.onnx"] == 1  # of three packages in the making
     parity = package.manifest["parity"]
     assert (parity["rule"], parity["integers"]["rule"]) == ("rounded", "exact")
     assert parity["settings"]["full depth"]["positions"] == 2000

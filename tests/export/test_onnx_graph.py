@@ -457,7 +457,6 @@ def test_equal_tensors_share_one_place_in_the_file(tmp_path: Path) -> None:
             onnx.save(model, tmp_path / f"{len(places)}.onnx")
     assert places[0][1] == places[1][1] and [name for name, _ in places] == ["table", "val_1", "table.T"]
     assert (tmp_path / "weights.bin").stat().st_size == 2 * table.nbytes
-    assert file.digest.hexdigest() == hashlib.sha256((tmp_path / "weights.bin").read_bytes()).hexdigest()
     for i, array in enumerate(arrays.values()):
         read = onnx.load(tmp_path / f"{i + 1}.onnx").graph.initializer[0]
         np.testing.assert_array_equal(numpy_helper.to_array(read), array)
