@@ -27,6 +27,7 @@ from torch import nn
 
 from rmse_edge.errors import ExportError
 from rmse_edge.export.program import ANY_ACTIVE, ExportedMethod
+from rmse_edge.export.stored import OPERATOR
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.runtimes.mil.file import Function, ModelFile, Operation, operations
@@ -86,8 +87,7 @@ def used_inputs(method: ExportedMethod) -> set[str]:
 
 def stored_weights(method: ExportedMethod) -> int:
     """Different weights that a traced method unpacks whole."""
-    found = {n.args for n in method.program.graph.nodes if "stored_weight" in str(n.target)}
-    return len(found)
+    return len({n.args for n in method.program.graph.nodes if n.target == OPERATOR})
 
 
 def check(

@@ -2,7 +2,7 @@
 
 Two ways of storing integers, and two operators for them:
 
-- `stored_weight`, for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which Core ML unpacks as it
+- `stored_weight` (export/stored.py), for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which Core ML unpacks as it
   likes best (at load time, or inside the matrix product).
 - `stored_rows`, for tables of which a call needs a few rows (embeddings, experts): packed bytes, gathered by index and
   unpacked in the graph, so that nothing else is touched. A constexpr that is gathered from may be unpacked whole.
@@ -13,7 +13,6 @@ computed as two dense products, and the ones not chosen are multiplied by zero.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from rmse_edge.arch.quantization import Use
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
+from rmse_edge.export.stored import Stored, decoded, hold, shared_copy
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
@@ -37,19 +37,7 @@ from rmse_edge.quantize.tensors import Format
 
 HALF_MAX = 65504.0  # the largest float16
 
-# ----------------------------------------------------------------------------------------------- two operators
-
-
-@torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
-def stored_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """What a `QuantizedTensor` stands for: codes (N, K) uint8, scales and zeros (N, groups) -> float32 (N, K)."""
-    group = codes.shape[-1] // scales.shape[-1]
-    return _decoded(codes, scales, zeros, bits, group)
-
-
-@stored_weight.register_fake
-def _(codes, scales, zeros, bits):
-    return torch.empty_like(codes, dtype=torch.float32)
+# --------------------------------------------------------------------------------------------------- operators
 
 
 @torch.library.custom_op("rmse_edge::stored_rows", mutates_args=())
@@ -65,18 +53,12 @@ def stored_rows(table: Tensor, scales: Tensor, zeros: Tensor | None, rows: Tenso
     codes = table[rows]
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)
-    group = codes.shape[-1] // scales.shape[-1]
-    return _decoded(codes, scales[rows], None if zeros is None else zeros[rows], bits, group)
+    return decoded(codes, scales[rows], None if zeros is None else zeros[rows], bits)
 
 
 @stored_rows.register_fake
 def _(table, scales, zeros, rows, bits):
     return scales.new_empty(*rows.shape, *table.shape[1:-1], table.shape[-1] * 8 // bits)
-
-
-def _decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
-    zero = 2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
-    return ((codes.float().unflatten(-1, (-1, group)) - zero) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def packed_halves(codes: Tensor, bits: int) -> Tensor:
@@ -168,32 +150,14 @@ DECOMPOSITIONS = {
 
 
 class StoredLinear(nn.Module):
-    """A linear layer on integers."""
+    """A linear layer on integers, without a bias."""
 
-    def __init__(self, q: QuantizedTensor, bias: Tensor | None) -> None:
+    def __init__(self, q: QuantizedTensor) -> None:
         super().__init__()
-        self.bits = q.format.bits
-        self.in_features, self.out_features = q.shape[-1], q.shape[-2]
-        self.bias = bias
-        for name, tensor in (("codes", q.codes), ("scales", q.scales), ("zeros", q.zeros)):
-            self.register_buffer(name, tensor)
-
-    def weight(self) -> Tensor:
-        return stored_weight(self.codes, self.scales, self.zeros, self.bits)
+        self.weight = Stored("", q)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(), self.bias)
-
-
-class SharedEmbedding(nn.Module):
-    """An embedding whose weights are the head's: stored once, as the head needs them."""
-
-    def __init__(self, head: StoredLinear) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.head.weight())
+        return F.linear(x, self.weight())
 
 
 class StoredRows(nn.Module):
@@ -253,7 +217,7 @@ class PortableExperts(StoredExperts):
             if isinstance(kept, Tensor):
                 module: nn.Module = _linear(kept) if dense else FloatRows(kept)
             else:
-                module = StoredLinear(kept, None) if dense else StoredRows(kept)
+                module = StoredLinear(kept) if dense else StoredRows(kept)
             self.add_module(f"stored_{name}", module)
 
     def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
@@ -304,7 +268,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     Raises:
         ExportError: a weight has scales beyond float16; names it.
     """
-    model = copy.deepcopy(model)
+    model = shared_copy(model)
     tensors, on_ane = options.tensors, options.compute == "ane"
     for name, q in tensors.items():
         if float(q.scales.max()) > HALF_MAX:
@@ -320,14 +284,11 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
             names = ("gate_up_proj", "down_proj")
             weights = {name: left.pop(f"{path}.{name}", getattr(module, name).data) for name in names}
             model.set_submodule(path, PortableExperts(module, weights, on_ane).eval())
-    for name, q in left.items():
-        path = name.rpartition(".")[0]
-        owner = model.get_submodule(path)
-        model.set_submodule(path, StoredLinear(q, owner.bias) if isinstance(owner, nn.Linear) else StoredRows(q))
-    for name, source in (arch_of_model(model).tied(model.config) if tensors else {}).items():
-        reader, owns = name.rpartition(".")[0], source.rpartition(".")[0]
-        if source in tensors:
-            head = StoredLinear(tensors[source], getattr(model.get_submodule(reader), "bias", None))
-            model.set_submodule(reader, head)
-            model.set_submodule(owns, SharedEmbedding(head))
+    tied = arch_of_model(model).tied(model.config) if tensors else {}
+    # Rows are looked up in packed bytes, but in a table that is the head's matrix, too: that is stored once, as it needs it.
+    for name in [name for name in left if name not in tied.values()]:
+        owner = name.rpartition(".")[0]
+        if not isinstance(model.get_submodule(owner), nn.Linear):
+            model.set_submodule(owner, StoredRows(left.pop(name)))
+    hold(model, left, tied)
     return model

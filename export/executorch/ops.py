@@ -8,7 +8,6 @@ in the mapped file, so that idle ones stay out of memory.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.quantization import Use
 from rmse_edge.errors import ExportError
+from rmse_edge.export.stored import decoded, shared_copy
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
@@ -58,8 +58,9 @@ def quantized_experts(
 
 def _unpacked(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 weights (E, outputs, inputs) that codes and scales of `quantized_experts` stand for."""
-    plain = QuantizedTensor.unpack(codes, 4).to(torch.int8) - 8 if codes.dtype == torch.uint8 else codes
-    return (plain.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float().unsqueeze(-1)).flatten(-2)
+    if codes.dtype == torch.uint8:
+        return decoded(QuantizedTensor.unpack(codes, 4), scales, None, 4)
+    return decoded(codes, scales, torch.zeros_like(scales), 8)  # counted from their zero
 
 
 @quantized_experts.register_fake
@@ -167,7 +168,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     Raises:
         ExportError: a weight has a format that these do not read; names it.
     """
-    model = copy.deepcopy(model)
+    model = shared_copy(model)
     left = dict(options.tensors)
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):
