@@ -39,7 +39,7 @@ from .gate.board import board_gate
 from .gate.compare import POSITIONS, compare_host, compared, computed_ahead, gate
 from .gate.reference import LEAST_POSITIONS, Reference
 from .program import LoopProgram, Signature, method_names, signature, tensors_json, trace
-from .targets import ACCURACY_LEVELS, QUANTIZATIONS, LowerOptions, Target, get_target
+from .targets import QUANTIZATIONS, LowerOptions, Target, TargetOptions, get_target
 
 SAMPLE = "sample.txt"
 SAMPLE_LIMIT = 64 * 1024  # bytes
@@ -51,13 +51,11 @@ class ExportRequest:
 
     target: str = "onnx"
     quant: str = "fp32"
-    compact: bool = True
+    # Of the target alone: `OnnxOptions`, `ExecutorchOptions`, `CoremlOptions`; None: as it is by default.
+    options: TargetOptions | None = None
     max_seq_len: int | None = None
     overwrite: bool = False
     check: bool = True  # run the parity gate; only benches of random weights go without
-    # int8 and int4: activations rounded to int8 (4), or computed in float (0); None: the target's own way
-    accuracy_level: int | None = None
-    compute: str | None = None  # where Core ML is to run it; None: the target's own way
 
     def __post_init__(self) -> None:
         target = get_target(self.target)
@@ -65,45 +63,23 @@ class ExportRequest:
             raise ArgumentError("quant", f"got {self.quant!r}, expected one of {', '.join(QUANTIZATIONS)}")
         if self.quant not in target.quants:
             raise ArgumentError("quant", f"{self.target} takes {', '.join(target.quants)}", self.quant)
-        if not self.compact and not target.compacts:
-            raise ArgumentError(
-                "compact", f"{self.target} never computes the experts of stopped rows; leave it out", False
-            )
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise ArgumentError("max_seq_len", f"got {self.max_seq_len}, expected a positive number of tokens")
-        if self.accuracy_level not in (None, *ACCURACY_LEVELS):
-            raise ArgumentError("accuracy_level", f"got {self.accuracy_level}, expected 0 or 4")
-        if self.accuracy_level is not None and self.quant not in BITS:
+        if not isinstance(self.own, target.options):
             raise ArgumentError(
-                "accuracy_level", f"quant={self.quant} has no integers; leave it out", self.accuracy_level
+                "options", f"got {type(self.own).__name__}, {self.target} takes {target.options.__name__}"
             )
-        if self.quant in BITS and self.level not in target.accuracy_levels:
-            way = "rounds" if 4 in target.accuracy_levels else "does not round"
-            raise ArgumentError(
-                "accuracy_level",
-                f"{self.target} {way} the activations of quantised weights to int8 (level {target.accuracy_levels[-1]}); "
-                "leave it out, or export to onnx",
-                self.accuracy_level,
-            )
-        if self.compute is not None and self.compute not in target.computes:
-            if not target.computes:
-                raise ArgumentError(
-                    "compute", f"{self.target} packages are the same everywhere; leave it out", self.compute
-                )
-            raise ArgumentError("compute", f"got {self.compute!r}, expected one of {', '.join(target.computes)}")
-        if self.compute is not None and self.quant not in target.computes[self.compute]:
-            raise ArgumentError(
-                "compute",
-                f"has no {self.quant}; export with quant={', '.join(target.computes[self.compute])}",
-                self.compute,
-            )
+        self.own.check(self.target, self.quant)
+
+    @property
+    def own(self) -> TargetOptions:
+        """`options`, or the target's default ones."""
+        return get_target(self.target).options() if self.options is None else self.options
 
     @property
     def level(self) -> int:
-        """`accuracy_level`, or the target's own."""
-        if self.accuracy_level is None:
-            return get_target(self.target).accuracy_levels[-1]
-        return self.accuracy_level
+        """Of the activations of quantised weights, see `TargetOptions.accuracy_level`."""
+        return self.own.level
 
     def check_integers(self, quantized: Quantized | None) -> None:
         """Fail unless `quantized` is what this request needs.
@@ -197,7 +173,7 @@ def export_package(
             source = source or fingerprint(model)
             model = cached
         rounds_activations = quantized is not None and request.level != 0
-        exact_twin = rounds_activations and request.check and 0 in target.accuracy_levels
+        exact_twin = rounds_activations and request.check and target.twins
         stage = Stages(_plan(model, request, target, exact_twin), progress)
         name = destination.name.removesuffix(".rmse")
         info = model_info(model, name, 0, request.target, source, request.quant, checkpoint)
@@ -205,10 +181,8 @@ def export_package(
         options = LowerOptions(
             quant=request.quant,
             tensors=quantized.tensors if quantized else {},
-            accuracy_level=request.level,
+            own=request.own,
             exact_twin=exact_twin,
-            compact=request.compact,
-            compute=request.compute or next(iter(target.computes), None),
             info=info,
             progress=stage,
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rmse_edge.errors import ArgumentError, UserError, quiet
+from rmse_edge.quantize.scheme import BITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,59 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
 ACCURACY_LEVELS = (0, 4)
+# What is so of a target that has not got an option which others have.
+WITHOUT = {"compact": "never computes the experts of stopped rows", "compute": "packages are the same everywhere"}
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What a target may be told beside the precision. A target that may be told more has a subclass of its own."""
+
+    LEVELS: ClassVar[tuple[int, ...]] = ACCURACY_LEVELS  # that the target has, the last one is the default
+
+    # Activations of int8 and int4 weights: 4 rounds them to int8, 0 computes in float; None: the target's own way.
+    accuracy_level: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level not in (None, *ACCURACY_LEVELS):
+            raise ArgumentError("accuracy_level", f"got {self.accuracy_level}, expected 0 or 4")
+
+    @property
+    def level(self) -> int:
+        """`accuracy_level`, or the target's own."""
+        return self.LEVELS[-1] if self.accuracy_level is None else self.accuracy_level
+
+    @classmethod
+    def of(cls, target: str, given: Mapping[str, Any]) -> Self:
+        """Options by name, as a command line gives them to any target.
+
+        Raises:
+            ArgumentError: the target has no such option, and why.
+        """
+        for name, value in given.items():
+            if name not in {f.name for f in fields(cls)}:
+                raise ArgumentError(name, f"{target} {WITHOUT[name]}; leave it out", value)
+        return cls(**given)
+
+    def check(self, target: str, quant: str) -> None:
+        """Fail where they do not suit a precision.
+
+        Raises:
+            ArgumentError: naming the option and the fix.
+        """
+        if quant not in BITS:
+            if self.accuracy_level is not None:
+                raise ArgumentError(
+                    "accuracy_level", f"quant={quant} has no integers; leave it out", self.accuracy_level
+                )
+        elif self.level not in self.LEVELS:
+            way = "rounds" if 4 in self.LEVELS else "does not round"
+            raise ArgumentError(
+                "accuracy_level",
+                f"{target} {way} the activations of quantised weights to int8 (level {self.LEVELS[-1]}); "
+                "leave it out, or export to onnx",
+                self.accuracy_level,
+            )
 
 
 @dataclass(frozen=True)
@@ -30,12 +84,12 @@ class LowerOptions:
     """What a target may be told."""
 
     quant: str = "fp32"  # how weights are stored
-    # int8 and int4: the integers, by name of the weight; the program was traced with what they stand for.
-    tensors: Mapping[str, QuantizedTensor] = field(default_factory=dict)
-    accuracy_level: int = 4  # activations of quantised weights: 4 rounds them to int8, 0 computes in float32
-    exact_twin: bool = False  # at level 4: lower a second time at level 0, to prove the integers by the exact rule
-    compact: bool = True  # compute experts of active rows only, in calls of many rows
-    compute: str | None = None  # what the program is laid out for, one of `Target.computes`
+    tensors: Mapping[str, QuantizedTensor] = field(
+        default_factory=dict
+    )  # int8 and int4: the integers, by name of the weight
+    own: Any = None  # the options of this target alone, of the type `Target.options`; None: as it is by default
+    # Where activations are rounded: lower to files that do not round them as well, to prove the integers by the exact rule.
+    exact_twin: bool = False
     info: ModelInfo | None = None  # what the manifest is going to say of the model
     progress: Callable[[str], None] = lambda _: None
 
@@ -58,17 +112,14 @@ class Target:
 
     lower: Lowering
     quants: tuple[str, ...] = QUANTIZATIONS  # how it can store weights
-    # Of quantised weights' activations, see `LowerOptions`; the last one is the default.
-    accuracy_levels: tuple[int, ...] = ACCURACY_LEVELS
+    options: type[TargetOptions] = TargetOptions
+    twins: bool = False  # knows `LowerOptions.exact_twin`
     asymmetric: bool = False  # takes quantised weights with zero points
     scale_bytes: int = 2  # of a quantised weight's scales, as stored
-    compacts: bool = False  # knows `LowerOptions.compact`; others never compute the experts of stopped rows
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
     grows: bool = False  # methods take any number of slots of the appended state; otherwise all there are
     halves: tuple[str, ...] = ()  # precisions whose packages compute in float16
-    # Values of `LowerOptions.compute`, the first is the default, each with the precisions that it has.
-    computes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Stages of a lowering, for people who wait: how their names begin, and what each costs per method (seconds, roughly).
     stages: tuple[tuple[str, float], ...] = (("lowering", 1.0),)
     positions: int | None = None  # compared by the parity gate at most; None: as many as the rule says

@@ -20,6 +20,7 @@ from rmse_edge.export.coreml.check import Expected, check, expected
 from rmse_edge.export.coreml.functions import Assembly
 from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
 from rmse_edge.export.coreml.ops import prepare
+from rmse_edge.export.coreml.options import CoremlOptions
 from rmse_edge.export.gate.methods import example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached
 from rmse_edge.export.program import ExportedMethod, Method, _traced, signature
@@ -63,7 +64,7 @@ def built(
 ) -> Built:
     """Convert one method and save its function."""
     request = ExportRequest("coreml", quant)
-    options = LowerOptions(quant=quant, tensors=tensors or {}, compute=compute)
+    options = LowerOptions(quant, tensors or {}, CoremlOptions(compute=compute))
     ready = prepare(as_cached(model, request), options)
     halves = quant != "fp32" if halves is None else halves
     with quiet(), silenced_bars():

@@ -21,12 +21,13 @@ from coremltools.converters.mil.mil import Program
 
 from rmse_edge.errors import ExportError, UserError, first_line, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
-from rmse_edge.export.targets import QUANTIZATIONS, LowerOptions, target
+from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.numbers import KvDtype
 
 from .check import Expected, check, decides, expected
 from .functions import OPSET, Assembly, Converted, signatures
 from .ops import DECOMPOSITIONS, check_format, prepare
+from .options import CoremlOptions
 from .precision import Halving
 
 MODEL = "model.mlpackage"
@@ -48,11 +49,10 @@ def keeps_states(quant: str) -> bool:
 
 @target(
     "coreml",
-    accuracy_levels=(0,),
+    options=CoremlOptions,
     asymmetric=True,
     host_loop=True,
     halves=("fp16", "int8", "int4"),
-    computes={"cpu": QUANTIZATIONS, "gpu": QUANTIZATIONS, "ane": ("fp16", "int8", "int4")},
     stages=(("converting", 1.0), ("assembling", 1.0), ("joining", 0.1), ("checking", 0.5)),
     positions=512,  # the interpreter is no engine: these take it about a minute
     cache=cache_type,
@@ -70,7 +70,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
         ExportError: Core ML has no form for a method, or the saved program fails its checks.
     """
     halves = keeps_states(options.quant)
-    compute = options.compute or "cpu"
+    own: CoremlOptions = options.own or CoremlOptions()
+    compute = own.compute
     with quiet(), refusals("the program"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         described = ct.utils.MultiFunctionDescriptor()
         wanted: dict[str, Expected] = {}

@@ -35,6 +35,8 @@ from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.tensors import Format
 
+from .options import CoremlOptions
+
 HALF_MAX = 65504.0  # the largest float16
 
 # --------------------------------------------------------------------------------------------------- operators
@@ -269,7 +271,8 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         ExportError: a weight has scales beyond float16; names it.
     """
     model = shared_copy(model)
-    tensors, on_ane = options.tensors, options.compute == "ane"
+    own: CoremlOptions = options.own or CoremlOptions()
+    tensors, on_ane = options.tensors, own.compute == "ane"
     for name, q in tensors.items():
         if float(q.scales.max()) > HALF_MAX:
             raise ExportError(f"{name}: has scales beyond float16's range; export with quant=fp32")

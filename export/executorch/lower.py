@@ -26,6 +26,7 @@ from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.quantize import QuantizedTensor
 
 from .ops import check_format, prepare, stored_codes
+from .options import ExecutorchOptions
 from .passes import EDGE_PASSES
 
 PROGRAM = "program.pte"
@@ -36,7 +37,7 @@ PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate
 @target(
     "executorch",
     quants=("fp32", "int8", "int4"),
-    accuracy_levels=(4,),
+    options=ExecutorchOptions,
     host_loop=True,
     grows=True,
     check_format=check_format,

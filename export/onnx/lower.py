@@ -23,6 +23,7 @@ from rmse_edge.export.stored import weights_of_codes
 from rmse_edge.export.targets import LowerOptions, target
 
 from .ops import translations
+from .options import OnnxOptions
 from .passes import PASSES, name_sizes
 from .quantize import check_format, prepare, use_integers, with_float_activations
 from .weights import MODEL, WeightFile, aliases
@@ -69,11 +70,12 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
 
 @target(
     "onnx",
+    options=OnnxOptions,
+    twins=True,
     any_rows=True,
     grows=True,
     asymmetric=True,
     scale_bytes=4,
-    compacts=True,
     check_format=check_format,
     prepare=prepare,
 )
@@ -86,6 +88,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     Raises:
         ExportError: a graph that ONNX's own checker refuses, or a quantised weight that no graph reads as integers.
     """
+    own: OnnxOptions = options.own or OnnxOptions()
     model = program.model
     codes = weights_of_codes(model) if isinstance(model, nn.Module) else {}
     names = {f"{MODEL}{buffer}": name for buffer, name in codes.items()}
@@ -95,9 +98,9 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     with WeightFile(folder / WEIGHTS, aliases(model), half=options.quant == "fp16") as weights:
         for method in program.methods:
             options.progress(f"lowering {method.label}")
-            graph = to_onnx(method, compact=options.compact and max(method.chunks) > 1)
+            graph = to_onnx(method, compact=own.compact and max(method.chunks) > 1)
             if options.tensors:
-                read |= use_integers(graph, options.tensors, names, options.accuracy_level)
+                read |= use_integers(graph, options.tensors, names, own.level)
             weights.take(graph)
             file = graph_file(program, method)
             onnx.save(graph, folder / file)
@@ -116,7 +119,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
             onnx.checker.check_model(str(folder / file))
         except onnx.checker.ValidationError as error:
             raise ExportError(f"{file}: {str(error).splitlines()[0]}") from error
-    found: dict[str, Any] = {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": options.compact}
+    found: dict[str, Any] = {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": own.compact}
     if options.tensors:
-        found["accuracy_level"] = options.accuracy_level
+        found["accuracy_level"] = own.level
     return found | ({"exact_twin": found | {"graphs": twins, "accuracy_level": 0}} if options.exact_twin else {})

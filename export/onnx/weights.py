@@ -117,13 +117,13 @@ class WeightFile:
 
     def _stored(self, array: np.ndarray) -> Place:
         dtype, content = helper.np_dtype_to_tensor_dtype(array.dtype), np.ascontiguousarray(array)
-        key = hashlib.blake2b(content, digest_size=32, person=bytes([dtype])).digest()
+        key = hashlib.blake2b(content.data, digest_size=32, person=bytes([dtype])).digest()
         if key not in self.contents:
             self._write(bytes(-self.size % (self.ALIGNMENT if array.nbytes >= self.ALIGNMENT else 64)))
             self.contents[key] = Place(dtype, self.size, array.nbytes)
-            self._write(content)
+            self._write(content.data)
         return self.contents[key]
 
-    def _write(self, part: bytes | np.ndarray) -> None:
+    def _write(self, part: bytes | memoryview) -> None:
         self.file.write(part)
         self.size += memoryview(part).nbytes

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.checkpoint import load_checkpoint
     from rmse_edge.export import ExportRequest, describe, export_package
     from rmse_edge.export.pipeline import check_formats
+    from rmse_edge.export.targets import get_target
     from rmse_edge.package import check_destination
     from rmse_edge.quantize import Scheme, is_quantized_checkpoint, load_quantized, quantize
     from rmse_edge.quantize.quantizer import cached_in
@@ -80,11 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     request = ExportRequest(
         target=args.target,
         quant=quant,
-        compact=not args.no_compact,
+        options=get_target(args.target).options.of(args.target, options_given(args)),
         max_seq_len=args.max_seq_len,
         overwrite=args.force,
-        accuracy_level=args.accuracy_level,
-        compute=args.compute,
     )
     if stored is not None:
         request.check_integers(stored)
@@ -124,6 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         package = export_package(model, output, request, checkpoint, part(share), integers)
     print_result(package)
     return 0
+
+
+def options_given(args) -> dict[str, object]:
+    """Options of targets that flags set, by name."""
+    flags = {
+        "compact": False if args.no_compact else None,
+        "accuracy_level": args.accuracy_level,
+        "compute": args.compute,
+    }
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def check_way(args, how: QuantizeRequest) -> None:

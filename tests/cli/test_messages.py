@@ -15,7 +15,7 @@ from rmse_edge.cli.flags import add_dial_flags
 from rmse_edge.cli.quantize import main as rmse_quantize
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ArgumentError, ExportError, UserError
-from rmse_edge.export import ExportRequest
+from rmse_edge.export import CoremlOptions, ExecutorchOptions, ExportRequest, OnnxOptions
 from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme
 
@@ -134,8 +134,22 @@ def test_rmse_quantize_speaks_of_flags(checkpoint: Path, tmp_path: Path, capsys:
     ("wrong", "said"),
     [
         (lambda: ExportRequest(quant="int3"), "quant: got 'int3', expected one of fp32"),
-        (lambda: ExportRequest(accuracy_level=4), "accuracy_level=4: quant=fp32 has no integers; leave it out"),
-        (lambda: ExportRequest(compute="ane"), "compute=ane: onnx packages are the same everywhere; leave it out"),
+        (
+            lambda: ExportRequest(options=OnnxOptions(accuracy_level=4)),
+            "accuracy_level=4: quant=fp32 has no integers; leave it out",
+        ),
+        (lambda: ExportRequest(options=CoremlOptions()), "options: got CoremlOptions, onnx takes OnnxOptions"),
+        (lambda: OnnxOptions(accuracy_level=3), "accuracy_level: got 3, expected 0 or 4"),
+        (lambda: CoremlOptions(compute="npu"), "compute: got 'npu', expected one of cpu, gpu, ane"),
+        (lambda: CoremlOptions(compute="ane").check("coreml", "fp32"), "compute=ane: has no fp32; export with quant="),
+        (
+            lambda: ExecutorchOptions(accuracy_level=0).check("executorch", "int4"),
+            "accuracy_level=0: executorch rounds the activations of quantised weights to int8 (level 4); leave it out",
+        ),
+        (
+            lambda: OnnxOptions.of("onnx", {"compute": "ane"}),
+            "compute=ane: onnx packages are the same everywhere; leave it out",
+        ),
         (lambda: Scheme("int8", symmetric=False), "symmetric=False: int8 is symmetric, its range is wide enough"),
         (lambda: QuantizeRequest(method="best"), "method: got 'best', expected one of"),
     ],

@@ -324,4 +324,4 @@ def test_scales_beyond_float16_are_refused(int4: Quantized) -> None:
     name, q = next(iter(int4.tensors.items()))
     huge = {name: dataclasses.replace(q, scales=q.scales * 1e9)}
     with pytest.raises(ExportError, match=f"{name}: has scales beyond float16's range"):
-        prepare(int4.model, LowerOptions(quant="int4", tensors=huge, compute="cpu"))
+        prepare(int4.model, LowerOptions("int4", huge))

@@ -21,6 +21,7 @@ from rmse_edge.export.coreml.functions import Assembly
 from rmse_edge.export.coreml.graph import named_twice
 from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
 from rmse_edge.export.coreml.ops import prepare
+from rmse_edge.export.coreml.options import CoremlOptions
 from rmse_edge.export.gate.methods import committed, compare_methods, example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached, signatures
 from rmse_edge.export.program import tensors_json, trace
@@ -120,7 +121,7 @@ def test_commit_writes_the_valid_rows_into_their_slots(chunk: int, n_valid: int,
 def test_a_loop_put_together_from_two_methods_computes_what_they_do(tmp_path: Path) -> None:
     """A model whose step has values of the names of others in `begin` and around it (temporal_rope)."""
     model = mixed_model(step_encoding="temporal_rope", step_dims=4)
-    ready = prepare(model, LowerOptions(compute="cpu"))
+    ready = prepare(model, LowerOptions())
     with quiet(), silenced_bars():
         methods = {name: traced(ready, name, 1) for name in ("begin", "step")}  # type: ignore[arg-type]
         assembly = Assembly(
@@ -151,7 +152,7 @@ def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Puzzle().eval()
     target = get_target("coreml")
-    options = LowerOptions(quant=quant, compute="cpu")
+    options = LowerOptions(quant=quant)
     program = trace(target.prepare(model, options), (CELLS,), host_loop=True)  # type: ignore[misc, arg-type]
     made = target.lower(program, tmp_path, options)
     tables = {
@@ -171,7 +172,7 @@ def test_preparing_leaves_the_model_alone() -> None:
     model = mixed_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     names = [name for name, _ in model.named_modules()]
-    assert prepare(model, LowerOptions(compute="ane", quant="fp16")) is not model
+    assert prepare(model, LowerOptions("fp16", own=CoremlOptions(compute="ane"))) is not model
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert ideal_bytes(model, {}, False) == 4 * sum(p.numel() for p in model.parameters())

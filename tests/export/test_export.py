@@ -26,7 +26,7 @@ from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import UserError
-from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.export import ExportRequest, OnnxOptions, export_package
 from rmse_edge.export.onnx.weights import WeightFile
 from rmse_edge.export.pipeline import rounded
 from rmse_edge.loop.stop import delta_stops, entropy_stops, gate_stops
@@ -211,7 +211,7 @@ def test_without_compaction_the_numbers_are_the_same(
     tiny: RMSE, package: Path, quick_export: Memo, tmp_path: Path
 ) -> None:
     """--no-compact computes stopped rows too; the gate passes, and the two packages agree."""
-    plain = export_package(tiny, tmp_path / "plain.rmse", ExportRequest(compact=False))
+    plain = export_package(tiny, tmp_path / "plain.rmse", ExportRequest(options=OnnxOptions(compact=False)))
     assert plain.manifest["lowering"]["compact"] is False
     ids = decided_text(200)
     found = []

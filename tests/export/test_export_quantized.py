@@ -33,7 +33,7 @@ from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.bench import main as bench
 from rmse_edge.cli.export import main as export
 from rmse_edge.errors import ExportError, ParityError, UserError
-from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.export import ExportRequest, OnnxOptions, export_package
 from rmse_edge.export import targets as registry
 from rmse_edge.export.gate.methods import example_feeds
 from rmse_edge.export.onnx.lower import to_onnx
@@ -347,7 +347,10 @@ def test_an_int8_cache_in_a_package(quick_export: Memo, tmp_path: Path) -> None:
     request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
     quantized = quantize(mixed_model(), request, random_tokens(4000, 5))
     package = export_package(
-        quantized.model, tmp_path / "kv.rmse", ExportRequest(quant="int8", accuracy_level=0), quantized=quantized
+        quantized.model,
+        tmp_path / "kv.rmse",
+        ExportRequest("onnx", "int8", OnnxOptions(accuracy_level=0)),
+        quantized=quantized,
     )
     assert package.manifest["parity"]["rule"] == "rounded"
     assert package.manifest["methods"]["commit_64"]["outputs"][0]["dtype"] == "int8"
