@@ -18,7 +18,6 @@ import onnx.defs as defs
 import onnxscript
 import torch
 from onnxscript import opset23 as op
-from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
 
 from rmse_edge.export import stored
 from rmse_edge.layers.masks import MASKED
@@ -95,6 +94,9 @@ def translations(compact: bool) -> dict[Any, Any]:
         compact: compute the experts of active rows only. Rows that stopped are taken out before and put back after,
             so the cost follows the number of active rows instead of the deepest one's depth.
     """
+    # A second of imports, which nothing but an export needs.
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
+
     register_contrib_schemas("MoE")
     register_own_schemas()
     ms, own = onnxscript.values.Opset(CONTRIB, 1), onnxscript.values.Opset(OWN, 1)
