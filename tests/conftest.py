@@ -16,7 +16,8 @@ from filelock import FileLock
 from paths import ROOT
 
 if TYPE_CHECKING:
-    from helpers import Memo
+    from memo import Memo
+    from native_runner import Runner
 
     from rmse_edge.arch.rmse.model import RMSE
     from rmse_edge.quantize import Quantized
@@ -109,9 +110,37 @@ def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path],
 
 
 @pytest.fixture(scope="session")
+def runner() -> Path:
+    """rmse-runner, built against this interpreter's ExecuTorch."""
+    from native_runner import make
+
+    from rmse_edge.runtimes.engines.kernels import executorch_folder
+
+    for tool in ("make", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    folder = executorch_folder()
+    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+
+
+@pytest.fixture
+def fp32(runner: Path, executorch_package: Path) -> Runner:
+    from native_runner import Runner
+
+    return Runner([runner], executorch_package)
+
+
+@pytest.fixture
+def int4(runner: Path, executorch_int4: Path) -> Runner:
+    from native_runner import Runner
+
+    return Runner([runner], executorch_int4)
+
+
+@pytest.fixture(scope="session")
 def memo() -> Memo:
-    """Traced programs and lowered graphs of this session; see `helpers.Memo`."""
-    from helpers import Memo
+    """Traced programs and lowered graphs of this session; see `memo.Memo`."""
+    from memo import Memo
 
     return Memo()
 
@@ -218,29 +247,19 @@ def executorch_int4(calm: Quantized, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def toy_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of tests/toy_recurrent.py, which is not RMS-E, lowered for ExecuTorch; no tokenizer. Read only."""
-    from helpers import require_executorch
-    from toy_recurrent import ToyRecurrent, write_package
+    """The model of tests/toy_recurrent.py, which is not RMS-E, exported for ExecuTorch; no tokenizer. Read only."""
+    from helpers import require_executorch, reseal
+    from toy_recurrent import PAGE, ToyRecurrent
+
+    from rmse_edge.export import ExportRequest, export_package
 
     require_executorch()
-    return made_once("toy.rmse", tmp_path_factory, lambda folder: write_package(ToyRecurrent().eval(), folder))
 
+    def make(folder: Path) -> None:
+        export_package(ToyRecurrent().eval(), folder, ExportRequest("executorch"))
+        reseal(folder, lambda manifest: manifest["model"].update(page=PAGE))  # so that it grows within a few tokens
 
-# -------------------------------------------------------------------------------------------------------- the runner
-
-
-@pytest.fixture(scope="session")
-def runner() -> Path:
-    """Built against this interpreter's ExecuTorch."""
-    from native_runner import make
-
-    from rmse_edge.runtimes.engines.kernels import executorch_folder
-
-    for tool in ("make", "g++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool}")
-    folder = executorch_folder()
-    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+    return made_once("toy.rmse", tmp_path_factory, make)
 
 
 # --------------------------------------------------------------------------------------------------------- Core ML

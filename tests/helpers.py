@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import itertools
 import json
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -21,11 +18,8 @@ from rmse_edge.arch.identity import model_info
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import save_checkpoint
-from rmse_edge.export import pipeline
 from rmse_edge.export.gate.compare import MARGIN
 from rmse_edge.export.gate.reference import Reference, conversation, made_up_hits
-from rmse_edge.export.onnx import lower as onnx_target
-from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
 from rmse_edge.loop.contract import InjectedHits
 from rmse_edge.package import MANIFEST, SUMS, seal, write_sums
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
@@ -161,50 +155,6 @@ def write_checkpoint(model: RMSE, folder: Path) -> Path:
     text = "".join(ALPHABET[i] for i in random_tokens(SAMPLE_TOKENS, seed=1))
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     return folder
-
-
-class Memo:
-    """Remembers traced programs and lowered graphs, so that a model that was exported before is exported in no time.
-
-    What is remembered is the result of the real functions; everything after them (weight file, checker, parity gate,
-    manifest, renaming into place) runs each time.
-    """
-
-    def __init__(self) -> None:
-        self.programs: list[tuple[tuple[bool, bool], LoopProgram]] = []  # with the kind of trace
-        self.graphs: dict[tuple[int, bool], onnx.ModelProto] = {}
-        self._to_onnx = onnx_target.to_onnx
-
-    def trace(
-        self,
-        model: Any,
-        chunks: tuple[int, ...],
-        progress: Callable[[str], None] = lambda _: None,
-        *kind: Any,
-    ) -> LoopProgram:
-        for other, known in self.programs:
-            if other == kind and tuple(known.specs) == chunks and same_model(known.model, model):
-                return dataclasses.replace(known, model=model)
-        self.programs.append((kind, trace(model, chunks, progress, *kind)))
-        return self.programs[-1][1]
-
-    def to_onnx(self, method: ExportedMethod, compact: bool) -> onnx.ModelProto:
-        key = (id(method), compact)  # `self.programs` keeps the methods alive
-        if key not in self.graphs:
-            self.graphs[key] = self._to_onnx(method, compact)
-        return copy.deepcopy(self.graphs[key])
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pipeline, "trace", self.trace)
-        monkeypatch.setattr(onnx_target, "to_onnx", self.to_onnx)
-
-
-def same_model(a: Any, b: Any) -> bool:
-    """Equal type, configuration and weights."""
-    if type(a) is not type(b) or getattr(a, "config", None) != getattr(b, "config", None):
-        return False
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:

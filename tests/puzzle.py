@@ -7,6 +7,7 @@ emitted, no commit; h is z_h, and one flag, read off z_h's first cell, stops the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 from rmse_edge.errors import ConfigError
 from rmse_edge.info import BoardInfo
@@ -41,6 +43,9 @@ class PuzzleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps({"model_type": self.model_type} | self.to_dict())
 
 
 class Mixer(nn.Module):
@@ -153,4 +158,13 @@ def stated(config: PuzzleConfig) -> dict[str, Any]:
     return {"max_loops": config.max_loops, "board.cells": config.cells, "board.symbols": config.symbols}
 
 
-ARCH = Arch(PuzzleConfig, Puzzle, parts, settings=("exit_",), stated=stated)
+def table(config: PuzzleConfig) -> QuantTable:
+    """What mixes cells stays float: a board of 81 has no whole groups of 16."""
+    return QuantTable(
+        stages=(("embed.weight",), ("network.*.up.weight",), ("network.*.down.weight",), ("answer.weight",)),
+        float=("place", "first_?", "network.*.cells.*", "*.bias", "halt.*"),
+        embedding="embed.weight",
+    )
+
+
+ARCH = Arch(PuzzleConfig, Puzzle, parts, settings=("exit_",), stated=stated, quantization=table)

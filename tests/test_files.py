@@ -137,6 +137,7 @@ def start(*arguments: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", WRITERS)
 def test_killed_at_every_line(work: Path, name: str) -> None:

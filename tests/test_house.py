@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,6 +177,30 @@ def test_the_library_does_not_speak_of_flags() -> None:
             if any(FLAG.search(COMMAND.sub("", text)) for text in said):
                 found.add(file.relative_to(ROOT).as_posix())
     assert found == SPEAK_OF_FLAGS
+
+
+EXPORTERS = ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools", "transformers", "lancedb")
+COLLECT = """
+import sys, pytest
+
+class Plugin:
+    def pytest_collection_finish(self, session):
+        found = [name for name in sys.argv[1].split(",") if name in sys.modules]
+        print(len(session.items), "tests", *found, file=sys.__stderr__)
+
+raise SystemExit(pytest.main(["--collect-only", "-q", "-m", "not slow"], plugins=[Plugin()]))
+"""
+
+
+@pytest.mark.slow
+def test_quick_tests_import_no_exporter() -> None:
+    """`make quick` is quick because nothing is imported to find its tests that takes seconds. One file that does would
+    be enough: mark it slow as a whole (`pytestmark`), or import where the test needs it."""
+    command = [sys.executable, "-c", COLLECT, ",".join(EXPORTERS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    count, *found = done.stderr.splitlines()[-1].split()
+    assert int(count) > 1000 and found == ["tests"]
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "tests", "docs", "findings"])

@@ -35,6 +35,7 @@ def test_stages_are_done_when_the_next_one_begins() -> None:
     assert told == [0.0, 0.25, 0.25, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_quantising_tells_all_of_it() -> None:
     told: list[float] = []
     request = QuantizeRequest(calibration_tokens=512, evaluation_tokens=512, kv="int8")

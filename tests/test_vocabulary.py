@@ -6,12 +6,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALPHABET, Memo, assert_one_line, mixed_model
+from helpers import ALPHABET, assert_one_line, mixed_model
 from small_models import lively_model, small_config
 
 from rmse_edge.arch.rmse.config import RMSEConfig
@@ -25,6 +25,9 @@ from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.text import word_tokenizer
 from rmse_edge.vocabulary import Vocabulary, unused
+
+if TYPE_CHECKING:
+    from memo import Memo
 
 GREEDY = ("--temperature", "0")
 

@@ -76,14 +76,16 @@ class Toy(nn.Module):
             inputs=(TensorSpec("tokens", (1, chunk), torch.int64),),
             prelude=(TensorSpec("x0", vector),),
             context=(TensorSpec("position", (1,), torch.int64), TensorSpec("n_valid", (1,), torch.int64)),
-            state=(StateSpec("sums", (c.max_loops, 1, c.width), update=Replace("new_sums")),),
+            state=(
+                StateSpec("sums", (c.max_loops, 1, c.width), update=Replace("new_sums"), read_by=("loop", "commit")),
+            ),
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(TensorSpec("log_survival", (1, chunk)),),
             invariants=(TensorSpec("valid", (1, chunk), torch.bool),),
             emits=(TensorSpec("added", (1, c.width)),),
             head=(TensorSpec("logits", (1, chunk, c.vocab_size)),),
-            commit=(TensorSpec("new_sums", (c.max_loops, 1, c.width)),),
+            commit=(TensorSpec("new_sums", (c.max_loops, 1, c.width), batch_axis=1),),
             ids={"tokens": c.vocab_size},
             examples={"position": [7], "n_valid": [max(1, chunk - 3)]},
         )

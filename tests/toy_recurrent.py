@@ -7,22 +7,37 @@ no angles, its first state is noise, and its calls may begin anywhere.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.info import TextInfo
-from rmse_edge.loop.contract import Append, LoopSpec, Replace, Ring, StateSpec, Tensors, TensorSpec
+from rmse_edge.loop.contract import (
+    Append,
+    InjectedHits,
+    LoopSpec,
+    Replace,
+    Ring,
+    StateSpec,
+    Tensors,
+    TensorSpec,
+    WholeText,
+)
 from rmse_edge.loop.dials import Dials
+from rmse_edge.loop.generator import noise
+from rmse_edge.loop.whole import in_one_call
 
-VOCAB, DIMS, HEADS, HEAD_DIMS, MAX_LOOPS = 13, 16, 2, 8, 4
+VOCAB, DIMS, HEADS, HEAD_DIMS, MAX_LOOPS = 13, 32, 2, 16, 4
 ROOM, PAGE, WINDOW, CHUNKS = 48, 10, 5, (1, 8)
+NOISE = 0.3  # standard deviation of what a position begins from
 NAME = "toy_recurrent"
 
 
@@ -39,11 +54,21 @@ class ToyConfig:
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "model_type"}
 
+    def to_json(self) -> str:
+        return json.dumps({"model_type": self.model_type} | self.to_dict())
 
-def distances(tensors: Tensors, chunk: int, slots: Tensor) -> Tensor:
-    """How far each position of the call is behind what each slot holds, then behind each of the call's own, (C, S + C)."""
-    here = tensors["position"] + torch.arange(chunk)
-    return here[:, None] - torch.cat([slots, here])[None]
+
+def distances(position: Tensor, chunk: int, slots: Tensor) -> Tensor:
+    """How far each position of the call is behind what each slot holds, then behind each of the call's own.
+
+    Args:
+        position: (B,) of the call's first row.
+        slots: (B, S) positions that the slots hold.
+    Returns:
+        (B, C, S + C).
+    """
+    here = position[:, None] + torch.arange(chunk)
+    return here[..., None] - torch.cat([slots, here], 1)[:, None]
 
 
 class ToyRecurrent(nn.Module):
@@ -81,10 +106,11 @@ class ToyRecurrent(nn.Module):
             emits=(TensorSpec("keys", heads), TensorSpec("values", heads)),
             coda=(TensorSpec("y", vector), TensorSpec("last", vector)),
             head=(TensorSpec("logits", (1, chunk, VOCAB)),),
-            commit=(TensorSpec("new_memory", memory),),
+            commit=(TensorSpec("new_memory", memory, batch_axis=1),),
             dials=("max_loops", "min_loops", "exit_threshold"),
-            noise={"start": 0.3},
+            noise={"start": NOISE},
             ids={"tokens": VOCAB},
+            examples={"position": [20], "n_valid": [max(1, chunk - 3)]},
         )  # fmt: skip
 
     def call_sizes(self) -> tuple[int, ...]:
@@ -93,9 +119,10 @@ class ToyRecurrent(nn.Module):
     def prelude(self, tensors: Tensors) -> Tensors:
         x = self.embed(tensors["tokens"])
         seen, chunk = self.place(x), x.shape[1]
-        slots = torch.arange(tensors["past"].shape[1])
-        behind = distances(tensors, chunk, slots)
-        empty = torch.cat([slots >= tensors["position"], torch.zeros(chunk, dtype=torch.bool)])
+        position = tensors["position"]
+        slots = torch.arange(tensors["past"].shape[1]).expand(len(position), -1)
+        behind = distances(position, chunk, slots)
+        empty = torch.cat([slots >= position[:, None], torch.zeros_like(x[..., 0], dtype=torch.bool)], 1)[:, None]
         scores = x @ torch.cat([tensors["past"], seen], 1).transpose(1, 2)
         scores = scores.masked_fill((behind < 0) | empty, -1e4)
         x = x + scores.softmax(-1) @ torch.cat([tensors["past"], seen], 1)
@@ -103,8 +130,7 @@ class ToyRecurrent(nn.Module):
 
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         first = tensors["first"]
-        valid = torch.arange(first.shape[1]) < tensors["n_valid"]
-        return {"h": first, "active": valid[None]}, {}
+        return {"h": first, "active": torch.arange(first.shape[1]) < tensors["n_valid"][:, None]}, {}
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
         h, active = carry["h"], carry["active"]
@@ -126,10 +152,10 @@ class ToyRecurrent(nn.Module):
     def coda(self, tensors: Tensors) -> Tensors:
         h = tensors["h"]
         slots = torch.arange(WINDOW)
-        newest = tensors["position"] - 1
+        newest = tensors["position"][:, None] - 1
         held = newest - (newest + WINDOW - slots) % WINDOW  # the position that each slot holds; below 0: none
-        behind = distances(tensors, h.shape[1], held)
-        empty = torch.cat([held < 0, torch.zeros(h.shape[1], dtype=torch.bool)])
+        behind = distances(tensors["position"], h.shape[1], held)
+        empty = torch.cat([held < 0, torch.zeros_like(h[..., 0], dtype=torch.bool)], 1)[:, None]
         weights = ((behind >= 0) & (behind < WINDOW) & ~empty).float()
         around = weights @ torch.cat([tensors["tail"], h], 1)
         return {"y": h + around / weights.sum(-1, keepdim=True), "last": h * 1.0}
@@ -138,10 +164,31 @@ class ToyRecurrent(nn.Module):
         return {"logits": self.answer(h)}
 
     def commit(self, tensors: Tensors) -> Tensors:
-        ran = torch.arange(MAX_LOOPS)[:, None, None] < tensors["depth"][None]  # (K, 1, C): of padding, nothing
+        ran = torch.arange(MAX_LOOPS)[:, None, None] < tensors["depth"]  # (K, B, C): of padding, nothing
         keys = torch.where(ran[..., None, None], tensors["keys"], 0.0)
         values = torch.where(ran[..., None, None], tensors["values"], 0.0)
         return {"new_memory": tensors["memory"] + torch.einsum("kbshd,kbshe->kbhde", keys, values)}
+
+    def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
+        rows = np.stack([noise(0, position, DIMS) for position in range(len(tokens))])
+        start = torch.from_numpy(rows * np.float32(NOISE))[None]
+        seen: list[Tensor] = []
+
+        def decided(k: int, before: Tensors, after: Tensors) -> Tensor:
+            seen.append(torch.sigmoid(self.halt(after["h"]))[0, :, 0])
+            away = (seen[-1] - dials["exit_threshold"]).abs()
+            return away if k + 1 >= dials["min_loops"] else torch.full_like(away, torch.inf)
+
+        found = in_one_call(self, tokens, {"start": start}, dials, hits, decided)
+        return dataclasses.replace(found, scores={"exit_threshold": torch.stack(seen)})
+
+
+class CountsPadding(ToyRecurrent):
+    """Rows that are none of the call's tokens run as well, and leave something in the memory."""
+
+    def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        first, fixed = super().begin(tensors)
+        return first | {"active": torch.ones_like(first["active"])}, fixed
 
 
 def parts(model: ToyRecurrent) -> dict[str, Any]:
@@ -154,25 +201,20 @@ def parts(model: ToyRecurrent) -> dict[str, Any]:
     }
 
 
-register(NAME, Arch(ToyConfig, lambda config: ToyRecurrent(), parts))
+def table(config: ToyConfig) -> QuantTable:
+    return QuantTable(
+        stages=(
+            ("embed.weight",),
+            ("place.weight",),
+            ("key.weight", "value.weight", "query.weight"),
+            ("mix.weight",),
+            ("answer.weight",),
+        ),
+        float=("*.bias", "halt.*"),
+        embedding="embed.weight",
+        head="answer.weight",
+    )
 
 
-def write_package(model: ToyRecurrent, folder: Path) -> Path:
-    """`model` lowered for ExecuTorch into a package, as an export does it but for the gate."""
-    from rmse_edge.export import trace
-    from rmse_edge.export.pipeline import signatures
-    from rmse_edge.export.program import tensors_json
-    from rmse_edge.export.targets import LowerOptions, get_target
-    from rmse_edge.package import seal
-
-    target, info = get_target("executorch"), replace(model_info(model, "toy", 0, "executorch"), page=PAGE)
-    program = trace(model, model.call_sizes(), host_loop=True, grows=True)
-    folder.mkdir()
-    lowering = target.lower(program, folder, LowerOptions(info=info))
-    methods = {
-        name: {"inputs": tensors_json(takes, grows=True), "outputs": tensors_json(gives, grows=True)}
-        for name, (takes, gives) in signatures(program.specs, target, "fp32").items()
-    }
-    manifest = {"target": "executorch", "model": info.to_json(), "methods": methods}
-    seal(folder, manifest | {"quantization": {"weights": "fp32"}, "lowering": lowering})
-    return folder
+ARCH = Arch(ToyConfig, lambda config: ToyRecurrent(), parts, quantization=table, gate_bias="halt.bias")
+register(NAME, ARCH)

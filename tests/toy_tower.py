@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 from rmse_edge.errors import ConfigError
 from rmse_edge.info import TextInfo
@@ -132,9 +133,10 @@ class Recurrence(nn.Module):
     def after(self, before: Tensor, keys: Tensor, values: Tensor, n_valid: Tensor) -> Tensor:
         """S behind the call's valid rows: (..., H, hd, hd) from (..., H, C, hd)."""
         row = torch.arange(keys.shape[-2], dtype=torch.float32)
-        left = (n_valid.to(torch.float32) - 1 - row).view(1, -1, 1)  # positions behind each row
-        weight = torch.exp(self.log_decay.view(-1, 1, 1) * left.clamp_min(0)) * (left >= 0)  # (H, C, 1)
-        whole = torch.exp(self.log_decay.view(-1, 1, 1) * n_valid.to(torch.float32))
+        count = n_valid.to(torch.float32).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        left = count - 1 - row.view(-1, 1)  # positions behind each row, (B, 1, C, 1)
+        weight = torch.exp(self.log_decay.view(-1, 1, 1) * left.clamp_min(0)) * (left >= 0)  # (B, H, C, 1)
+        whole = torch.exp(self.log_decay.view(-1, 1, 1) * count)
         return before * whole + (keys * weight).transpose(-1, -2) @ values
 
 
@@ -290,6 +292,34 @@ class Tower(nn.Module):
         return in_one_call(self, tokens, {}, dials, hits)
 
 
+# Towers with a wrong rule, which the parity gate must catch.
+
+
+class CountsPadding(Tower):
+    """The recurrence takes in the rows of a call that are none of its tokens."""
+
+    def commit(self, tensors: Tensors) -> Tensors:
+        rows = torch.full_like(tensors["n_valid"], tensors["h"].shape[1])
+        return super().commit(tensors | {"n_valid": rows})
+
+
+class ForgetsDeepLoops(Tower):
+    """Loops that did not run keep the memory they had."""
+
+    def commit(self, tensors: Tensors) -> Tensors:
+        found = super().commit(tensors)
+        ran = torch.arange(self.config.max_loops).view(-1, 1, 1, 1, 1) < tensors["iterations"]
+        return found | {"next_memory": torch.where(ran, found["next_memory"], tensors["memory"])}
+
+
+class LastKeysForAll(Tower):
+    """A position that goes on makes its keys from the state before, as one that stopped."""
+
+    def commit(self, tensors: Tensors) -> Tensors:
+        found = super().commit(tensors)
+        return found | {"keys": found["keys"][-1:].expand_as(found["keys"])}
+
+
 def parts(model: Tower) -> dict[str, Any]:
     c = model.config
     once = sum(p.numel() for m in (model.first, model.last, model.inject, model.head_proj) for p in m.parameters())
@@ -302,7 +332,40 @@ def stated(config: TowerConfig) -> dict[str, Any]:
     return {"max_loops": config.max_loops, "width": config.d_model, "text.vocab_size": config.vocab_size}
 
 
-ARCH = Arch(TowerConfig, Tower, parts, settings=("exit_",), stated=stated)
+def table(config: TowerConfig) -> QuantTable:
+    reads = ("q_proj.weight", "kv_proj.weight")
+    loop = [tuple(f"layers.{i}.{name}" for name in reads) for i in range(LAYERS)]
+    outs = [(f"layers.{i}.o_proj.weight",) for i in range(LAYERS)]
+    return QuantTable(
+        stages=(
+            ("embed.weight",),
+            tuple(f"first.{name}" for name in reads),
+            ("first.o_proj.weight",),
+            ("inject.weight",),
+            (*loop[0], *(f"recurrence.{name}" for name in reads)),
+            ("recurrence.o_proj.weight",),
+            *(stage for pair in zip(outs, loop[1:]) for stage in pair),
+            outs[-1],
+            tuple(f"last.{name}" for name in reads),
+            ("last.o_proj.weight",),
+            ("head_proj.weight",),
+        ),
+        float=("*norm.weight", "gate.*", "recurrence.log_decay"),
+        once=("first.*", "last.*"),
+        embedding="embed.weight",
+        head="head_proj.weight",
+    )
+
+
+ARCH = Arch(
+    TowerConfig,
+    Tower,
+    parts,
+    settings=("exit_",),
+    stated=stated,
+    quantization=table,
+    gate_bias="gate.bias",
+)
 
 
 def lively_tower(seed: int = 0, kind: type[Tower] = Tower, **changes: Any) -> Tower:

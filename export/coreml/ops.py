@@ -133,6 +133,17 @@ def _one_of_two(seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return b + (a - b) * seen.to(a.dtype)
 
 
+def _not(x: Tensor) -> Tensor:
+    """The converter loses sight of which tensors are masks where it joins some."""
+    return torch.logical_not(x) if x.dtype == torch.bool else NotImplemented
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    mean = x.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
+    normal = x * torch.rsqrt(mean + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return normal if weight is None else normal * weight
+
+
 # Operators of a traced program that the converter does not know, or makes too much of, in terms of others.
 DECOMPOSITIONS = {
     torch.ops.aten.where.self: _one_of_two,
@@ -145,6 +156,9 @@ DECOMPOSITIONS = {
     torch.ops.aten.clamp_min.default: lambda x, least: torch.maximum(x, torch.full_like(x, least)),
     torch.ops.aten.clamp_max.default: lambda x, most: torch.minimum(x, torch.full_like(x, most)),
     torch.ops.aten.where.ScalarOther: lambda c, a, other: torch.where(c, a, torch.full_like(a, other)),
+    torch.ops.aten.bitwise_not.default: _not,
+    # The converter wants an epsilon; without one it is that of the type.
+    torch.ops.aten.rms_norm.default: _rms_norm,
     torch.ops.aten.new_zeros.default: lambda x, size, **kwargs: torch.zeros(size, dtype=kwargs.get("dtype") or x.dtype),
 }
 

@@ -143,9 +143,11 @@ def compare(
     start, undecided = 0, []
     ours, theirs, depths = [], [], []
     surprises: list[np.ndarray] = []
+    # A model that attends to the whole text reads several, one after the other.
+    room = candidate.info.room or len(tokens)
     while start < len(tokens):
-        a = reference.course(tokens[start:], dials)
-        b = teacher_forced(candidate, tokens[start:], dials)
+        a = reference.course(tokens[start : start + room], dials)
+        b = teacher_forced(candidate, tokens[start : start + room], dials)
         difference = np.abs(a.logits - b.logits).max(1)
         surprise = np.abs(a.surprise - b.surprise) / np.maximum(1e-3, a.surprise)  # relative
         wrong = ~(difference <= LOGITS_TOLERANCE) | (a.depth != b.depth)  # NaN is wrong
@@ -241,7 +243,8 @@ def gate(
     """
     tokens = compared(tokens, reference.info, exact, positions)
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
-    settings = adaptive_settings(reference, tokens[: least_positions(reference.info)])
+    first = min(least_positions(reference.info), reference.info.room or len(tokens))
+    settings = adaptive_settings(reference, tokens[:first])
     for name, dials in settings.items():
         progress(f"parity at {name}")
         try:
@@ -306,5 +309,4 @@ def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | 
     """The part of a text that the gate compares, by its rule; see `gate`. A text that is too short is read over again."""
     least = least_positions(info)
     count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))
-    found = tokens[:count] if len(tokens) >= least else np.resize(tokens, least)
-    return found[: info.room]
+    return tokens[:count] if len(tokens) >= least else np.resize(tokens, least)

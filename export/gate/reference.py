@@ -66,7 +66,7 @@ class Reference:
         self.model = model
         self.info = info
         self.methods = TorchMethods(model)
-        self._text = np.zeros(0, np.int64) if text is None else text
+        self._text = np.zeros(0, np.int64) if text is None else text[: info.room]
         self._courses: dict[tuple[Dials, bytes], ReferenceCourse] = {}
         self._segments: dict[bytes, list[np.ndarray]] = {}
 
@@ -144,7 +144,9 @@ def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
     """
     least, length = least_positions(info), stretch(info)
     # Behind a whole window, and so far into a segment that both what comes before and the single tokens pass its end.
-    first = least - 2 * length + length * 2 // 3 if count >= least else count * 2 // 3
+    # In a text that is no longer than that, the prompt ends within a call, so that padded ones take part there, too.
+    short = count * 2 // 3
+    first = least - 2 * length + length * 2 // 3 if count >= least else short - (short > 0 == short % length)
     return first, min(first + SINGLES, count)
 
 

@@ -190,9 +190,15 @@ def print_result(package) -> None:
     parity = package.manifest["parity"]
     print(f"{package.folder}: {package.nbytes:,} bytes")
     for setting, r in parity["settings"].items():
+        if "boards" in r:
+            compared = f"{r['boards']} boards, same cells {r['same_cells']:.1%}"
+            end = f"mean depth {r['mean_depth']:.2f}"
+        else:
+            compared = f"{r['positions']} positions"
+            end = f"mean depth {r['mean_depth'][1]:.2f}, undecided {len(r['undecided'])}"
         print(
-            f"parity at {setting}: {r['positions']} positions, max |d logit| {r['max_logit_difference']:.1e}, "
-            f"same depth {r['same_depth']:.1%}, mean depth {r['mean_depth'][1]:.2f}, undecided {len(r['undecided'])}"
+            f"parity at {setting}: {compared}, max |d logit| {r['max_logit_difference']:.1e}, "
+            f"same depth {r['same_depth']:.1%}, {end}"
         )
 
 

@@ -1,44 +1,28 @@
-"""A model that fills in boards of 81 cells, exported through the gate and run; see tests/puzzle.py."""
+"""A model that fills in boards of 81 cells; see tests/puzzle.py. tests/arch/test_packages.py exports it."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from puzzle import ARCH, Puzzle, PuzzleConfig
+from architectures import solver as make_solver
+from puzzle import Puzzle
 
-from rmse_edge.arch import registry
 from rmse_edge.arch.identity import model_info
-from rmse_edge.arch.registry import register
 from rmse_edge.errors import ArgumentError, ParityError, UserError
-from rmse_edge.export import ExportRequest, export_package, trace
+from rmse_edge.export import trace
 from rmse_edge.export.gate import board as gate_of_boards
 from rmse_edge.export.gate.board import board_gate
 from rmse_edge.loop.dials import Dials
-from rmse_edge.package import Package
-from rmse_edge.runtimes import BoardRuntime, board_for, runtime_for
+from rmse_edge.runtimes import BoardRuntime
 from rmse_edge.runtimes.engines.torch import TorchMethods
 
 CELLS, SYMBOLS = 81, 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_REGISTERED", {})
-        register("puzzle", ARCH)
-        yield
-
-
 @pytest.fixture(scope="module")
 def solver() -> Puzzle:
-    torch.manual_seed(3)
-    model = Puzzle(PuzzleConfig(cells=CELLS, symbols=SYMBOLS)).eval()
-    torch.nn.init.normal_(model.halt.weight, std=0.3)
-    return model
+    return make_solver().eval()
 
 
 def on_torch(model: Puzzle) -> BoardRuntime:
@@ -88,25 +72,3 @@ def test_the_gate_catches_a_host_that_stops_late(solver: Puzzle, monkeypatch: py
     assert len({s["mean_depth"] for s in report["settings"].values()}) == 3
     with pytest.raises(ParityError, match=r"^parity failed at early: logits differ by .* of the depths are the same$"):
         board_gate(program, solver, OneMore(model_info(solver, "puzzle", 0), TorchMethods(solver)), exact=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "quant"),
-    [
-        pytest.param("onnx", "fp32", marks=pytest.mark.onnx),
-        pytest.param("executorch", "fp32", marks=pytest.mark.executorch),
-        pytest.param("coreml", "fp16", marks=pytest.mark.coreml),
-    ],
-)
-def test_a_package_solves_as_the_model_does(target: str, quant: str, solver: Puzzle, tmp_path: Path) -> None:
-    pytest.importorskip({"onnx": "onnxruntime", "coreml": "coremltools"}.get(target, target))
-    package = export_package(solver, tmp_path / "p.rmse", ExportRequest(target, quant))
-    parity = package.manifest["parity"]
-    assert parity["rule"] == ("exact" if quant == "fp32" else "rounded") and len(parity["settings"]) == 3
-    runtime, own = board_for(Package.open(package.folder)), on_torch(solver)
-    for board in boards(4):
-        a, b = (r.solve(board, Dials(8, 1, 0.6)) for r in (runtime, own))
-        assert np.array_equal(a.depth, b.depth) and (a.cells == b.cells).mean() > 0.97
-    with pytest.raises(UserError, match="fills in boards and reads no text"):
-        runtime_for(package)

@@ -245,6 +245,7 @@ OF_TARGET: dict[str, dict[str, tuple[Change, str]]] = {
 FIXTURES = {"onnx": "package", "executorch": "executorch_package", "coreml": "coreml_package"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", FIXTURES)
 def test_a_manifest_that_lies_is_refused_by_one_line(
     target: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -22,6 +22,8 @@ from rmse_edge.text import Tokenizer, train_character_tokenizer
 from rmse_edge.train.gpt import load_gpt
 from rmse_edge.train.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 
 

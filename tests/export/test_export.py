@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Memo, assert_one_line, decided_text, mixed_model, tiny_config, write_checkpoint
+from helpers import assert_one_line, decided_text, mixed_model, tiny_config, write_checkpoint
+from memo import Memo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.text import LoopRuntime
 
-pytestmark = pytest.mark.onnx
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
 Numbers = tuple[np.ndarray, np.ndarray]  # logits, depth
 METHODS = [f"{name}_{chunk}" for chunk in (1, 64) for name in ("prelude", "loop", "step", "head", "commit")]

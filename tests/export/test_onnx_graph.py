@@ -17,7 +17,7 @@ import onnx.reference
 import onnxruntime
 import pytest
 import torch
-from helpers import Memo
+from memo import Memo
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from paths import ROOT
 
@@ -42,7 +42,7 @@ from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.onnx import OnnxMethods, OnnxRuntime
 
-pytestmark = pytest.mark.onnx
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
 METHODS = ["prelude", "loop", "step", "head", "commit"]
 DTYPES = {

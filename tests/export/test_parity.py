@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import Memo, decided_text, mixed_model, reference_of
+from helpers import decided_text, mixed_model, reference_of
+from memo import Memo
 from onnx import ModelProto, helper, numpy_helper
 
 from rmse_edge.arch.rmse.model import RMSE
@@ -28,7 +29,7 @@ from rmse_edge.package import Package
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Fed
 
-pytestmark = pytest.mark.onnx
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
 # --------------------------------------------------------------------------------------------- a good package
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FEW, Memo, decided_text, random_tokens, reference_of, remembered_text, remembering_model
+from helpers import FEW, decided_text, random_tokens, reference_of, remembered_text, remembering_model
+from memo import Memo
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
@@ -31,6 +32,8 @@ from rmse_edge.runtimes import Dials, LoopRuntime, runtime_for
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.calls import SINGLE_CALLS, Calls
+
+pytestmark = pytest.mark.slow
 
 Patch = pytest.MonkeyPatch
 Fault = Callable[[Patch], None]

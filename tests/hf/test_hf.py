@@ -38,6 +38,8 @@ from rmse_edge import (
 from rmse_edge.errors import CheckpointError, ConfigError, UserError
 from rmse_edge.text import train_character_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PAD = 65  # outside the vocabulary: padding must not reach the embedding
 
 

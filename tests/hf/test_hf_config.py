@@ -17,6 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from rmse_edge.arch.rmse.config import FOREIGN_KEYS, RMSEConfig
 from rmse_edge.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("changes", "said"),

@@ -21,6 +21,8 @@ from rmse_edge import RMSEForCausalLM, RMSEPretrainedConfig, load_checkpoint, sa
 from rmse_edge.arch.rmse.parts import make_memory
 from rmse_edge.layers.memory.atlas import Atlas
 
+pytestmark = pytest.mark.slow
+
 PAD = 65  # outside the vocabulary
 RATES = {"titans": [-2.0, 0.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # learns fast, forgets slowly
 

@@ -27,6 +27,8 @@ pytest.importorskip("usearch", reason="needs usearch: pip install 'rmse-edge[kno
 
 from rmse_edge.knowledge.store import KnowledgeBase
 
+pytestmark = pytest.mark.slow
+
 INFO = KnowledgeInfo(16, 2, 8, "model-1")
 ENTRIES = random_entries(INFO, 30)
 KEY = ENTRIES[0][1]

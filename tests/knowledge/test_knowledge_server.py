@@ -22,6 +22,8 @@ from helpers import assert_one_line
 from rmse_edge.knowledge import KnowledgeError, KnowledgeInfo, Passage, is_server, open_retriever, server
 from rmse_edge.knowledge.server import ServerKnowledge, translated, within
 
+pytestmark = pytest.mark.slow
+
 lancedb = pytest.importorskip("lancedb", reason="needs LanceDB: pip install 'rmse-edge[lancedb]'")
 pa = pytest.importorskip("pyarrow")
 

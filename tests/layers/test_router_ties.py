@@ -24,6 +24,8 @@ from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+
 EXPERTS, TOP_K, D, WIDTH = 8, 2, 64, 32
 # Equal sums of logits and bias, of different logits: the first three; these at zero; three behind the best one.
 LOGITS = torch.tensor([[1.0, 2, 3, 0, 0, 0, 0, 0], [-2.0, -1, 0, -3, -3, -3, -3, -3], [9.0, 2, 3, 0, 0, 0, 0, 3]])

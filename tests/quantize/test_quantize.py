@@ -37,6 +37,8 @@ from rmse_edge.quantize.quantizer import LEAST_TEXT
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
+pytestmark = pytest.mark.slow
+
 DENSE = {name for stage in table(tiny_config()).stages for name in stage} - {*EXPERTS}
 
 

@@ -234,6 +234,7 @@ def test_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
         assert part in out
 
 
+@pytest.mark.slow
 def test_splits_and_limits(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     text = tmp_path / "text.txt"
     text.write_text("".join(ALPHABET[i] for i in random_tokens(300)))
@@ -245,6 +246,7 @@ def test_splits_and_limits(tmp_path: Path, checkpoint: Path, capsys: pytest.Capt
         assert document["tokens"] == expected, flags
 
 
+@pytest.mark.slow
 def test_sweep_prints_and_draws(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "frontier.png"

@@ -95,6 +95,7 @@ def two_lives(
 BREAKS = [(128, None), (100, None), (100, INJECT_AT), (INJECT_AT, INJECT_AT), (1, None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "hits_at"), BREAKS)
 def test_a_text_goes_on_where_it_was_saved(tmp_path: Path, at: int, hits_at: int | None) -> None:
     expected = one_pass(torch_runtime, at, hits_at)

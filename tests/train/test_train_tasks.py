@@ -23,6 +23,8 @@ from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.sources import IGNORED
 from rmse_edge.train.tasks import make_task
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(
     d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, window=64, max_loops=2, n_experts=8, top_k=2, expert_width=32,
     shared_width=32, memory="titans", memory_dim=32, memory_hidden=64, block_size=128,

@@ -264,8 +264,8 @@ class RMSE(nn.Module):
             emits=(TensorSpec("new_keys", new_kv), TensorSpec("new_values", new_kv)),
             head=(TensorSpec("logits", (1, chunk, c.vocab_size)),),
             commit=(
-                TensorSpec("keys", (c.max_loops, *new_kv), kv),
-                TensorSpec("values", (c.max_loops, *new_kv), kv),
+                TensorSpec("keys", (c.max_loops, *new_kv), kv, batch_axis=1),
+                TensorSpec("values", (c.max_loops, *new_kv), kv, batch_axis=1),
             ),
             extra=self._extra(memory) if chunk == SEGMENT else {},
             dials=("max_loops", "min_loops", "exit_threshold", "exit_epsilon")

@@ -1,0 +1,256 @@
+"""Every architecture of tests/architectures.py as packages of every target, fp32 and int4, made and proved by `rmse-export`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import (
+    CASES,
+    TARGETS,
+    TEXTS,
+    Case,
+    argmax_of_whole_text,
+    greedy,
+    settings_of,
+    text_of,
+    whole,
+)
+from conftest import made_once
+from helpers import assert_one_line, require_executorch, reseal
+from native_runner import Runner
+
+from rmse_edge.arch.identity import model_info
+from rmse_edge.cli.evaluate import main as rmse_eval
+from rmse_edge.cli.export import main as rmse_export
+from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.errors import PackageError, ParityError, UserError
+from rmse_edge.export.gate.compare import compare
+from rmse_edge.export.gate.reference import Reference
+from rmse_edge.info import PAGE
+from rmse_edge.package import MANIFEST, Package
+from rmse_edge.quantize import load_quantized
+from rmse_edge.runtimes import BoardRuntime, LoopRuntime, board_for, runtime_for
+from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
+from rmse_edge.runtimes.host.calls import Calls
+from rmse_edge.runtimes.host.session import restore_session, save_session
+
+pytestmark = pytest.mark.slow
+
+
+def packages(cases: tuple[Case, ...], *quants: str) -> Any:
+    """One of `cases`, made for every target."""
+    return pytest.mark.parametrize(
+        "made",
+        [
+            pytest.param((case, target, quant), id=f"{case.name}-{target}-{quant}", marks=getattr(pytest.mark, target))
+            for target in TARGETS
+            for case in cases
+            for quant in quants or case.quants
+        ],
+        indirect=True,
+    )
+
+
+class Made:
+    """A package, and what it was made of."""
+
+    def __init__(self, case: Case, target: str, quant: str, folder: Path, source: Path) -> None:
+        self.case, self.target, self.quant, self.folder = case, target, quant, folder
+        self.model = case.model() if quant == "fp32" else load_quantized(source).model
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A package through `rmse-quantize` and `rmse-export`, the parity gate included. Read only: copy it to change it."""
+    case, target, quant = request.param
+    if target == "executorch":
+        require_executorch()
+    pytest.importorskip({"onnx": "onnxruntime", "coreml": "coremltools"}.get(target, target))
+    if (fixture := case.made.get((target, quant))) is not None:
+        return Made(case, target, quant, request.getfixturevalue(fixture), Path())
+    source = made_once(f"{case.name}-{quant}", tmp_path_factory, lambda folder: case.stored(folder, quant))
+
+    def make(folder: Path) -> None:
+        assert rmse_export(["--target", target, "-m", str(source), "-o", str(folder)]) == 0
+
+    return Made(case, target, quant, made_once(f"{case.name}-{quant}-{target}.rmse", tmp_path_factory, make), source)
+
+
+@packages(CASES)
+def test_a_package_is_proved_whole_and_refused_when_damaged(made: Made, tmp_path: Path) -> None:
+    package = Package.open(made.folder)
+    parity = package.manifest["parity"]
+    info = model_info(made.case.model(), made.case.name, 0)
+    assert parity["rule"] == ("exact" if made.quant == "fp32" else "rounded") and len(parity["settings"]) > 1
+    if info.text is not None:
+        assert all(setting["undecided"] == [] for setting in parity["settings"].values() if made.quant == "fp32")
+        kinds = {name: s["kind"] for name, s in package.manifest["model"]["state"].items()}
+        assert kinds == {name: s.kind for name, s in info.state.items()}
+    damaged = shutil.copytree(made.folder, tmp_path / "p.rmse")
+    largest = max((f for f in damaged.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(PackageError, match=largest.name) as caught:
+        Package.open(damaged)
+    assert_one_line(str(caught.value))
+
+
+@packages(TEXTS)
+def test_a_package_goes_on_from_a_session_of_pytorch_s(made: Made, tmp_path: Path) -> None:
+    """And says what the model says, by itself and behind the session."""
+    text, dials = text_of(made.case), settings_of(made.case)["adaptive"]
+    half = len(text) // 2
+    ours, theirs = TorchRuntime(made.model, made.case.name), runtime_for(Package.open(made.folder))
+    ours.feed(text[:half], dials)
+    ours.info = theirs.info  # a session belongs to a model, and an integer model is named by the float one
+    save_session(ours, tmp_path / "s")
+    restore_session(theirs, tmp_path / "s")  # type: ignore[arg-type]
+    a, b = (runtime.feed(text[half:], dials) for runtime in (ours, theirs))
+    if made.quant == "fp32":
+        assert np.array_equal(a.depth, b.depth)
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)
+    else:
+        assert (a.depth == b.depth).mean() > 0.9 and (a.logits.argmax(-1) == b.logits.argmax(-1)).mean() > 0.9
+
+
+@packages(tuple(case for case in TEXTS if case.name == "tower"), "fp32")
+def test_a_text_longer_than_a_page(made: Made, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The appended state grows in the middle of it; where an engine cannot do that, all of it is there from the start."""
+    text, dials = np.resize(text_of(made.case), PAGE + 40), settings_of(made.case)["adaptive"]
+    runtime = runtime_for(Package.open(made.folder))
+    fed = runtime.feed(text, dials)
+    logits, depth = whole(made.model, text, dials)
+    assert np.array_equal(fed.depth, depth)
+    np.testing.assert_allclose(fed.logits, logits, atol=1e-4)
+    assert isinstance(runtime, LoopRuntime) and runtime.calls.slots == 2 * PAGE == runtime.info.capacity
+    runtime.reset()
+    assert runtime.calls.slots == (PAGE if made.target != "coreml" else 2 * PAGE)
+    if made.target == "executorch":
+        flags = ("--max-loops", str(dials.max_loops), "--exit-threshold", str(dials.exit_threshold))
+        logits, depth = Runner([request.getfixturevalue("runner")], made.folder).feed(text, tmp_path / "logits", *flags)
+        assert np.array_equal(fed.depth, depth)
+        np.testing.assert_allclose(fed.logits, logits, atol=1e-4)
+
+
+@packages(TEXTS, "fp32")
+def test_a_package_generates_what_the_whole_text_says(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the runtime, `rmse-run` and `rmse-eval`; saved in the middle, too."""
+    prompt, dials = text_of(made.case)[:20], settings_of(made.case)["adaptive"]
+    runtime = runtime_for(Package.open(made.folder))
+    tokens = greedy(runtime, prompt, dials)
+    assert tokens == argmax_of_whole_text(made.model, prompt, tokens, dials)
+    flags = [
+        "--max-loops",
+        str(dials.max_loops),
+        "--exit-threshold",
+        str(dials.exit_threshold),
+        "-o",
+        "json",
+        "-t",
+        "1",
+    ]
+    session = str(tmp_path / "s")
+    said = []
+    for more in (
+        ["--prompt-tokens", ",".join(map(str, prompt)), "-n", "7", "--save-session", session],
+        ["--prompt-tokens", str(text_of(made.case)[20]), "-n", "5", "--session", session],
+    ):
+        assert rmse_run([str(made.folder), *more, "--temperature", "0", *flags]) == 0
+        said.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert said[0] == tokens[:7]
+    behind = np.array([*prompt, *said[0], text_of(made.case)[20]])
+    assert said[1] == argmax_of_whole_text(made.model, behind, said[1], dials)
+    ids = text_of(made.case)[:40]
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids)))
+    assert rmse_eval([str(made.folder), "--ids", str(tmp_path / "ids.txt"), *flags]) == 0
+    loss = json.loads(capsys.readouterr().out)["loss"]
+    logits, _ = whole(made.model, ids[:-1], dials)
+    log_p = torch.log_softmax(torch.from_numpy(logits), -1)[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])]
+    assert abs(loss + float(log_p.mean())) < 1e-4
+
+
+@packages(TEXTS, "fp32")
+def test_a_wrong_rule_of_a_package_s_host_is_caught(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = runtime_for(Package.open(made.folder))
+    reference, dials = Reference(made.model, runtime.info), settings_of(made.case)["full depth"]
+    text = text_of(made.case)
+    assert compare(reference, runtime, text, dials, exact=True)["same_depth"] == 1  # type: ignore[arg-type]
+    true, name = Calls.update, next(iter(runtime.info.state))
+
+    def wrong(self: Calls, found: Any, position: int, n: int) -> None:
+        before = np.array(self.state[name])
+        true(self, found, position, n)
+        self.state[name][...] = before
+
+    monkeypatch.setattr(Calls, "update", wrong)
+    with pytest.raises(ParityError, match=r"^position \d+: logits differ"):
+        compare(reference, runtime, text, dials, exact=True)  # type: ignore[arg-type]
+
+
+@packages(TEXTS, "fp32")
+def test_an_unknown_kind_of_state_is_refused(made: Made, tmp_path: Path) -> None:
+    folder = shutil.copytree(made.folder, tmp_path / "p.rmse")
+    name = next(iter(json.loads((folder / MANIFEST).read_text())["model"]["state"]))
+    reseal(folder, lambda m: m["model"]["state"][name].update(kind="whirl"))
+    with pytest.raises(PackageError, match=rf"model\.state\.{name}\.kind: got 'whirl', expected one of ring, append"):
+        runtime_for(Package.open(folder))
+
+
+@packages(tuple(case for case in CASES if case not in TEXTS))
+def test_a_package_solves_boards_as_the_model_does(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    package = Package.open(made.folder)
+    runtime = board_for(package)
+    own = BoardRuntime(model_info(made.model, made.case.name, 0), TorchMethods(made.model))
+    assert runtime.info.board is not None
+    draw = np.random.default_rng(1)
+    for _ in range(4):
+        board = draw.integers(0, runtime.info.board.symbols, runtime.info.board.cells)
+        a, b = (r.solve(board, settings_of(made.case)["adaptive"]) for r in (runtime, own))
+        assert np.array_equal(a.depth, b.depth) and (a.cells == b.cells).mean() > 0.95
+    with pytest.raises(UserError, match="fills in boards and reads no text"):
+        runtime_for(package)
+    assert rmse_run([str(made.folder), "--prompt-tokens", "1"]) == 2
+    assert_one_line(capsys.readouterr().err, "fills in boards and reads no text")
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param((case, "executorch", quant), id=f"{case.name}-{quant}", marks=pytest.mark.executorch)
+        for case in CASES
+        for quant in case.quants
+    ],
+    indirect=True,
+)
+def test_the_runner_says_what_python_says(made: Made, runner: Path, tmp_path: Path) -> None:
+    """The same logits and depths, the same greedy tokens; a board is refused."""
+    native = Runner([runner], made.folder)
+    if made.case not in TEXTS:
+        assert native.refusal("--prompt-tokens", "1", "-n", "1")
+        return
+    text, dials = text_of(made.case), settings_of(made.case)["adaptive"]
+    flags = ("--max-loops", str(dials.max_loops), "--exit-threshold", str(dials.exit_threshold))
+    python = runtime_for(Package.open(made.folder), threads=1)
+    expected = python.feed(text, dials)
+    logits, depth = native.feed(text, tmp_path / "logits", *flags)
+    if made.quant == "fp32":
+        assert np.array_equal(depth, expected.depth)
+        np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+    else:
+        assert (depth == expected.depth).mean() > 0.97 and (
+            logits.argmax(-1) == expected.logits.argmax(-1)
+        ).mean() > 0.97
+    if made.quant == "fp32":
+        prompt = ",".join(map(str, text[:20]))
+        tokens = native.document("--prompt-tokens", prompt, "-n", "12", "--temperature", "0", *flags)["tokens"]
+        assert tokens == argmax_of_whole_text(made.model, text[:20], tokens, dials)

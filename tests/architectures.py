@@ -1,0 +1,199 @@
+"""The architectures that go through every verb, from PyTorch to packages: tests/arch/test_every.py runs them all.
+
+An architecture joins with one line of `CASES`:
+
+    Case("mine", my_model, MINE)
+
+where `my_model()` makes a tiny model with random weights under which positions stop at several depths. Everything else has
+a default; the fields say what may differ. A model of texts implements `whole_text`, a board solver `scores`: that is what
+the suite and the parity gate hold everything else against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from helpers import decided_text, mixed_model, random_tokens
+from puzzle import ARCH as PUZZLE
+from puzzle import Puzzle, PuzzleConfig
+from torch import nn
+from toy import ARCH as TOY
+from toy import toy
+from toy_recurrent import ARCH as RECURRENT
+from toy_recurrent import CountsPadding as RecurrentCountsPadding
+from toy_recurrent import ToyRecurrent
+from toy_tower import ARCH as TOWER
+from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
+
+from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.registry import Arch, register
+from rmse_edge.checkpoint import save_checkpoint
+from rmse_edge.loop.dials import Dials
+from rmse_edge.quantize import QuantizeRequest, Scheme, quantize, save_quantized
+from rmse_edge.runtimes.text.generate import Generation
+from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+from rmse_edge.text import TokenNumbers
+
+TARGETS = ("onnx", "executorch", "coreml")
+QUANTS = ("fp32", "int4")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture of the suite, and what is special about it."""
+
+    name: str  # its model_type
+    # A tiny model, the same each time.
+    build: Callable[[], Any]
+    arch: Arch | None = None  # to register; None: the project knows it
+    # The model that int4 packages are made of. Engines round activations there, which random weights make much of: one
+    # whose logits are as decided as a trained model's. None: the same.
+    calm: Callable[[], Any] | None = None
+    # A setting at which positions stop at several depths.
+    threshold: float = 0.6
+    # (n,) token ids at which no decision of the model is closer than what machines round differently. None: at random.
+    text: Callable[[int], np.ndarray] | None = None
+    # Of its packages. That of RMS-E in integers are tests/export/test_export_quantized.py and its neighbours.
+    quants: tuple[str, ...] = QUANTS
+    # Session fixtures of tests/conftest.py that have made a package already, by target and precision.
+    made: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    # Models with a wrong rule, by what is wrong: the gate must catch each.
+    wrong: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    trains: bool = False  # rmse-train knows it
+
+    def ids(self, count: int) -> np.ndarray:
+        """Tokens of the model's vocabulary, (count,) int64."""
+        if self.text is not None and count <= 150:
+            return self.text(count)
+        return random_tokens(count, vocab=model_info(self.model(), self.name, 0).vocab_size)
+
+    def checkpoint(self, folder: Path) -> Path:
+        """The model as a checkpoint folder; without a tokenizer."""
+        save_checkpoint(self.model(), folder, dtype=torch.float32)
+        return folder
+
+    def stored(self, folder: Path, quant: str) -> Path:
+        """The model as a checkpoint folder of this precision, by rmse-quantize's own steps: integers that all targets take."""
+        if quant == "fp32":
+            return self.checkpoint(folder)
+        request = QuantizeRequest(Scheme(quant, dense_group_size=32 if quant == "int4" else None), method="rtn")
+        save_quantized(quantize(self.quantizable(), request, None, fingerprint(self.quantizable())), folder)
+        return folder
+
+    def model(self) -> Any:
+        """The model, made once: do not change it."""
+        return _built(self.build)
+
+    def quantizable(self) -> Any:
+        """The model that int4 packages are made of; as `model`."""
+        return _built(self.calm or self.build)
+
+
+@cache
+def _built(build: Callable[[], Any]) -> Any:
+    return build().eval()
+
+
+def solver() -> Puzzle:
+    """A solver of boards of 81 cells, which stop by themselves."""
+    torch.manual_seed(3)
+    model = Puzzle(PuzzleConfig(cells=81, symbols=10))
+    nn.init.normal_(model.halt.weight, std=0.3)
+    return model
+
+
+def tower() -> Any:
+    return lively_tower(max_loops=3)
+
+
+def decided_recurrent() -> ToyRecurrent:
+    model = ToyRecurrent()
+    nn.init.normal_(model.answer.bias, std=1.0)
+    return model
+
+
+def wrong_tower(kind: type) -> Callable[[], Any]:
+    return lambda: lively_tower(kind=kind)
+
+
+CASES = (
+    Case(
+        "rmse",
+        mixed_model,
+        text=decided_text,
+        quants=("fp32",),
+        made={
+            ("onnx", "fp32"): "package",
+            ("executorch", "fp32"): "executorch_package",
+            ("coreml", "fp32"): "coreml_package",
+        },
+        trains=True,
+    ),
+    Case(
+        "tower",
+        tower,
+        TOWER,
+        wrong={kind.__name__: wrong_tower(kind) for kind in (CountsPadding, ForgetsDeepLoops, LastKeysForAll)},
+    ),
+    Case(
+        "toy_recurrent",
+        ToyRecurrent,
+        RECURRENT,
+        calm=decided_recurrent,
+        made={("executorch", "fp32"): "toy_package"},
+        wrong={"CountsPadding": RecurrentCountsPadding},
+    ),
+    Case("toy", toy, TOY, threshold=0.5),
+    Case("puzzle", solver, PUZZLE),
+)
+
+for _case in CASES:
+    if _case.arch is not None:
+        register(_case.name, _case.arch)
+
+# ----------------------------------------------------------------------------------------------- what every test asks of one
+
+TEXTS = tuple(case for case in CASES if hasattr(case.model(), "whole_text"))
+
+
+def settings_of(case: Case) -> dict[str, Dials]:
+    loops = case.model().spec(case.model().call_sizes()[0]).max_loops
+    return {
+        "full depth": Dials(loops),
+        "adaptive": Dials(loops, 1, case.threshold),
+        "shallow": Dials(2, 1, case.threshold),
+    }
+
+
+def text_of(case: Case) -> np.ndarray:
+    """150 tokens, or as many as the model has room for: (n,) int64."""
+    info = model_info(case.model(), case.name, 0)
+    return case.ids(min(150, info.capacity or 150))
+
+
+def whole(model: Any, text: np.ndarray, dials: Dials) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and depth of a text at once."""
+    scalars = {name: torch.from_numpy(value) for name, value in dials.arrays().items()}
+    found = model.whole_text(torch.from_numpy(text), scalars)
+    return found.logits.numpy(), found.depth.numpy()
+
+
+def greedy(runtime: Any, prompt: np.ndarray, dials: Dials, count: int = 12) -> list[int]:
+    """The likeliest tokens behind a prompt, one after the other."""
+    generation = Generation(runtime, TokenNumbers(), [*map(int, prompt)], dials, Sampler(Sampling(0.0)), count)
+    for _ in generation.spans():
+        pass
+    return generation.tokens
+
+
+def argmax_of_whole_text(model: Any, prompt: np.ndarray, tokens: list[int], dials: Dials) -> list[int]:
+    """What `greedy` must give, if it has given `tokens`: the likeliest token at each of their places."""
+    text = np.array([*prompt, *tokens])
+    logits, _ = whole(model, text, dials)
+    return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
