@@ -79,10 +79,15 @@ def decides(method: ExportedMethod, t: TensorSpec) -> bool:
 
 
 def used_inputs(method: ExportedMethod) -> set[str]:
-    """The tensors that a traced method reads."""
-    nodes = {node.name: node for node in method.program.graph.nodes}
+    """The tensors that what a traced method gives depends on; it may read others for what nobody asks for."""
+    graph = method.program.graph
+    live = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        if node in live:
+            live.update(node.all_input_nodes)
+    names = {node.name for node in live}
     placed = zip(method.takes, method.program.graph_signature.user_inputs, strict=True)
-    return {t.name for t, name in placed if isinstance(name, str) and nodes[name].users}
+    return {t.name for t, name in placed if name in names}
 
 
 def stored_weights(method: ExportedMethod) -> int:

@@ -112,6 +112,10 @@ class Ring:
             # Row of the call that each slot gets; those that get none keep what they hold.
             slots = np.arange(self.window, dtype=np.int32) + np.int32(self.window)
             row = mb.mod(x=mb.sub(x=slots, y=slot), y=np.int32(self.window))  # (W,)
+            if count > self.window:  # of several rows for one slot, the last that is valid
+                behind = mb.sub(x=mb.sub(x=n_valid, y=np.int32(1)), y=row)
+                turns = mb.maximum(x=mb.floor_div(x=behind, y=np.int32(self.window)), y=np.int32(0))
+                row = mb.add(x=row, y=mb.mul(x=turns, y=np.int32(self.window)))
             row = self._padded(row)
             taken = mb.reshape(x=mb.less(x=row, y=n_valid), shape=(1, 1, self.shape[2], 1))
             source = mb.minimum(x=row, y=np.int32(count - 1))
