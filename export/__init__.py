@@ -1,4 +1,4 @@
-"""Export: model -> LoopProgram -> lowered files -> parity gate -> package. One file and one decorator per target."""
+"""Export: model -> LoopProgram -> lowered files -> parity gate -> package. One folder and one decorator per target."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
 
 
 def other_runtimes(package: Package) -> list[LoopRuntime]:
-    """Runtimes beside `runtime_for`'s that a package must agree with PyTorch on: the interpreter, where Core ML is."""
+    """Further runtimes on which a package must agree with PyTorch: where Core ML itself runs it, the interpreter as well."""
     if package.target != "coreml":
         return []
     from .engines.coreml import CoremlRuntime, engines

@@ -201,7 +201,7 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/executorch/decode.py --runner build/native/rmse-runner [--config docs/benchmarks/d768.json]": "run below, at another size",
     "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
-    "python examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
+    "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",
     "pip install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict": "installs",
