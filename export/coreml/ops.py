@@ -2,8 +2,8 @@
 
 Two ways of storing integers, and two operators for them:
 
-- `stored_weight` (export/stored.py), for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which Core ML unpacks as it
-  likes best (at load time, or inside the matrix product).
+- `stored_weight` (export/stored.py), for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which
+  Core ML unpacks as it likes best (at load time, or inside the matrix product).
 - `stored_rows`, for tables of which a call needs a few rows (embeddings, experts): packed bytes, gathered by index and
   unpacked in the graph, so that nothing else is touched. A constexpr that is gathered from may be unpacked whole.
 

@@ -1,6 +1,6 @@
 """How the model's own operators become ONNX: `RotaryEmbedding`, and ONNX Runtime's contrib `MoE`, with compaction or not.
 
-Two operators of our own stand in the graph only until export/onnx/weights.py and quantize.py have seen who reads them:
+Two operators of our own stand in the graph only until export/onnx/passes.py and quantize.py have seen who reads them:
 `StoredWeight`, a weight given by its integers, and `Transposed`, the weight of a linear layer as a product wants it.
 
 `rmse_edge::sparse_experts` selects experts by logits plus balancing bias, but weighs them by the logits alone. `MoE`

@@ -84,6 +84,7 @@ class WeightFile:
             dims, place = list(tensor.dims), self._place(tensor, name, half)
             if tensor.name != name and name in taken:
                 name = f"{name}.{tensor.name}"
+            taken.add(name)
             renamed[tensor.name] = name
             tensor.Clear()
             tensor.name = f"{name}.fp16" if half else name

@@ -474,6 +474,11 @@ def test_a_tensor_of_the_model_is_stored_once_under_its_first_name(tmp_path: Pat
             file.take(model)
             (tensor,) = model.graph.initializer
             found.append((tensor.name, external(tensor)))
+        both = {"model.embed.weight": table, "model.head.weight": table}  # in one graph, whose names must differ
+        model = model_of([helper.make_node("Add", [*both], ["y"])], both, {"y": [32, 32]})
+        file.take(model)
+        assert len({t.name for t in model.graph.initializer}) == 2
+        assert {external(t) for t in model.graph.initializer} == {found[0][1]}
     assert [name for name, _ in found] == ["embed.weight.fp16", "embed.weight.fp16", "val_0.fp16", "val_0.fp16"]
     assert found[0] == found[1] and found[0][1] == found[2][1] != found[3][1]
 
