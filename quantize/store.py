@@ -61,7 +61,7 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         if not is_quantized_checkpoint(folder):
             raise CheckpointError(f"{folder}: exists and is not a quantised checkpoint; choose another folder")
         if not overwrite:
-            raise CheckpointError(f"{folder}: already exists; remove it, choose another folder, or pass overwrite=True")
+            raise CheckpointError(f"{folder}: already exists; remove it, choose another place, or pass overwrite=True")
 
 
 def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path | None = None) -> None:

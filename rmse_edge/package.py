@@ -177,9 +177,9 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     check_folder(destination, ExportError)
     empty = destination.is_dir() and not any(destination.iterdir())
     if destination.exists() and not empty and not (destination / MANIFEST).is_file():
-        raise ExportError(f"{destination}: exists and is not a package; choose another -o")
+        raise ExportError(f"{destination}: exists and is not a package; choose another place")
     if destination.exists() and not overwrite:
-        raise ExportError(f"{destination}: already exists; remove it, choose another -o, or pass --force")
+        raise ExportError(f"{destination}: already exists; remove it, choose another place, or pass overwrite=True")
 
 
 @contextmanager

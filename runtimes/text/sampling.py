@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.loop.generator import MASK, SplitMix64
 
 
@@ -22,7 +22,7 @@ class Sampling:
     """How a token is chosen from logits. Checked once here.
 
     Raises:
-        UserError: naming the flag and its range.
+        ArgumentError: naming the setting and its range.
     """
 
     temperature: float = 0.8  # 0: the largest logit, always
@@ -38,7 +38,7 @@ class Sampling:
             ("seed", 0 <= self.seed <= MASK, f"a whole number from 0 to {MASK}"),
         ):
             if not ok:  # NaN fails every comparison
-                raise UserError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
+                raise ArgumentError(name, f"got {getattr(self, name)}, expected {expected}")
 
 
 class Sampler:

@@ -17,6 +17,7 @@
 
 #include "bench.h"
 #include "document.h"
+#include "../core/errors.h"
 #include "../core/model.h"
 #include "options.h"
 #include "../core/package.h"
@@ -364,6 +365,14 @@ int run(int argc, char** argv) {
   return 0;
 }
 
+// Says what was wrong, in one line.
+int report(std::string line) {
+  // Names that come from a file may hold anything: nothing that a terminal would obey.
+  std::replace_if(line.begin(), line.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
+  std::fprintf(stderr, "rmse-runner: error: %s\n", line.c_str());
+  return kUserError;
+}
+
 }  // namespace
 }  // namespace rmse
 
@@ -374,11 +383,11 @@ int main(int argc, char** argv) {
       throw std::runtime_error("the output cannot be written; is the disk full?");
     }
     return code;
+  } catch (const rmse::ArgumentError& error) {
+    std::string flag = error.argument;
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    return rmse::report("--" + flag + ": " + error.problem);
   } catch (const std::exception& error) {
-    std::string line = error.what();
-    // Names that come from a file may hold anything: nothing that a terminal would obey.
-    std::replace_if(line.begin(), line.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
-    std::fprintf(stderr, "rmse-runner: error: %s\n", line.c_str());
-    return rmse::kUserError;
+    return rmse::report(error.what());
   }
 }

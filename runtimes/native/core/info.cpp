@@ -7,6 +7,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "errors.h"
 #include "signatures.h"
 #include "text.h"
 
@@ -407,18 +408,18 @@ std::optional<int64_t> ModelInfo::longest() const {
 }
 
 void Dials::check(int64_t trained_depth) const {
-  const auto fail = [](const char* flag, const std::string& got, const std::string& expected) {
-    throw std::runtime_error(std::string(flag) + ": got " + got + ", expected " + expected);
+  const auto fail = [](const char* dial, const std::string& got, const std::string& expected) {
+    throw ArgumentError(dial, "got " + got + ", expected " + expected);
   };
   if (max_loops < 1 || max_loops > trained_depth) {
-    fail("--max-loops", std::to_string(max_loops), "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
+    fail("max_loops", std::to_string(max_loops), "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
   }
   if (min_loops < 1 || min_loops > max_loops) {
-    fail("--min-loops", std::to_string(min_loops), "1..max-loops (" + std::to_string(max_loops) + ")");
+    fail("min_loops", std::to_string(min_loops), "1.." + std::to_string(max_loops) + " (max_loops)");
   }
-  if (!(exit_threshold > 0)) fail("--exit-threshold", shown(exit_threshold), "a positive number (1 disables it)");
-  if (!(exit_epsilon >= 0)) fail("--exit-epsilon", shown(exit_epsilon), "0 (off) or more");
-  if (!(exit_entropy >= 0)) fail("--exit-entropy", shown(exit_entropy), "0 (off) or more");
+  if (!(exit_threshold > 0)) fail("exit_threshold", shown(exit_threshold), "a positive number (1 disables it)");
+  if (!(exit_epsilon >= 0)) fail("exit_epsilon", shown(exit_epsilon), "0 (off) or more");
+  if (!(exit_entropy >= 0)) fail("exit_entropy", shown(exit_entropy), "0 (off) or more");
 }
 
 }  // namespace rmse

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "text.h"
 
 namespace rmse {
@@ -17,17 +18,17 @@ void normalize(std::vector<double>& weights) {
   for (double& weight : weights) weight /= total;
 }
 
-void require(bool ok, const char* flag, const std::string& value, const char* expected) {
-  if (!ok) throw std::runtime_error(std::string(flag) + ": got " + value + ", expected " + expected);
+void require(bool ok, const char* setting, const std::string& value, const char* expected) {
+  if (!ok) throw ArgumentError(setting, "got " + value + ", expected " + expected);
 }
 
 }  // namespace
 
 void Sampling::check() const {
   const bool finite = temperature >= 0 && temperature < std::numeric_limits<double>::infinity();  // false for NaN
-  require(finite, "--temperature", shown(temperature), "0 (greedy) or a positive number");
-  require(top_k >= 0, "--top-k", std::to_string(top_k), "0 (all tokens) or a positive whole number");
-  require(top_p > 0 && top_p <= 1, "--top-p", shown(top_p), "a number above 0, at most 1 (all tokens)");
+  require(finite, "temperature", shown(temperature), "0 (greedy) or a positive number");
+  require(top_k >= 0, "top_k", std::to_string(top_k), "0 (all tokens) or a positive whole number");
+  require(top_p > 0 && top_p <= 1, "top_p", shown(top_p), "a number above 0, at most 1 (all tokens)");
 }
 
 Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), random_(sampling.seed) { sampling.check(); }

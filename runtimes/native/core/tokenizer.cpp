@@ -101,7 +101,7 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, size_t limit) cons
   if (!reads_text()) {
     throw std::runtime_error(
         "this runner reads the tokenizers of characters and of words, and the package has another; give the prompt as "
-        "--prompt-tokens");
+        "token ids");
   }
   std::vector<int64_t> tokens;
   for (const std::string_view piece : split(text, limit)) {
