@@ -37,7 +37,7 @@ from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import MANIFEST, Package
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, CoremlRuntime
 from rmse_edge.runtimes.host.base import Arrays
-from rmse_edge.runtimes.measure.bench import exits_disabled, third
+from rmse_edge.runtimes.measure.bench import third
 
 UNITS = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "ane": "NeuralEngine"}  # as coremltools' classes for them begin behind "ML"
@@ -249,7 +249,7 @@ class Reference:
     def settings(self) -> dict[str, Dials]:
         """Full depth, and the model's own exit rule or the one its export was proved at."""
         info, own = self.runtime.info, self.runtime.info.dials
-        if exits_disabled(own):
+        if not own.exits:
             own = Dials(**self.package.manifest["parity"]["settings"]["gate"]["dials"])
         return {"full depth": info.full_depth, "adaptive": own}
 

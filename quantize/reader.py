@@ -14,11 +14,12 @@ from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import UserError
 from rmse_edge.info import TextInfo
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import SLOTS, Append, LoopModel, LoopSpec, Replace, StateSpec, Tensors, Written
+from rmse_edge.loop.contract import Append, LoopModel, LoopSpec, Replace, StateSpec, Tensors, Written
 from rmse_edge.loop.course import Course, Reader, Watcher
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.loop.generator import starts
+from rmse_edge.numbers import SLOTS
 
 from .scheme import table_of
 

@@ -27,7 +27,6 @@ from rmse_edge.info import TextInfo
 from rmse_edge.layers.masks import append_mask, causal_mask, ring_mask, slots_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.loop.contract import (
-    SLOTS,
     Append,
     InjectedHits,
     LoopSpec,
@@ -41,6 +40,7 @@ from rmse_edge.loop.contract import (
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.stop import add_log_survival, stops
 from rmse_edge.loop.whole import in_one_call
+from rmse_edge.numbers import SLOTS
 from rmse_edge.schema import check_fields, read_json
 
 LAYERS = 2  # of attention in the loop

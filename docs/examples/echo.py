@@ -142,7 +142,7 @@ if __name__ == "__main__":
     register(EchoConfig.model_type, ARCH)
     torch.manual_seed(0)
     model = Echo(EchoConfig()).eval()  # random weights: only the shape of a model matters here
-    save_checkpoint(model, "echo")
+    save_checkpoint(model, "echo", dtype=torch.float32)
     export_package(model, "echo.rmse", ExportRequest("onnx", overwrite=True))  # fails unless it agrees with `model`
     runtime = open_runtime("echo.rmse")
     fed = runtime.feed(list(range(20)), runtime.info.dials)

@@ -8,8 +8,9 @@ import torch
 from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram, dial_specs, signature, stacked
 from rmse_edge.info import dtype_name
-from rmse_edge.loop.contract import SLOTS, LoopSpec, Replace, Written
+from rmse_edge.loop.contract import LoopSpec, Replace, Written
 from rmse_edge.loop.steps import drive_steps
+from rmse_edge.numbers import SLOTS
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays, Methods
 

@@ -112,7 +112,6 @@ class Written:
 Update = Ring | Append | Replace | Written
 UPDATES: dict[str, type[Update]] = {"ring": Ring, "append": Append, "replace": Replace, "written": Written}
 READERS = ("prelude", "loop", "coda", "commit")
-SLOTS = "slots"  # (capacity,) int64, 0, 1, 2, ...: what hosts give to a model that names it in its context
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ rmse_edge/loop/stop.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from torch import Tensor
 
 from rmse_edge.errors import ArgumentError
 from rmse_edge.numbers import Loops
 from rmse_edge.schema import Finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

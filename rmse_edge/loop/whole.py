@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .contract import SLOTS, InjectedHits, LoopModel, Tensors, WholeText
+from rmse_edge.numbers import SLOTS
+
+from .contract import InjectedHits, LoopModel, Tensors, WholeText
 from .stop import margins, scores
 
 # What a model decides with beside its exit rules, such as a router: after every iteration, (T,) distance to another decision.

@@ -16,7 +16,7 @@ from pydantic import Field
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
 from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, Dtype, Form, ModelInfo
-from rmse_edge.loop.contract import SLOTS
+from rmse_edge.numbers import SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 

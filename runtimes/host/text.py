@@ -11,9 +11,9 @@ import numpy as np
 from rmse_edge.errors import UserError
 from rmse_edge.info import LARGEST_STATE, ModelInfo, TextInfo
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import SLOTS
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.generator import starts
+from rmse_edge.numbers import SLOTS
 
 from .base import Arrays, Fed, Methods, Surprise
 from .calls import Calls, plan_calls

@@ -416,7 +416,7 @@ def test_a_weight_that_no_graph_reads_as_integers_fails_the_export(
     tiny: RMSE, package: Path, quick_export: Memo, tmp_path: Path
 ) -> None:
     """Such as one of a program that was traced with floats: it would ship as floating point."""
-    (program,) = (p for kind, p in quick_export.programs if kind[:2] == (True, False) and same_model(p.model, tiny))
+    program = next(p for kind, p in quick_export.programs if kind[:2] == (True, False) and same_model(p.model, tiny))
     q = round_to_nearest(tiny.inject.weight.detach(), Format(8))
     with pytest.raises(ExportError, match=r"^inject\.weight: is quantised, but no graph reads it as integers"):
         get_target("onnx").lower(program, tmp_path, LowerOptions("int8", {"inject.weight": q}))

@@ -22,7 +22,14 @@ from rmse_edge.quantize.parallel import aside, one_thread
 forks = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no other thread ran: where tests run in several processes, one of pytest's own waits for messages."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+
+
 @forks
+@pytest.mark.usefixtures("alone")
 def test_work_aside_is_done_in_another_process() -> None:
     x = torch.arange(6.0).view(2, 3)
     with one_thread(torch.nn.Linear(1, 1)), aside(lambda: (os.getpid(), x @ x.T), idle=True) as result:
@@ -36,6 +43,7 @@ def test_without_an_idle_core_nothing_is_done() -> None:
 
 
 @forks
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("work", [lambda: 1 / 0, lambda: os._exit(9), lambda: lambda: None])
 def test_work_that_fails_has_no_result(work: object, capfd: pytest.CaptureFixture[str]) -> None:
     """It raises, is killed, or returns what cannot be sent: who needs the result computes it, and reports that."""
@@ -45,6 +53,7 @@ def test_work_that_fails_has_no_result(work: object, capfd: pytest.CaptureFixtur
 
 
 @forks
+@pytest.mark.usefixtures("alone")
 def test_ctrl_c_is_not_for_the_work_aside(capfd: pytest.CaptureFixture[str]) -> None:
     """A terminal sends it to all processes; only the one the person started says something."""
     with aside(lambda: (os.kill(os.getpid(), signal.SIGINT), np.ones((3, 4)))[1], idle=True) as result:
@@ -83,6 +92,7 @@ def test_beside_other_threads_no_process_is_copied() -> None:
 
 
 @forks
+@pytest.mark.usefixtures("alone")
 def test_without_another_process_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     def fork() -> int:
         raise OSError(errno.EAGAIN, "no more processes")
@@ -93,6 +103,7 @@ def test_without_another_process_nothing_is_done(monkeypatch: pytest.MonkeyPatch
 
 
 @forks
+@pytest.mark.usefixtures("alone")
 def test_a_bar_on_a_terminal_brings_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
@@ -104,6 +115,7 @@ def test_a_bar_on_a_terminal_brings_no_thread(monkeypatch: pytest.MonkeyPatch) -
 
 
 @forks
+@pytest.mark.usefixtures("alone")
 def test_a_failure_ends_the_work_aside() -> None:
     with pytest.raises(KeyError), aside(lambda: time.sleep(600), idle=True):
         raise KeyError
