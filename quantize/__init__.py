@@ -1,7 +1,7 @@
 """Integers and scales from trained weights, one source of truth per package.
 
 scheme.py     in which format                           tensors.py   codes, scales, zeros
-reader.py     whole texts through any model
+reader.py     reads whole texts with any model          parallel.py  independent work on all cores
 hessians.py   what a looped weight sees in every loop   gptq.py      codes that keep the outputs
 quantizer.py  the stages, in the order of the data      qat.py, gate.py   finetune, exit gate
 compare.py    what it cost                              store.py     quantised checkpoints on disk
