@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import CASES, TEXTS, Case, argmax_of_whole_text, greedy, settings_of, text_of, whole
-from helpers import QUICK_CALIBRATION, assert_one_line
+from helpers import assert_one_line
 from torch import Tensor
 
 from rmse_edge.arch.identity import model_info
@@ -331,13 +331,12 @@ def test_quantised_by_its_table_and_what_is_on_disk(case: Case, quant: str, tmp_
 @pytest.mark.slow
 @texts
 def test_calibrated_integers_say_more_than_rounded_ones(case: Case) -> None:
-    model, ids = case.quantizable(), np.resize(case.ids(4000), 4000)
-    request = {"evaluation_tokens": 256, "calibration_tokens": 512}
+    model, ids = case.quantizable(), np.resize(case.ids(8000), 8000)
+    request = {"evaluation_tokens": 512, "calibration_tokens": 2048}
     both = [quantize(model, QuantizeRequest(Scheme("int4"), method=m, **request), ids) for m in ("gptq", "rtn")]
     assert all(set(q.tensors) == set(both[0].tensors) for q in both)
     gptq, rounded = (q.report["evaluation"]["full_depth"]["kl"] for q in both)
     assert gptq < rounded
-    assert request == QUICK_CALIBRATION
 
 
 # ----------------------------------------------------------------------------------------------------------- the verbs
