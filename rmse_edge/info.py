@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -226,7 +227,7 @@ class ModelInfo:
         sizes = [s.shape[-2] for s in self.state.values() if s.kind == "ring"]
         return max(sizes, default=None)
 
-    @property
+    @cached_property
     def capacity(self) -> int | None:
         """Positions that a text may have at most, for its state; None: any number."""
         return next((s.shape[-2] for s in self.state.values() if s.kind == "append"), None)
@@ -242,7 +243,7 @@ class ModelInfo:
         slots = self.slots(positions)
         return sum(prod(s.of_slots(slots)) * SIZES[s.dtype] for s in self.state.values())
 
-    @property
+    @cached_property
     def room(self) -> int | None:
         """Positions whose state is not larger than `LARGEST_STATE`, as far as it grows; None: any number."""
         if self.capacity is None or self.page is None:
@@ -251,7 +252,7 @@ class ModelInfo:
         others = sum(prod(s.shape) * SIZES[s.dtype] for s in self.state.values() if s.kind != "append")
         return min(self.capacity, max(0, LARGEST_STATE - others) // slots)
 
-    @property
+    @cached_property
     def longest(self) -> int | None:
         """Tokens that a text may have at most, for its state and for the export; None: any number."""
         return min((n for n in (self.language.max_seq_len, self.room) if n is not None), default=None)

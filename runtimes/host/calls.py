@@ -87,8 +87,7 @@ class Calls:
 
     def grow(self, positions: int) -> None:
         """Give the appended state the slots that a text of so many positions has: more, or fewer after a reset."""
-        slots = self.info.slots(positions)
-        if slots == self.slots:
+        if self.slots is None or (slots := self.info.slots(positions)) == self.slots:
             return
         for name, state in self.info.state.items():
             if state.kind == "append" and name in self.state:
