@@ -79,21 +79,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of --config's weights: {', '.join(QUANTIZATIONS)}; several are timed side by side",
     )  # fmt: skip
     parser.add_argument(
-        "-p", "--prompt", type=non_negative_int, default=512, metavar="N", help="tokens of pp rows; 0: none"
+        "-p",
+        "--prompt",
+        type=non_negative_int,
+        default=512,
+        metavar="N",
+        help="tokens of a prompt, pp in the table; 0: none",
     )
     parser.add_argument(
-        "-n", "--generate", type=non_negative_int, default=128, metavar="N", help="tokens of tg rows; 0: none"
+        "-n",
+        "--generate",
+        type=non_negative_int,
+        default=128,
+        metavar="N",
+        help="tokens to generate, tg in the table; 0: none",
     )
     parser.add_argument(
         "-d",
         "--depths",
         type=list_of(positive_int),
         metavar="N,N,...",
-        help="fixed depths; full, a half and a third without it",
+        help="fixed depths (default: full, a half and a third)",
     )
-    parser.add_argument("-r", "--repetitions", type=positive_int, default=5, metavar="N", help="after one warm-up")
     parser.add_argument(
-        "--text", type=existing_file, metavar="FILE", help="what is read; the folder's sample.txt without it"
+        "-r", "--repetitions", type=positive_int, default=5, metavar="N", help="timed, after one warm-up"
+    )
+    parser.add_argument(
+        "--text", type=existing_file, metavar="FILE", help="text to read (default: the folder's sample.txt)"
     )
     parser.add_argument(
         "--stream", type=positive_int, metavar="N", help="instead: feed N tokens in a row and report what stays flat"

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
-        "--text", type=existing_file, metavar="FILE", help="UTF-8 text; the folder's sample.txt without it"
+        "--text", type=existing_file, metavar="FILE", help="UTF-8 text (default: the folder's sample.txt)"
     )
     given.add_argument(
         "--ids", type=existing_file, metavar="FILE",

@@ -23,7 +23,10 @@ def parser() -> Parser:
     p = Parser(prog="rmse-export", description="Export a looped model into a package for a device runtime.")
     p.arguments |= {"compact": "--no-compact", "overwrite": "--force"}
     p.add_argument(
-        "-m", "--model", metavar="DIR", help=f"checkpoint folder, float or of rmse-quantize (default: {DEFAULT_MODEL})"
+        "-m",
+        "--model",
+        metavar="DIR",
+        help=f"checkpoint folder, float or made by rmse-quantize (default: {DEFAULT_MODEL})",
     )
     p.add_argument(
         "--config", metavar="FILE", help="a config.json instead of a checkpoint: random weights, for benches"
@@ -48,10 +51,10 @@ def parser() -> Parser:
     )
     p.add_argument("--no-compact", action="store_true", help="in 64-row calls, compute the experts of stopped rows too")
     p.add_argument("--force", action="store_true", help="replace an existing package")
-    p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="PyTorch's own choice without it")
-    p.add_argument("--seed", type=int, default=0, help="of the random weights of --config")
+    p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
+    p.add_argument("--seed", type=int, default=0, help="seed of --config's random weights")
     p.add_argument("--dry-run", action="store_true", help="print methods, shapes and sizes, and write nothing")
-    p.add_argument("--format", choices=("text", "json"), default="text", help="of --dry-run's output")
+    p.add_argument("--format", choices=("text", "json"), default="text", help="format of --dry-run's output")
     add_quantize_flags(p)
     return p
 

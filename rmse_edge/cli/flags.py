@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--runtime", help="torch, onnx or executorch; the one the folder was made for without it")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the torch runtime")
-    group.add_argument("-t", "--threads", type=positive_int, metavar="N", help="the engine's own choice without it")
+    group.add_argument("--runtime", help="torch, onnx, executorch or coreml (default: what the folder was made for)")
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the torch runtime computes")
+    group.add_argument(
+        "-t", "--threads", type=positive_int, metavar="N", help="threads (default: the engine's own choice)"
+    )
 
 
 def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
@@ -60,15 +62,20 @@ def add_memory_flags(parser: Parser) -> None:
     parser.arguments["hits"] = "--kb-hits"
     group = parser.add_argument_group("memory and retrieval")
     group.add_argument("--no-memory", action="store_true", help="leave the neural memory blank")
-    group.add_argument("--kb", metavar="KB", help="knowledge base of rmse-index, to be asked when the text surprises")
     group.add_argument(
-        "--gamma", type=finite_float, metavar="G", help="deviations above the mean surprise that count; low: often"
+        "--kb", metavar="KB", help="knowledge base made by rmse-index, asked when the memory is surprised"
     )
     group.add_argument(
-        "--kb-hits", type=positive_int, metavar="N", help="passages to read at once; all there is room for"
+        "--gamma",
+        type=finite_float,
+        metavar="G",
+        help="ask when surprise is G deviations above its mean (default: the model's own)",
     )
     group.add_argument(
-        "--kb-timeout", type=positive_float, metavar="S", help="seconds a server may take; 10 without it"
+        "--kb-hits", type=positive_int, metavar="N", help="passages to read at once (default: all there is room for)"
+    )
+    group.add_argument(
+        "--kb-timeout", type=positive_float, metavar="S", help="seconds that a server may take (default: 10)"
     )
     group.add_argument(
         "--kb-storage", action="append", type=key_value, metavar="KEY=VALUE", help="LanceDB storage option; repeatable"

@@ -38,9 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "-o", "--output", required=True, metavar="KB",
         help="folder (NAME.kb), or LanceDB: s3://BUCKET/PATH, gs://, az://, db://, lance:FOLDER",
     )  # fmt: skip
-    parser.add_argument(
-        "--replace", action="store_true", help="take out what is there of each TEXT, and put it in anew"
-    )
+    parser.add_argument("--replace", action="store_true", help="take out the passages of each TEXT, and add it again")
     group = parser.add_argument_group("instead of adding")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--query", metavar="TEXT", help="print the passages nearest to TEXT (at most 64 tokens)")

@@ -30,9 +30,9 @@ def parser() -> Parser:
     p.add_argument("--quant", choices=("int8", "int4"), default="int4")
     add_quantize_flags(p)
     p.add_argument("--force", action="store_true", help="replace an existing quantised checkpoint")
-    p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="PyTorch's own choice without it")
+    p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
     p.add_argument(
-        "--report", choices=("md", "json"), default="md", help="what is printed; the folder holds it as JSON"
+        "--report", choices=("md", "json"), default="md", help="format of the printed report; the folder has it as JSON"
     )
     return p
 
@@ -45,18 +45,24 @@ def add_quantize_flags(p: Parser) -> None:
         "--calibrate", type=existing_file, metavar="FILE",
         help="UTF-8 text like those the model will read: 90 %% of it calibrate, the rest evaluates",
     )  # fmt: skip
-    group.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="rtn: to the nearest, without data")
+    group.add_argument(
+        "--method", choices=("gptq", "rtn"), default="gptq", help="rtn: round to the nearest, without data"
+    )
     group.add_argument(
         "--loops", choices=("exits", "even", "first"), default="exits",
         help="whose inputs gptq sees: every loop's by the exit distribution, every loop's alike, the first loop's",
     )  # fmt: skip
-    group.add_argument("--group-size", type=positive_int, default=32, metavar="N", help="int4: of the routed experts")
+    group.add_argument(
+        "--group-size", type=positive_int, default=32, metavar="N", help="int4: groups of the routed experts"
+    )
     group.add_argument(
         "--dense-group-size", type=positive_int, metavar="N",
-        help="int4: of everything else; the largest of 128, 64, 32, 16 that divides without it",
+        help="int4: groups of everything else (default: the largest of 128, 64, 32, 16 that divides)",
     )  # fmt: skip
     group.add_argument("--asymmetric", action="store_true", help="int4: a zero point per group; not for every target")
-    group.add_argument("--kv", choices=("float32", "float16", "int8"), help="KV cache; the checkpoint's own without it")
+    group.add_argument(
+        "--kv", choices=("float32", "float16", "int8"), help="type of the KV cache (default: the checkpoint's own)"
+    )
     group.add_argument(
         "--calibration-tokens", type=positive_int, default=32_768, metavar="N", help="drawn from the text at random"
     )
@@ -69,7 +75,9 @@ def add_quantize_flags(p: Parser) -> None:
     group.add_argument(
         "--qat-steps", type=non_negative_int, default=0, metavar="N", help="finetune the rounded weights"
     )
-    group.add_argument("--calibration-seed", type=non_negative_int, default=0, metavar="N", help="of the texts drawn")
+    group.add_argument(
+        "--calibration-seed", type=non_negative_int, default=0, metavar="N", help="seed of the drawn texts"
+    )
 
 
 def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:

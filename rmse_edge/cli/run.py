@@ -109,9 +109,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     given.add_argument(
         "--prompt-tokens", type=list_of(non_negative_int), default=[], metavar="N,N,...",
-        help="token ids to continue instead of a text; of a model without tokenizer the new ones are shown as ids, too",
+        help="token ids to continue instead of a text; without a tokenizer the new tokens are shown as ids, too",
     )  # fmt: skip
-    parser.add_argument("-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="at most")
+    parser.add_argument(
+        "-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens to write at most"
+    )
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token, always")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all")
@@ -128,8 +130,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_dial_flags(parser)
     add_memory_flags(parser)
     group = parser.add_argument_group("session")
-    group.add_argument("--session", type=Path, metavar="FILE", help="go on from a saved session")
-    group.add_argument("--save-session", type=Path, metavar="FILE", help="save where the text has got to")
+    group.add_argument("--session", type=Path, metavar="FILE", help="continue a saved session")
+    group.add_argument("--save-session", type=Path, metavar="FILE", help="save the state of the text")
     add_runtime_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one document at the end")

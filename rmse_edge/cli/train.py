@@ -39,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "--init", type=existing_folder, metavar="DIR",
         help="start from this checkpoint's weights; the recipe's model may add a memory or retrieval",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     parser.add_argument("--stop-at", type=positive_int, metavar="STEP", help="leave after this step, to resume later")
     parser.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between saved states")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads of this process; PyTorch's choice without it")
+    parser.add_argument(
+        "--threads", type=positive_int, help="CPU threads of this process (default: PyTorch's own choice)"
+    )
     args = parser.parse_args(argv)
 
     import torch
@@ -98,7 +100,7 @@ def report(argv: list[str]) -> int | None:
     parser.add_argument("--split", choices=("train", "validation", "all"), default="validation")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="only the first N tokens of the split")
     parser.add_argument("--thresholds", type=list_of(fraction), default=[0.5, 0.7, 0.8, 0.9, 0.95], metavar="X,X,...")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads; PyTorch's choice without it")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="tables, or one JSON document")
     args = parser.parse_args(argv)
 
