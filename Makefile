@@ -1,7 +1,7 @@
 # make demo       export the shipped model, let it write, time it
 # make runner     build the native runner of ExecuTorch packages
 # make test       lint, types and tests
-# make quick      the tests that need no export and no exporter: about a minute
+# make quick      the tests that need no export and no exporter: a minute or two
 # make test-arm   the tests of the runner on ARM
 #
 # All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
@@ -34,7 +34,7 @@ help:
 	@echo "make runner  build $(RUNNER), which runs ExecuTorch packages without Python"
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + all tests"
-	@echo "make quick   the tests that need no export and no exporter: about a minute"
+	@echo "make quick   the tests that need no export and no exporter: a minute or two"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
 	@echo "make lint    ruff, ruff format --check, mypy"
