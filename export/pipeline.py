@@ -176,8 +176,11 @@ def export_package(
         exact_twin = rounds_activations and request.check and target.twins
         stage = Stages(_plan(model, request, target, exact_twin), progress)
         name = destination.name.removesuffix(".rmse")
-        info = model_info(model, name, 0, request.target, source, request.quant, checkpoint)
-        info = limited(info, request.max_seq_len, target)
+        info = model_info(
+            model, name, 0, request.target, source, request.quant, checkpoint, max_seq_len=request.max_seq_len
+        )
+        if not target.grows:
+            info = dataclasses.replace(info, page=None)
         options = LowerOptions(
             quant=request.quant,
             tensors=quantized.tensors if quantized else {},
@@ -346,18 +349,6 @@ def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) 
     if not request.check:
         return plan
     return plan + ([("parity of the integers", 0.0), *gate] if exact_twin else []) + gate
-
-
-def limited(info: ModelInfo, max_seq_len: int | None, target: Target) -> ModelInfo:
-    """What a package says of a model: for texts of at most so many tokens, and with all slots where it cannot grow."""
-    if info.text is None:
-        return info
-    state = info.state
-    if max_seq_len is not None and info.capacity is not None:
-        most = min(max_seq_len, info.capacity)
-        state = {name: dataclasses.replace(s, shape=s.of_slots(most)) for name, s in state.items()}
-    page = info.page if target.grows else None
-    return dataclasses.replace(info, state=state, page=page).with_limit(max_seq_len)
 
 
 def candidate_of(package: Package) -> LoopRuntime:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.export import ExportedProgram
 
+from rmse_edge import numbers
 from rmse_edge.errors import ExportError, first_line
 from rmse_edge.info import dtype_name
 from rmse_edge.loop.contract import LoopModel, LoopSpec, TensorSpec, check_spec
@@ -50,7 +51,7 @@ ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
 ROWS = -1  # in the shapes of a method that serves calls of several sizes: the number of rows of the call
 # In the shapes of a method that serves any length of text: the slots that the appended state has just then.
 SLOTS = -2
-NAMES = {ROWS: "rows", SLOTS: "slots"}
+NAMES = {ROWS: numbers.ROWS, SLOTS: numbers.SLOTS}
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # the tensors a method takes and gives, in order
 

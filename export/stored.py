@@ -12,13 +12,13 @@ constant of MIL. Where a target stores a weight in a form of its own (rows and e
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rmse_edge.quantize import QuantizedTensor
+from rmse_edge.quantize.parallel import shared_copy
 
 
 @torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
@@ -60,11 +60,6 @@ class Stored(nn.Module):
 
     def forward(self) -> Tensor:
         return stored_weight(self.codes, self.scales, self.zeros, self.bits)
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of all modules, whose parameters and buffers are those of `model`: to be replaced, not to be written to."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def with_stored(model: nn.Module, tensors: Mapping[str, QuantizedTensor], tied: Mapping[str, str]) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.arch.registry import arch_of_model
+from rmse_edge.loop.dials import DIALS
 
 from .compare import mean_depth
 from .reader import own_dials
@@ -37,7 +38,7 @@ def recalibrate(reference: Any, model: Any, blocks: Tensor) -> Recalibration | N
         What was done; None where the architecture has no gate, or the configuration's is off.
     """
     name = arch_of_model(model).gate_bias
-    if name is None or own_dials(model).exit_threshold >= 1:
+    if name is None or not DIALS["exit_threshold"].enables(own_dials(model).exit_threshold):
         return None
     gate = model.get_parameter(name)
     wanted, bias = mean_depth(reference, blocks), gate.detach().clone()

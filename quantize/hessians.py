@@ -9,7 +9,6 @@ routed expert also count by the square of their routing weight, as its error doe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from rmse_edge.layers.experts import Routing, SparseExperts, swiglu
 from rmse_edge.loop.course import Course, Reader
 from rmse_edge.loop.stop import exit_distribution
 
-from .parallel import Cores, cores, split_evenly
+from .parallel import Cores, cores, shared_copy, split_evenly
 from .reader import reader_of
 from .scheme import table_of
 
@@ -248,7 +247,7 @@ def gather(
             found.sums[name] = torch.zeros(count, inputs, inputs, device=weight.device)
 
     def listen(piece: tuple[Tensor, bool]) -> _Listener:
-        own = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})  # hooks of its own
+        own = shared_copy(model)  # with hooks of its own
         reader = reader_of(own)
         listener = _Listener(own, reader, wanted, loops, piece[1])
         listener.progress = progress

@@ -7,6 +7,7 @@ text that are computed side by side wait for nothing.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import multiprocessing
@@ -157,6 +158,11 @@ def _received(here: Connection) -> Any:
     except (EOFError, OSError):
         return None
     return pickle.loads(rest, buffers=arrays)
+
+
+def shared_copy(model: Any) -> Any:
+    """A copy of all modules, whose parameters and buffers are those of `model`: to be replaced, not to be written to."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def split_evenly(count: int, parts: int, least: int, most: int) -> int:

@@ -47,8 +47,8 @@ def text_of(model: Any) -> TextInfo:
 def text_length(model: Any) -> int:
     """Positions of one calibration text: those of a training sequence, as far as the model attends."""
     spec = model.spec(model.call_sizes()[0])
-    room = [s.shape[-2] for s in spec.state if isinstance(s.update, Append)]
-    return min([getattr(model.config, "block_size", LENGTH), *room])
+    length = getattr(model.config, "block_size", LENGTH)
+    return length if spec.capacity is None else min(length, spec.capacity)
 
 
 def reader_of(model: Any) -> Reader:

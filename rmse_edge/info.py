@@ -60,6 +60,10 @@ class State:
             return self.shape
         return (*self.shape[:-2], slots, self.shape[-1])
 
+    def nbytes(self, slots: int | None = None) -> int:
+        """Bytes while the appended state has so many slots."""
+        return prod(self.of_slots(slots)) * SIZES[self.dtype]
+
     @property
     def row(self) -> Form:
         """What one iteration reads of it."""
@@ -241,16 +245,16 @@ class ModelInfo:
     def kept_bytes(self, positions: int = 0) -> int:
         """Bytes of the state behind so many positions."""
         slots = self.slots(positions)
-        return sum(prod(s.of_slots(slots)) * SIZES[s.dtype] for s in self.state.values())
+        return sum(s.nbytes(slots) for s in self.state.values())
 
     @cached_property
     def room(self) -> int | None:
         """Positions whose state is not larger than `LARGEST_STATE`, as far as it grows; None: any number."""
         if self.capacity is None or self.page is None:
             return self.capacity
-        slots = sum(prod(s.of_slots(1)) * SIZES[s.dtype] for s in self.state.values() if s.kind == "append")
-        others = sum(prod(s.shape) * SIZES[s.dtype] for s in self.state.values() if s.kind != "append")
-        return min(self.capacity, max(0, LARGEST_STATE - others) // slots)
+        slot = sum(s.nbytes(1) for s in self.state.values() if s.kind == "append")
+        others = sum(s.nbytes() for s in self.state.values() if s.kind != "append")
+        return min(self.capacity, max(0, LARGEST_STATE - others) // slot)
 
     @cached_property
     def longest(self) -> int | None:

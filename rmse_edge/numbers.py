@@ -14,7 +14,9 @@ from .errors import ConfigError
 from .schema import Expected, check_value
 
 SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is written once per segment
-SLOTS = "slots"  # (capacity,) int64, 0, 1, 2, ...: what hosts give to a model that names it in its context
+# The names of sizes that vary from call to call, where programs have symbols for them: rows of the call, and slots of the
+# appended state. A model that names `SLOTS` in its context is given 0, 1, 2, ... there, (slots,) int64.
+ROWS, SLOTS = "rows", "slots"
 MAX_LOOPS = 64  # upper bound on the trained depth
 
 Count = Annotated[int, Field(ge=1, le=2**16), Expected("a positive integer, at most 65536")]

@@ -171,6 +171,11 @@ def settings_of(case: Case) -> dict[str, Dials]:
     }
 
 
+def flags_of(dials: Dials) -> list[str]:
+    """These dials as flags of a verb."""
+    return ["--max-loops", str(dials.max_loops), "--exit-threshold", str(dials.exit_threshold)]
+
+
 def text_of(case: Case) -> np.ndarray:
     """150 tokens, or as many as the model has room for: (n,) int64."""
     info = model_info(case.model(), case.name, 0)

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from rmse_edge.arch.quantization import Use
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
-from rmse_edge.export.stored import Stored, decoded, hold, shared_copy
+from rmse_edge.export.stored import Stored, decoded, hold
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
+from rmse_edge.quantize.parallel import shared_copy
 from rmse_edge.quantize.tensors import Format
 
 from .options import CoremlOptions

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.quantization import Use
 from rmse_edge.errors import ExportError
-from rmse_edge.export.stored import decoded, shared_copy
+from rmse_edge.export.stored import decoded
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
+from rmse_edge.quantize.parallel import shared_copy
 from rmse_edge.quantize.tensors import Format
 
 BLOCK = 32  # XNNPACK's groups, and the activations that share a scale in the experts' kernels

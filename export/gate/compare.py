@@ -143,8 +143,7 @@ def compare(
     start, undecided = 0, []
     ours, theirs, depths = [], [], []
     surprises: list[np.ndarray] = []
-    # A model that attends to the whole text reads several, one after the other.
-    room = candidate.info.room or len(tokens)
+    room = longest_text(candidate.info, tokens)
     while start < len(tokens):
         a = reference.course(tokens[start : start + room], dials)
         b = teacher_forced(candidate, tokens[start : start + room], dials)
@@ -243,8 +242,7 @@ def gate(
     """
     tokens = compared(tokens, reference.info, exact, positions)
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
-    first = min(least_positions(reference.info), reference.info.room or len(tokens))
-    settings = adaptive_settings(reference, tokens[:first])
+    settings = settings_for(reference, tokens)
     for name, dials in settings.items():
         progress(f"parity at {name}")
         try:
@@ -273,10 +271,23 @@ def gate(
     return report
 
 
+def longest_text(info: ModelInfo, tokens: np.ndarray) -> int:
+    """How many of the tokens are one text: a model that attends to the whole text reads several, one after the other."""
+    return info.room or len(tokens)
+
+
+def settings_for(reference: Reference, tokens: np.ndarray) -> dict[str, Dials]:
+    """The settings that are compared, chosen on the beginning of a text."""
+    first = min(least_positions(reference.info), longest_text(reference.info, tokens))
+    return adaptive_settings(reference, tokens[:first])
+
+
 def computed_ahead(reference: Reference, tokens: np.ndarray) -> Known:
     """What `gate` asks of the reference about these tokens, which no package has to be there for."""
-    for dials in adaptive_settings(reference, tokens[: least_positions(reference.info)]).values():
-        reference.course(tokens, dials)
+    room = longest_text(reference.info, tokens)
+    for dials in settings_for(reference, tokens).values():
+        for start in range(0, len(tokens), room):
+            reference.course(tokens[start : start + room], dials)
     if reference.info.memory:
         reference.segments(memory_tokens(reference.info))
     return reference.known()

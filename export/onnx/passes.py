@@ -56,22 +56,17 @@ def name_sizes(model: ModelProto, takes: Sequence[TensorSpec]) -> None:
         ExportError: a dimension of an input or output is neither a number nor one of these sizes.
     """
 
-    def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
-        for value in [*graph.input, *graph.output]:
-            for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_param in names:
-                    dim.dim_param = names[dim.dim_param]
-        for node in graph.node:
-            for inner in subgraphs(node):
-                rename(inner, names)
-
     names = {
         dim.dim_param: NAMES[size]
         for value, spec in zip(model.graph.input, takes, strict=True)
         for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True)
         if size in NAMES
     }
-    rename(model.graph, names)
+    for graph in graphs(model.graph):
+        for value in [*graph.input, *graph.output]:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param in names:
+                    dim.dim_param = names[dim.dim_param]
     for value in [*model.graph.input, *model.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
             if not dim.HasField("dim_value") and dim.dim_param not in NAMES.values():

@@ -23,7 +23,7 @@ from rmse_edge.export.targets import LowerOptions
 from rmse_edge.quantize import Format, QuantizedTensor
 
 from .ops import CONTRIB, STORED_WEIGHT, TRANSPOSED
-from .passes import forget_own_operators, graphs, remove_dead_nodes
+from .passes import forget_own_operators, graphs, names_read, remove_dead_nodes
 from .weights import MODEL
 
 QMOE_SCALES = (3, 6)  # places of its inputs
@@ -98,8 +98,7 @@ def _transposes(node: NodeProto) -> bool:
 
 def _remove_unread(graph: GraphProto) -> None:
     """Initializers that only the operators read that are gone: codes and scales as they were traced."""
-    read = {name for inner in graphs(graph) for node in inner.node for name in node.input}
-    read |= {o.name for inner in graphs(graph) for o in inner.output}
+    read = names_read(graph)
     kept = [t for t in graph.initializer if t.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -24,6 +24,7 @@ def model_info(
     source: str | None = None,
     quant: str = "fp32",
     folder: Path | None = None,
+    max_seq_len: int | None = None,
 ) -> ModelInfo:
     """The host's view of a model.
 
@@ -32,10 +33,11 @@ def model_info(
         source: fingerprint of the float model that a quantised one was made from. It counts as the same model: sessions
             and knowledge bases of one can be used with the other.
         quant: how the weights are held.
+        max_seq_len: tokens that a text may have, where that is fewer than the model takes.
         folder: that the model comes from, with its tokenizer; None: the model's configuration is all there is.
     """
     arch = arch_of_model(model)
-    specs = {chunk: model.spec(chunk) for chunk in model.call_sizes()}
+    specs = {chunk: model.spec(chunk).of_capacity(max_seq_len) for chunk in model.call_sizes()}
     found = source or fingerprint(model)
     if salt := arch.salt(model):
         found = hashlib.sha256(found.encode() + salt).hexdigest()
@@ -51,10 +53,15 @@ def model_info(
         config=model.config.to_dict(),
         **arch.parts(model),
     )
-    if info.text is None or folder is None:
+    if info.text is None:
         return info
-    tokens = Vocabulary.of_folder(folder, info.text.vocab_size, info.text.eos_token_ids)
-    text = dataclasses.replace(info.text, eos_token_ids=tokens.eos_token_ids, unused_token_ids=tokens.unused_token_ids)
+    info = info if max_seq_len is None else info.with_limit(max_seq_len)
+    if folder is None:
+        return info
+    tokens = Vocabulary.of_folder(folder, info.vocab_size, info.language.eos_token_ids)
+    text = dataclasses.replace(
+        info.language, eos_token_ids=tokens.eos_token_ids, unused_token_ids=tokens.unused_token_ids
+    )
     return dataclasses.replace(info, text=text)
 
 

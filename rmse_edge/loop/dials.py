@@ -8,16 +8,13 @@ rmse_edge/loop/stop.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 
 from rmse_edge.errors import ArgumentError
 from rmse_edge.numbers import Loops
 from rmse_edge.schema import Finite
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,6 @@ class Dial:
     off: float | None = None  # the value that disables the rule; None: it is no rule
     expected: str = ""  # of a rule: what values it has, in words
 
-    @overload
-    def enables(self, value: float) -> bool: ...
-    @overload
-    def enables(self, value: Tensor) -> Tensor: ...
     def enables(self, value: Any) -> Any:
         """Whether the rule can stop anything at this value, or at each of a tensor's; never, where it is no rule."""
         if self.off is None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import PackageError, UserError
+from rmse_edge.numbers import ROWS, SLOTS
 from rmse_edge.package import Package
 from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.calls import Opened
@@ -36,7 +37,6 @@ TYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-ROWS, SLOTS = "rows", "slots"  # the names of sizes that vary: rows of a call, slots of the appended state
 
 
 def _import_onnxruntime():

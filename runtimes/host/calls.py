@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmse_edge.info import SIZES, ModelInfo
+from rmse_edge.info import ModelInfo
 
 from .base import Arrays, Methods
 
@@ -135,12 +134,6 @@ class Calls:
             for name, array in own.items():
                 (array[..., :position, :] if self._appended(name) else array)[...] = tensors[name]
             self.write_engine(own)
-
-    def nbytes(self) -> int:
-        """What all of it takes, filled or not."""
-        own = [*self.state.values(), *self.memory.values(), *([] if self.segment is None else [self.segment])]
-        kept = (self.info.state[name] for name in self.kept_by_engine())
-        return sum(array.nbytes for array in own) + sum(prod(s.shape) * SIZES[s.dtype] for s in kept)
 
     def _appended(self, name: str) -> bool:
         return name in self.info.state and self.info.state[name].kind == "append"

@@ -95,7 +95,8 @@ class LoopRuntime:
         self.whole = True
 
     def state_bytes(self) -> int:
-        return self.calls.nbytes() + sum(array.nbytes for array in self.retrieved.values())
+        others = [*self.retrieved.values(), *([] if self.calls.segment is None else [self.calls.segment])]
+        return self.info.kept_bytes(self._position) + sum(array.nbytes for array in others)
 
     def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
         ids = self._checked(tokens)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import CASES, TEXTS, Case, argmax_of_whole_text, greedy, settings_of, text_of, whole
+from architectures import CASES, TEXTS, Case, argmax_of_whole_text, flags_of, greedy, settings_of, text_of, whole
 from helpers import assert_one_line
 from torch import Tensor
 
@@ -360,16 +360,7 @@ def test_the_verbs_on_a_checkpoint(
     case: Case, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, ids, dials = str(folders[case.name]), text_of(case)[:40], settings_of(case)["adaptive"]
-    flags = [
-        "--max-loops",
-        str(dials.max_loops),
-        "--exit-threshold",
-        str(dials.exit_threshold),
-        "-o",
-        "json",
-        "-t",
-        "1",
-    ]
+    flags = [*flags_of(dials), "-o", "json", "-t", "1"]
     prompt = ["--prompt-tokens", ",".join(map(str, ids[:20])), "-n", "8", "--temperature", "0"]
     assert rmse_run([folder, *prompt, *flags]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]

@@ -16,6 +16,7 @@ from architectures import (
     TEXTS,
     Case,
     argmax_of_whole_text,
+    flags_of,
     greedy,
     settings_of,
     text_of,
@@ -138,7 +139,7 @@ def test_a_text_longer_than_a_page(made: Made, tmp_path: Path, request: pytest.F
     runtime.reset()
     assert runtime.calls.slots == (PAGE if made.target != "coreml" else 2 * PAGE)
     if made.target == "executorch":
-        flags = ("--max-loops", str(dials.max_loops), "--exit-threshold", str(dials.exit_threshold))
+        flags = flags_of(dials)
         logits, depth = Runner([request.getfixturevalue("runner")], made.folder).feed(text, tmp_path / "logits", *flags)
         assert np.array_equal(fed.depth, depth)
         np.testing.assert_allclose(fed.logits, logits, atol=1e-4)
@@ -153,14 +154,7 @@ def test_a_package_generates_what_the_whole_text_says(
     runtime = runtime_for(Package.open(made.folder))
     tokens = greedy(runtime, prompt, dials)
     assert tokens == argmax_of_whole_text(made.model, prompt, tokens, dials)
-    flags = [
-        "--max-loops",
-        str(dials.max_loops),
-        "--exit-threshold",
-        str(dials.exit_threshold),
-        "-o",
-        "json",
-    ]
+    flags = [*flags_of(dials), "-o", "json"]
     session = str(tmp_path / "s")
     said = []
     for more in (
@@ -242,7 +236,7 @@ def test_the_runner_says_what_python_says(made: Made, runner: Path, tmp_path: Pa
         assert native.refusal("--prompt-tokens", "1", "-n", "1")
         return
     text, dials = text_of(made.case), settings_of(made.case)["adaptive"]
-    flags = ("--max-loops", str(dials.max_loops), "--exit-threshold", str(dials.exit_threshold))
+    flags = flags_of(dials)
     python = runtime_for(Package.open(made.folder), threads=1)
     expected = python.feed(text, dials)
     logits, depth = native.feed(text, tmp_path / "logits", *flags)

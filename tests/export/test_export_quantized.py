@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import ALPHABET, assert_one_line, mixed_model, random_tokens, remembering_model, tiny_config
-from memo import Memo, same_model
+from memo import Memo
 from onnx import TensorProto, helper, numpy_helper
 
 from rmse_edge import files
@@ -413,10 +413,10 @@ def test_a_weight_is_read_through_whatever_transposes_it(turns: list[onnx.NodePr
 
 
 def test_a_weight_that_no_graph_reads_as_integers_fails_the_export(
-    tiny: RMSE, package: Path, quick_export: Memo, tmp_path: Path
+    tiny: RMSE, quick_export: Memo, tmp_path: Path
 ) -> None:
     """Such as one of a program that was traced with floats: it would ship as floating point."""
-    program = next(p for kind, p in quick_export.programs if kind[:2] == (True, False) and same_model(p.model, tiny))
+    program = quick_export.trace(tiny, tiny.call_sizes(), lambda _: None, True, False, True, None)
     q = round_to_nearest(tiny.inject.weight.detach(), Format(8))
     with pytest.raises(ExportError, match=r"^inject\.weight: is quantised, but no graph reads it as integers"):
         get_target("onnx").lower(program, tmp_path, LowerOptions("int8", {"inject.weight": q}))

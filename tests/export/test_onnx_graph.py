@@ -7,7 +7,6 @@ import json
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,9 @@ from rmse_edge.export.onnx.passes import (
     transpose_weights,
     weights_in_outer_scope,
 )
+from rmse_edge.export.onnx.passes import (
+    graphs as every_graph,
+)
 from rmse_edge.export.onnx.weights import WeightFile
 from rmse_edge.export.program import ROWS, SLOTS
 from rmse_edge.loop.contract import TensorSpec
@@ -56,13 +58,6 @@ DTYPES = {
 def load(package: Path) -> dict[str, ModelProto]:
     """Every graph of a package, its weights left in their file."""
     return {p.stem: onnx.load(p, load_external_data=False) for p in sorted(package.glob("*.onnx"))}
-
-
-def every_graph(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for inner in subgraphs(node):
-            yield from every_graph(inner)
 
 
 def bodies(model: ModelProto) -> list[onnx.GraphProto]:

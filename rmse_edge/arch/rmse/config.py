@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.loop.dials import Dials
+from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.numbers import (
     SEGMENT,
     Count,
@@ -125,11 +125,8 @@ class RMSEConfig:
             if rule not in EXIT_RULES:
                 raise ConfigError(f"exit_rules: got {rule!r}, expected some of {', '.join(EXIT_RULES)}")
         self._require(len(set(self.exit_rules)) == len(self.exit_rules), "exit_rules", "each rule once")
-        for rule, name, on in (
-            ("gate", "exit_threshold", self.exit_threshold < 1),
-            ("delta", "exit_epsilon", self.exit_epsilon > 0),
-            ("entropy", "exit_entropy", self.exit_entropy > 0),
-        ):
+        for rule, name in (("gate", "exit_threshold"), ("delta", "exit_epsilon"), ("entropy", "exit_entropy")):
+            on = DIALS[name].enables(getattr(self, name))
             self._require(not on or rule in self.exit_rules, name, f"it off, since exit_rules has no {rule!r}")
         if self.step_encoding == "temporal_rope":
             ok = self.step_dims % 2 == 0 and 0 < self.step_dims < self.head_dim
