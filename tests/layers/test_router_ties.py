@@ -18,7 +18,7 @@ from rmse_edge.export.onnx.lower import OPSET
 from rmse_edge.export.onnx.ops import translations
 from rmse_edge.export.onnx.quantize import use_integers
 from rmse_edge.export.stored import weights_of_codes, with_stored
-from rmse_edge.layers.experts import SparseExperts, best, best_portable, gathered_experts, select
+from rmse_edge.layers.experts import SparseExperts, best, best_partitioned, best_portable, gathered_experts, select
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime
@@ -49,6 +49,23 @@ def test_the_lower_index_wins_and_never_one_more_is_selected(way: Any) -> None:
             if way is best:
                 assert torch.equal(found, expected)  # in this order, too
             assert torch.equal(found.sort().values, expected.sort().values)
+
+
+def test_many_rows_are_selected_by_partition_where_that_tells_which() -> None:
+    scores = torch.randn(300, 512, generator=torch.Generator().manual_seed(0))
+    scores[0, [3, 400]] = 9.0  # equal, and both are selected
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :10]
+    found = best_partitioned(scores, 10)
+    assert found is not None and torch.equal(found, expected) and torch.equal(best(scores, 10), expected)
+    tied = scores.clone()
+    tied[7, expected[7, 9]] = 0.0
+    tied[7, scores[7].argsort()[-11:-9]] = 2.0  # the last that is selected, and the first that is not
+    assert best_partitioned(tied, 10) is None
+    assert torch.equal(best(tied, 10), tied.sort(dim=-1, descending=True, stable=True).indices[:, :10])
+    tied[7, 0] = torch.nan  # so that there are ten numbers above the least one
+    assert best_partitioned(tied, 10) is None
+    assert best_partitioned(scores.double(), 10) is None
+    assert best_partitioned(scores, 512) is None
 
 
 class Routed(nn.Module):
