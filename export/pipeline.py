@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -187,10 +187,11 @@ def export_package(
             own=request.own,
             exact_twin=exact_twin,
             info=info,
+            idle=idle,
             progress=stage,
         )
         text = _carry_text(checkpoint, folder)
-        proof = Proof(model, info, request, target, folder, text, stage)
+        proof = Proof(model, info, request, target, folder, text, stage, idle)
         if request.check and info.board is None:
             ahead = stack.enter_context(aside(lambda: computed_ahead(proof.reference, proof.longest), idle))
         traced = target.prepare(model, options) if target.prepare else model
@@ -240,6 +241,7 @@ class Proof:
     folder: Path
     files: dict[str, str]  # tokenizer and text sample in the folder, as the manifest names them
     stage: Stages
+    idle: bool = False  # a core is left for the integers' own gate
     digests: Digests = field(default_factory=Digests)  # of the folder's files, which are sealed for every candidate
 
     def board(self, program: LoopProgram, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -288,32 +290,41 @@ class Proof:
         """
         tokens, reference, target = self.tokens, self.reference, self.target
         exact, float_cache = self.exact, self.float_cache
-        found = None
-        if twin is not None:
-            self.stage("parity of the integers")
-            candidate = candidate_of(self.sealed(manifest | {"lowering": twin}))
-            found = gate(program, reference, candidate, tokens, float_cache, self.stage)
-            for file in set(twin["graphs"].values()):
-                (self.folder / file).unlink()
-        alone = None
-        if not exact and not (found is not None and float_cache):
-            self.stage("parity of the host")
-            alone = compare_host(arch_of_model(self.model).with_cache_dtype(reference.model, "float32"), tokens)
-        package = self.sealed(manifest)
-        candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
-        try:
-            reports = [
-                gate(program, reference, c, tokens, exact, self.stage, self.rounded_activations, target.positions)
-                for c in candidates
-            ]
-        except ParityError as error:
-            if found is None:
-                raise
-            # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
-            raise ParityError(
-                f"{error}; without the rounding of activations to int8 the same integers pass: "
-                "export with accuracy_level=0"
-            ) from None
+        whole = None if twin is None else self.sealed(manifest | {"lowering": twin})
+
+        def integers(stage: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+            assert whole is not None
+            return gate(program, reference, candidate_of(whole), tokens, float_cache, stage)
+
+        with aside(integers, self.idle and whole is not None) as ahead:
+
+            def of_integers() -> dict[str, Any]:
+                self.stage("parity of the integers")
+                return ahead() or integers(self.stage)
+
+            alone = None
+            if not exact and not (whole is not None and float_cache):
+                self.stage("parity of the host")
+                alone = compare_host(arch_of_model(self.model).with_cache_dtype(reference.model, "float32"), tokens)
+            package = self.sealed(manifest)
+            candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
+            try:
+                reports = [
+                    gate(program, reference, c, tokens, exact, self.stage, self.rounded_activations, target.positions)
+                    for c in candidates
+                ]
+            except ParityError as error:
+                if whole is None:
+                    raise
+                of_integers()  # where these fail, that is what there is to say
+                # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
+                raise ParityError(
+                    f"{error}; without the rounding of activations to int8 the same integers pass: "
+                    "export with accuracy_level=0"
+                ) from None
+            found = None if whole is None else of_integers()
+        for file in set(twin["graphs"].values()) if twin is not None else ():
+            (self.folder / file).unlink()
         report = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
         if found is not None:
             report["integers"] = found
@@ -348,7 +359,7 @@ def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) 
     gate = [*[("parity at", 1.0)] * settings, ("parity of each method", 1.0), ("parity of the memory", 1.0)]
     if not request.check:
         return plan
-    return plan + ([("parity of the integers", 0.0), *gate] if exact_twin else []) + gate
+    return plan + gate + ([("parity of the integers", 0.0), *gate] if exact_twin else [])
 
 
 def candidate_of(package: Package) -> LoopRuntime:

@@ -63,6 +63,16 @@ def mixed_model(seed: int = 0, **changes: Any) -> RMSE:
     return model
 
 
+def decisive_model() -> RMSE:
+    """Random weights that int8 activations do not sway: all experts run, and the branches are small."""
+    model = mixed_model(n_experts=4, top_k=4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("post_norm.weight"):
+                p.mul_(0.4)
+    return model
+
+
 def remembering_model(memory: str = "titans", seed: int = 0, **changes: Any) -> RMSE:
     """`mixed_model` with a memory whose every part shows in the logits, and a retrieval head.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import onnx
 from torch import nn
 from torch.onnx._internal.exporter import _core as exporter
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from tqdm import tqdm
 
 from rmse_edge.errors import ExportError, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
 from rmse_edge.export.stored import weights_of_codes
 from rmse_edge.export.targets import LowerOptions, target
+from rmse_edge.quantize.parallel import aside
 
 from .ops import translations
 from .options import OnnxOptions
@@ -50,9 +53,22 @@ def registry(compact: bool) -> ONNXRegistry:
     return found
 
 
+@contextlib.contextmanager
+def without_monitor() -> Iterator[None]:
+    """The exporter's bars, which nobody sees, leave no thread of tqdm's that watches them: `aside` copies no process that
+    has several.
+    """
+    before, tqdm.monitor_interval = tqdm.monitor_interval, 0
+    try:
+        yield
+    finally:
+        tqdm.monitor_interval = before
+
+
 def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
     """One traced method as an ONNX model with its weights inline, after all passes."""
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # it reports on every optional package it does not find
+    # It reports on every optional package it does not find.
+    with quiet(), without_monitor(), contextlib.redirect_stdout(io.StringIO()):
         exported = exporter.export(
             method.program,
             opset_version=OPSET,
@@ -66,6 +82,21 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
     for apply in PASSES:
         apply(model)
     return model
+
+
+def _compact(method: ExportedMethod, own: OnnxOptions) -> bool:
+    return own.compact and max(method.chunks) > 1
+
+
+def _behind_loop(program: LoopProgram) -> tuple[ExportedMethod, ...]:
+    """The methods that come after the loop: together about as much work as it."""
+    names = [method.name for method in program.methods]
+    return program.methods[names.index("loop") + 1 :] if "loop" in names else ()
+
+
+def _lowered(methods: tuple[ExportedMethod, ...], own: OnnxOptions) -> dict[str, onnx.ModelProto]:
+    """By label."""
+    return {method.label: to_onnx(method, _compact(method, own)) for method in methods}
 
 
 @target(
@@ -95,10 +126,19 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     graphs: dict[str, str] = {}
     twins: dict[str, str] = {}
     read: set[str] = set()
-    with WeightFile(folder / WEIGHTS, aliases(model), half=options.quant == "fp16") as weights:
+    with quiet():
+        for compact in {_compact(method, own) for method in program.methods}:
+            registry(compact)  # once, not on both cores
+    with (
+        aside(partial(_lowered, _behind_loop(program), own), options.idle) as ahead,
+        WeightFile(folder / WEIGHTS, aliases(model), half=options.quant == "fp16") as weights,
+    ):
+        known: dict[str, onnx.ModelProto] | None = None
         for method in program.methods:
             options.progress(f"lowering {method.label}")
-            graph = to_onnx(method, compact=own.compact and max(method.chunks) > 1)
+            if known is None and method in _behind_loop(program):
+                known = ahead() or {}
+            graph = (known or {}).get(method.label) or to_onnx(method, _compact(method, own))
             if options.tensors:
                 read |= use_integers(graph, options.tensors, names, own.level)
             weights.take(graph)

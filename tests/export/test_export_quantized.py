@@ -15,7 +15,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ALPHABET, assert_one_line, mixed_model, random_tokens, remembering_model, tiny_config
+from helpers import (
+    ALPHABET,
+    assert_one_line,
+    decisive_model,
+    mixed_model,
+    random_tokens,
+    remembering_model,
+    tiny_config,
+)
 from memo import Memo
 from onnx import TensorProto, helper, numpy_helper
 
@@ -178,16 +186,6 @@ def test_the_same_package_with_rounded_activations(
     error = np.sqrt(np.square(exact - coarse).mean() / np.square(exact).mean())
     assert 1e-4 < error < 0.25
     assert (exact.argmax(-1) == coarse.argmax(-1)).mean() > 0.8
-
-
-def decisive_model() -> RMSE:
-    """Random weights that int8 activations do not sway: all experts run, and the branches are small."""
-    model = mixed_model(n_experts=4, top_k=4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("post_norm.weight"):
-                p.mul_(0.4)
-    return model
 
 
 def test_the_integers_are_proved_before_activations_are_rounded(
