@@ -11,7 +11,7 @@ compared like everything else. Two rules:
 - rounded (fp16, quantised, float16 KV): at least 98 % same top token, 97 % same depth, mean depth within 2 %, KL at most 5e-3.
   (With 10 of 512 experts, a perturbation of 5e-4 flips 6 % of routings: exact equality is no meaningful bar there.)
   These are shares, so more positions are compared: 2,000, or what a target's runtime has time for. Where the target can
-  also compute with float activations (ONNX), a package that rounds them to int8 is first held to the exact rule without
+  also compute with float activations (ONNX), a package that rounds them to int8 is also held to the exact rule without
   that, on the same integers: what remains is the operators' own rounding. Otherwise the lowering looks codes and scales
   up in the file. Shares would forgive small faults of the host, so unless some package of the export is held to the exact
   rule, the host is, run on PyTorch's own methods (`compare_host`).
