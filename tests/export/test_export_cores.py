@@ -19,11 +19,7 @@ from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.program import ExportedMethod
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 
-pytestmark = [
-    pytest.mark.onnx,
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only"),
-]
+pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 REQUEST = ExportRequest(quant="int4")
 
 
@@ -35,6 +31,8 @@ def quantized() -> Quantized:
 @pytest.fixture(params=[1, 2])
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """So many for PyTorch. Where tests run in several processes, a thread of pytest's own waits for messages."""
+    if sys.platform != "linux":
+        pytest.skip("processes are copied on Linux only")
     before = torch.get_num_threads()
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     torch.set_num_threads(request.param)
