@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -70,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A run without slow tests does not even import files of nothing else: coremltools alone takes ten seconds."""
+    """A run without slow tests does not even import files of nothing else."""
     if "not slow" not in config.option.markexpr or collection_path.suffix != ".py":
         return None
     return True if SLOW_FILE.search(collection_path.read_text(encoding="utf-8")) else None
@@ -90,7 +91,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Files(config, log)
 
 
+# The packages that tests of a target need, by their marker. Nothing of this is imported when tests are found.
+NEEDED = {"onnx": "onnx", "executorch": "executorch", "coreml": "coremltools"}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, package in NEEDED.items():
+        if item.get_closest_marker(marker) and importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: pip install 'rmse-edge[{marker}]'")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 

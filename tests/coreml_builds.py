@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-
-pytest.importorskip("coremltools")
+from later import later
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import quiet
-from rmse_edge.export.coreml.check import Expected, check, expected
-from rmse_edge.export.coreml.functions import Assembly
-from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
-from rmse_edge.export.coreml.ops import prepare
 from rmse_edge.export.coreml.options import CoremlOptions
 from rmse_edge.export.gate.methods import example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached
@@ -29,6 +23,11 @@ from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.mil.file import ModelFile, operations
 from rmse_edge.runtimes.mil.interpreter import Interpreter
+
+coreml_check = later("rmse_edge.export.coreml.check")
+coreml_functions = later("rmse_edge.export.coreml.functions")
+coreml_lower = later("rmse_edge.export.coreml.lower")
+coreml_ops = later("rmse_edge.export.coreml.ops")
 
 MODEL = "model.mlpackage"
 FULL = {"max_loops": 4, "min_loops": 1, "exit_threshold": 1.0, "exit_epsilon": 0.0}
@@ -44,11 +43,11 @@ class Built:
     """One function of a model, saved as "main"."""
 
     path: Path
-    wanted: Expected
+    wanted: coreml_check.Expected
     model: RMSE  # as it was traced
 
     def check(self, tensors: dict[str, QuantizedTensor] | None = None, halves: bool = True) -> dict[str, Any]:
-        return check(self.path, {"main": self.wanted}, tensors or {}, self.model, halves)
+        return coreml_check.check(self.path, {"main": self.wanted}, tensors or {}, self.model, halves)
 
 
 def built(
@@ -65,19 +64,19 @@ def built(
     """Convert one method and save its function."""
     request = ExportRequest("coreml", quant)
     options = LowerOptions(quant, tensors or {}, CoremlOptions(compute=compute))
-    ready = prepare(as_cached(model, request), options)
+    ready = coreml_ops.prepare(as_cached(model, request), options)
     halves = quant != "fp32" if halves is None else halves
-    with quiet(), silenced_bars():
+    with quiet(), coreml_lower.silenced_bars():
         method = traced(ready, name, chunk)  # type: ignore[arg-type]
-        assembly = Assembly(
+        assembly = coreml_functions.Assembly(
             ready.spec(chunk),  # type: ignore[operator]
-            {name: converted(method, halves, compute)},
+            {name: coreml_lower.converted(method, halves, compute)},
             halves if states is None else states,
         )
         path = folder / f"{name}_{chunk}.mlpackage"
         shutil.rmtree(path, ignore_errors=True)
-        saved(assembly.program(name), str(path))
-    return Built(path, expected(assembly, {name: method}, name), ready)  # type: ignore[arg-type]
+        coreml_lower.saved(assembly.program(name), str(path))
+    return Built(path, coreml_check.expected(assembly, {name: method}, name), ready)  # type: ignore[arg-type]
 
 
 def kinds_of(built: Built) -> Counter[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import json
 import shutil
@@ -141,7 +142,7 @@ def _remembered_text() -> np.ndarray:
     vectors, cosines = (torch.from_numpy(a) for a in made_up_hits(info) or ())
     settings = [{k: torch.from_numpy(v) for k, v in d.arrays().items()} for d in (Dials(4), Dials(4, 1, 0.6))]
     places = [None, *(InjectedHits(at, vectors, cosines) for at in (90, conversation(256, info)[0]))]
-    for seed in range(100):
+    for seed in (43, *range(100)):  # 43 does, for models as they are now
         tokens = torch.from_numpy(random_tokens(260, seed))
         courses = (model.whole_text(tokens, dials, hits) for dials, hits in itertools.product(settings, places))
         if all(course.margin.min() >= 2 * MARGIN for course in courses):
@@ -185,7 +186,8 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda man
 
 def require_executorch() -> None:
     """Skip where ExecuTorch packages cannot run: without the wheel, or a compiler for the kernels."""
-    pytest.importorskip("executorch")
+    if importlib.util.find_spec("executorch") is None:
+        pytest.skip("needs executorch", allow_module_level=True)
     if not any(shutil.which(compiler) for compiler in COMPILERS):
         pytest.skip(f"needs a C++ compiler ({', '.join(COMPILERS)})", allow_module_level=True)
 

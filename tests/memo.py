@@ -8,13 +8,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import onnx
 import pytest
 import torch
+from later import later
 
 from rmse_edge.export import pipeline
-from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.program import ExportedMethod, LoopProgram, trace
+
+onnx = later("onnx")
+onnx_target = later("rmse_edge.export.onnx.lower")
 
 
 class Memo:

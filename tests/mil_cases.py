@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from later import later
 from torch.nn import functional as F
 
-from rmse_edge.errors import quiet
-
-with quiet():
-    from coremltools.converters.mil.mil import Builder as mb
-
+mb = later("coremltools.converters.mil.mil:Builder")
 
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(2, 3, 4)).astype(np.float32) * 2

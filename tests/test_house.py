@@ -178,7 +178,20 @@ def test_the_library_does_not_speak_of_flags() -> None:
     assert found == set()
 
 
-EXPORTERS = ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools", "transformers", "lancedb")
+EXPORTERS = (
+    *(
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "executorch",
+        "torchao",
+        "coremltools",
+        "transformers",
+        "lancedb",
+        "pyarrow",
+    ),
+    *("torch.onnx._internal.exporter", "torch._inductor"),
+)
 COLLECT = """
 import sys, pytest
 
@@ -187,15 +200,16 @@ class Plugin:
         found = [name for name in sys.argv[1].split(",") if name in sys.modules]
         print(len(session.items), "tests", *found, file=sys.__stderr__)
 
-raise SystemExit(pytest.main(["--collect-only", "-q", "-m", "not slow"], plugins=[Plugin()]))
+raise SystemExit(pytest.main(["--collect-only", "-q", *sys.argv[2:]], plugins=[Plugin()]))
 """
 
 
 @pytest.mark.slow
-def test_quick_tests_import_no_exporter() -> None:
-    """`make quick` is quick because nothing is imported to find its tests that takes seconds. One file that does would
-    be enough: mark it slow as a whole (`pytestmark`), or import where the test needs it."""
-    command = [sys.executable, "-c", COLLECT, ",".join(EXPORTERS)]
+@pytest.mark.parametrize("flags", [["-m", "not slow"], []], ids=["quick", "all"])
+def test_finding_tests_imports_no_exporter(flags: list[str]) -> None:
+    """Every process of a test run finds all tests first, and one file that imports what takes seconds would be enough
+    to slow them down: name it by `later` (tests/later.py), or import it where the test needs it."""
+    command = [sys.executable, "-c", COLLECT, ",".join(EXPORTERS), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     count, *found = done.stderr.splitlines()[-1].split()

@@ -55,6 +55,7 @@ def test_what_is_no_end_token_is_named(given: Any) -> None:
     assert_one_line(str(caught.value), "eos_token_id: got", repr(given))
 
 
+@pytest.mark.slow  # transformers alone takes seconds
 @pytest.mark.parametrize(
     "generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 5}, {"eos_token_id": [5, 6]}]
 )
@@ -127,8 +128,9 @@ def test_a_manifest_has_all_end_tokens() -> None:
     assert model_info(model, "m", 0).language.eos_token_ids == (7, 8)
 
 
+@pytest.mark.slow
+@pytest.mark.executorch
 def test_an_executorch_program_says_all_end_tokens() -> None:
-    pytest.importorskip("executorch")
     from executorch.exir import to_edge_transform_and_lower
     from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
@@ -197,6 +199,7 @@ def test_ids_without_a_token_are_not_written(
     assert not {20, *range(51, 64)} & set(document["tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sample",
     [

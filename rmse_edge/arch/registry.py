@@ -9,10 +9,12 @@ Other packages add theirs as entry points of the group `rmse_edge.arch`, and pro
 from __future__ import annotations
 
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -121,11 +123,17 @@ def register(model_type: str, arch: Arch) -> None:
     _REGISTERED[model_type] = arch
 
 
+@lru_cache(maxsize=1)
+def _entries(path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """What the packages of `path` add. Finding it reads a file of every installed package, and every verb asks often."""
+    return {entry.name: entry for entry in reversed(tuple(entry_points(group=GROUP)))}  # the first of a name counts
+
+
 def model_types() -> list[str]:
     """The names of all architectures there are."""
     package = import_module(__package__)
     own = {m.name for m in pkgutil.iter_modules(package.__path__)} - NO_ARCHITECTURES
-    return sorted(own | set(_REGISTERED) | {entry.name for entry in entry_points(group=GROUP)})
+    return sorted(own | set(_REGISTERED) | set(_entries(tuple(sys.path))))
 
 
 def arch_of(model_type: str, where: str = "config") -> Arch:
@@ -139,8 +147,8 @@ def arch_of(model_type: str, where: str = "config") -> Arch:
     known = model_types()
     if model_type not in known:
         raise ConfigError(f"{where}: model_type: got {model_type!r}, expected one of {', '.join(known)}")
-    entries = [entry for entry in entry_points(group=GROUP) if entry.name == model_type]
-    return entries[0].load() if entries else import_module(f".{model_type}", __package__).ARCH
+    entry = _entries(tuple(sys.path)).get(model_type)
+    return entry.load() if entry else import_module(f".{model_type}", __package__).ARCH
 
 
 def read_config(path: str | Path) -> Any:

@@ -101,6 +101,7 @@ def test_what_fits_into_memory_is_what_a_text_may_have() -> None:
     assert whole.kept_bytes() > 4 << 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grows", [True, False])
 def test_methods_take_as_many_slots_as_there_are(grows: bool) -> None:
     """Or, where an engine cannot, as many as the export is for."""

@@ -10,7 +10,7 @@ from puzzle import Puzzle
 
 from rmse_edge.arch.identity import model_info
 from rmse_edge.errors import ArgumentError, ParityError, UserError
-from rmse_edge.export import trace
+from rmse_edge.export import LoopProgram
 from rmse_edge.export.gate import board as gate_of_boards
 from rmse_edge.export.gate.board import board_gate
 from rmse_edge.loop.dials import Dials
@@ -65,7 +65,7 @@ class OneMore(BoardRuntime):
 
 
 def test_the_gate_catches_a_host_that_stops_late(solver: Puzzle, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = trace(solver, (CELLS,))
+    program = LoopProgram(solver, {CELLS: solver.spec(CELLS)}, [])
     monkeypatch.setattr(gate_of_boards, "compare_methods", lambda *_: {})  # PyTorch's methods have no step
     report = board_gate(program, solver, on_torch(solver), exact=True)
     assert {s["same_depth"] for s in report["settings"].values()} == {1.0}

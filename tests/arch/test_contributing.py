@@ -89,6 +89,22 @@ def test_an_installed_package_may_bring_it(tmp_path: Path, monkeypatch: pytest.M
     del sys.modules["echo"]
 
 
+def test_installed_packages_are_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads a file of each of them, and a checkpoint's architecture is asked for a dozen times as it is opened."""
+    searched: list[str] = []
+
+    def search(group: str) -> tuple[()]:
+        searched.append(group)
+        return ()
+
+    registry._entries.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", search)
+    for _ in range(3):
+        arch_of("rmse")
+    registry._entries.cache_clear()
+    assert searched == [registry.GROUP]
+
+
 @pytest.mark.parametrize("sizes", [(1,), (16, 9, 1), (100,)])
 def test_a_text_may_be_cut_in_any_way(sizes: tuple[int, ...], model: Any, text: np.ndarray) -> None:
     runtime = TorchRuntime(model, "echo")

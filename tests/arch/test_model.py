@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "delta": {"exit_epsilon": 0.4, "min_loops": 2},
     "gate, 4 loops at most": {"exit_threshold": 0.8, "min_loops": 2, "max_loops": 4},
 }
-CHUNKS = {"64": [64], "mixed": [17, 1, 64, 5, 33, 2], "1": [1]}
+CHUNKS = {"64": [64], "mixed": [17, 1, 64, 5, 33, 2], "1": [64, 53, *[1] * 33]}  # the last behind a full ring
 
 
 def tokens_for(model: RMSE, length: int, batch: int = 1, seed: int = 1) -> Tensor:

@@ -97,6 +97,7 @@ def with_template(base: Path, folder: Path, template: str, form: str = "file") -
 # ---------------------------------------------------------------------------------------------------------- templates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "text", "named"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_renders_as_in_transformers(base: Path, tmp_path: Path, name: str, form: str):

@@ -98,6 +98,7 @@ def test_rebuilding(place: Path, embedder: HashedEmbedder, capsys) -> None:
     fails(capsys, ["--rebuild", "-o", "none.kb"], "none.kb: no such knowledge base; make one with rmse-index")
 
 
+@pytest.mark.slow
 def test_on_a_server(place: Path, embedder: HashedEmbedder, capsys) -> None:
     pytest.importorskip("lancedb", reason="needs LanceDB: pip install 'rmse-edge[lancedb]'")
     out = says(capsys, "model", "facts.txt", "-o", "lance:table")

@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import assert_one_line
+from later import later
 from paths import ROOT
-
-from rmse_edge.errors import quiet
-
-pytest.importorskip("coremltools")
-with quiet():
-    import coremltools as ct
-    from coremltools.models import compute_device, compute_plan
 
 from rmse_edge.package import Package, seal
 from rmse_edge.runtimes.engines.coreml import CoremlRuntime
 from rmse_edge.runtimes.mil.file import ModelFile, Operation
 from rmse_edge.runtimes.mil.interpreter import Interpreter
+
+ct = later("coremltools")
+compute_device = later("coremltools.models.compute_device")
+compute_plan = later("coremltools.models.compute_plan")
 
 pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
@@ -65,12 +63,13 @@ class Compiled:
     def __init__(
         self,
         path: str,
-        compute_units: ct.ComputeUnit = ct.ComputeUnit.ALL,
+        compute_units: ct.ComputeUnit | None = None,
         function_name: str | None = None,
         optimization_hints: dict | None = None,
         asset: Any = None,
     ) -> None:
         assert isinstance(path, str) and path.endswith(".mlmodelc") and asset is None and optimization_hints is None
+        compute_units = compute_units or ct.ComputeUnit.ALL
         assert isinstance(compute_units, ct.ComputeUnit) and isinstance(function_name, str)
         source = source_of(path)
         self.name = function_name
@@ -136,7 +135,8 @@ class Plan:
         self.model_structure = SimpleNamespace(program=program)
 
     @classmethod
-    def load_from_path(cls, path: str, compute_units: ct.ComputeUnit = ct.ComputeUnit.ALL) -> Plan:
+    def load_from_path(cls, path: str, compute_units: ct.ComputeUnit | None = None) -> Plan:
+        compute_units = compute_units or ct.ComputeUnit.ALL
         assert isinstance(path, str) and isinstance(compute_units, ct.ComputeUnit)
         return cls(ModelFile(source_of(path)), compute_units)
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from helpers import assert_one_line
+from later import later
 from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
 from rmse_edge.export import LoopProgram, trace
 from rmse_edge.export.gate.methods import compare_methods
-from rmse_edge.export.onnx.passes import find_loop
 from rmse_edge.export.program import ROWS, at_rows, shared_signature, signature
 from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.loop.contract import LoopSpec, Tensors, TensorSpec
 from rmse_edge.runtimes.engines.onnx import OnnxMethods
+
+onnx = later("onnx")
+onnx_passes = later("rmse_edge.export.onnx.passes")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -173,7 +175,7 @@ def test_calls_of_every_size_agree_with_pytorch(kind: type[Rows], tmp_path: Path
         dials = {"max_loops": np.array(LOOPS), "min_loops": np.array(1), "exit_threshold": np.float32(0.5)}
         found = methods.run("loop", rows, {"x": x} | {k: np.asarray(v) for k, v in dials.items()})
         assert found["seen"].shape == (LOOPS, 1, WIDTH, rows)
-    loop = find_loop(onnx.load(tmp_path / "loop.onnx", load_external_data=False))
+    loop = onnx_passes.find_loop(onnx.load(tmp_path / "loop.onnx", load_external_data=False))
     assert loop is not None and len(loop.output) == len(loop.input) - 2 + 1  # what is emitted is scanned
 
 

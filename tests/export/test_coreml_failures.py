@@ -14,19 +14,9 @@ import pytest
 import torch
 from coreml_builds import FULL, MODEL, built
 from helpers import mixed_model
-
-pytest.importorskip("coremltools")
-
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, Program, types
+from later import later
 
 from rmse_edge.errors import ExportError, PackageError, ParityError, quiet
-from rmse_edge.export.coreml import lower as coreml
-from rmse_edge.export.coreml.check import Expected, check, check_weights
-from rmse_edge.export.coreml.functions import OPSET, Assembly, Ring
-from rmse_edge.export.coreml.graph import deciding, operations_of, read_names
-from rmse_edge.export.coreml.lower import saved, silenced_bars
-from rmse_edge.export.coreml.ops import prepare
 from rmse_edge.export.gate.methods import compare_methods
 from rmse_edge.export.pipeline import ExportRequest, as_cached
 from rmse_edge.export.program import LoopProgram
@@ -37,12 +27,22 @@ from rmse_edge.runtimes.engines.coreml import CoremlMethods, InterpreterEngine
 from rmse_edge.runtimes.mil.file import ModelFile, operations
 from rmse_edge.runtimes.mil.interpreter import Interpreter
 
+mb = later("coremltools.converters.mil.mil:Builder")
+mil = later("coremltools.converters.mil.mil")
+types = later("coremltools.converters.mil.mil.types")
+coreml = later("rmse_edge.export.coreml.lower")
+coreml_check = later("rmse_edge.export.coreml.check")
+coreml_functions = later("rmse_edge.export.coreml.functions")
+coreml_graph = later("rmse_edge.export.coreml.graph")
+coreml_lower = later("rmse_edge.export.coreml.lower")
+coreml_ops = later("rmse_edge.export.coreml.ops")
+
 pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
 
 def test_a_dropped_state_write_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing complains when a write to a state is left out: the program runs, and forgets."""
-    monkeypatch.setattr(Ring, "write", lambda self, state, *_: mb.read_state(input=state))
+    monkeypatch.setattr(coreml_functions.Ring, "write", lambda self, state, *_: mb.read_state(input=state))
     commit = built(mixed_model(), "commit", tmp_path)
     with pytest.raises(ExportError, match="writes no state, expected past_keys, past_values"):
         commit.check()
@@ -86,12 +86,12 @@ def test_a_wrong_commit_fails_the_gate_by_its_numbers(
 
 def test_a_position_that_became_a_constant_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracer that saw one position may write into its slot for ever."""
-    whole = Assembly._commit
+    whole = coreml_functions.Assembly._commit
 
-    def traced_once(self: Assembly, given: Any, held: Any) -> Any:
+    def traced_once(self: coreml_functions.Assembly, given: Any, held: Any) -> Any:
         return whole(self, given | {"position": mb.const(val=np.zeros(1, np.int32))}, held)
 
-    monkeypatch.setattr(Assembly, "_commit", traced_once)
+    monkeypatch.setattr(coreml_functions.Assembly, "_commit", traced_once)
     commit = built(mixed_model(), "commit", tmp_path)
     with pytest.raises(ExportError, match="does not read position: the converter made it a constant"):
         commit.check()
@@ -121,7 +121,7 @@ def test_a_weight_that_was_unpacked_on_the_way_is_seen(
     plain = mb.constexpr_blockwise_shift_scale
 
     def folded(**kwargs: Any) -> Any:
-        with Function({}, opset_version=OPSET):
+        with mil.Function({}, opset_version=coreml_functions.OPSET):
             values = plain(**{k: v for k, v in kwargs.items() if k != "name"}).op.materialized_val_inference()
         return mb.const(val=values, name=kwargs["name"])
 
@@ -174,7 +174,7 @@ def test_what_decides_is_float32_and_stays_it_on_the_way_out(tmp_path: Path) -> 
     assert step.wanted.decisions == {"next_active", "next_depth", "next_log_survival", "any_active"}
     step.check()
     function = ModelFile(step.path).function("main")
-    found = deciding(operations_of(function), function.block.outputs, step.wanted.decisions)
+    found = coreml_graph.deciding(coreml_graph.operations_of(function), function.block.outputs, step.wanted.decisions)
     kinds = Counter(op.kind for op in found)
     assert (
         kinds["linear"] == 2 and kinds["topk"] == 2 and kinds["softplus"] == 1 and kinds["exp"] == 1
@@ -184,19 +184,19 @@ def test_what_decides_is_float32_and_stays_it_on_the_way_out(tmp_path: Path) -> 
     assert [t.dtype for op in head for t in op.outputs.values()] == ["float16"]
 
 
-def program_of(inputs: dict[str, Any], body: Callable[..., Any], opset: Any = OPSET) -> Program:
-    with Function(inputs, opset_version=opset) as function:
+def program_of(inputs: dict[str, Any], body: Callable[..., Any], opset: Any = None) -> mil.Program:
+    with mil.Function(inputs, opset_version=opset or coreml_functions.OPSET) as function:
         made = body(**function.inputs)
         function.set_outputs(list(made) if isinstance(made, tuple) else [made])
-    program = Program()
+    program = mil.Program()
     program.add_function("main", function)
     return program
 
 
-def save(program: Program, folder: Path) -> Path:
+def save(program: mil.Program, folder: Path) -> Path:
     path = folder / "p.mlpackage"
-    with quiet(), silenced_bars():
-        saved(program, str(path))
+    with quiet(), coreml_lower.silenced_bars():
+        coreml_lower.saved(program, str(path))
     return path
 
 
@@ -211,7 +211,13 @@ def test_a_result_that_is_a_states_new_value_is_seen(tmp_path: Path) -> None:
     inputs = {"x": mb.TensorSpec((32, 32), types.fp32), "kept": mb.StateTensorSpec((32, 32), types.fp16)}
     path = save(program_of(inputs, body), tmp_path)
     with pytest.raises(ExportError, match="a result of the function is what is written"):
-        check(path, {"main": Expected(frozenset("x"), frozenset({"kept"}), 0)}, {}, torch.nn.Linear(99, 99), True)
+        coreml_check.check(
+            path,
+            {"main": coreml_check.Expected(frozenset("x"), frozenset({"kept"}), 0)},
+            {},
+            torch.nn.Linear(99, 99),
+            True,
+        )
 
 
 @pytest.mark.parametrize("moved", [lambda x: mb.identity(x=x), lambda x: mb.reshape(x=x, shape=(32, 32, 1))])
@@ -226,7 +232,13 @@ def test_a_result_that_is_a_states_new_value_in_another_form_is_seen(
     inputs = {"x": mb.TensorSpec((32, 32), types.fp32), "kept": mb.StateTensorSpec((32, 32), types.fp16)}
     path = save(program_of(inputs, body), tmp_path)
     with pytest.raises(ExportError, match="a result of the function is what is written"):
-        check(path, {"main": Expected(frozenset("x"), frozenset({"kept"}), 0)}, {}, torch.nn.Linear(99, 99), True)
+        coreml_check.check(
+            path,
+            {"main": coreml_check.Expected(frozenset("x"), frozenset({"kept"}), 0)},
+            {},
+            torch.nn.Linear(99, 99),
+            True,
+        )
 
 
 def test_an_input_that_a_loop_reads_in_vain_is_seen(tmp_path: Path) -> None:
@@ -241,9 +253,12 @@ def test_an_input_that_a_loop_reads_in_vain_is_seen(tmp_path: Path) -> None:
     inputs = {name: mb.TensorSpec((4,), types.fp32) for name in "xy"} | {"z": mb.TensorSpec((1,), types.int32)}
     file = ModelFile(save(program_of(inputs, body), tmp_path))
     function = file.function("main")
-    assert read_names(operations_of(function), function.block.outputs) & set("xyz") == {"x", "z"}
+    assert coreml_graph.read_names(coreml_graph.operations_of(function), function.block.outputs) & set("xyz") == {
+        "x",
+        "z",
+    }
     carried = next(op for op in operations(function) if op.kind == "while_loop").proto.outputs[2].name
-    assert read_names(operations_of(function), [carried]) & set("xyz") == {"x", "y", "z"}
+    assert coreml_graph.read_names(coreml_graph.operations_of(function), [carried]) & set("xyz") == {"x", "y", "z"}
 
 
 def test_a_name_of_two_values_is_seen(tmp_path: Path) -> None:
@@ -257,8 +272,8 @@ def test_a_name_of_two_values_is_seen(tmp_path: Path) -> None:
 
     inputs = {"x": mb.TensorSpec((4,), types.fp32), "z": mb.TensorSpec((1,), types.int32)}
     path = save(program_of(inputs, body), tmp_path)
-    wanted = {"main": Expected(frozenset("xz"), frozenset(), 0)}
-    check(path, wanted, {}, torch.nn.Linear(9, 9), False)
+    wanted = {"main": coreml_check.Expected(frozenset("xz"), frozenset(), 0)}
+    coreml_check.check(path, wanted, {}, torch.nn.Linear(9, 9), False)
     file = ModelFile(path)
     loop = next(op for op in operations(file.function("main")) if op.kind == "while_loop")
     inner = next(op for op in loop.proto.blocks[1].operations if op.outputs[0].name == "inner")
@@ -269,7 +284,7 @@ def test_a_name_of_two_values_is_seen(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"body\.\d+ \(add\): y is also made by main, operation \d+ \(mul\); names must"
     ):
-        check(path, wanted, {}, torch.nn.Linear(9, 9), False)
+        coreml_check.check(path, wanted, {}, torch.nn.Linear(9, 9), False)
     other = next(op for op in operations(file.function("main")) if op.kind == "mul" and "y" not in op.outputs)
     other.proto.outputs[0].name = "y"
     file.model_path.write_bytes(file.spec.SerializeToString())
@@ -285,7 +300,13 @@ def test_a_state_that_the_neural_engine_does_not_take_is_seen(tmp_path: Path) ->
     inputs = {"x": mb.TensorSpec((32, 20), types.fp32), "kept": mb.StateTensorSpec((32, 20), types.fp16)}
     path = save(program_of(inputs, body), tmp_path)
     with pytest.raises(ExportError, match="last two axes must be multiples of 32"):
-        check(path, {"main": Expected(frozenset("x"), frozenset({"kept"}), 0)}, {}, torch.nn.Linear(99, 99), True)
+        coreml_check.check(
+            path,
+            {"main": coreml_check.Expected(frozenset("x"), frozenset({"kept"}), 0)},
+            {},
+            torch.nn.Linear(99, 99),
+            True,
+        )
 
 
 def test_weights_that_are_stored_twice_or_too_large_are_seen(tmp_path: Path) -> None:
@@ -296,32 +317,32 @@ def test_weights_that_are_stored_twice_or_too_large_are_seen(tmp_path: Path) -> 
 
     path = save(program_of({"x": mb.TensorSpec((1, 128), types.fp32)}, twice), tmp_path)
     with pytest.raises(ExportError, match="again"):
-        check_weights(ModelFile(path), 10**6)
+        coreml_check.check_weights(ModelFile(path), 10**6)
     shutil.rmtree(path)
     path = save(
         program_of({"x": mb.TensorSpec((1, 128), types.fp32)}, lambda x: mb.linear(x=x, weight=weight)), tmp_path
     )
-    assert check_weights(ModelFile(path), weight.nbytes)["weight_bytes"] >= weight.nbytes
+    assert coreml_check.check_weights(ModelFile(path), weight.nbytes)["weight_bytes"] >= weight.nbytes
     with pytest.raises(ExportError, match="some are stored twice or were not quantised"):
-        check_weights(ModelFile(path), weight.nbytes // 2)
+        coreml_check.check_weights(ModelFile(path), weight.nbytes // 2)
 
 
 def test_a_program_of_another_system_is_seen(tmp_path: Path) -> None:
     body = lambda x: mb.mul(x=x, y=np.float32(2))  # noqa: E731
     path = save(program_of({"x": mb.TensorSpec((1, 64), types.fp32)}, body), tmp_path)
-    wanted = {"main": Expected(frozenset("x"), frozenset(), 0)}
-    assert check(path, wanted, {}, torch.nn.Linear(9, 9), False)["operators"] == 1
+    wanted = {"main": coreml_check.Expected(frozenset("x"), frozenset(), 0)}
+    assert coreml_check.check(path, wanted, {}, torch.nn.Linear(9, 9), False)["operators"] == 1
     file = ModelFile(path)
     file.spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations[-1].type = "rotary"
     file.model_path.write_bytes(file.spec.SerializeToString())
     with pytest.raises(ExportError, match=r"main, operation \d+ \(rotary\): iOS 18 has no such operator"):
-        check(path, wanted, {}, torch.nn.Linear(9, 9), False)
+        coreml_check.check(path, wanted, {}, torch.nn.Linear(9, 9), False)
     with pytest.raises(ExportError, match="step_1 is not in the saved program; it has main"):
-        check(path, {"step_1": wanted["main"]}, {}, torch.nn.Linear(9, 9), False)
+        coreml_check.check(path, {"step_1": wanted["main"]}, {}, torch.nn.Linear(9, 9), False)
 
 
 def test_scales_beyond_float16_are_refused(int4: Quantized) -> None:
     name, q = next(iter(int4.tensors.items()))
     huge = {name: dataclasses.replace(q, scales=q.scales * 1e9)}
     with pytest.raises(ExportError, match=f"{name}: has scales beyond float16's range"):
-        prepare(int4.model, LowerOptions("int4", huge))
+        coreml_ops.prepare(int4.model, LowerOptions("int4", huge))

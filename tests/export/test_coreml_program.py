@@ -10,17 +10,11 @@ import pytest
 import torch
 from coreml_builds import FULL, MODEL, Built, built, feeds_of, kinds_of, run, torch_results, traced
 from helpers import mixed_model
+from later import later
 from small_models import small_config
-
-pytest.importorskip("coremltools")
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import quiet
-from rmse_edge.export.coreml.check import CONSTEXPR, check_integers, expected, ideal_bytes
-from rmse_edge.export.coreml.functions import Assembly
-from rmse_edge.export.coreml.graph import named_twice
-from rmse_edge.export.coreml.lower import converted, saved, silenced_bars
-from rmse_edge.export.coreml.ops import prepare
 from rmse_edge.export.coreml.options import CoremlOptions
 from rmse_edge.export.gate.methods import committed, compare_methods, example_feeds
 from rmse_edge.export.pipeline import ExportRequest, as_cached, signatures
@@ -31,6 +25,12 @@ from rmse_edge.runtimes.engines.coreml import CoremlMethods, InterpreterEngine
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.mil.file import ModelFile, operations
 from rmse_edge.runtimes.mil.interpreter import Interpreter
+
+coreml_check = later("rmse_edge.export.coreml.check")
+coreml_functions = later("rmse_edge.export.coreml.functions")
+coreml_graph = later("rmse_edge.export.coreml.graph")
+coreml_lower = later("rmse_edge.export.coreml.lower")
+coreml_ops = later("rmse_edge.export.coreml.ops")
 
 pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
@@ -51,8 +51,8 @@ def test_a_step_on_integers_computes_what_they_stand_for(form: str, tmp_path: Pa
     made = quantize(mixed_model(), QuantizeRequest(how["scheme"], method="rtn"))
     step = built(made.model, "step", tmp_path, 1, made.quant, made.tensors, how["compute"], halves=False, states=False)
     used = {name: q for name, q in made.tensors.items() if name.startswith("block.")}
-    check_integers(ModelFile(step.path), used)
-    assert step.wanted.packed == kinds_of(step)[CONSTEXPR] == (7 if how["compute"] == "ane" else 5)
+    coreml_check.check_integers(ModelFile(step.path), used)
+    assert step.wanted.packed == kinds_of(step)[coreml_check.CONSTEXPR] == (7 if how["compute"] == "ane" else 5)
     model = as_cached(made.model, ExportRequest("coreml", made.quant))
     feeds = feeds_of(model, 1)
     found, wanted = run(step, feeds), torch_results(model, "step", 1, feeds)
@@ -72,8 +72,10 @@ def test_embedding_and_head(tied: bool, quant: str, tmp_path: Path) -> None:
     feeds = feeds_of(reference, 64)
     for name, packed in (("prelude", 2 if tied else 1), ("head", 1)):
         one = built(made.model, name, tmp_path, 64, quant, made.tensors, halves=False)
-        check_integers(ModelFile(one.path), {k: q for k, q in made.tensors.items() if k.split(".")[0] in USED[name]})
-        assert one.wanted.packed == kinds_of(one)[CONSTEXPR] == packed
+        coreml_check.check_integers(
+            ModelFile(one.path), {k: q for k, q in made.tensors.items() if k.split(".")[0] in USED[name]}
+        )
+        assert one.wanted.packed == kinds_of(one)[coreml_check.CONSTEXPR] == packed
         for key, wanted in torch_results(reference, name, 64, feeds).items():
             np.testing.assert_allclose(run(one, feeds)[key], wanted, atol=1e-4)
 
@@ -121,15 +123,15 @@ def test_commit_writes_the_valid_rows_into_their_slots(chunk: int, n_valid: int,
 def test_a_loop_put_together_from_two_methods_computes_what_they_do(tmp_path: Path) -> None:
     """A model whose step has values of the names of others in `begin` and around it (temporal_rope)."""
     model = mixed_model(step_encoding="temporal_rope", step_dims=4)
-    ready = prepare(model, LowerOptions())
-    with quiet(), silenced_bars():
+    ready = coreml_ops.prepare(model, LowerOptions())
+    with quiet(), coreml_lower.silenced_bars():
         methods = {name: traced(ready, name, 1) for name in ("begin", "step")}  # type: ignore[arg-type]
-        assembly = Assembly(
-            model.spec(1), {name: converted(m, False, "cpu") for name, m in methods.items()}, states=False
+        assembly = coreml_functions.Assembly(
+            model.spec(1), {name: coreml_lower.converted(m, False, "cpu") for name, m in methods.items()}, states=False
         )
         path = tmp_path / "loop.mlpackage"
-        saved(assembly.program("loop"), str(path))
-    one = Built(path, expected(assembly, methods, "loop"), ready)  # type: ignore[arg-type]
+        coreml_lower.saved(assembly.program("loop"), str(path))
+    one = Built(path, coreml_check.expected(assembly, methods, "loop"), ready)  # type: ignore[arg-type]
     one.check(halves=False)
     feeds = example_feeds(model.spec(1), TorchMethods(model)) | {k: np.asarray(v) for k, v in FULL.items()}
     for depth in (4, 2):
@@ -141,7 +143,7 @@ def test_a_loop_put_together_from_two_methods_computes_what_they_do(tmp_path: Pa
 
 
 def twice(folder: Path, function: str) -> str | None:
-    return named_twice(ModelFile(folder / MODEL).function(function))
+    return coreml_graph.named_twice(ModelFile(folder / MODEL).function(function))
 
 
 @pytest.mark.parametrize("quant", ["fp32", "fp16"])
@@ -172,7 +174,7 @@ def test_preparing_leaves_the_model_alone() -> None:
     model = mixed_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     names = [name for name, _ in model.named_modules()]
-    assert prepare(model, LowerOptions("fp16", own=CoremlOptions(compute="ane"))) is not model
+    assert coreml_ops.prepare(model, LowerOptions("fp16", own=CoremlOptions(compute="ane"))) is not model
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert ideal_bytes(model, {}, False) == 4 * sum(p.numel() for p in model.parameters())
+    assert coreml_check.ideal_bytes(model, {}, False) == 4 * sum(p.numel() for p in model.parameters())

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_one_line, decided_text, mixed_model, tiny_config, write_checkpoint
+from later import later
 from memo import Memo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,13 +29,14 @@ from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import UserError
 from rmse_edge.export import ExportRequest, OnnxOptions, export_package
-from rmse_edge.export.onnx.weights import WeightFile
 from rmse_edge.export.pipeline import rounded
 from rmse_edge.loop.stop import delta_stops, entropy_stops, gate_stops
 from rmse_edge.package import Package, check_destination
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.text import LoopRuntime
+
+onnx_weights = later("rmse_edge.export.onnx.weights")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -357,7 +359,7 @@ def test_the_reference_is_rounded_as_the_package_is() -> None:
     model = mixed_model(n_experts=512, expert_width=32)
     twin = rounded(model, "fp16")
     for (name, before), (_, after) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
-        expected = before.half().float() if before.nbytes >= WeightFile.INLINE_BELOW else before
+        expected = before.half().float() if before.nbytes >= onnx_weights.WeightFile.INLINE_BELOW else before
         assert torch.equal(after, expected), name
     bias = "block.experts.balance_bias"
     assert not torch.equal(model.state_dict()[bias], twin.state_dict()[bias])

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from helpers import random_tokens, reference_of, remembered_text, remembering_model
+from later import later
 from small_models import dials as model_dials
 from small_models import whole_sequence
 
@@ -27,13 +26,16 @@ from rmse_edge.export.gate.compare import (
     gate,
 )
 from rmse_edge.export.gate.reference import Reference, made_up_hits
-from rmse_edge.export.onnx.lower import to_onnx
-from rmse_edge.export.onnx.passes import find_loop, names_read, subgraphs
 from rmse_edge.export.program import ExportedMethod, LoopProgram, Method, check
 from rmse_edge.package import Package
 from rmse_edge.runtimes import Dials, LoopRuntime, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays, Methods
+
+onnx = later("onnx")
+onnxruntime = later("onnxruntime")
+onnx_lower = later("rmse_edge.export.onnx.lower")
+onnx_passes = later("rmse_edge.export.onnx.passes")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -100,10 +102,10 @@ def test_the_loop_reads_the_memory_without_carrying_it(remembering_package: Path
     given = {i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.graph.input}
     for name, array in in_torch.memory.items():
         assert given[name] == array.shape
-    loop = find_loop(graph)
+    loop = onnx_passes.find_loop(graph)
     assert loop is not None
-    (body,) = subgraphs(loop)
-    assert {"memory_up", "memory_down"} <= names_read(body)
+    (body,) = onnx_passes.subgraphs(loop)
+    assert {"memory_up", "memory_down"} <= onnx_passes.names_read(body)
     assert not set(loop.input) & set(in_torch.memory)
     carried = [tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in body.input]
     assert not set(carried) & {array.shape for array in in_torch.memory.values()}
@@ -344,7 +346,7 @@ def graph_of(model: RMSE, method: str) -> onnxruntime.InferenceSession:
         program = torch.export.export(module, module.example(), strict=False)
     exported = ExportedMethod(method, (64,), module.takes, module.gives, program)
     check(exported)
-    return onnxruntime.InferenceSession(to_onnx(exported, compact=True).SerializeToString())
+    return onnxruntime.InferenceSession(onnx_lower.to_onnx(exported, compact=True).SerializeToString())
 
 
 @pytest.fixture(scope="module")

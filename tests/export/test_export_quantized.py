@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from helpers import (
@@ -24,8 +22,8 @@ from helpers import (
     remembering_model,
     tiny_config,
 )
+from later import later
 from memo import Memo
-from onnx import TensorProto, helper, numpy_helper
 
 from rmse_edge import files
 from rmse_edge.arch.rmse.model import RMSE
@@ -36,11 +34,6 @@ from rmse_edge.errors import ExportError, ParityError, UserError
 from rmse_edge.export import ExportRequest, OnnxOptions, export_package
 from rmse_edge.export import targets as registry
 from rmse_edge.export.gate.methods import example_feeds
-from rmse_edge.export.onnx.lower import to_onnx
-from rmse_edge.export.onnx.ops import OWN, STORED_WEIGHT, TRANSPOSED
-from rmse_edge.export.onnx.passes import subgraphs
-from rmse_edge.export.onnx.quantize import prepare, use_integers, with_float_activations
-from rmse_edge.export.onnx.weights import MODEL
 from rmse_edge.export.program import ExportedMethod, Method
 from rmse_edge.export.stored import weights_of_codes
 from rmse_edge.export.targets import LowerOptions, get_target, target
@@ -51,6 +44,17 @@ from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.onnx import SMALLEST, OnnxRuntime
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays
+
+onnx = later("onnx")
+onnxruntime = later("onnxruntime")
+TensorProto = later("onnx:TensorProto")
+helper = later("onnx.helper")
+numpy_helper = later("onnx.numpy_helper")
+onnx_lower = later("rmse_edge.export.onnx.lower")
+onnx_ops = later("rmse_edge.export.onnx.ops")
+onnx_passes = later("rmse_edge.export.onnx.passes")
+onnx_quantize = later("rmse_edge.export.onnx.quantize")
+onnx_weights = later("rmse_edge.export.onnx.weights")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -95,7 +99,7 @@ def int4(checkpoint: Path, memo: Memo, tmp_path_factory: pytest.TempPathFactory)
 def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
-        for inner in subgraphs(node):
+        for inner in onnx_passes.subgraphs(node):
             yield from nodes(inner)
 
 
@@ -269,16 +273,16 @@ def on_onnx(
     """What one method gives in PyTorch and as an ONNX graph in memory, on made-up inputs; with `twin` in float activations."""
     model = quantized.model
     spec, reference = model.spec(chunk), TorchMethods(model)
-    traced: Any = prepare(model, LowerOptions(tensors=quantized.tensors))
+    traced: Any = onnx_quantize.prepare(model, LowerOptions(tensors=quantized.tensors))
     module = Method(traced, spec, method)
     with torch.no_grad():
         program = torch.export.export(module, module.example(), strict=False)
     exported = ExportedMethod(method, (chunk,), module.takes, module.gives, program)
-    graph = to_onnx(exported, compact=True)
-    names = {f"{MODEL}{codes}": name for codes, name in weights_of_codes(traced).items()}
-    use_integers(graph, quantized.tensors, names, accuracy_level)
+    graph = onnx_lower.to_onnx(exported, compact=True)
+    names = {f"{onnx_weights.MODEL}{codes}": name for codes, name in weights_of_codes(traced).items()}
+    onnx_quantize.use_integers(graph, quantized.tensors, names, accuracy_level)
     if twin:
-        with_float_activations(graph)
+        onnx_quantize.with_float_activations(graph)
     onnx.checker.check_model(graph)
     assert {o.domain for o in graph.opset_import} <= {"", "com.microsoft"}
     session = onnxruntime.InferenceSession(graph.SerializeToString())
@@ -361,7 +365,9 @@ def test_an_int8_cache_in_a_package(quick_export: Memo, tmp_path: Path) -> None:
 def graph_of(nodes: list[onnx.NodeProto], q: QuantizedTensor, columns: int) -> onnx.ModelProto:
     """Nodes that read "w", a weight given by its integers, and "x"."""
     info = helper.make_tensor_value_info
-    stored = helper.make_node(STORED_WEIGHT, ["codes", "scales"], ["w"], domain=OWN, bits=q.format.bits)
+    stored = helper.make_node(
+        onnx_ops.STORED_WEIGHT, ["codes", "scales"], ["w"], domain=onnx_ops.OWN, bits=q.format.bits
+    )
     kept = [numpy_helper.from_array(t.numpy(), name) for name, t in (("codes", q.codes), ("scales", q.scales))]
     graph = helper.make_graph(
         [stored, *nodes], "g", [info("x", 1, [3, q.shape[0]])], [info("y", 1, [3, columns])], kept
@@ -374,35 +380,37 @@ def test_a_reader_without_a_form_for_integers_fails_the_export() -> None:
     q = round_to_nearest(torch.randn(64, 64), Format(4, 32))
     model = graph_of([helper.make_node("Mul", ["x", "w"], ["y"])], q, 64)
     with pytest.raises(ExportError) as caught:
-        use_integers(model, {"inject.weight": q}, {"codes": "inject.weight"}, 4)
+        onnx_quantize.use_integers(model, {"inject.weight": q}, {"codes": "inject.weight"}, 4)
     assert_one_line(str(caught.value), "inject.weight", "Mul", "quant=fp32")
 
 
 @pytest.mark.parametrize(
-    "turns",
+    "ways",  # whether a linear layer turns it or the model, from which name to which
     [
-        [helper.make_node(TRANSPOSED, ["w"], ["t"], domain=OWN)],
-        [helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0])],
-        [
-            helper.make_node(TRANSPOSED, ["w"], ["u"], domain=OWN),
-            helper.make_node("Transpose", ["u"], ["v"], perm=[1, 0]),
-            helper.make_node(TRANSPOSED, ["v"], ["t"], domain=OWN),
-        ],
+        [(True, "w", "t")],
+        [(False, "w", "t")],
+        [(True, "w", "u"), (False, "u", "v"), (True, "v", "t")],
     ],
     ids=["by a linear layer", "by the model", "there and back"],
 )
-def test_a_weight_is_read_through_whatever_transposes_it(turns: list[onnx.NodeProto]) -> None:
+def test_a_weight_is_read_through_whatever_transposes_it(ways: list[tuple[bool, str, str]]) -> None:
     """A product wants it once transposed: a square one read as it is would be another matrix."""
+    turns = [
+        helper.make_node(onnx_ops.TRANSPOSED, [before], [after], domain=onnx_ops.OWN)
+        if by_layer
+        else helper.make_node("Transpose", [before], [after], perm=[1, 0])
+        for by_layer, before, after in ways
+    ]
     q = round_to_nearest(torch.randn(32, 32), Format(4, 32))
     model = graph_of([*turns, helper.make_node("MatMul", ["x", "t"], ["y"])], q, 32)
-    assert use_integers(model, {"inject.weight": q}, {"codes": "inject.weight"}, 0) == {"inject.weight"}
+    assert onnx_quantize.use_integers(model, {"inject.weight": q}, {"codes": "inject.weight"}, 0) == {"inject.weight"}
     assert [n.op_type for n in model.graph.node] == ["MatMulNBits"]
     assert {t.name for t in model.graph.initializer} == set(model.graph.node[0].input[1:])
     x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
     (y,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     np.testing.assert_allclose(y, x @ q.dequantize().numpy().T, atol=1e-5)
     with pytest.raises(ExportError, match=r"^inject\.weight: .* MatMul reads it"):
-        use_integers(
+        onnx_quantize.use_integers(
             graph_of([helper.make_node("MatMul", ["x", "w"], ["y"])], q, 32),
             {"inject.weight": q},
             {"codes": "inject.weight"},
@@ -424,7 +432,7 @@ def test_inputs_that_make_no_whole_blocks_are_named() -> None:
     q = round_to_nearest(torch.randn(40, 72), Format(8))
     model = graph_of([helper.make_node("Gather", ["w", "x"], ["y"])], q, 72)
     with pytest.raises(ExportError) as caught:
-        use_integers(model, {"embed.weight": q}, {"codes": "embed.weight"}, 4)
+        onnx_quantize.use_integers(model, {"embed.weight": q}, {"codes": "embed.weight"}, 4)
     assert_one_line(str(caught.value), "embed.weight", "72 inputs", "blocks of 16", "quant=fp32")
 
 

@@ -11,60 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.reference
-import onnxruntime
 import pytest
 import torch
+from later import later
 from memo import Memo
-from onnx import ModelProto, TensorProto, helper, numpy_helper
 from paths import ROOT
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.onnx.ops import OWN, TRANSPOSED
-from rmse_edge.export.onnx.passes import (
-    find_loop,
-    hoist_invariants,
-    name_sizes,
-    names_read,
-    remove_dead_nodes,
-    subgraphs,
-    transpose_weights,
-    weights_in_outer_scope,
-)
-from rmse_edge.export.onnx.passes import (
-    graphs as every_graph,
-)
-from rmse_edge.export.onnx.weights import WeightFile
 from rmse_edge.export.program import ROWS, SLOTS
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.onnx import OnnxMethods, OnnxRuntime
 
+onnx = later("onnx")
+onnx_reference = later("onnx.reference")
+onnxruntime = later("onnxruntime")
+helper = later("onnx.helper")
+numpy_helper = later("onnx.numpy_helper")
+onnx_ops = later("rmse_edge.export.onnx.ops")
+onnx_passes = later("rmse_edge.export.onnx.passes")
+onnx_weights = later("rmse_edge.export.onnx.weights")
+
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
 METHODS = ["prelude", "loop", "step", "head", "commit"]
-DTYPES = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.INT64: "int64",
-    TensorProto.BOOL: "bool",
-}
+DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64", "BOOL": "bool"}
 
 
-def load(package: Path) -> dict[str, ModelProto]:
+def load(package: Path) -> dict[str, onnx.ModelProto]:
     """Every graph of a package, its weights left in their file."""
     return {p.stem: onnx.load(p, load_external_data=False) for p in sorted(package.glob("*.onnx"))}
 
 
-def bodies(model: ModelProto) -> list[onnx.GraphProto]:
-    return list(every_graph(model.graph))[1:]
+def bodies(model: onnx.ModelProto) -> list[onnx.GraphProto]:
+    return list(onnx_passes.graphs(model.graph))[1:]
 
 
-def external(tensor: TensorProto) -> tuple[str, int, int]:
+def external(tensor: onnx.TensorProto) -> tuple[str, int, int]:
     """(file, offset, bytes) of a tensor that lies outside its graph."""
     entries = {e.key: e.value for e in tensor.external_data}
     return entries["location"], int(entries["offset"]), int(entries["length"])
@@ -114,7 +100,7 @@ def test_graphs_take_and_give_what_the_manifest_says(package: Path) -> None:
                         "shape": [
                             chunk if d.dim_param == "rows" else d.dim_value for d in v.type.tensor_type.shape.dim
                         ],
-                        "dtype": DTYPES[v.type.tensor_type.elem_type],
+                        "dtype": DTYPES[onnx.TensorProto.DataType.Name(v.type.tensor_type.elem_type)],
                     }
                     for v in values
                 ]
@@ -126,10 +112,10 @@ def test_graphs_take_and_give_what_the_manifest_says(package: Path) -> None:
 def test_the_loop_is_in_the_graph_and_carries_nothing_large(package: Path, tiny: RMSE) -> None:
     """One `Loop`, whose carry is h, active, depth and survival; the ring is read from outer scope, K and V are scanned."""
     graphs = load(package)
-    loop = find_loop(graphs["loop"])
+    loop = onnx_passes.find_loop(graphs["loop"])
     assert loop is not None
     spec = tiny.spec(64)
-    body = next(subgraphs(loop))
+    body = next(onnx_passes.subgraphs(loop))
     carried = body.input[2:]
     assert len(carried) == 1 + len(spec.carried)  # and the iteration count
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in carried]
@@ -139,8 +125,8 @@ def test_the_loop_is_in_the_graph_and_carries_nothing_large(package: Path, tiny:
     assert len(loop.output) == len(carried) + len(spec.emits)
     scanned = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in body.output[-2:]]
     assert scanned == [[1, 2, "rows", 16]] * 2
-    assert {"past_keys", "past_values"} <= names_read(body)
-    assert all(find_loop(model) is None for name, model in graphs.items() if name != "loop")
+    assert {"past_keys", "past_values"} <= onnx_passes.names_read(body)
+    assert all(onnx_passes.find_loop(model) is None for name, model in graphs.items() if name != "loop")
 
 
 def test_no_loop_body_holds_weights(package: Path) -> None:
@@ -210,7 +196,7 @@ def test_every_weight_is_stored_once(package: Path, tiny: RMSE) -> None:
         hashes.add(hashlib.sha256(data[offset:end]).hexdigest())
     assert end == len(data) and len(hashes) == len(regions)
     for name, p in tiny.named_parameters():
-        if p.numel() * 4 >= WeightFile.INLINE_BELOW:
+        if p.numel() * 4 >= onnx_weights.WeightFile.INLINE_BELOW:
             layouts = {p.detach().numpy().tobytes()} | (
                 {p.detach().T.contiguous().numpy().tobytes()} if p.dim() == 2 else set()
             )
@@ -256,15 +242,15 @@ def test_fp16_weights_are_cast_outside_the_loop(half: Path) -> None:
     """Every stored weight has one reader, a Cast to float32 in the outer graph; the body sees float32 only."""
     casts = 0
     for name, model in load(half).items():
-        stored_half = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
-        assert all(t.data_type != TensorProto.FLOAT for t in model.graph.initializer if t.external_data), name
+        stored_half = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+        assert all(t.data_type != onnx.TensorProto.FLOAT for t in model.graph.initializer if t.external_data), name
         for node in model.graph.node:
             reads = stored_half & set(node.input)
             assert not reads or node.op_type == "Cast"
             casts += len(reads)
         for body in bodies(model):
-            assert not stored_half & names_read(body), name
-            assert not [t for t in body.initializer if t.data_type == TensorProto.FLOAT16], name
+            assert not stored_half & onnx_passes.names_read(body), name
+            assert not [t for t in body.initializer if t.data_type == onnx.TensorProto.FLOAT16], name
     assert casts > 20
 
 
@@ -277,11 +263,13 @@ def test_fp16_weights_are_converted_once_at_load(graph: str, half: Path, tmp_pat
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(str(half / f"{graph}.onnx"), options, providers=["CPUExecutionProvider"])
     loaded = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
-    for inner in every_graph(loaded.graph):
-        assert not [t.name for t in inner.initializer if t.data_type == TensorProto.FLOAT16 and np.prod(t.dims) > 64]
+    for inner in onnx_passes.graphs(loaded.graph):
+        assert not [
+            t.name for t in inner.initializer if t.data_type == onnx.TensorProto.FLOAT16 and np.prod(t.dims) > 64
+        ]
     weights = {t.name for t in loaded.graph.initializer if np.prod(t.dims) >= 256}
     assert weights
-    for inner in every_graph(loaded.graph):
+    for inner in onnx_passes.graphs(loaded.graph):
         assert not [n.name for n in inner.node if n.op_type == "Cast" and weights & set(n.input)]
 
 
@@ -320,13 +308,13 @@ def test_a_stopped_loop_does_no_more_work(package: Path, tmp_path: Path) -> None
 
 def model_of(
     nodes: list[onnx.NodeProto], initializers: dict[str, np.ndarray], outputs: dict[str, list[int]]
-) -> ModelProto:
+) -> onnx.ModelProto:
     return helper.make_model(
         helper.make_graph(
             nodes,
             "g",
             [],
-            [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in outputs.items()],
+            [helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v) for k, v in outputs.items()],
             [numpy_helper.from_array(v, k) for k, v in initializers.items()],
         )
     )
@@ -347,7 +335,7 @@ def test_dead_nodes_go_and_living_ones_stay() -> None:
         {"w": np.ones(1, np.float32), "x": np.ones(1, np.float32), "c": np.array(True)},
         {"y": [1]},
     )
-    remove_dead_nodes(model)
+    onnx_passes.remove_dead_nodes(model)
     assert [n.op_type for n in model.graph.node] == ["Neg", "If"]
     assert {t.name for t in model.graph.initializer} == {"x", "c"}
 
@@ -364,7 +352,7 @@ def test_a_weight_in_a_body_fails_the_export() -> None:
         [helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)], {"c": np.array(True)}, {"y": [100]}
     )
     with pytest.raises(ExportError, match=r"the loop body holds w \[100\]"):
-        weights_in_outer_scope(model)
+        onnx_passes.weights_in_outer_scope(model)
 
 
 def test_sizes_that_vary_have_one_name_everywhere() -> None:
@@ -374,31 +362,35 @@ def test_sizes_that_vary_have_one_name_everywhere() -> None:
     branch = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
     takes = [TensorSpec("c", (), torch.bool), TensorSpec("x", (ROWS, 3)), TensorSpec("past", (1, SLOTS))]
 
-    def model(output: list[int | str | None]) -> ModelProto:
-        inputs = [info("c", TensorProto.BOOL, []), info("x", 1, ["s7", 3]), info("past", 1, [1, "s9"])]
+    def model(output: list[int | str | None]) -> onnx.ModelProto:
+        inputs = [info("c", onnx.TensorProto.BOOL, []), info("x", 1, ["s7", 3]), info("past", 1, [1, "s9"])]
         return helper.make_model(helper.make_graph([branch], "g", inputs, [info("y", 1, output)]))
 
     named = model(["s7", 3])
-    name_sizes(named, takes)
+    onnx_passes.name_sizes(named, takes)
     wanted = {"c": [], "past": [1, "slots"]}
-    for graph in every_graph(named.graph):
+    for graph in onnx_passes.graphs(named.graph):
         for value in (*graph.input, *graph.output):
             shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
             assert shape == wanted.get(value.name, ["rows", 3]), value.name
     with pytest.raises(ExportError, match=r"y has a dimension 3\*s7"):
-        name_sizes(model(["3*s7", 3]), takes)
+        onnx_passes.name_sizes(model(["3*s7", 3]), takes)
     with pytest.raises(ExportError, match="y has a dimension of unknown size"):
-        name_sizes(model(["s7", None]), takes)
+        onnx_passes.name_sizes(model(["s7", None]), takes)
 
 
-def looped(nodes: list[onnx.NodeProto], result: str) -> ModelProto:
+def looped(nodes: list[onnx.NodeProto], result: str) -> onnx.ModelProto:
     """A model whose `Loop` carries x (4,) through `nodes`, with `w` and `v` in outer scope."""
     info = helper.make_tensor_value_info
     body = helper.make_graph(
         [helper.make_node("Identity", ["go"], ["go_on"]), *nodes],
         "body",
-        [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), info("x", TensorProto.FLOAT, [4])],
-        [info("go_on", TensorProto.BOOL, []), info(result, TensorProto.FLOAT, [4])],
+        [
+            info("i", onnx.TensorProto.INT64, []),
+            info("go", onnx.TensorProto.BOOL, []),
+            info("x", onnx.TensorProto.FLOAT, [4]),
+        ],
+        [info("go_on", onnx.TensorProto.BOOL, []), info(result, onnx.TensorProto.FLOAT, [4])],
     )
     values = {"w": np.full(4, 2, np.float32), "v": np.full(4, 3, np.float32), "start": np.ones(4, np.float32)}
     loop = helper.make_node("Loop", ["times", "true", "start"], ["y"], body=body)
@@ -414,20 +406,20 @@ def test_what_every_iteration_would_compute_alike_is_computed_once() -> None:
         helper.make_node("Sub", ["scaled", "w"], ["x_next"]),
     ]
     before, after = looped(nodes, "x_next"), looped(nodes, "x_next")
-    hoist_invariants(after)
-    loop = find_loop(after)
+    onnx_passes.hoist_invariants(after)
+    loop = onnx_passes.find_loop(after)
     assert loop is not None
     assert [n.op_type for n in after.graph.node] == ["Add", "Sqrt", "Loop"]
-    assert [n.op_type for n in next(subgraphs(loop)).node] == ["Identity", "Mul", "Sub"]
+    assert [n.op_type for n in next(onnx_passes.subgraphs(loop)).node] == ["Identity", "Mul", "Sub"]
     onnx.checker.check_model(after)
-    a, b = (onnx.reference.ReferenceEvaluator(m).run(None, {})[0] for m in (before, after))
+    a, b = (onnx_reference.ReferenceEvaluator(m).run(None, {})[0] for m in (before, after))
     np.testing.assert_array_equal(a, b)
 
 
 def test_a_result_that_no_carry_enters_stays_in_the_body() -> None:
     """A body must give its outputs itself, even those every iteration computes alike."""
     model = looped([helper.make_node("Add", ["w", "v"], ["x_next"])], "x_next")
-    hoist_invariants(model)
+    onnx_passes.hoist_invariants(model)
     onnx.checker.check_model(model)
     assert [n.op_type for n in model.graph.node] == ["Loop"]
 
@@ -438,7 +430,7 @@ def test_equal_tensors_share_one_place_in_the_file(tmp_path: Path) -> None:
     table = draw.standard_normal((32, 32)).astype(np.float32)
     arrays = {"model.table": table, "val_1": table.reshape(4, 8, 32), "model.table.T": table.T.copy()}
     places = []
-    with WeightFile(tmp_path / "weights.bin", {}, half=False) as file:
+    with onnx_weights.WeightFile(tmp_path / "weights.bin", {}, half=False) as file:
         for given, array in arrays.items():
             model = model_of(
                 [helper.make_node("Neg", [given], ["y"]), helper.make_node("Neg", ["small"], ["z"])],
@@ -461,7 +453,7 @@ def test_a_tensor_of_the_model_is_stored_once_under_its_first_name(tmp_path: Pat
     """It is known by its name: another graph's copy is not looked at. The tracer's names say nothing."""
     table, other = (np.full((32, 32), value, np.float32) for value in (1, 2))
     found = []
-    with WeightFile(tmp_path / "weights.bin", {"head.weight": "embed.weight"}, half=True) as file:
+    with onnx_weights.WeightFile(tmp_path / "weights.bin", {"head.weight": "embed.weight"}, half=True) as file:
         for name, array in (
             ("model.embed.weight", table), ("model.head.weight", table), ("val_0", table), ("val_0", other),
         ):  # fmt: skip
@@ -484,17 +476,17 @@ def test_weights_of_linear_layers_are_laid_out_for_the_product() -> None:
     model = model_of(
         [
             helper.make_node("Neg", ["w"], ["v"]),
-            helper.make_node(TRANSPOSED, ["w"], ["a"], domain=OWN),
-            helper.make_node(TRANSPOSED, ["v"], ["b"], domain=OWN),
+            helper.make_node(onnx_ops.TRANSPOSED, ["w"], ["a"], domain=onnx_ops.OWN),
+            helper.make_node(onnx_ops.TRANSPOSED, ["v"], ["b"], domain=onnx_ops.OWN),
             helper.make_node("Add", ["a", "b"], ["y"]),
         ],
         {"w": w},
         {"y": [3, 2]},
     )
-    model.opset_import.append(helper.make_opsetid(OWN, 1))
-    transpose_weights(model)
+    model.opset_import.append(helper.make_opsetid(onnx_ops.OWN, 1))
+    onnx_passes.transpose_weights(model)
     onnx.checker.check_model(model)
     assert [o.domain for o in model.opset_import] == [""]
     assert [n.op_type for n in model.graph.node] == ["Neg", "Transpose", "Add"]
     assert {t.name: t.dims[0] for t in model.graph.initializer} == {"w": 2, "w.T": 3}
-    np.testing.assert_array_equal(onnx.reference.ReferenceEvaluator(model).run(None, {})[0], np.zeros((3, 2)))
+    np.testing.assert_array_equal(onnx_reference.ReferenceEvaluator(model).run(None, {})[0], np.zeros((3, 2)))

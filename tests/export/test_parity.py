@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from helpers import decided_text, mixed_model, reference_of
+from later import later
 from memo import Memo
-from onnx import ModelProto, helper, numpy_helper
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError, ParityError
 from rmse_edge.export import ExportRequest, export_package, targets
 from rmse_edge.export.gate.compare import LOGITS_TOLERANCE, MARGIN, POSITIONS, compare
 from rmse_edge.export.gate.reference import Reference
-from rmse_edge.export.onnx import lower as onnx_target
-from rmse_edge.export.onnx.passes import subgraphs
 from rmse_edge.export.program import ExportedMethod
 from rmse_edge.loop.dials import Dials
 from rmse_edge.package import Package
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Fed
+
+onnx = later("onnx")
+helper = later("onnx.helper")
+numpy_helper = later("onnx.numpy_helper")
+onnx_target = later("rmse_edge.export.onnx.lower")
+onnx_passes = later("rmse_edge.export.onnx.passes")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -75,19 +78,19 @@ def wrong_weight(name: str) -> Callable[[Path], None]:
     return plant
 
 
-def graphs(model: ModelProto) -> list[onnx.GraphProto]:
+def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
     found = [model.graph]
     for graph in found:
         for node in graph.node:
-            found.extend(subgraphs(node))
+            found.extend(onnx_passes.subgraphs(node))
     return found
 
 
 # How a defect is planted: into which graph, of which method, and for calls of how many rows (None: of any number).
-Plant = Callable[[ModelProto, ExportedMethod, int | None], None]
+Plant = Callable[[Any, ExportedMethod, int | None], None]
 
 
-def in_calls_of(model: ModelProto, rows: int) -> str:
+def in_calls_of(model: onnx.ModelProto, rows: int) -> str:
     """The name of a flag that the graph is made to compute: is this a call of so many rows?"""
     name, axis = next(
         (value.name, i)
@@ -107,7 +110,7 @@ def in_calls_of(model: ModelProto, rows: int) -> str:
 def constant_instead_of(name: str, value: Any) -> Plant:
     """An input is not read: a constant takes its place."""
 
-    def plant(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+    def plant(model: onnx.ModelProto, method: ExportedMethod, rows: int | None) -> None:
         shape = [d.dim_value for t in model.graph.input if t.name == name for d in t.type.tensor_type.shape.dim]
         model.graph.initializer.append(numpy_helper.from_array(np.array(value).reshape(shape), "baked_in"))
         for graph in graphs(model):
@@ -136,7 +139,7 @@ def constant_instead_of(name: str, value: Any) -> Plant:
 def output_becomes(name: str, op: str, operand: Callable[[ExportedMethod], Any]) -> Plant:
     """An output leaves the graph as op(output, operand)."""
 
-    def plant(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+    def plant(model: onnx.ModelProto, method: ExportedMethod, rows: int | None) -> None:
         for node in model.graph.node:
             for names in (node.input, node.output):
                 for i, given in enumerate(names):
@@ -155,7 +158,7 @@ def output_becomes(name: str, op: str, operand: Callable[[ExportedMethod], Any])
 def wrong_only_when(name: str, given: str, value: int) -> Plant:
     """An output is 1 % too large, but only in calls where the input `given` has this value."""
 
-    def plant(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+    def plant(model: onnx.ModelProto, method: ExportedMethod, rows: int | None) -> None:
         output_becomes(name, "Mul", lambda _: np.float32(1.01))(model, method, None)
         model.graph.node[-1].output[0] = "too_large"
         model.graph.initializer.append(numpy_helper.from_array(np.array(value), "that_value"))
@@ -177,7 +180,7 @@ def all_but_loop(k: int) -> Callable[[ExportedMethod], np.ndarray]:
     return operand
 
 
-def no_balance_bias(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+def no_balance_bias(model: onnx.ModelProto, method: ExportedMethod, rows: int | None) -> None:
     """Experts are selected by the logits alone."""
     dropped = 0
     for graph in graphs(model):
@@ -189,7 +192,7 @@ def no_balance_bias(model: ModelProto, method: ExportedMethod, rows: int | None)
     assert dropped == 1 and rows is None
 
 
-def no_propagation(model: ModelProto, method: ExportedMethod, rows: int | None) -> None:
+def no_propagation(model: onnx.ModelProto, method: ExportedMethod, rows: int | None) -> None:
     """commit hands on what the loop emitted, also for loops that never ran."""
     assert rows is not None
     for i, node in enumerate(model.graph.node):
@@ -284,7 +287,7 @@ def test_a_wrong_graph_fails_the_export(
     where, plant, said = GRAPH_PLANTS[case]
     planted = set()
 
-    def to_onnx(method: ExportedMethod, compact: bool) -> ModelProto:
+    def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
         model = quick_export.to_onnx(method, compact)
         calls = {f"{method.name}_{chunk}": chunk for chunk in method.chunks}
         if hit := where & set(calls):
@@ -490,7 +493,7 @@ def test_a_failed_replacement_keeps_the_old_package(
     before = {p.name: p.read_bytes() for p in destination.iterdir()}
     to_onnx = quick_export.to_onnx
 
-    def wrong(method: ExportedMethod, compact: bool) -> ModelProto:
+    def wrong(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
         model = to_onnx(method, compact)
         if method.name == "loop":
             output_becomes("depth", "Add", lambda _: np.int64(1))(model, method, None)

@@ -9,36 +9,31 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from later import later, needs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import dials, lively_model, small_config, whole_sequence
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-)
 
-from rmse_edge import (
-    RMSE,
-    RMSECache,
-    RMSEConfig,
-    RMSEForCausalLM,
-    RMSEPretrainedConfig,
-    load_checkpoint,
-    save_checkpoint,
-)
+import rmse_edge
+from rmse_edge import RMSE, RMSEConfig, load_checkpoint, save_checkpoint
 from rmse_edge.errors import CheckpointError, ConfigError, UserError
 from rmse_edge.text import train_character_tokenizer
 
-pytestmark = pytest.mark.slow
+if TYPE_CHECKING:
+    from rmse_edge import RMSEForCausalLM
+
+AutoConfig = later("transformers:AutoConfig")
+AutoModelForCausalLM = later("transformers:AutoModelForCausalLM")
+AutoTokenizer = later("transformers:AutoTokenizer")
+transformers = later("transformers")
+
+pytestmark = [pytest.mark.slow, needs("transformers", "hf")]
 
 PAD = 65  # outside the vocabulary: padding must not reach the embedding
 
@@ -264,7 +259,10 @@ def test_folders_without_a_generation_config_do_not_sample_among_top_k_experts(f
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.top_k is None
-    assert RMSEForCausalLM(RMSEPretrainedConfig.from_rmse(tiny_config())).generation_config.top_k is None
+    assert (
+        rmse_edge.RMSEForCausalLM(rmse_edge.RMSEPretrainedConfig.from_rmse(tiny_config())).generation_config.top_k
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,7 +280,7 @@ def test_dials_reach_the_loop_from_everywhere(model: RMSEForCausalLM, dials: dic
     settings = {"max_new_tokens": 20, "return_dict_in_generate": True}
     by_argument = model.generate(ids, **settings, **dials)
     assert set(by_argument.past_key_values.depth.flatten().tolist()) == depths
-    by_config = model.generate(ids, generation_config=GenerationConfig(**settings, **dials))
+    by_config = model.generate(ids, generation_config=transformers.GenerationConfig(**settings, **dials))
     assert torch.equal(by_config.past_key_values.depth, by_argument.past_key_values.depth)
     own = copy.deepcopy(model)
     for name, value in dials.items():
@@ -309,7 +307,7 @@ def test_stop_strings_end_a_text(folder: Path, model: RMSEForCausalLM) -> None:
     length = next(n for n in range(2, 40) if stop in tokenizer.decode(free[:n]))
     out = model.generate(ids, max_new_tokens=40, stop_strings=[stop], tokenizer=tokenizer)
     assert out[0, 5:].tolist() == free[:length]
-    config = GenerationConfig(max_new_tokens=40, stop_strings=stop)
+    config = transformers.GenerationConfig(max_new_tokens=40, stop_strings=stop)
     assert torch.equal(model.generate(ids, generation_config=config, tokenizer=tokenizer), out)
 
 
@@ -359,7 +357,7 @@ def idle(model: RMSEForCausalLM, monkeypatch: pytest.MonkeyPatch) -> RMSEForCaus
         ({"cache_implementation": "static"}, "cache_implementation: got 'static'"),
         ({"cache_implementation": "quantized"}, "cache_implementation: got 'quantized'"),
         ({"cache_implementation": "paged"}, "cache_implementation: got 'paged'"),
-        ({"past_key_values": DynamicCache()}, "expected an RMSECache"),
+        ({"past_key_values": "another"}, "expected an RMSECache"),
         ({"max_loops": 5}, "max_loops: got 5, expected 1..4 (the depth the model was trained to)"),
         ({"max_loops": 0}, "max_loops: got 0"),
         ({"max_loops": 2, "min_loops": 3}, "min_loops: got 3, expected 1..2 (max_loops)"),
@@ -375,6 +373,8 @@ def test_generate_refuses_in_one_line_before_any_compute(
 ) -> None:
     if settings.get("assistant_model"):
         settings = {"assistant_model": idle}
+    if settings.get("past_key_values"):
+        settings = {"past_key_values": transformers.DynamicCache()}
     with pytest.raises(UserError) as caught:
         idle.generate(tokens(5), max_new_tokens=3, **settings)
     assert_one_line(caught.value, said)
@@ -413,9 +413,9 @@ def test_a_cache_continues_only_its_own_batch(model: RMSEForCausalLM) -> None:
 )
 def test_a_ring_says_what_it_cannot_do(operation: str) -> None:
     with pytest.raises(UserError) as caught:
-        getattr(RMSECache(), operation)(torch.tensor([0]))
+        getattr(rmse_edge.RMSECache(), operation)(torch.tensor([0]))
     assert_one_line(caught.value, f"RMSECache.{operation}: a ring cannot be")
-    assert not (RMSECache().is_compileable or RMSECache().is_croppable)
+    assert not (rmse_edge.RMSECache().is_compileable or rmse_edge.RMSECache().is_croppable)
 
 
 def test_a_resized_vocabulary_is_refused(model: RMSEForCausalLM) -> None:
@@ -436,7 +436,7 @@ def test_both_loaders_read_the_same_file(tmp_path: Path, encoding: str, tied: bo
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert isinstance(theirs, RMSEForCausalLM) and theirs.rmse.config == ours.config and not theirs.training
+    assert isinstance(theirs, rmse_edge.RMSEForCausalLM) and theirs.rmse.config == ours.config and not theirs.training
     for (name, a), (_, b) in zip(ours.state_dict().items(), theirs.rmse.state_dict().items(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     for (name, a), (_, b) in zip(ours.named_buffers(), theirs.rmse.named_buffers(), strict=True):
@@ -457,7 +457,7 @@ def test_both_loaders_read_the_same_file(tmp_path: Path, encoding: str, tied: bo
 
 
 def test_a_model_from_a_configuration_starts_like_rmse() -> None:
-    config = RMSEPretrainedConfig.from_rmse(tiny_config())
+    config = rmse_edge.RMSEPretrainedConfig.from_rmse(tiny_config())
     torch.manual_seed(3)
     expected = RMSE(config.to_rmse()).state_dict()
     torch.manual_seed(3)
@@ -471,7 +471,7 @@ def test_one_dialect_of_config_json(tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text(ours.to_json())
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(theirs, RMSEPretrainedConfig) and theirs.to_rmse() == ours
+    assert isinstance(theirs, rmse_edge.RMSEPretrainedConfig) and theirs.to_rmse() == ours
     assert (theirs.hidden_size, theirs.num_attention_heads, theirs.tie_word_embeddings) == (64, 4, True)
     theirs.use_cache = False  # as Trainer does
     theirs.output_hidden_states = True
@@ -479,7 +479,7 @@ def test_one_dialect_of_config_json(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "again")
     assert RMSEConfig.from_file(tmp_path / "again" / "config.json") == ours
     with pytest.raises(ConfigError, match="window: got 3, expected at least 64"):
-        RMSEPretrainedConfig(window=3)
+        rmse_edge.RMSEPretrainedConfig(window=3)
 
 
 def test_weights_are_widened_and_other_types_refused(folder: Path, model: RMSEForCausalLM) -> None:
@@ -514,7 +514,7 @@ def test_from_pretrained_does_not_make_up_weights(
 
 def test_a_tensor_of_another_shape_is_never_initialised(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tensor block\.experts\.step_logits has another shape"):
-        RMSEForCausalLM.from_pretrained(folder, max_loops=3, ignore_mismatched_sizes=True)
+        rmse_edge.RMSEForCausalLM.from_pretrained(folder, max_loops=3, ignore_mismatched_sizes=True)
 
 
 def test_the_tokenizer_fits_generate(folder: Path, model: RMSEForCausalLM) -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from later import later, needs
 from small_models import small_config
-
-pytest.importorskip("transformers")
-
-from transformers import AutoConfig, PreTrainedConfig
 
 from rmse_edge.arch.rmse.config import FOREIGN_KEYS, RMSEConfig
 from rmse_edge.errors import ConfigError
 
-pytestmark = pytest.mark.slow
+AutoConfig = later("transformers:AutoConfig")
+transformers = later("transformers")
+
+pytestmark = [pytest.mark.slow, needs("transformers", "hf")]
 
 
 @pytest.mark.parametrize(
@@ -51,5 +51,5 @@ def test_both_loaders_have_one_rule_for_keys(tmp_path: Path, changes: dict[str, 
 
 def test_what_transformers_writes_is_known() -> None:
     """Its own fields never come as unknown keys on its side; so they must not on ours."""
-    fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    fields = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     assert fields - {field.name for field in dataclasses.fields(RMSEConfig)} <= FOREIGN_KEYS

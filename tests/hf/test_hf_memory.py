@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from later import later, needs
 from small_models import dials, lively_model, small_config, whole_sequence
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from rmse_edge import RMSEForCausalLM, RMSEPretrainedConfig, load_checkpoint, save_checkpoint
+import rmse_edge
+from rmse_edge import load_checkpoint, save_checkpoint
 from rmse_edge.arch.rmse.parts import make_memory
 from rmse_edge.layers.memory.atlas import Atlas
 
-pytestmark = pytest.mark.slow
+if TYPE_CHECKING:
+    from rmse_edge import RMSEForCausalLM
+
+AutoModelForCausalLM = later("transformers:AutoModelForCausalLM")
+
+pytestmark = [pytest.mark.slow, needs("transformers", "hf")]
 
 PAD = 65  # outside the vocabulary
 RATES = {"titans": [-2.0, 0.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # learns fast, forgets slowly
@@ -32,7 +38,7 @@ def remembering(kind: str, **changes: Any) -> RMSEForCausalLM:
         vocab_size=65, d_model=64, max_loops=4, n_experts=32, top_k=4, exit_threshold=0.6, memory=kind, memory_dim=16,
         memory_hidden=24, memory_key_dim=6, retrieval_slots=2, **changes,
     )  # fmt: skip
-    model = RMSEForCausalLM(RMSEPretrainedConfig.from_rmse(config)).eval()
+    model = rmse_edge.RMSEForCausalLM(rmse_edge.RMSEPretrainedConfig.from_rmse(config)).eval()
     model.rmse.load_state_dict(lively_model(config).state_dict())
     memory = model.rmse.memory
     assert memory is not None
@@ -211,7 +217,7 @@ def test_files_hold_all_of_the_memory(model: RMSEForCausalLM, tmp_path: Path) ->
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, model.rmse.state_dict()[name]), name
     save_checkpoint(ours, tmp_path / "ours", dtype=torch.float32)
-    theirs = RMSEForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs = rmse_edge.RMSEForCausalLM.from_pretrained(tmp_path / "ours")
     assert (theirs(ids).logits - expected).abs().max() < 1e-4
 
 
@@ -219,7 +225,7 @@ def test_the_tables_of_atlas_survive_the_meta_device() -> None:
     """from_pretrained builds the model without storage; what is not in the file must be made again."""
     config = remembering("atlas").config
     with torch.device("meta"):
-        hollow = RMSEForCausalLM(config)
+        hollow = rmse_edge.RMSEForCausalLM(config)
     hollow.to_empty(device="cpu")
     for module in hollow.modules():
         for name, buffer in module.named_buffers(recurse=False):

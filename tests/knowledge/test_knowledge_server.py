@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 from hashed_embedder import HashedEmbedder, random_entries
 from helpers import assert_one_line
+from later import later, needs
 
 from rmse_edge.knowledge import KnowledgeError, KnowledgeInfo, Passage, is_server, open_retriever, server
 from rmse_edge.knowledge.server import ServerKnowledge, translated, within
 
-pytestmark = pytest.mark.slow
+lancedb = later("lancedb")
+pa = later("pyarrow")
 
-lancedb = pytest.importorskip("lancedb", reason="needs LanceDB: pip install 'rmse-edge[lancedb]'")
-pa = pytest.importorskip("pyarrow")
+pytestmark = [pytest.mark.slow, needs("lancedb", "lancedb")]
 
 INFO = KnowledgeInfo(24, 2, 8, "model-1")
 KEYS = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region": "us-east-1", "allow_http": "true"}

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from helpers import mixed_model, random_tokens
+from later import later
 from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.onnx.lower import OPSET
-from rmse_edge.export.onnx.ops import translations
-from rmse_edge.export.onnx.quantize import use_integers
 from rmse_edge.export.stored import weights_of_codes, with_stored
 from rmse_edge.layers.experts import SparseExperts, best, best_partitioned, best_portable, gathered_experts, select
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+
+ort = later("onnxruntime")
+onnx_lower = later("rmse_edge.export.onnx.lower")
+onnx_ops = later("rmse_edge.export.onnx.ops")
+onnx_quantize = later("rmse_edge.export.onnx.quantize")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -96,11 +98,11 @@ def test_onnx_experts_are_those_of_pytorch(bits: int, level: int, compact: bool)
     x = torch.randn(len(LOGITS), D, generator=torch.Generator().manual_seed(1))
     given = (x, LOGITS, torch.ones(len(x), dtype=torch.bool))
     graph = torch.onnx.export(
-        torch.export.export(traced, given), (), dynamo=True, opset_version=OPSET, verbose=False,
-        custom_translation_table=translations(compact), input_names=["x", "logits", "active"],
+        torch.export.export(traced, given), (), dynamo=True, opset_version=onnx_lower.OPSET, verbose=False,
+        custom_translation_table=onnx_ops.translations(compact), input_names=["x", "logits", "active"],
     ).model_proto  # fmt: skip
     if tensors:
-        use_integers(graph, tensors, weights_of_codes(traced), level)
+        onnx_quantize.use_integers(graph, tensors, weights_of_codes(traced), level)
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, dict(zip(("x", "logits", "active"), (t.numpy() for t in given))))
     routing = select(LOGITS, BIAS, TOP_K)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from helpers import assert_one_line
+from later import later
 from puzzle import CELLS, MAX_LOOPS, SYMBOLS, Puzzle
 from torch import Tensor
 
@@ -17,12 +17,14 @@ from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ConfigError, ExportError
 from rmse_edge.export import LoopProgram, trace
 from rmse_edge.export.gate.methods import compare_methods
-from rmse_edge.export.onnx.passes import find_loop
 from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.loop.contract import LoopModel, Tensors
 from rmse_edge.runtimes.engines.onnx import OnnxMethods
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays
+
+onnx = later("onnx")
+onnx_passes = later("rmse_edge.export.onnx.passes")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
@@ -120,7 +122,7 @@ def test_no_cell_is_before_another(lowered: OnnxMethods) -> None:
 
 def test_a_loop_without_emits_scans_nothing(folder: Path) -> None:
     """Only the carry leaves the loop: the iteration count, z_h, the flag, the depth and z_l."""
-    loop = find_loop(onnx.load(folder / "loop.onnx", load_external_data=False))
+    loop = onnx_passes.find_loop(onnx.load(folder / "loop.onnx", load_external_data=False))
     assert loop is not None and len(loop.output) == len(loop.input) - 2 == 5
 
 

@@ -23,8 +23,6 @@ from helpers import (
     reseal,
 )
 
-pytest.importorskip("coremltools")
-
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.export import main as rmse_export

@@ -23,9 +23,8 @@ from helpers import (
     require_executorch,
     reseal,
 )
+from later import later
 from small_models import small_config
-
-pytest.importorskip("executorch")
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
@@ -33,8 +32,6 @@ from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ExportError, PackageError, UserError
-from rmse_edge.export.executorch.lower import check_weights
-from rmse_edge.export.executorch.ops import check_format, prepare, stored_codes, torchao_weight
 from rmse_edge.export.gate.methods import compare_methods
 from rmse_edge.export.pipeline import signatures
 from rmse_edge.export.program import tensors_json, trace
@@ -47,6 +44,9 @@ from rmse_edge.runtimes.engines.executorch import ExecutorchMethods, ExecutorchR
 from rmse_edge.runtimes.engines.kernels import load_kernels
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.session import restore_session, save_session
+
+executorch_lower = later("rmse_edge.export.executorch.lower")
+executorch_ops = later("rmse_edge.export.executorch.ops")
 
 pytestmark = [pytest.mark.executorch, pytest.mark.slow]
 
@@ -90,7 +90,10 @@ def test_weights_are_there_once_and_as_integers(executorch_int4: Path, calm: Qua
     """Every method of both sizes shares them; what was quantised is nowhere as floats."""
     content = (executorch_int4 / "program.pte").read_bytes()
     for name, q in calm.tensors.items():
-        once = [content.count(form) for form in (stored_codes(q).numpy().tobytes(), swapped(stored_codes(q)))]
+        once = [
+            content.count(form)
+            for form in (executorch_ops.stored_codes(q).numpy().tobytes(), swapped(executorch_ops.stored_codes(q)))
+        ]
         assert sum(once) == 1, name
         assert q.dequantize().numpy().tobytes() not in content
     table = calm.model.get_parameter("block.experts.router.weight")
@@ -108,13 +111,13 @@ def test_a_file_with_other_integers_is_refused(executorch_int4: Path, calm: Quan
     codes = planted[name].codes.clone()
     codes[3, 5, 7] ^= 1
     planted[name] = type(planted[name])(planted[name].format, codes, planted[name].scales)
-    check_weights(executorch_int4 / "program.pte", calm.tensors)
+    executorch_lower.check_weights(executorch_int4 / "program.pte", calm.tensors)
     scaled = dict(calm.tensors)
     scaled[name] = type(scaled[name])(scaled[name].format, scaled[name].codes, 2 * scaled[name].scales)
     with pytest.raises(ExportError, match=r"^block\.experts\.down_proj: ExecuTorch did not store the scales"):
-        check_weights(executorch_int4 / "program.pte", scaled)
+        executorch_lower.check_weights(executorch_int4 / "program.pte", scaled)
     with pytest.raises(ExportError, match=r"^block\.experts\.down_proj: ExecuTorch did not store the integers"):
-        check_weights(executorch_int4 / "program.pte", planted)
+        executorch_lower.check_weights(executorch_int4 / "program.pte", planted)
 
 
 def test_int4_passes_the_rounded_rule_with_memory_and_int8_cache(executorch_int4: Path) -> None:
@@ -296,13 +299,13 @@ def test_groups_that_xnnpack_has_not_are_refused() -> None:
     model = mixed_model()
     made = quantize(model, QuantizeRequest(Scheme("int4", group_size=16), method="rtn"))
     with pytest.raises(ExportError) as caught:
-        prepare(made.model, LowerOptions(tensors=made.tensors))
+        executorch_ops.prepare(made.model, LowerOptions(tensors=made.tensors))
     assert_one_line(str(caught.value), "groups of 16", "group_size=32")
-    check_format("w", Format(4, 64), 64, "matrix")
+    executorch_ops.check_format("w", Format(4, 64), 64, "matrix")
     narrow = RMSE(small_config(d_model=48)).eval()
     made = quantize(narrow, QuantizeRequest(Scheme("int8"), method="rtn"))
     with pytest.raises(ExportError) as caught:
-        prepare(made.model, LowerOptions(tensors=made.tensors))
+        executorch_ops.prepare(made.model, LowerOptions(tensors=made.tensors))
     assert_one_line(str(caught.value), "block.experts.gate_up_proj", "48 inputs")
 
 
@@ -391,7 +394,7 @@ def linear_program(path: Path, weight: QuantizedTensor) -> ExecutorchMethods:
     from executorch.exir import to_edge_transform_and_lower
 
     layer = torch.nn.Linear(64, 32, bias=False).eval()
-    layer.weight = torch.nn.Parameter(torchao_weight(weight, dynamic=True), requires_grad=False)
+    layer.weight = torch.nn.Parameter(executorch_ops.torchao_weight(weight, dynamic=True), requires_grad=False)
     exported = torch.export.export(layer, (torch.zeros(1, 64),), strict=False)
     edge = to_edge_transform_and_lower({"head_1": exported}, partitioner=[XnnpackPartitioner()])
     path.write_bytes(edge.to_executorch().buffer)
@@ -433,7 +436,7 @@ def test_weights_of_equal_codes_keep_their_own_scales_and_biases(tmp_path: Path,
     once = round_to_nearest(torch.randn(32, 64), Format(bits, 32 if bits == 4 else None))
     twice = type(once)(once.format, once.codes, 2 * once.scales)
     tensors = {"once.weight": once, "twice.weight": twice, "shifted.weight": once}
-    model = prepare(Twins().eval(), LowerOptions(f"int{bits}", tensors))
+    model = executorch_ops.prepare(Twins().eval(), LowerOptions(f"int{bits}", tensors))
     x = torch.randn(1, 64)
     modules = {"all": model, "one": model.once, "two": model.twice, "three": model.shifted}
     exported = {name: torch.export.export(module, (x,), strict=False) for name, module in modules.items()}
@@ -441,7 +444,7 @@ def test_weights_of_equal_codes_keep_their_own_scales_and_biases(tmp_path: Path,
     program = to_edge_transform_and_lower(exported, partitioner=partitioners).to_executorch()
     path = tmp_path / "twins.pte"
     path.write_bytes(program.buffer)
-    check_weights(path, tensors)
+    executorch_lower.check_weights(path, tensors)
     loaded = load_program(path)
     load_kernels().rmse_share_packed_weights(1)
     methods = {name: loaded.load_method(name) for name in modules}
@@ -469,7 +472,7 @@ def test_threads_that_the_engine_does_not_have(executorch_package: Path) -> None
 def test_the_model_is_left_alone(checkpoint: Path) -> None:
     """Preparing for the target changes a copy."""
     model, untouched = load_checkpoint(checkpoint), load_checkpoint(checkpoint)
-    assert prepare(model, LowerOptions()) is not model
+    assert executorch_ops.prepare(model, LowerOptions()) is not model
     assert list(model.state_dict()) == list(untouched.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), untouched.state_dict().values()))
     assert model.block.attention.rotary_operator

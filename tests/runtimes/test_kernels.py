@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_one_line, require_executorch
-
-pytest.importorskip("executorch")
+from later import later
 
 from rmse_edge.errors import UserError
-from rmse_edge.export.executorch.ops import stored_codes
 from rmse_edge.layers.experts import gathered_experts, select
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes.engines import kernels
+
+executorch_ops = later("rmse_edge.export.executorch.ops")
 
 pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ class Experts(torch.nn.Module):
             fmt = Format(bits, 32 if bits == 4 else None)
             both = [round_to_nearest(w, fmt) for w in (self.up, self.down)]
             self.up, self.down = (q.dequantize() for q in both)
-            self.weights = [t for q in both for t in (stored_codes(q), q.scales.to(torch.bfloat16))]
+            self.weights = [t for q in both for t in (executorch_ops.stored_codes(q), q.scales.to(torch.bfloat16))]
             self.names = ("a", "as_", "b", "bs")
         for name, weight in zip(self.names, self.weights):
             self.register_buffer(name, weight)

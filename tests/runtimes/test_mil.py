@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from later import later
 
 from rmse_edge.errors import PackageError, UserError, quiet
-
-pytest.importorskip("coremltools")
-with quiet():
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import types
-    from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter
-
 from rmse_edge.runtimes.mil.file import STORED, ModelFile, TensorType, WeightsFile, operations, unpack
 from rmse_edge.runtimes.mil.interpreter import Interpreter
 from rmse_edge.runtimes.mil.steps import Run
+
+ct = later("coremltools")
+mb = later("coremltools.converters.mil.mil:Builder")
+types = later("coremltools.converters.mil.mil.types")
+storage = later("coremltools.libmilstoragepython")
 
 pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 
@@ -58,7 +56,8 @@ def looped(x: Any, limit: Any, kept: Any) -> Any:
     return mb.identity(x=h, name="h"), mb.identity(x=mb.expand_dims(x=count, axes=[0]), name="count")
 
 
-LOOPED = [mb.TensorSpec((1, 8)), mb.TensorSpec((1,), types.int32), mb.StateTensorSpec((2, 3), types.fp16)]
+def looped_specs() -> list[Any]:
+    return [mb.TensorSpec((1, 8)), mb.TensorSpec((1,), types.int32), mb.StateTensorSpec((2, 3), types.fp16)]
 
 
 def expected(x: np.ndarray, count: int) -> np.ndarray:
@@ -69,7 +68,7 @@ def expected(x: np.ndarray, count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def looped_package(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("mil") / "looped.mlpackage", LOOPED, looped)
+    return save(tmp_path_factory.mktemp("mil") / "looped.mlpackage", looped_specs(), looped)
 
 
 @pytest.fixture
@@ -110,14 +109,14 @@ def test_the_types_of_stored_entries_are_coremltools_own(tmp_path) -> None:
         **{f"uint{n}": (f"uint{n}", np.uint8) for n in (1, 2, 3, 4, 6)},
     }  # fmt: skip
     values, offsets = {}, {}
-    writer = _BlobStorageWriter(str(path))
+    writer = storage._BlobStorageWriter(str(path))
     for dtype, (called, array) in known.items():
         low, high = (-8, 8) if dtype == "int4" else (0, 1 << min(int(dtype.removeprefix("u").removeprefix("int")), 7)) \
             if dtype.startswith(("int", "uint")) else (0, 99)  # fmt: skip
         values[dtype] = rng.integers(low, high, 21).astype(array)
         offsets[dtype] = getattr(writer, f"write_{called}_data")(values[dtype])
     del writer
-    file, reader = WeightsFile(path), _BlobStorageReader(str(path))
+    file, reader = WeightsFile(path), storage._BlobStorageReader(str(path))
     assert set(known) == set(STORED.values()) - {"bfloat16"}
     for dtype, (called, array) in known.items():
         stored, _, nbytes, _ = file.entry(offsets[dtype])
@@ -446,7 +445,7 @@ def test_intermediate_values_are_dropped(looped_package) -> None:
 
 
 def test_fp16_through_coremltools_passes(tmp_path) -> None:
-    path = save(tmp_path / "m.mlpackage", LOOPED, looped, ct.precision.FLOAT16)
+    path = save(tmp_path / "m.mlpackage", looped_specs(), looped, ct.precision.FLOAT16)
     interpreter = Interpreter(path)
     h = X.astype(np.float16).astype(np.float32)
     half = W.astype(np.float16).astype(np.float32)

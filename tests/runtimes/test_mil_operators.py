@@ -8,22 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from rmse_edge.errors import PackageError, UserError, quiet
-
-pytest.importorskip("coremltools")
-with quiet():
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import types
-    from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as old_constants
-    from coremltools.converters.mil.mil.ops.defs.iOS18 import compression as constants
-
+from later import later
 from mil_cases import CASES, INPUTS, RNG, Names
 
+from rmse_edge.errors import PackageError, UserError, quiet
 from rmse_edge.runtimes.mil import operators as mil_operators
 from rmse_edge.runtimes.mil.interpreter import Interpreter
 from rmse_edge.runtimes.mil.operators import OPERATORS, PIECE, compute_half, operator, round_half, to_half
+
+ct = later("coremltools")
+mb = later("coremltools.converters.mil.mil:Builder")
+types = later("coremltools.converters.mil.mil.types")
+old_constants = later("coremltools.converters.mil.mil.ops.defs.iOS16.constexpr_ops")
+constants = later("coremltools.converters.mil.mil.ops.defs.iOS18.compression")
 
 pytestmark = [pytest.mark.coreml, pytest.mark.slow]
 

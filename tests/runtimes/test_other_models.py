@@ -15,8 +15,6 @@ from helpers import assert_one_line, reseal
 from native_runner import Runner
 from toy_recurrent import ROOM, VOCAB, ToyRecurrent
 
-pytest.importorskip("executorch")
-
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import PackageError, UserError

@@ -21,8 +21,6 @@ from native_runner import Runner, flip
 from paths import NATIVE
 from small_tokenizers import cut_short
 
-pytest.importorskip("executorch")
-
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ParityError

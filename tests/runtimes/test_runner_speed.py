@@ -17,8 +17,6 @@ from helpers import FEW, random_tokens
 from native_runner import Runner, flip, make
 from paths import ROOT
 
-pytest.importorskip("executorch")
-
 from rmse_edge.cli.bench import main as rmse_bench
 
 pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]

@@ -19,6 +19,8 @@ from rmse_edge.train.journal import best_validation, read_rows
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import STATE_FILE, Trainer
 
+pytestmark = pytest.mark.slow  # each of them trains
+
 
 def trainer_in(out: Path, recipe: Recipe | None = None, seed: int = 0) -> Trainer:
     out.mkdir(exist_ok=True)
@@ -125,7 +127,6 @@ trainer_in(Path({out!r})).run(save_every=1)
 """
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on(whole: Path, tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment while every step is saved."""
     out = tmp_path / "run"
