@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,10 @@ def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path],
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if not folder.exists():
-            make(folder)
+            # What a maker that fails leaves is not taken for a folder: the next test that asks makes it anew.
+            with tempfile.TemporaryDirectory(dir=root, prefix="made-") as scratch:
+                make(Path(scratch) / name)
+                (Path(scratch) / name).rename(folder)
     return folder
 
 

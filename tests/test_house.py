@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 # Folders and the packages they are; pyproject.toml maps them.
@@ -214,6 +215,25 @@ def test_finding_tests_imports_no_exporter(flags: list[str]) -> None:
     assert done.returncode == 0, done.stdout
     count, *found = done.stderr.splitlines()[-1].split()
     assert int(count) > 1000 and found == ["tests"]
+
+
+def test_what_is_made_once_is_made_whole(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A maker that fails half way leaves nothing that other tests would take for its work."""
+
+    def fails(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise RuntimeError
+
+    def works(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "whole").touch()
+
+    with pytest.raises(RuntimeError):
+        made_once("half-made", tmp_path_factory, fails)
+    for _ in range(2):
+        assert [file.name for file in made_once("half-made", tmp_path_factory, works).iterdir()] == ["whole"]
+        works = fails
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "tests", "docs", "findings"])

@@ -89,9 +89,9 @@ def train(
         recipe = with_vocabulary(recipe, known.vocab_size)
         ids = np.array(known.encode(text))
         train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
-        out.mkdir(parents=True, exist_ok=True)
         examples = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
         trainer = Trainer(recipe, examples, out, device, mode, None if resume else start)
+        out.mkdir(parents=True, exist_ok=True)  # nothing is refused from here on
         words = source.read_text(encoding="utf-8")
         files = {TOKENIZER_FILE: words}
         if start is not None and (template := template_source(start)) is not None:
@@ -123,8 +123,8 @@ def train_task(
     config = recipe.model_config()
     assert isinstance(config, RMSEConfig)
     source = make_task(recipe.task, config)
-    out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = {TOKENIZER_FILE: word_tokenizer(words)} if (words := source.vocabulary()) else {}
     weights = carry_out(trainer, recipe, resume, tokenizer, stop_at, save_every)
     if weights is None:
