@@ -56,7 +56,7 @@ def require_tied(where: str | Path, name: str, source: str, same: bool) -> None:
 
 
 def save_checkpoint(
-    model: Any, folder: str | Path, dtype: torch.dtype = torch.bfloat16, tokenizer: str | Path | None = None
+    model: Any, folder: str | Path, dtype: torch.dtype | None = None, tokenizer: str | Path | None = None
 ) -> None:
     """Write the model as a checkpoint folder. Other files of the folder stay as they are.
 
@@ -64,10 +64,10 @@ def save_checkpoint(
     the old checkpoint or the new one; see `files.changed_folder`.
 
     Args:
-        dtype: floating type of the weights on disk.
+        dtype: floating type of the weights on disk; None: the one that each has in the model, so that nothing is rounded.
         tokenizer: a tokenizer.json to put into the folder; None keeps the one that is there, if any.
     Raises:
-        CheckpointError: a tensor holds NaN or Inf (in `dtype`), the tokenizer does not fit the model, or the folder
+        CheckpointError: a tensor holds NaN or Inf (as it is stored), the tokenizer does not fit the model, or the folder
             cannot be written.
     """
     folder = Path(folder)
@@ -77,7 +77,7 @@ def save_checkpoint(
         tensors = {}
         state = model.state_dict()
         for name in stored_keys(model.config, list(state)):
-            tensors[name] = state[name].detach().to("cpu", dtype).contiguous()
+            tensors[name] = state[name].detach().to("cpu", dtype or state[name].dtype).contiguous()
             check_finite(folder / WEIGHTS_FILE, name, tensors[name])
         save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_text(scratch / CONFIG_FILE, model.config.to_json())

@@ -52,19 +52,23 @@ def test_what_is_written_is_read(tmp_path: Path, changes: dict[str, object]) -> 
     assert back.config == model.config and not back.training
     for (name, saved), (_, read) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
         assert read.dtype == torch.float32
-        assert torch.equal(read, saved.bfloat16().float()), name
+        assert torch.equal(read, saved), name
     for (name, ours), (_, theirs) in zip(model.named_buffers(), back.named_buffers(), strict=True):
         assert torch.equal(ours, theirs), name
     assert (back.head_proj.weight is back.embed.weight) == model.config.tie_embeddings
 
 
-def test_the_file_holds_each_weight_once_in_bfloat16(tmp_path: Path) -> None:
-    model = tiny_model(tie_embeddings=True)
-    save_checkpoint(model, tmp_path)
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_file_holds_each_weight_once_in_its_own_type_or_another(
+    tmp_path: Path, own: torch.dtype, dtype: torch.dtype | None
+) -> None:
+    model = tiny_model(tie_embeddings=True).to(own)
+    save_checkpoint(model, tmp_path, dtype)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(model.state_dict()) - {"head_proj.weight"}
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {dtype or own}  # noqa: SIM118
 
 
 def test_another_type_on_disk_keeps_every_bit(model: RMSE, tmp_path: Path) -> None:

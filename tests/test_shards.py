@@ -44,7 +44,7 @@ def write(folder: Path, *shards: Tensors, tied: bool = False) -> Path:
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
     """The tensors of a checkpoint in bfloat16."""
     folder = tmp_path_factory.mktemp("one file")
-    save_checkpoint(lively_model(small_config()), folder)
+    save_checkpoint(lively_model(small_config()), folder, torch.bfloat16)
     return load_file(folder / WEIGHTS_FILE)
 
 
