@@ -30,7 +30,7 @@ from rmse_edge.export.program import ANY_ACTIVE, ExportedMethod
 from rmse_edge.export.stored import OPERATOR
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.quantize import QuantizedTensor
-from rmse_edge.runtimes.mil.file import Function, ModelFile, Operation, operations
+from rmse_edge.runtimes.mil.file import Blob, Function, ModelFile, Operation, operations
 
 from .functions import OPSET as IOS18
 from .functions import TILE, Assembly
@@ -42,6 +42,9 @@ SLACK = 1.05  # of the weights' bytes
 ROUND = 16 * 1024  # bytes that constants beside the weights may take in any case
 SMALL = 1024  # bytes of a constant from which it counts as a weight
 CONSTEXPR = "constexpr_blockwise_shift_scale"
+
+# Of constants in the weights' file, by file and offset: hashing is most of a check's time, so both checks share them.
+Digests = dict[tuple[str, int], str]
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,9 @@ def check(
         counted["operators"] += sum(op.kind != "const" for op in ops)
         counted["packed"] += len(packed)
         counted["state_writes"] += len(want.writes)
-    check_integers(file, tensors)
-    return counted | check_weights(file, ideal_bytes(model, tensors, halves))
+    digests: Digests = {}
+    check_integers(file, tensors, digests)
+    return counted | check_weights(file, ideal_bytes(model, tensors, halves), digests)
 
 
 def _check_decisions(function: Function, want: Expected) -> None:
@@ -165,32 +169,38 @@ def _check_states(function: Function, ops: list[Operation], want: Expected) -> N
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor]) -> None:
+def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor], digests: Digests | None = None) -> None:
     """Fail unless every quantised weight is in the file, its integers and its scales, in one of the forms there are.
 
+    Args:
+        digests: those that are known, and then those of all constants that were read.
     Raises:
         ExportError: naming the weight.
     """
     if not tensors:
         return
     there: set[str] = set()
-    read: set[tuple[str, int]] = set()  # functions share most of what lies in the weights' file
+    digests = {} if digests is None else digests  # functions share most of what lies in the weights' file
     for name in file.functions:
         for op in operations(file.function(name)):
             for _, value in op.values():
                 if value.WhichOneof("value") == "blobFileValue":
-                    where = (value.blobFileValue.fileName, value.blobFileValue.offset)
-                    if where in read:
-                        continue
-                    read.add(where)
+                    continue
                 found = file.value(value)
                 if isinstance(found, np.ndarray) and found.dtype != object:
                     there.add(_digest(found))
+        there.update(_digest_of(file, blob, digests) for blob in file.blobs(file.function(name)))
     for name, q in tensors.items():
         if not any(_held(there, *form) for form in stored_forms(q)):
             raise ExportError(
                 f"{name}: the saved program does not hold its integers and scales; export with quant=fp32"
             )
+
+
+def _digest_of(file: ModelFile, blob: Blob, digests: Digests) -> str:
+    if (where := (blob.file, blob.offset)) not in digests:
+        digests[where] = _digest(file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type))
+    return digests[where]
 
 
 def _held(there: set[str], codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> bool:
@@ -235,22 +245,24 @@ def ideal_bytes(model: nn.Module, tensors: Mapping[str, QuantizedTensor], halves
     return total
 
 
-def check_weights(file: ModelFile, ideal: int) -> dict[str, int]:
+def check_weights(file: ModelFile, ideal: int, digests: Digests | None = None) -> dict[str, int]:
     """Fail where a weight is stored twice or all of them are too many bytes.
 
+    Args:
+        digests: as for `check_integers`.
     Returns:
         "weight_bytes" in the file and "ideal_bytes".
     """
     seen: dict[tuple[str, int], int] = {}
     contents: dict[str, str] = {}
+    digests = {} if digests is None else digests
     for name in file.functions:
         for blob in file.blobs(file.function(name)):
             if (blob.file, blob.offset) in seen:
                 continue
             seen[blob.file, blob.offset] = blob.nbytes
             if blob.nbytes >= SMALL:
-                bytes_ = file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type)
-                other = contents.setdefault(_digest(bytes_), blob.place)
+                other = contents.setdefault(_digest_of(file, blob, digests), blob.place)
                 if other != blob.place:
                     raise ExportError(
                         f"{blob.place}: stores {blob.name} again, which {other} has; weights are to be shared"

@@ -23,7 +23,7 @@ from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, InterpreterEngine
 from rmse_edge.runtimes.engines.torch import TorchMethods
-from rmse_edge.runtimes.mil.file import ModelFile, operations
+from rmse_edge.runtimes.mil.file import ModelFile, WeightsFile, operations
 from rmse_edge.runtimes.mil.interpreter import Interpreter
 
 coreml_check = later("rmse_edge.export.coreml.check")
@@ -42,6 +42,18 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8 rows": {"scheme": Scheme("int8"), "compute": "cpu"},
     "int8 dense": {"scheme": Scheme("int8"), "compute": "ane"},
 }
+
+
+def test_every_constant_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = quantize(mixed_model(), QuantizeRequest(Scheme("int4"), method="rtn"))
+    step = built(made.model, "step", tmp_path, 1, made.quant, made.tensors, "cpu")
+    read: list[int] = []
+    true = WeightsFile.read
+    monkeypatch.setattr(
+        WeightsFile, "read", lambda self, offset, *rest: read.append(offset) or true(self, offset, *rest)
+    )
+    step.check({name: q for name, q in made.tensors.items() if name.startswith("block.")})
+    assert len(read) == len(set(read)) > 10
 
 
 @pytest.mark.parametrize("form", FORMS)
