@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,17 +83,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "-p",
         "--prompt",
         type=non_negative_int,
-        default=512,
         metavar="N",
-        help="tokens of a prompt, pp in the table; 0: none",
+        help="tokens of a prompt, pp in the table; 0: none (default: 512, or what the model has room for)",
     )
     parser.add_argument(
         "-n",
         "--generate",
         type=non_negative_int,
-        default=128,
         metavar="N",
-        help="tokens to generate, tg in the table; 0: none",
+        help="tokens to generate, tg in the table; 0: none (default: 128, or what the model has room for)",
     )
     parser.add_argument(
         "-d",
@@ -108,6 +107,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--text", type=existing_file, metavar="FILE", help="text to read (default: the folder's sample.txt)"
     )
     parser.add_argument(
+        "--ids", type=existing_file, metavar="FILE",
+        help="token ids instead of a text: an array of NumPy's (.npy), or numbers in a text file",
+    )  # fmt: skip
+    parser.add_argument(
         "--stream", type=positive_int, metavar="N", help="instead: feed N tokens in a row and report what stays flat"
     )
     parser.add_argument(
@@ -120,6 +123,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if bool(args.model) == bool(args.config):
         raise UserError(
             "give a package or checkpoint folder, or --config FILE for random weights (see rmse-bench --help)"
+        )
+    if args.ids and (args.text or args.config):
+        raise UserError(
+            f"--ids: what is read is given by {'--text' if args.text else '--config'}; leave one of them out"
         )
     if args.quant != ["fp32"] and (args.model or args.runtime == "torch"):
         raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")
@@ -207,9 +214,10 @@ def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Na
     from rmse_edge.runtimes.measure.machine import copy_bandwidth, resident_bytes
 
     ids = None
+    room = min((n for n in (runtime.info.longest for runtime in runtimes) if n is not None), default=None)
     prepared = []
     for runtime in runtimes:
-        bench, notes, dials, ids = prepare(runtime, ids, args)
+        bench, notes, dials, ids = prepare(runtime, ids, room, args)
         prepared.append((runtime, bench, notes, dials))
     benches = [bench for _, bench, _, _ in prepared]
     with tqdm(total=sum(b.passes for b in benches), unit=" rows", disable=None, leave=False, file=sys.stderr) as bar:
@@ -246,9 +254,13 @@ def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Na
 
 
 def prepare(
-    runtime: LoopRuntime, ids: np.ndarray | None, args: argparse.Namespace
+    runtime: LoopRuntime, ids: np.ndarray | None, room: int | None, args: argparse.Namespace
 ) -> tuple[Bench, list[str], Any, Any]:
-    """The bench of one runtime, what is to be noted about it, its dials, and the text that all of them read."""
+    """The bench of one runtime, what is to be noted about it, its dials, and the text that all of them read.
+
+    Args:
+        room: tokens of the longest text that all runtimes take; None: any number.
+    """
     from rmse_edge.runtimes.measure.bench import Bench, BenchSettings
 
     notes = []
@@ -258,9 +270,16 @@ def prepare(
         notes.append("random weights: exits would mean nothing, fixed depths only")
     elif adaptive is None:
         notes.append("the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)")
-    settings = BenchSettings(args.prompt, args.generate, tuple(args.depths or ()), adaptive, args.repetitions)
+    given = {n: getattr(args, n) for n in ("prompt", "generate") if getattr(args, n) is not None}
+    asked = BenchSettings(depths=tuple(args.depths or ()), adaptive=adaptive, repetitions=args.repetitions, **given)
+    settings = replace(asked.fitting(room), **given)  # what was asked for is never another number
+    if settings != asked:
+        notes.append(
+            f"a text has room for {room} tokens: pp{settings.prompt} instead of pp{asked.prompt}, tg{settings.generate} "
+            f"behind {settings.context} tokens instead of tg{asked.generate} behind {asked.context}"
+        )
     if ids is None:
-        ids = read_ids(runtime, settings.tokens_needed(runtime.info), args)
+        ids = text_ids(runtime, settings.tokens_needed(runtime.info), args)
     if ids.max() >= runtime.info.vocab_size:
         raise UserError(f"{runtime.info.name}: has another vocabulary than the first model; time them one by one")
     return Bench(runtime, ids, settings), notes, dials, ids
@@ -268,7 +287,7 @@ def prepare(
 
 def measure_stream(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
     notes = ["random weights: exits and surprise mean nothing"] if args.config else []
-    ids = read_ids(runtime, args.stream, args)
+    ids = text_ids(runtime, args.stream, args)
     return streaming.measure(runtime, ids, chosen_dials(args, runtime.info), args.stream, args.threads, notes)
 
 
@@ -276,20 +295,24 @@ def measure_profile(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str,
     profiling.executorch_package(runtime)  # before anything is read
     from rmse_edge.runtimes.measure.profile import PREFILL
 
-    ids = read_ids(runtime, PREFILL, args)[:PREFILL]
+    ids = text_ids(runtime, PREFILL, args)[:PREFILL]
     return profiling.measure(runtime, ids, chosen_dials(args, runtime.info), args.threads)
 
 
-def read_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.ndarray:
+def text_ids(runtime: LoopRuntime, count: int, args: argparse.Namespace) -> np.ndarray:
     """The first tokens of the text, or random ones for random weights, (>= count,) int64."""
-    from rmse_edge.text import Tokenizer, read_text
+    from rmse_edge.text import Tokenizer, read_ids, read_text
 
     if args.config:
         return np.random.default_rng(0).integers(0, runtime.info.vocab_size, count)
+    if args.ids:
+        return read_ids(args.ids, runtime.info.vocab_size)
     folder = args.model[0]
     text = args.text or folder / "sample.txt"
     if not text.is_file():
-        raise TextError(f"{folder}: holds no sample.txt; give --text FILE, exits on random tokens would mean nothing")
+        raise TextError(
+            f"{folder}: holds no sample.txt; give --text FILE or --ids FILE, exits on random tokens would mean nothing"
+        )
     tokenizer = Tokenizer(folder / "tokenizer.json").fitting(runtime.info.vocab_size)
     content = read_text(text)
     # A long text takes hundreds of megabytes to tokenise, which would count as memory of the model.

@@ -8,7 +8,7 @@ loop1, loop64  the `loop` method alone: milliseconds per call of 1 and of 64 row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from statistics import mean, median, stdev
@@ -22,7 +22,7 @@ from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.host.text import LoopRuntime
 
-CONTEXT = 64  # tokens fed before decoding is timed
+CONTEXT = 64  # tokens fed before decoding is timed, if the model has room for them
 LOOP_SECONDS = 0.02  # time of one repetition of a loop row at least: single calls are too short for the clock
 # Of a weight in memory, by how it is stored: fp16 is widened when loaded, scales of groups of 32 count as part of int4.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1.0, "int4": 0.625}
@@ -37,10 +37,23 @@ class BenchSettings:
     depths: tuple[int, ...] = ()  # fixed depths; by default full, a half and a third of it
     adaptive: Dials | None = None  # of the adaptive rows; None: there are none
     repetitions: int = 5  # after one warm-up of every row
+    context: int = CONTEXT  # tokens in front of those of the tg rows
+
+    def fitting(self, room: int | None) -> BenchSettings:
+        """The same for models that take texts of `room` tokens; None: of any number.
+
+        Decoding keeps its tokens, as far as half the room goes, and what is in front of them takes the rest.
+        """
+        if room is None:
+            return self
+        generate = min(self.generate, max(1, room - min(self.context, room // 2)))
+        return replace(
+            self, prompt=min(self.prompt, room), generate=generate, context=min(self.context, room - generate)
+        )
 
     def tokens_needed(self, info: ModelInfo) -> int:
         """Tokens that the longest row reads."""
-        return max(self.prompt, CONTEXT + self.generate if self.generate else 0, *info.chunks)
+        return max(self.prompt, self.context + self.generate if self.generate else 0, *info.chunks)
 
 
 @dataclass
@@ -138,10 +151,12 @@ class Bench:
         return self.settings.prompt / seconds
 
     def _decode(self, row: Row) -> float:
-        """Tokens per second after a prompt of `CONTEXT` tokens that is not timed."""
+        """Tokens per second after `context` tokens, a prompt that is not timed."""
         self.runtime.reset()
-        self.runtime.feed(self.ids[:CONTEXT], row.dials, logits="last")
-        tokens = self.ids[CONTEXT : CONTEXT + self.settings.generate]
+        context = self.settings.context
+        if context:
+            self.runtime.feed(self.ids[:context], row.dials, logits="last")
+        tokens = self.ids[context : context + self.settings.generate]
         start = perf_counter()
         fed = [self.runtime.feed(tokens[i : i + 1], row.dials, logits="last") for i in range(len(tokens))]
         seconds = perf_counter() - start

@@ -27,6 +27,7 @@ from helpers import assert_one_line, require_executorch, reseal
 from native_runner import Runner
 
 from rmse_edge.arch.identity import model_info
+from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
@@ -149,7 +150,7 @@ def test_a_text_longer_than_a_page(made: Made, tmp_path: Path, request: pytest.F
 def test_a_package_generates_what_the_whole_text_says(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the runtime, `rmse-run` and `rmse-eval`; saved in the middle, too."""
+    """Through the runtime, `rmse-run` and `rmse-eval`; saved in the middle, too. And it is timed."""
     prompt, dials = text_of(made.case)[:20], settings_of(made.case)["adaptive"]
     runtime = runtime_for(Package.open(made.folder))
     tokens = greedy(runtime, prompt, dials)
@@ -173,6 +174,10 @@ def test_a_package_generates_what_the_whole_text_says(
     logits, _ = whole(made.model, ids[:-1], dials)
     log_p = torch.log_softmax(torch.from_numpy(logits), -1)[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])]
     assert abs(loss + float(log_p.mean())) < 1e-4
+    small = ["-p", "16", "-n", "4", "-r", "1", "-d", "1", "-t", "1"]
+    (tmp_path / "long.txt").write_text(" ".join(map(str, np.resize(ids, 100))))
+    assert rmse_bench([str(made.folder), "--ids", str(tmp_path / "long.txt"), *small, *flags]) == 0
+    assert {row["test"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"pp16", "tg4"}
 
 
 @packages(TEXTS, "fp32")

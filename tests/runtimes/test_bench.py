@@ -310,3 +310,27 @@ def test_a_prompt_beyond_the_package(
     code, _, err = call(capsys, checkpoint, "-p", "128", "-n", "2", "-r", "1")
     assert code == 2
     assert_one_line(err, "100", "--max-seq-len")
+
+
+def test_a_bench_fits_the_room_there_is() -> None:
+    """Decoding keeps its tokens as far as half the room goes; the ids that are given must be enough for the rest."""
+    asked = BenchSettings()
+    assert asked.fitting(None) == asked == asked.fitting(512)
+    for room, prompt, generate, context in ((100, 100, 50, 50), (48, 48, 24, 24), (1, 1, 1, 0), (300, 300, 128, 64)):
+        fit = asked.fitting(room)
+        assert (fit.prompt, fit.generate, fit.context) == (prompt, generate, context)
+    fit = BenchSettings(16, 4).fitting(48)
+    assert (fit.prompt, fit.generate, fit.context) == (16, 4, 44)
+
+
+def test_token_ids_instead_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(mixed_model(), tmp_path / "mute")
+    (tmp_path / "ids.txt").write_text("1 2 3 " * 40)
+    few = ["-p", "16", "-n", "4", "-r", "1", "-d", "1", "-t", "1"]
+    assert main([str(tmp_path / "mute"), "--ids", str(tmp_path / "ids.txt"), *few]) == 0
+    assert "pp16" in capsys.readouterr().out
+    assert main([str(tmp_path / "mute"), "--ids", str(tmp_path / "ids.txt"), "--text", str(tmp_path / "ids.txt")]) == 2
+    assert_one_line(capsys.readouterr().err, "--ids", "--text")
+    (tmp_path / "ids.txt").write_text("1 2 65")
+    assert main([str(tmp_path / "mute"), "--ids", str(tmp_path / "ids.txt"), *few]) == 2
+    assert_one_line(capsys.readouterr().err, "65")
