@@ -41,7 +41,7 @@ from rmse_edge.errors import ExportError, first_line
 from rmse_edge.info import dtype_name
 from rmse_edge.loop.contract import LoopModel, LoopSpec, TensorSpec, check_spec
 from rmse_edge.loop.dials import DIALS
-from rmse_edge.loop.drive import run_loop
+from rmse_edge.loop.drive import depth_after, run_loop
 
 METHODS = ("prelude", "loop", "step", "coda", "head", "commit")
 HOST_METHODS = ("prelude", "begin", "step", "coda", "head", "commit")  # of programs whose host owns the loop
@@ -176,7 +176,7 @@ class Method(nn.Module):
         ready = bool(names) and all(name in tensors for name in names)
         invariants = {name: tensors[name] for name in names} if ready else self.model.begin(given)[1]
         new, emitted = self.model.step(tensors["k"], carry, past, given | invariants, self._dials(tensors))
-        new["depth"] = carry["depth"] + carry["active"].to(torch.int64)
+        new["depth"] = depth_after(carry, new)
         return {next_of(t).name: new[t.name] for t in self.spec.carried} | emitted | {"any_active": new["active"].any()}
 
     def _begin(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

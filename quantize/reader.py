@@ -47,7 +47,7 @@ def text_of(model: Any) -> TextInfo:
 def text_length(model: Any) -> int:
     """Positions of one calibration text: those of a training sequence, as far as the model attends."""
     spec = model.spec(model.call_sizes()[0])
-    length = getattr(model.config, "block_size", LENGTH)
+    length = getattr(model.config, "block_size", None) or LENGTH
     return length if spec.capacity is None else min(length, spec.capacity)
 
 

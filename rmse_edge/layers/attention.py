@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import KeptKeysValues, table_row
 from .norm import RMSNorm
 from .rope import inverse_frequencies
-
-# Added to masked scores. Finite in float16, so that a row whose every key is masked stays free of NaN.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,18 +37,11 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def table_row(table: Tensor, k: int | Tensor) -> Tensor:
-    """Row k of a per-loop table (K, ...): k is a Python int when the loop is unrolled, an int64 scalar in a graph."""
-    return table[k] if isinstance(k, int) else table.index_select(0, k.reshape(1)).squeeze(0)
-
-
-class Attention(nn.Module):
+class Attention(KeptKeysValues):
     """Projects, turns, attends and gates. Keys and values are returned so that the caller owns the cache."""
 
     step_cos: Tensor  # (K, step_dims / 2), with step_dims
     step_sin: Tensor
-    kv_scales: Tensor  # (2, K, G) of keys and of values, with kv_dtype int8: a static scale per loop and head
-
     def __init__(
         self,
         d_model: int,
@@ -71,9 +63,9 @@ class Attention(nn.Module):
             step_dims: channels of each head that turn with the loop index, even; 0: none.
             kv_dtype: keys and values are rounded to it before any use: "float32", "float16" or "int8".
         """
-        super().__init__()
+        super().__init__(kv_dtype, max_loops, n_kv_heads)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
-        self.max_loops, self.gate, self.step_dims, self.kv_dtype = max_loops, gate, step_dims, kv_dtype
+        self.max_loops, self.gate, self.step_dims = max_loops, gate, step_dims
         self.rotary_operator = True  # in graphs; a target that has none of its own sets it to False
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=False)
         self.kv_proj = nn.Linear(d_model, 2 * n_kv_heads * head_dim, bias=False)
@@ -81,8 +73,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=False)
         self.q_norm = RMSNorm(head_dim, norm_eps)
         self.k_norm = RMSNorm(head_dim, norm_eps)
-        if kv_dtype == "int8":
-            self.register_buffer("kv_scales", torch.ones(2, max_loops, n_kv_heads))
         for name, table in self.tables().items():
             self.register_buffer(name, table, persistent=False)
 
@@ -95,12 +85,6 @@ class Attention(nn.Module):
         loops = torch.arange(self.max_loops, dtype=torch.float64, device="cpu")[:, None]  # as NumPy's
         angle = loops * torch.from_numpy(inverse_frequencies(self.step_dims, float(self.max_loops)))
         return {"step_cos": angle.cos().float(), "step_sin": angle.sin().float()}
-
-    def keep_in(self, kv_dtype: str) -> None:
-        """Round keys and values to another type, a float, from now on."""
-        self.kv_dtype = kv_dtype
-        if "kv_scales" in self._buffers:  # of an int8 cache
-            del self.kv_scales
 
     def angles(self, k: int | Tensor | None, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         """Position angles (B, C, rotary/2), completed by loop k's own where channels are reserved for them.
@@ -135,41 +119,6 @@ class Attention(nn.Module):
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`rotate`, in a graph as one operator."""
         return (rotary if torch.compiler.is_exporting() and self.rotary_operator else rotate)(x, cos, sin)
-
-    def rounded(self, x: Tensor, which: int, k: int | Tensor | None) -> Tensor:
-        """Keys (`which` 0) or values (1) of loop k rounded to the cache's type *before use*, so that a token reads the
-        same number now and from the cache later.
-
-        With int8, gradients pass the rounding unchanged.
-        """
-        dtype = getattr(torch, self.kv_dtype)
-        if x.dtype == dtype:
-            return x
-        if dtype != torch.int8:
-            return x.to(dtype).to(x.dtype)
-        scale = self.scale(which, k)
-        if k is None:  # (K, G, 1, 1) -> (K * B, G, 1, 1)
-            scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
-        found = (x / scale).round().clamp(-127, 127) * scale
-        # Straight through where gradients are asked for; in a graph that would be three more nodes.
-        learning = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting()
-        return x + (found - x).detach() if learning else found
-
-    def scale(self, which: int, k: int | Tensor | None) -> Tensor:
-        """Scales of loop k's keys (0) or values (1), (1, G, 1, 1); with k None those of all loops, (K, G, 1, 1)."""
-        scales = self.kv_scales[which]
-        return (scales if k is None else table_row(scales, k).unsqueeze(0))[..., None, None]
-
-    def to_cache(self, x: Tensor, which: int) -> Tensor:
-        """What the cache stores for `rounded` keys or values of all loops, (K, B, G, C, hd)."""
-        if self.kv_dtype != "int8":
-            return x.to(getattr(torch, self.kv_dtype))
-        return (x / self.scale(which, None).unsqueeze(1)).round().to(torch.int8)
-
-    def from_cache(self, x: Tensor, which: int, k: int | Tensor, dtype: torch.dtype) -> Tensor:
-        """Loop k's keys or values (B, G, W, hd) as the cache stores them -> the numbers that were rounded."""
-        x = x.to(dtype)
-        return x * self.scale(which, k) if self.kv_dtype == "int8" else x
 
     def forward(
         self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor

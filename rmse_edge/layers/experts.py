@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import table_row
+from .cache import table_row
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
 GATHER_ROWS = 4

@@ -293,7 +293,9 @@ class LoopModel(Protocol):
             fixed: prelude, context, `spec.whole` and invariants.
             dials: scalars named in `spec.dials`.
         Returns:
-            (new carry without `depth`, which the driver counts; what this iteration emits).
+            (new carry without `depth`, which the driver counts; what this iteration emits). A model whose positions go on
+            being computed after they have stopped, for what others read of them, counts `depth` itself and returns it:
+            the iteration whose state was kept.
         """
 
     def head(self, h: Tensor) -> Tensors:

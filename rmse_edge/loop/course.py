@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+# Which of C positions stop, (B, C) bool: stop(k from 0, state before, state after (B, C, d), log_survival (B, C)).
+Stop = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Watcher(Protocol):

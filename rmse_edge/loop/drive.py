@@ -61,7 +61,7 @@ def run_loop(
         carry = dict(zip(names, values))
         past = {t.name: tensors[t.name].index_select(0, k.reshape(1)).squeeze(0) for t in spec.rows}
         new, emitted = model.step(k, carry, past, fixed, dials)
-        new["depth"] = carry["depth"] + carry["active"].to(torch.int64)
+        new["depth"] = depth_after(carry, new)
         stacked = [
             stack.index_copy(0, k.reshape(1), emitted[name].unsqueeze(0))
             for name, stack in zip(emits, values[len(names) :])
@@ -71,6 +71,11 @@ def run_loop(
     iterations, *values = while_loop(cond, body, start)
     result = dict(zip(names + emits, values))
     return {name: result[name] for name in ("h", "depth", *emits)} | {"iterations": iterations}
+
+
+def depth_after(carry: Tensors, new: Tensors) -> Tensor:
+    """The depth after an iteration: one more of what was active, unless the model counts for itself."""
+    return new["depth"] if "depth" in new else carry["depth"] + carry["active"].to(torch.int64)
 
 
 def _apart(first: Tensors, fixed: Tensors) -> Tensors:

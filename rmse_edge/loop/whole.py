@@ -15,6 +15,7 @@ from torch import Tensor
 from rmse_edge.numbers import SLOTS
 
 from .contract import InjectedHits, LoopModel, Tensors, WholeText
+from .drive import depth_after
 from .stop import margins, scores
 
 # What a model decides with beside its exit rules, such as a router: after every iteration, (T,) distance to another decision.
@@ -56,10 +57,10 @@ def in_one_call(
     found: list[Mapping[str, Tensor]] = []
     margin = torch.full((loops, count), torch.inf, dtype=torch.float64)
     for k in range(loops):
-        before, active = carry, carry["active"]
+        before = carry | {"depth": depth}
         past = {s.name: tensors[s.name][k] for s in spec.rows}
-        carry, emits = model.step(torch.tensor(k), before | {"depth": depth}, past, fixed, dials)
-        depth = depth + active.to(torch.int64)
+        carry, emits = model.step(torch.tensor(k), before, past, fixed, dials)
+        depth = depth_after(before, carry)
         emitted.append(emits)
         own = scores(before["h"], carry["h"], carry.get("log_survival", torch.zeros(1, count)))
         if "log_survival" not in carry:

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from rmse_edge.arch.rmse.model import RMSE, Hits
+import torch
+from torch import Tensor, nn
+
+from rmse_edge.arch.rmse.model import Hits
 from rmse_edge.loop.stop import exit_distribution
 from rmse_edge.losses import token_loss
 
 from .gpt import GPT
+from .looped import head_of
 
 
-def cross_entropies(model: RMSE, states: list[Tensor], targets: Tensor) -> Tensor:
+def cross_entropies(model: nn.Module, states: list[Tensor], targets: Tensor) -> Tensor:
     """Loss of the targets after every iteration: (loops, ...), nats. One head call per loop, so logits are not kept.
 
     Args:
         states: normed, (..., d) each; targets: (...).
     """
-    return torch.stack([token_loss(model.head_proj(h), targets) for h in states])
+    head = head_of(model)
+    return torch.stack([token_loss(head(h), targets) for h in states])
 
 
 def losses_by_depth(
-    model: RMSE | GPT, tokens: Tensor, targets: Tensor, asked: Tensor | None = None, hits: Hits | None = None
+    model: Any, tokens: Tensor, targets: Tensor, asked: Tensor | None = None, hits: Hits | None = None
 ) -> Tensor:
     """Loss of the targets at every fixed depth 1..max_loops, (K, B, T) nats; a GPT has one depth.
 
     Args:
         asked: (B, T) bool, positions that have a target; with it the result is (K, n) for those. None: all.
-        hits: what was retrieved; None: nothing.
+        hits: what was retrieved, for RMS-E; None: nothing.
     """
     if isinstance(model, GPT):
         return token_loss(model(tokens), targets)[None]
-    states, gates, _ = model.trajectory(tokens, hits=hits)
+    states, gates, _ = model.trajectory(tokens, **({} if hits is None else {"hits": hits}))
     states, _, targets = chosen(states, gates, targets, asked)
     return cross_entropies(model, states, targets)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from rmse_edge.losses import token_loss
 
 from .facts import fetched, search_loss
 from .gpt import GPT
+from .looped import gate_of, head_of
 from .losses import chosen, cross_entropies, expected_loss, gate_loss, losses_by_depth
 from .recipe import Recipe
 from .sources import IGNORED, Batch
@@ -28,7 +31,7 @@ def draw_thresholds(count: int) -> Tensor:
 class Objective(nn.Module):
     """Maps a batch of token blocks to the loss of the current stage."""
 
-    def __init__(self, model: RMSE | GPT, recipe: Recipe) -> None:
+    def __init__(self, model: Any, recipe: Recipe) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
@@ -62,14 +65,19 @@ class Objective(nn.Module):
         if stage == "exits":
             assert thresholds is not None
             return self.exits(model, batch, asked, hits, thresholds)
-        surprises: list[Tensor] | None = [] if self.recipe.surprise_weight and model.memory is not None else None
-        states, gates, _ = model.trajectory(tokens, loops, hits=hits, surprises=surprises)
+        surprises: list[Tensor] = []
+        more: dict[str, Any] = {}
+        if isinstance(model, RMSE):
+            watched = self.recipe.surprise_weight and model.memory is not None
+            more = {"hits": hits, "surprises": surprises if watched else None}
+        states, gates, _ = model.trajectory(tokens, loops, **more)
         last_state = states[-1]
         states, gates, targets = chosen(states, gates, targets, asked)
         losses = cross_entropies(model, states, targets)
         loss, depth = expected_loss(losses, gates, entropy_weight)
         if stage == "gate":
-            gates = torch.stack([model.gate(h.detach()).float().squeeze(-1) for h in states])
+            gate = gate_of(model)
+            gates = torch.stack([gate(h.detach()).float().squeeze(-1) for h in states])
             loss = gate_loss(losses, gates, self.recipe.gate_cost)
             return loss, losses[-1].mean().detach(), depth
         if keys is not None:
@@ -79,14 +87,15 @@ class Objective(nn.Module):
         return loss, losses[-1].mean().detach(), depth
 
     def exits(
-        self, model: RMSE, batch: Batch, asked: Tensor | None, hits: Hits | None, thresholds: Tensor
+        self, model: Any, batch: Batch, asked: Tensor | None, hits: Hits | None, thresholds: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss at the state each position stopped in, one brake threshold per sequence."""
 
         def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
             return gate_stops(log_survival, thresholds) & (k + 1 >= model.config.min_loops)
 
-        states, gates, depth = model.trajectory(batch["tokens"], stop=stop, hits=hits)
+        more = {} if hits is None else {"hits": hits}
+        states, gates, depth = model.trajectory(batch["tokens"], stop=stop, **more)
         states, _, targets = chosen(states[-1:], gates, batch["targets"], asked)
-        loss = token_loss(model.head_proj(states[-1]), targets).mean()
+        loss = token_loss(head_of(model)(states[-1]), targets).mean()
         return loss, loss.detach(), depth.float().mean()

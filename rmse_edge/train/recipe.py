@@ -16,6 +16,7 @@ from rmse_edge.numbers import MAX_LOOPS, SEGMENT, Loops, Share
 from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
 
 from .gpt import GPTConfig
+from .looped import trainable
 
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 SomeSteps = Annotated[int, Field(ge=0, le=10**9)]
@@ -29,8 +30,8 @@ class Recipe:
 
     model: Annotated[dict[str, Any], Expected("an object of model fields")] = field(
         default_factory=dict
-    )  # fields of RMSEConfig or GPTConfig
-    architecture: Literal["rmse", "gpt"] = "rmse"  # or "gpt", the plain baseline
+    )  # fields of the architecture's configuration, or of GPTConfig
+    architecture: str = "rmse"  # a model_type with an exit gate, or "gpt", the plain baseline
     task: Annotated[dict[str, Any], Expected("an object with a name")] | None = (
         None  # made-up examples instead of a text: {"name": "recall", ...}
     )
@@ -77,13 +78,15 @@ class Recipe:
                 f"model.block_size: got {config.block_size}, expected at least {2 * SEGMENT}: a memory is read from the "
                 "second segment on"
             )
+        if config.block_size is None:
+            raise ConfigError("model.block_size: is missing, expected the number of positions of a training sequence")
         fits = self.depths and max(self.depths) <= getattr(config, "max_loops", MAX_LOOPS)
-        if isinstance(config, RMSEConfig) and not fits:
+        if not isinstance(config, GPTConfig) and not fits:
             raise ConfigError(f"depths: got {list(self.depths)}, expected loops in 1..max_loops ({config.max_loops})")
 
-    def model_config(self) -> RMSEConfig | GPTConfig:
-        if self.architecture == "rmse":
-            config = RMSEConfig.from_dict(self.model, where="model")
+    def model_config(self) -> Any:
+        if self.architecture != "gpt":
+            config = trainable(self.architecture, "architecture").from_dict(self.model, where="model")
             if config.kv_dtype == "int8":
                 raise ConfigError(
                     "model.kv_dtype: int8 needs scales that only calibration finds; use rmse-quantize --kv int8"
@@ -96,7 +99,7 @@ class Recipe:
 
     @property
     def total_steps(self) -> int:
-        return self.steps + (self.gate_steps + self.exit_steps if self.architecture == "rmse" else 0)
+        return self.steps + (0 if self.architecture == "gpt" else self.gate_steps + self.exit_steps)
 
     def stage(self, step: int) -> str:
         """Which stage a step (0-based) belongs to: "loops", "gate" or "exits"."""

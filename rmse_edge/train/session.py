@@ -264,7 +264,7 @@ def calibrate_surprise(model: RMSE, tokens: torch.Tensor, batch: int = 16) -> No
     memory.surprise_prior.copy_(torch.tensor([surprises.mean(), surprises.var(correction=0), float(PRIOR)]))
 
 
-def save(model: RMSE | GPT, out: Path) -> RMSE | GPT:
+def save(model: Any, out: Path) -> Any:
     """Write the weights in bfloat16 and return the model as it reads back."""
     if isinstance(model, GPT):
         save_gpt(model, out)

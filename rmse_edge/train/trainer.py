@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from rmse_edge.arch.registry import arch_of
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import start_from
 from rmse_edge.errors import ArgumentError, CheckpointError, UserError, first_line
 from rmse_edge.files import new_file
 from rmse_edge.schema import check_value, parse_json
 
-from .gpt import GPT
+from .gpt import GPT, GPTConfig
 from .journal import Journal
+from .looped import gate_name
 from .losses import losses_by_depth
 from .objective import Objective, draw_thresholds
 from .parallel import Parallel
@@ -37,10 +39,10 @@ STATE_FILE = "training-state.pt"
 LOG_FILE = "log.csv"
 
 
-def build_model(recipe: Recipe) -> RMSE | GPT:
+def build_model(recipe: Recipe) -> Any:
     torch.manual_seed(recipe.seed)
     config = recipe.model_config()
-    return RMSE(config) if recipe.architecture == "rmse" else GPT(config)  # type: ignore[arg-type]
+    return GPT(config) if isinstance(config, GPTConfig) else arch_of(config.model_type).build(config)
 
 
 def bf16_is_native(device: torch.device) -> bool:
@@ -86,7 +88,7 @@ class Trainer:
         self.device = self.parallel.device
         self.model = build_model(recipe)
         if start is not None:
-            if not isinstance(self.model, RMSE):
+            if isinstance(self.model, GPT):
                 raise ArgumentError("start", "a plain GPT is trained from random weights")
             start_from(self.model, start)
         self.model.to(self.device)
@@ -111,10 +113,11 @@ class Trainer:
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of the current stage: all, the gate, or all but the gate."""
         stage = self.recipe.stage(min(self.step, self.recipe.total_steps - 1))
+        gate = "\0" if isinstance(self.model, GPT) else f"{gate_name(self.model)}."
         keep = {
             "loops": lambda n: True,
-            "gate": lambda n: n.startswith("gate."),
-            "exits": lambda n: not n.startswith("gate."),
+            "gate": lambda n: n.startswith(gate),
+            "exits": lambda n: not n.startswith(gate),
         }
         chosen = {}
         for name, p in self.model.named_parameters():
@@ -353,7 +356,7 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: RMSE | GPT, blocks: Tensor, batch: int = 16, progress: str | None = None) -> list[float]:
+def evaluate(model: Any, blocks: Tensor, batch: int = 16, progress: str | None = None) -> list[float]:
     """Mean next-token loss of (n, T + 1) blocks at every fixed depth, in nats; a GPT has one value.
 
     Args:

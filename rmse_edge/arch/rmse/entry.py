@@ -81,9 +81,9 @@ def build(config: RMSEConfig) -> RMSE:
 
 
 def reader(model: RMSE) -> Reader:
-    from .reading import TrajectoryReader
+    from rmse_edge.loop.reading import TrajectoryReader
 
-    return TrajectoryReader(model)
+    return TrajectoryReader(model, model.config.dials, model.head_proj)
 
 
 def int8_cache(model: RMSE, blocks: Tensor, progress: Callable[[int], object]) -> RMSE:

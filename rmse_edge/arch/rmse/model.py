@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.attention import table_row
+from rmse_edge.layers.cache import table_row
 from rmse_edge.layers.masks import MASKED, ring_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Ring, StateSpec, Tensors, TensorSpec, WholeText, Written
-from rmse_edge.loop.course import Watcher
+from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
 from rmse_edge.numbers import SEGMENT, KvDtype
 
@@ -46,7 +46,6 @@ WHOLE_TEXT_PIECE = 256  # positions of a whole text computed together, where the
 
 Signatures = dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]  # method -> (inputs, outputs)
 Recall = Callable[[Tensor], Tensor]  # normed states (B, C, d) -> what the memory knows about them (B, C, d)
-Stop = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # see `RMSE.trajectory`
 
 
 class Block(nn.Module):

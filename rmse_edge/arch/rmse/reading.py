@@ -1,4 +1,4 @@
-"""RMS-E over whole texts, for calibration: its `Reader`, and what an int8 cache learns from such a reading."""
+"""An int8 cache for RMS-E, with scales that suit a text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ArgumentError
-from rmse_edge.loop.course import Course, Watcher
-from rmse_edge.loop.stop import stops
+from rmse_edge.loop.course import Stop
+from rmse_edge.loop.reading import stop_of
 
-from .model import RMSE, Stop
+from .model import RMSE
 
 BATCH = 32  # sequences run at once
 HEADROOM = 1.05  # over the largest value seen
@@ -21,45 +21,8 @@ KV_SCALES = "block.attention.kv_scales"
 
 def deployed_exit(model: RMSE) -> Stop | None:
     """The configuration's own exit rules as a `stop` of `RMSE.trajectory`; None where all are off."""
-    own = model.config.dials
-    if not own.exits:
-        return None
-    dials = {name: torch.from_numpy(value) for name, value in own.arrays().items()}
+    return stop_of(model.config.dials, lambda h: model.head(h)["logits"])
 
-    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
-        logits = model.head(after)["logits"] if own.exit_entropy else None
-        return stops(k, before, after, log_survival, dials, logits)
-
-    return stop
-
-
-class TrajectoryReader:
-    """`Reader` by `RMSE.trajectory`: sequences whole, or a segment at once where a memory is written."""
-
-    def __init__(self, model: RMSE) -> None:
-        self.model, self._stop = model, deployed_exit(model)
-        self.exits = self._stop is not None
-
-    def read(
-        self,
-        tokens: Tensor,
-        stop: bool = False,
-        loops: int | None = None,
-        every: bool = True,
-        watcher: Watcher | None = None,
-    ) -> Course:
-        ends = self._stop if stop else None
-        states, gates, depth = self.model.trajectory(tokens, loops, ends, every=every, watcher=watcher)
-        return Course(states, depth, gates)
-
-    def logits(self, state: Tensor) -> Tensor:
-        return self.model.head_proj(state)
-
-    def read_by_head(self, state: Tensor) -> Tensor:
-        return state
-
-
-# ------------------------------------------------------------------------------------------------------- int8 cache
 
 # One scale per loop and head for keys and one for values, from the largest seen in calibration. Static scales cost nothing
 # at run time and make prefill and decode round alike. Keys are normed before they are stored, so their range hardly depends

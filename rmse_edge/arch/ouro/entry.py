@@ -1,0 +1,134 @@
+"""What the rest of the project asks Ouro. Hosts of packages ask too, so PyTorch is imported where a model is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.registry import Arch
+from rmse_edge.info import TextInfo
+from rmse_edge.numbers import token_ids
+
+from .config import OuroConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rmse_edge.loop.course import Reader
+
+    from .model import Ouro
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def loop_weights(c: OuroConfig) -> int:
+    """Weights of products in one iteration."""
+    wide, kv = c.num_attention_heads * c.head_width, c.kv_heads * c.head_width
+    layer = c.hidden_size * (2 * wide + 2 * kv + 3 * c.intermediate_size)
+    return c.num_hidden_layers * layer + c.hidden_size
+
+
+def once_weights(c: OuroConfig) -> int:
+    """Weights of products around the loop: the head, and what supplies keys and values to loops that did not run."""
+    propagated = c.num_hidden_layers * 2 * c.hidden_size * c.kv_heads * c.head_width
+    return c.vocab_size * c.hidden_size + (propagated if c.kv_policy == "propagate" else 0)
+
+
+def parameters(c: OuroConfig) -> int:
+    """Trained numbers of the model that `c` describes."""
+    norms = (4 * c.num_hidden_layers + 1) * c.hidden_size
+    tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    return loop_weights(c) + 1 + norms + tables  # 1: the gate's bias
+
+
+def parts(model: Ouro) -> dict[str, Any]:
+    c = model.config
+    return {
+        "dials": c.dials,
+        "text": TextInfo(
+            c.vocab_size, c.head_width, c.rope_theta, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
+        ),
+        "loop_weights": loop_weights(c),
+        "once_weights": once_weights(c),
+    }
+
+
+def stated(c: OuroConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "max_loops": c.max_loops,
+        "width": c.hidden_size,
+        "parameters": parameters(c),
+        "text.vocab_size": c.vocab_size,
+        "text.rotary_dims": c.head_width,
+        "text.rope_theta": c.rope_theta,
+    }
+    for name in ("keys", "values"):
+        kept = {"dtype": c.kv_dtype, "kind": "append", "source": name, "per_loop": True}
+        found |= {f"state.past_{name}.{field}": value for field, value in kept.items()}
+    return found | {f"dials.{name}": value for name, value in vars(c.dials).items() if name != "exit_entropy"}
+
+
+def build(config: OuroConfig) -> Ouro:
+    from .model import Ouro
+
+    return Ouro(config)
+
+
+def table(c: OuroConfig) -> QuantTable:
+    """Layer by layer, in the order of the data flow. What decides, the gate, stays float."""
+    stages: list[tuple[str, ...]] = [(EMBEDDING,)]
+    for i in range(c.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        stages += [
+            tuple(f"{layer}.self_attn.{name}_proj.weight" for name in "qkv"),
+            (f"{layer}.self_attn.o_proj.weight",),
+            (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
+            (f"{layer}.mlp.down_proj.weight",),
+        ]
+    stages.append((HEAD,))
+    return QuantTable(
+        stages=tuple(stages),
+        float=("*norm.weight", "*layernorm_2.weight", "model.early_exit_gate.*", "model.cache.kv_scales"),
+        embedding=EMBEDDING,
+        head=HEAD,
+    )
+
+
+def reader(model: Ouro) -> Reader:
+    from rmse_edge.loop.reading import TrajectoryReader
+
+    return TrajectoryReader(model, model.config.dials, model.lm_head)
+
+
+def int8_cache(model: Ouro, blocks: Tensor, progress: Callable[[int], object]) -> Ouro:
+    from rmse_edge.arch.int8_cache import calibrated
+
+    return calibrated(model, model.model, blocks, progress)
+
+
+def tied(c: OuroConfig) -> Mapping[str, str]:
+    return {HEAD: EMBEDDING} if c.tie_word_embeddings else {}
+
+
+def salt(model: Ouro) -> bytes:
+    """Tells int8 caches of different scales apart: one could be read as the other."""
+    return model.model.cache.kv_scales.cpu().numpy().tobytes() if model.config.kv_dtype == "int8" else b""
+
+
+ARCH = Arch(
+    OuroConfig,
+    build,
+    parts,
+    settings=("early_exit_threshold", "exit_", "min_loops"),
+    tied=tied,
+    unread=("*.rotary_emb.inv_freq",),
+    quantization=table,
+    reader=reader,
+    gate_bias="model.early_exit_gate.bias",
+    int8_cache=int8_cache,
+    stated=stated,
+    salt=salt,
+    cache_dtype=lambda model: model.config.kv_dtype,
+    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
+)
