@@ -30,6 +30,7 @@ from rmse_edge.errors import ExportError
 from rmse_edge.export.stored import Stored, decoded, hold
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
+from rmse_edge.layers.dense import FullAttention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
@@ -296,7 +297,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         if isinstance(module, RMSNorm) and not on_ane:
             # On the Neural Engine all is float16; the converter's own form divides by the largest value first.
             model.set_submodule(path, StatisticsNorm(module))
-        elif isinstance(module, Attention):
+        elif isinstance(module, (Attention, FullAttention)):
             module.rotary_operator = False
         elif isinstance(module, SparseExperts):
             names = ("gate_up_proj", "down_proj")

@@ -19,6 +19,7 @@ from rmse_edge.errors import ExportError
 from rmse_edge.export.stored import decoded
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
+from rmse_edge.layers.dense import FullAttention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
@@ -174,7 +175,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):
             model.set_submodule(path, DelegatedNorm(module))
-        elif isinstance(module, Attention):
+        elif isinstance(module, (Attention, FullAttention)):
             module.rotary_operator = False
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:

@@ -20,6 +20,7 @@ import torch
 from onnxscript import opset23 as op
 
 from rmse_edge.export import stored
+from rmse_edge.layers import attention, experts  # noqa: F401  (they define the operators)
 from rmse_edge.layers.masks import MASKED
 
 CONTRIB = "com.microsoft"
@@ -131,6 +132,10 @@ def translations(compact: bool) -> dict[Any, Any]:
         axis = op.Constant(value_ints=[1])  # angles are alike for all heads: (B, 1, C, hd/2) -> (B, C, hd/2)
         return op.RotaryEmbedding(x, op.Squeeze(cos, axis), op.Squeeze(sin, axis))
 
+    def contiguous_stride(x, dim: int):
+        # PyTorch may find a size in a stride: that of a loop's input, which is contiguous, is the sizes behind it.
+        return op.ReduceProd(op.Shape(x, start=dim + 1), keepdims=0)
+
     def stored_weight(codes, scales, zeros, bits: int):
         return own.StoredWeight(codes, scales, zeros, bits=bits)
 
@@ -141,4 +146,10 @@ def translations(compact: bool) -> dict[Any, Any]:
         return product if bias is None else op.Add(product, bias)
 
     experts_of = active_rows if compact else all_rows
-    return {SPARSE_EXPERTS: experts_of, ROTARY: rotary, stored.OPERATOR: stored_weight, LINEAR: linear}
+    return {
+        SPARSE_EXPERTS: experts_of,
+        ROTARY: rotary,
+        stored.OPERATOR: stored_weight,
+        LINEAR: linear,
+        torch.ops.aten.sym_stride.int: contiguous_stride,
+    }

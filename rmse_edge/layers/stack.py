@@ -112,7 +112,9 @@ class Stack(nn.Module):
         """The first of `carried`, for states (B, C, d)."""
         if self.policy != "repeat":
             return {}
-        held = like.new_zeros((like.shape[0], self.heads, like.shape[1], self.head_dim))
+        # Zeros that are computed: a target would store those of a constant shape.
+        zero = (like[..., :1] * 0).unsqueeze(1)  # (B, 1, C, 1)
+        held = zero.repeat(1, self.heads, 1, self.head_dim)
         return {"held_keys": held, "held_values": held}
 
     # ------------------------------------------------------------------------------------------------ computation
