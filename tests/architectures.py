@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from helpers import decided_text, mixed_model, random_tokens
+from ouro_models import decided_ouro, lively_ouro
 from puzzle import ARCH as PUZZLE
 from puzzle import Puzzle, PuzzleConfig
 from torch import nn
@@ -135,6 +136,7 @@ CASES = (
         },
         trains=True,
     ),
+    Case("ouro", lively_ouro, calm=decided_ouro, trains=True),
     Case(
         "tower",
         tower,

@@ -19,8 +19,9 @@ import onnxscript
 import torch
 from onnxscript import opset23 as op
 
+import rmse_edge.layers.attention  # which defines the operator
+import rmse_edge.layers.experts  # noqa: F401
 from rmse_edge.export import stored
-from rmse_edge.layers import attention, experts  # noqa: F401  (they define the operators)
 from rmse_edge.layers.masks import MASKED
 
 CONTRIB = "com.microsoft"

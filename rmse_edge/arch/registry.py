@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
-NO_ARCHITECTURES = {"identity", "published", "quantization", "registry"}  # files of this folder
+NO_ARCHITECTURES = {"identity", "int8_cache", "published", "quantization", "registry"}  # files of this folder
 _REGISTERED: dict[str, Arch] = {}
 
 

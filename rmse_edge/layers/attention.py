@@ -42,6 +42,7 @@ class Attention(KeptKeysValues):
 
     step_cos: Tensor  # (K, step_dims / 2), with step_dims
     step_sin: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -65,7 +66,7 @@ class Attention(KeptKeysValues):
         """
         super().__init__(kv_dtype, max_loops, n_kv_heads)
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
-        self.max_loops, self.gate, self.step_dims = max_loops, gate, step_dims
+        self.gate, self.step_dims = gate, step_dims
         self.rotary_operator = True  # in graphs; a target that has none of its own sets it to False
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=False)
         self.kv_proj = nn.Linear(d_model, 2 * n_kv_heads * head_dim, bias=False)

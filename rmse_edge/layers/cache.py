@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ class KeptKeysValues(nn.Module):
     They are rounded *before use*, so that a token reads the same number now and from the cache later.
     """
 
+    # Is told of keys (0) and values (1) before they are rounded: observer(x, which, k, heads).
+    observer: Callable[[Tensor, int, int, slice | None], None] | None = None
     kv_scales: Tensor  # (2, K, G) of keys and of values, in an int8 cache: a static scale per loop and head
 
     def __init__(self, kv_dtype: str, max_loops: int, heads: int) -> None:
@@ -27,7 +31,7 @@ class KeptKeysValues(nn.Module):
             heads: G, those of all layers together.
         """
         super().__init__()
-        self.kv_dtype = kv_dtype
+        self.kv_dtype, self.max_loops, self.kept_heads = kv_dtype, max_loops, heads
         if kv_dtype == "int8":
             self.register_buffer("kv_scales", torch.ones(2, max_loops, heads))
 
@@ -46,6 +50,9 @@ class KeptKeysValues(nn.Module):
             k: None: x is of all loops, (K * B, G, C, hd), loops outermost.
             heads: those of the cache that x is of; None: all.
         """
+        if self.observer is not None:
+            assert isinstance(k, int)
+            self.observer(x, which, k, heads)
         dtype = getattr(torch, self.kv_dtype)
         if x.dtype == dtype:
             return x

@@ -74,7 +74,8 @@ def attend(query: Tensor, own: Pair, past: Pair | None, masks: Pair) -> Tensor:
     rows = query.reshape(query.shape[0], groups, -1, query.shape[3])  # (B, G, H/G * C, hd)
     sides = (own,) if past is None else (past, own)
     scores = [
-        (torch.matmul(rows, keys.transpose(2, 3)) * query.shape[3] ** -0.5).unflatten(2, (-1, count)) + mask.unsqueeze(2)
+        (torch.matmul(rows, keys.transpose(2, 3)) * query.shape[3] ** -0.5).unflatten(2, (-1, count))
+        + mask.unsqueeze(2)
         for (keys, _), mask in zip(sides, masks if past is not None else masks[1:])
     ]  # (B, G, H/G, C, S) and (B, G, H/G, C, C)
     weights = torch.softmax(torch.cat(scores, -1), -1).flatten(2, 3)

@@ -99,7 +99,8 @@ class Stack(nn.Module):
         """What `filled` gives."""
         dtype = getattr(torch, self.cache.kv_dtype)
         return tuple(
-            TensorSpec(name, (self.max_loops or 1, *self.call(chunk)), dtype, batch_axis=1) for name in ("keys", "values")
+            TensorSpec(name, (self.max_loops or 1, *self.call(chunk)), dtype, batch_axis=1)
+            for name in ("keys", "values")
         )
 
     def carried(self, chunk: int) -> tuple[TensorSpec, ...]:
@@ -154,8 +155,7 @@ class Stack(nn.Module):
             entered = layer.enter(x)
             heads = slice(i * groups, (i + 1) * groups)
             own = [
-                self.cache.rounded(t, which, k, heads)
-                for which, t in enumerate(layer.keys_values(entered, cos, sin))
+                self.cache.rounded(t, which, k, heads) for which, t in enumerate(layer.keys_values(entered, cos, sin))
             ]
             if kept is not None and stopped is not None:
                 own = [torch.where(stopped.unsqueeze(1), new, old[i]) for new, old in zip(own, kept)]

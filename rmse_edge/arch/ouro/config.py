@@ -64,7 +64,9 @@ class OuroConfig(PublishedConfig):
             object.__setattr__(self, "num_key_value_heads", heads)
         if self.head_dim is None:
             self.require(
-                self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads ({heads}), or a head_dim"
+                self.hidden_size % heads == 0,
+                "hidden_size",
+                f"a multiple of num_attention_heads ({heads}), or a head_dim",
             )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
         assert self.num_key_value_heads is not None and self.head_dim is not None
@@ -86,7 +88,9 @@ class OuroConfig(PublishedConfig):
         layers, sliding = values.pop("layer_types", None), values.pop("sliding_window", None)
         if layers is not None:
             if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-                raise ConfigError(f"{where}: layer_types: got {str(layers)[:60]}, expected full_attention for every layer")
+                raise ConfigError(
+                    f"{where}: layer_types: got {str(layers)[:60]}, expected full_attention for every layer"
+                )
             if (count := values.get("num_hidden_layers", cls.num_hidden_layers)) != len(layers):
                 raise ConfigError(f"{where}: layer_types: got {len(layers)} layers, num_hidden_layers says {count}")
         if sliding is not None and values.get("use_sliding_window", True):
@@ -95,7 +99,9 @@ class OuroConfig(PublishedConfig):
         if rope is not None:
             kind = rope.get("rope_type", "default") if isinstance(rope, dict) else None
             if kind != "default" or set(rope) - {"rope_type", "rope_theta"}:
-                raise ConfigError(f"{where}: rope_parameters: got {str(rope)[:60]}, expected rope_type default and a theta")
+                raise ConfigError(
+                    f"{where}: rope_parameters: got {str(rope)[:60]}, expected rope_type default and a theta"
+                )
             stated = values.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
             if stated != rope.get("rope_theta", stated):
                 raise ConfigError(f"{where}: rope_theta: got {stated!r}, rope_parameters says {rope['rope_theta']!r}")

@@ -104,7 +104,7 @@ def reader(model: Ouro) -> Reader:
 def int8_cache(model: Ouro, blocks: Tensor, progress: Callable[[int], object]) -> Ouro:
     from rmse_edge.arch.int8_cache import calibrated
 
-    return calibrated(model, model.model, blocks, progress)
+    return calibrated(model, "model.cache", blocks, progress, shared=model.config.kv_policy == "repeat")
 
 
 def tied(c: OuroConfig) -> Mapping[str, str]:

@@ -81,9 +81,9 @@ def build(config: RMSEConfig) -> RMSE:
 
 
 def reader(model: RMSE) -> Reader:
-    from rmse_edge.loop.reading import TrajectoryReader
+    from . import reading
 
-    return TrajectoryReader(model, model.config.dials, model.head_proj)
+    return reading.reader(model)
 
 
 def int8_cache(model: RMSE, blocks: Tensor, progress: Callable[[int], object]) -> RMSE:
