@@ -104,6 +104,9 @@ class Arch:
     quantization: Callable[[Any], QuantTable] | None = None
     # A model -> what reads whole texts with it, for calibration; None: the calls of hosts do.
     reader: Callable[[Any], Reader] | None = None
+    # Whether rmse-train knows it: its models have a `trajectory` (rmse_edge/loop/reading.py), and it names the exit gate's
+    # bias and the head.
+    trains: bool = False
     # The name of the exit gate's bias, if it has one that decides how soon positions stop: quantising moves it.
     gate_bias: str | None = None
     # A model, texts (n, T) and a function to be told of tokens that are done -> a copy that keeps keys and values in int8,

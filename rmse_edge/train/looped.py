@@ -11,16 +11,15 @@ from rmse_edge.errors import ConfigError
 
 
 def trainable(model_type: str, where: str) -> Any:
-    """The configuration class of an architecture that can be trained: it has an exit gate and a head that it names.
+    """The configuration class of an architecture that can be trained.
 
     Raises:
         ConfigError: there is no such architecture, or it is not trained here.
     """
-    arch = arch_of(model_type, where)
-    if arch.gate_bias is None or arch.quantization is None:
-        names = ", ".join(name for name in model_types() if arch_of(name).gate_bias and arch_of(name).quantization)
-        raise ConfigError(f"{where}: got {model_type!r}, which cannot be trained here; expected gpt or one of {names}")
-    return arch.config
+    known = [name for name in model_types() if arch_of(name).trains]
+    if model_type not in known:
+        raise ConfigError(f"{where}: got {model_type!r}, expected one of {', '.join(('gpt', *known))}")
+    return arch_of(model_type).config
 
 
 def gate_name(model: nn.Module) -> str:

@@ -125,6 +125,7 @@ ARCH = Arch(
     unread=("*.rotary_emb.inv_freq",),
     quantization=table,
     reader=reader,
+    trains=True,
     gate_bias="model.early_exit_gate.bias",
     int8_cache=int8_cache,
     stated=stated,

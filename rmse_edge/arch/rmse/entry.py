@@ -112,6 +112,7 @@ ARCH = Arch(
     additions=("memory.", "retrieval."),
     quantization=table,
     reader=reader,
+    trains=True,
     gate_bias=GATE_BIAS,
     int8_cache=int8_cache,
     stated=stated,
