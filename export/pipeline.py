@@ -24,6 +24,7 @@ from rmse_edge.chat import chat_files
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.files import Digests
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.held import shape_of
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
@@ -115,7 +116,7 @@ def check_formats(model: Any, formats: Mapping[str, Format], target: str) -> Non
     if check is None or not formats:
         return
     use = table_of(model).use
-    inputs = {name: model.get_parameter(name).shape[-1] for name in formats}
+    inputs = {name: shape_of(model, name)[-1] for name in formats}
     # The tensor with the fewest choices speaks first, so that no other one refuses what it says to do.
     for name in sorted(formats, key=lambda name: (inputs[name] & -inputs[name], use(name) != "experts")):
         check(name, formats[name], inputs[name], use(name))

@@ -10,6 +10,7 @@ compare.py    what it cost                              store.py     quantised c
 from .quantizer import Quantized, QuantizeRequest, quantize
 from .scheme import Scheme
 from .store import is_quantized_checkpoint, load_quantized, save_quantized
+from .streamed import can_stream, quantize_folder
 from .tensors import Format, QuantizedTensor
 
 __all__ = [

@@ -74,7 +74,7 @@ def one_thread(model: nn.Module) -> Iterator[bool]:
         Whether that leaves a core idle that PyTorch was to use.
     """
     count = torch.get_num_threads()
-    small = sum(p.numel() for p in model.parameters()) <= SMALL
+    small = sum(t.numel() for t in (*model.parameters(), *model.buffers())) <= SMALL
     try:
         torch.set_num_threads(1 if small else count)
         yield small and count > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -160,12 +161,12 @@ def quantize(
         note(1)
     paths = {name.rpartition(".")[0]: len(tensors[name].codes) for name in tensors if table.use(name) == "experts"}
     experts = sum(paths.values())
-    report: dict[str, Any] = {
-        "quant": request.scheme.quant,
-        "request": dataclasses.asdict(request),
-        "bytes": sum(q.nbytes for q in tensors.values()),
-        "tensors": {name: tensor_report(model.get_parameter(name).detach(), q) for name, q in tensors.items()},
-        "float_tensors": [name for name in work.state_dict() if name not in tensors],
+    report = report_of(
+        request,
+        tensors,
+        {name: tensor_report(model.get_parameter(name).detach(), q) for name, q in tensors.items()},
+        [name for name in work.state_dict() if name not in tensors],
+    ) | {
         "rarely_routed_experts": {"count": rare, "of": experts} if experts and request.method == "gptq" else None,
         "gate": None if moved is None else dataclasses.asdict(moved),
         "calibration_tokens": 0 if calibration is None else calibration.numel(),
@@ -282,6 +283,30 @@ def _quantize_tensor(name: str, weight: Tensor, fmt: Format, found: Hessians | N
     if found is None:
         return round_to_nearest(weight, fmt)
     return gptq(weight, found.of(name), fmt)
+
+
+def report_of(
+    request: QuantizeRequest,
+    tensors: Mapping[str, QuantizedTensor],
+    reports: dict[str, dict[str, Any]],
+    floats: list[str],
+) -> dict[str, Any]:
+    """A report of weights that were rounded and not calibrated.
+
+    Args:
+        reports: `tensor_report` of each.
+        floats: the names of what stayed float.
+    """
+    return {
+        "quant": request.scheme.quant,
+        "request": dataclasses.asdict(request),
+        "bytes": sum(q.nbytes for q in tensors.values()),
+        "tensors": reports,
+        "float_tensors": floats,
+        "rarely_routed_experts": None,
+        "gate": None,
+        "calibration_tokens": 0,
+    }
 
 
 def tensor_report(weight: Tensor, q: QuantizedTensor) -> dict[str, Any]:

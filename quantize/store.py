@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import TEMPLATE_FILE
 from rmse_edge.checkpoint import (
     CONFIG_FILE,
@@ -32,6 +33,7 @@ from rmse_edge.checkpoint import (
 )
 from rmse_edge.errors import CheckpointError, UserError
 from rmse_edge.files import changed_folder, check_changes, digest_file, tidy
+from rmse_edge.layers.held import hold, plain_state
 from rmse_edge.schema import Digest, Name, annotations_of, first_of, read_json, validated
 from rmse_edge.shards import WEIGHTS_FILE, check_finite
 from rmse_edge.vocabulary import GENERATION_FILE, TOKENIZER_FILE
@@ -42,6 +44,7 @@ from .tensors import Format, QuantizedTensor
 FORMAT = "rmse-edge quantized checkpoint"
 FORMAT_VERSION = 1
 AGAIN = "quantise again"
+LEAN = 1 << 30  # bytes of float32 weights
 # From the float checkpoint.
 CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, GENERATION_FILE, "sample.txt")
 
@@ -97,8 +100,8 @@ def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path 
 
 def _tensors(quantized: Quantized) -> dict[str, Tensor]:
     found = {}
-    state = quantized.model.state_dict()
-    for name in stored_keys(quantized.model.config, list(state)):
+    state = plain_state(quantized.model)
+    for name in stored_keys(quantized.model.config, list(dict.fromkeys([*state, *quantized.tensors]))):
         q = quantized.tensors.get(name)
         if q is None:
             short = state[name].detach().to(torch.bfloat16)
@@ -116,9 +119,12 @@ def is_quantized_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / QUANTIZATION_FILE).is_file()
 
 
-def load_quantized(folder: str | Path) -> Quantized:
+def load_quantized(folder: str | Path, lean: bool | None = None) -> Quantized:
     """Read a quantised checkpoint; its model is float32, in evaluation mode, with the weights its integers stand for.
 
+    Args:
+        lean: the model holds its integers and decodes a weight whenever it reads one (`held.hold`), a quarter of the memory.
+            None: where its float weights would take more than `LEAN` bytes.
     Raises:
         CheckpointError: one line that names the file, and the tensor, that is missing, damaged or does not fit.
     """
@@ -133,8 +139,10 @@ def load_quantized(folder: str | Path) -> Quantized:
             f"{weights}: its SHA-256 is not that of {QUANTIZATION_FILE}; the file is damaged, copy it again"
         )
     check_size(config, weights)
-    model = empty_model(config)
+    model = empty_model(config)  # memory that nobody has written to is not taken yet
     state = model.state_dict()
+    if lean is None:
+        lean = sum(4 * state[name].numel() for name in document.tensors if name in state) > LEAN
     tensors = {}
     if (unknown := first_of(document.tensors, state)) is not None:
         raise CheckpointError(
@@ -145,15 +153,17 @@ def load_quantized(folder: str | Path) -> Quantized:
             for name in stored_keys(config, list(state)):
                 if name in document.tensors:
                     tensors[name] = _read_quantized(file, name, document.tensors[name], state[name], weights)
-                    values = tensors[name].dequantize()
-                    check_finite(weights, name, values)
-                    state[name].copy_(values)
+                    if not lean:
+                        state[name].copy_(tensors[name].dequantize())
                 else:
                     tensor = _read(file, name, weights, tuple(state[name].shape))
                     check_finite(weights, name, tensor)
                     state[name].copy_(tensor)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights}: truncated or damaged ({' '.join(str(error).split())})") from None
+    if lean:
+        del state
+        hold(model, tensors, arch_of_model(model).tied(config))
     return Quantized(model.eval(), tensors, document.quant, document.fingerprint, document.report)
 
 
@@ -211,7 +221,7 @@ def _read_quantized(file: Any, name: str, values: dict[str, Any], weight: Tensor
     *outer, inputs = weight.shape
     codes = _read(file, f"{name}.codes", path, (*outer, inputs * fmt.bits // 8), torch.uint8)
     scales = _read(file, f"{name}.scales", path, (*outer, groups)).float()
-    check_finite(path, f"{name}.scales", scales)
+    check_finite(path, name, scales * fmt.largest)  # of the largest weight there may be
     zeros = None if fmt.symmetric else _read(file, f"{name}.zeros", path, (*outer, groups), torch.uint8)
     if zeros is not None and int(zeros.max()) > fmt.largest:
         raise CheckpointError(f"{path}: tensor {name}.zeros has {int(zeros.max())}, beyond {fmt.largest}; {AGAIN}")

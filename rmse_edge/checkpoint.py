@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,17 @@ def empty_model(config: Any) -> Any:
         return arch_of(config.model_type).build(config)
 
 
+def shapes_of(folder: Path) -> Any:
+    """The model of a checkpoint folder without its weights, on PyTorch's meta device: for questions about shapes.
+
+    Raises:
+        CheckpointError: there is no configuration, or it is not one.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        return empty_model(config)
+
+
 def check_size(config: Any, *files: Path) -> None:
     """Fail, before a model is made, where the files of its weights are too small to hold them.
 
@@ -266,9 +277,21 @@ def _config_line(path: Path, error: ConfigError) -> str:
 
 
 def _fill(model: Any, stored: StoredTensors) -> None:
-    """Copy every tensor of a checkpoint into the model, after checking names, shapes and values.
+    """Copy every tensor of a checkpoint into the model, after checking names, shapes and values."""
+    state = model.state_dict()
+    for name, tensor in tensors_of(model, stored, stored_keys(model.config, list(state))):
+        state[name].copy_(tensor)
+
+
+def tensors_of(model: Any, stored: StoredTensors, order: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model that a checkpoint holds, read one by one in float32.
 
     A tensor that is tied may be stored beside the one that it is tied to, with the same values, or in its place.
+
+    Args:
+        order: names of the model's tensors, those that are tied left out; all of `stored_keys`.
+    Raises:
+        CheckpointError: before the first one, if a tensor is missing or is not the model's; then if one does not fit.
     """
     arch, state, present = arch_of_model(model), model.state_dict(), stored.names()
     ties = arch.tied(model.config)
@@ -291,13 +314,12 @@ def _fill(model: Any, stored: StoredTensors) -> None:
             f"{stored.path}: tensor {unexpected[0]} is not part of the model{_others(unexpected)}; "
             "the file is not of this config.json's model"
         )
-    for name in expected:
-        state[name].copy_(_read(stored, forms[name], name, tuple(state[name].shape)))
-    for name, source in tied.items():
-        values = _read(stored, forms[name], name, tuple(state[source].shape))
-        require_tied(
-            stored.file(forms[name].names[0]), forms[name].names[0], source, torch.equal(values, state[source])
-        )
+    for name in order:
+        tensor = _read(stored, forms[name], name, tuple(state[name].shape))
+        for other in (other for other, source in tied.items() if source == name):
+            values = _read(stored, forms[other], other, tuple(tensor.shape))
+            require_tied(stored.file(forms[other].names[0]), forms[other].names[0], name, torch.equal(values, tensor))
+        yield name, tensor
 
 
 def _forms(arch: Arch, config: Any, names: Iterable[str], present: set[str]) -> dict[str, Stored]:

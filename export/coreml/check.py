@@ -27,7 +27,7 @@ from torch import nn
 
 from rmse_edge.errors import ExportError
 from rmse_edge.export.program import ANY_ACTIVE, ExportedMethod
-from rmse_edge.export.stored import OPERATOR
+from rmse_edge.layers.held import OPERATOR
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.runtimes.mil.file import Blob, Function, ModelFile, Operation, operations

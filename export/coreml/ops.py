@@ -2,7 +2,7 @@
 
 Two ways of storing integers, and two operators for them:
 
-- `stored_weight` (export/stored.py), for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which
+- `stored_weight` (rmse_edge/layers/held.py), for matrices that are used whole: a `constexpr_blockwise_shift_scale`, which
   Core ML unpacks as it likes best (at load time, or inside the matrix product).
 - `stored_rows`, for tables of which a call needs a few rows (embeddings, experts): packed bytes, gathered by index and
   unpacked in the graph, so that nothing else is touched. A constexpr that is gathered from may be unpacked whole.
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from rmse_edge.arch.quantization import Use
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
-from rmse_edge.export.stored import Stored, decoded, hold
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.dense import FullAttention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
+from rmse_edge.layers.held import Stored, decoded, hold, holds
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.parallel import shared_copy
@@ -309,5 +309,6 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         owner = name.rpartition(".")[0]
         if not isinstance(model.get_submodule(owner), nn.Linear):
             model.set_submodule(owner, StoredRows(left.pop(name)))
-    hold(model, left, tied)
+    if not holds(model):
+        hold(model, left, tied)
     return model

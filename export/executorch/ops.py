@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.quantization import Use
 from rmse_edge.errors import ExportError
-from rmse_edge.export.stored import decoded
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.dense import FullAttention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
+from rmse_edge.layers.held import decoded, release
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.parallel import shared_copy
@@ -171,6 +171,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         ExportError: a weight has a format that these do not read; names it.
     """
     model = shared_copy(model)
+    release(model)
     left = dict(options.tensors)
     for path, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from rmse_edge.errors import ExportError, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
-from rmse_edge.export.stored import weights_of_codes
 from rmse_edge.export.targets import LowerOptions, target
+from rmse_edge.layers.held import weights_of_codes
 from rmse_edge.quantize.parallel import aside
 
 from .ops import translations

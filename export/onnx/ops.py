@@ -21,7 +21,7 @@ from onnxscript import opset23 as op
 
 import rmse_edge.layers.attention  # which defines the operator
 import rmse_edge.layers.experts  # noqa: F401
-from rmse_edge.export import stored
+from rmse_edge.layers import held
 from rmse_edge.layers.masks import MASKED
 
 CONTRIB = "com.microsoft"
@@ -150,7 +150,7 @@ def translations(compact: bool) -> dict[Any, Any]:
     return {
         SPARSE_EXPERTS: experts_of,
         ROTARY: rotary,
-        stored.OPERATOR: stored_weight,
+        held.OPERATOR: stored_weight,
         LINEAR: linear,
         torch.ops.aten.sym_stride.int: contiguous_stride,
     }

@@ -2,7 +2,7 @@
 
     MatMul, Gemm  -> MatMulNBits            Gather -> GatherBlockQuantized            MoE -> QMoE
 
-The program is traced with `rmse_edge::stored_weight` (export/stored.py). Scales are bfloat16 numbers stored as float32: the
+The program is traced with `rmse_edge::stored_weight` (rmse_edge/layers/held.py). Scales are bfloat16 numbers stored as float32: the
 operators keep them beside what they pack, and so these stay pages of the file instead of becoming memory. Per-channel scales
 are stored once per channel, and `Expand` gives every block its own.
 """
@@ -18,8 +18,8 @@ from torch import nn
 from rmse_edge.arch.quantization import Use
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
-from rmse_edge.export.stored import with_stored
 from rmse_edge.export.targets import LowerOptions
+from rmse_edge.layers.held import with_stored
 from rmse_edge.quantize import Format, QuantizedTensor
 
 from .ops import CONTRIB, STORED_WEIGHT, TRANSPOSED

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.held import count
 from rmse_edge.vocabulary import Vocabulary
 
-from .registry import arch_of_model
+from .registry import arch_of, arch_of_model
 
 
 def model_info(
@@ -46,7 +49,7 @@ def model_info(
         name=name,
         target=target,
         model_type=model.config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count(model),
         nbytes=nbytes,
         quant=quant,
         fingerprint=found,
@@ -70,10 +73,15 @@ def fingerprint(model: Any) -> str:
 
     The dials do not count: they may be set anew for every call.
     """
-    settings = arch_of_model(model).settings
-    architecture = {k: v for k, v in model.config.to_dict().items() if not k.startswith(settings or ("\0",))}
+    return fingerprint_of(model.config, sorted(model.state_dict().items()))
+
+
+def fingerprint_of(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`fingerprint` of all tensors of a model, in alphabetical order, which need not be there at the same time."""
+    settings = arch_of(config.model_type).settings
+    architecture = {k: v for k, v in config.to_dict().items() if not k.startswith(settings or ("\0",))}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

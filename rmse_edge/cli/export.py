@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if args.model and args.config:
         raise UserError("--model and --config: give one of them")
-    from rmse_edge.checkpoint import load_checkpoint
+    from rmse_edge.checkpoint import load_checkpoint, shapes_of
     from rmse_edge.export import ExportRequest, describe, export_package
     from rmse_edge.export.pipeline import check_formats
     from rmse_edge.export.targets import get_target
     from rmse_edge.package import check_destination
-    from rmse_edge.quantize import Scheme, is_quantized_checkpoint, load_quantized, quantize
+    from rmse_edge.quantize import Scheme, can_stream, is_quantized_checkpoint, load_quantized, quantize
     from rmse_edge.quantize.quantizer import cached_in
 
     if args.threads:
@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             config.absolute().parent.name or "random",
         )
     else:
-        model = stored.model if stored else load_checkpoint(folder)
+        streams = how is not None and can_stream(how, args.calibrate)
+        # What is rounded tensor by tensor is never loaded as floats; its shapes are known without.
+        model = stored.model if stored else shapes_of(folder) if streams else load_checkpoint(folder)
         checkpoint, name = folder, folder.absolute().name
     if how:  # int8 fits where any integers do; where it does not, no hint may lead there
         check_formats(model, Scheme("int8").formats(model), request.target)

@@ -104,13 +104,21 @@ def request_of(args: argparse.Namespace, quant: str) -> QuantizeRequest:
 def quantized(
     args: argparse.Namespace, model: Any, folder: Path, request: QuantizeRequest, progress: Report
 ) -> Quantized:
-    """Quantise the model of the checkpoint in `folder`."""
+    """Quantise the checkpoint in `folder`.
+
+    Args:
+        model: its model; None: it is loaded if it is needed.
+    """
     import numpy as np
 
     from rmse_edge.arch.identity import fingerprint
-    from rmse_edge.quantize import quantize
+    from rmse_edge.checkpoint import load_checkpoint
+    from rmse_edge.quantize import can_stream, quantize, quantize_folder
     from rmse_edge.text import Tokenizer, read_text
 
+    if can_stream(request, args.calibrate):
+        return quantize_folder(folder, request, progress)
+    model = load_checkpoint(folder) if model is None else model
     ids = None
     if args.calibrate:
         progress("reading the text", 0)
@@ -122,7 +130,6 @@ def quantized(
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
     request = request_of(args, args.quant)
-    from rmse_edge.checkpoint import load_checkpoint
     from rmse_edge.quantize import save_quantized
     from rmse_edge.quantize.store import check_destination
 
@@ -137,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with total_bar() as part:
-        result = quantized(args, load_checkpoint(args.model), args.model, request, part(1.0))
+        result = quantized(args, None, args.model, request, part(1.0))
     save_quantized(result, output, args.model)
     print(json.dumps(result.report) if args.report == "json" else as_markdown(result.report, output))
     return None

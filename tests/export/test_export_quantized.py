@@ -35,8 +35,8 @@ from rmse_edge.export import ExportRequest, OnnxOptions, export_package
 from rmse_edge.export import targets as registry
 from rmse_edge.export.gate.methods import example_feeds
 from rmse_edge.export.program import ExportedMethod, Method
-from rmse_edge.export.stored import weights_of_codes
 from rmse_edge.export.targets import LowerOptions, get_target, target
+from rmse_edge.layers.held import weights_of_codes
 from rmse_edge.package import Package
 from rmse_edge.quantize import Format, Quantized, QuantizedTensor, QuantizeRequest, Scheme, quantize, save_quantized
 from rmse_edge.quantize.tensors import round_to_nearest

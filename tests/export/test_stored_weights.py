@@ -7,7 +7,7 @@ import torch
 from helpers import mixed_model
 from torch import Tensor, nn
 
-from rmse_edge.export.stored import OPERATOR, Stored, with_stored
+from rmse_edge.layers.held import OPERATOR, Stored, with_stored
 from rmse_edge.quantize import Format, QuantizedTensor, QuantizeRequest, Scheme, quantize
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials

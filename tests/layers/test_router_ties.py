@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.stored import weights_of_codes, with_stored
 from rmse_edge.layers.experts import SparseExperts, best, best_partitioned, best_portable, gathered_experts, select
+from rmse_edge.layers.held import weights_of_codes, with_stored
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime

@@ -1,7 +1,8 @@
-"""Quantised weights in programs: an operator that says "this weight is stored as these integers".
+"""Weights that are held as their integers: an operator that says "this weight is stored as these".
 
-Before a quantised model is traced, every weight with integers becomes that operator (`with_stored`): in every method, and
-in whatever way the model reads it, the graph then has
+A model of which the float weights would take too much memory is loaded this way (`hold`), and decodes a weight whenever it
+is read. And before a quantised model is traced, every weight with integers becomes that operator (`with_stored`): in every
+method, and in whatever way the model reads it, the graph then has
 
     w = rmse_edge::stored_weight(codes, scales, zeros, bits)
 
@@ -12,13 +13,12 @@ constant of MIL. Where a target stores a weight in a form of its own (rows and e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from rmse_edge.quantize import QuantizedTensor
-from rmse_edge.quantize.parallel import shared_copy
 
 
 @torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
@@ -48,10 +48,11 @@ class Stored(nn.Module):
     scales: Tensor
     zeros: Tensor | None
 
-    def __init__(self, name: str, q: QuantizedTensor) -> None:
+    def __init__(self, name: str, q: Any) -> None:
         """
         Args:
             name: of the weight, in the checkpoint.
+            q: a `QuantizedTensor` (quantize/tensors.py).
         """
         super().__init__()
         self.name, self.bits = name, q.format.bits
@@ -62,19 +63,25 @@ class Stored(nn.Module):
         return stored_weight(self.codes, self.scales, self.zeros, self.bits)
 
 
-def with_stored(model: nn.Module, tensors: Mapping[str, QuantizedTensor], tied: Mapping[str, str]) -> nn.Module:
+def with_stored(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) -> nn.Module:
     """A copy of `model` in which quantised weights are their integers; it shares all else.
 
     Args:
         tensors: by name of the weight.
         tied: weights that are another one, by name; those that are the same tensor need not be named.
     """
-    model = shared_copy(model)
-    hold(model, tensors, tied)
+    model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    if not holds(model):
+        hold(model, tensors, tied)
     return model
 
 
-def hold(model: nn.Module, tensors: Mapping[str, QuantizedTensor], tied: Mapping[str, str]) -> None:
+def holds(model: nn.Module) -> bool:
+    """Whether weights of the model are held as integers."""
+    return any(isinstance(module, Stored) for module in model.modules())
+
+
+def hold(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) -> None:
     """`with_stored` in place. Attributes that hold these weights keep their names: reading one calls a `Stored`."""
     stored = {id(model.get_parameter(name)): Stored(name, q) for name, q in tensors.items()}
     stored |= {id(model.get_parameter(name)): stored[id(model.get_parameter(of))]
@@ -88,6 +95,40 @@ def hold(model: nn.Module, tensors: Mapping[str, QuantizedTensor], tied: Mapping
             module.add_module(f"stored_{attribute}", integers)
         kind = type(module)
         module.__class__ = type(kind.__name__, (kind,), {attribute: _read(attribute) for attribute in held})
+
+
+def release(model: nn.Module) -> None:
+    """Undo `hold`, for who puts other modules or tensors in place of the weights: those that were held are gone."""
+    for module in list(model.modules()):
+        names = [name for name, part in module._modules.items() if isinstance(part, Stored)]
+        if not names:
+            continue
+        module.__class__ = type(module).__mro__[1]
+        for name in names:
+            del module._modules[name]
+            module.register_parameter(name.removeprefix("stored_"), None)
+
+
+def shape_of(model: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a weight, held as integers or not."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    stored = owner._modules.get(f"stored_{attribute}")
+    return tuple(stored.codes.shape if isinstance(stored, Stored) else owner.get_parameter(attribute).shape)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what is held as integers."""
+    held = tuple(
+        f"{path}." for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Stored)
+    )
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(held or ("\0",))}
+
+
+def count(model: nn.Module) -> int:
+    """Weights of a model, those that are held as integers among them."""
+    stored = {id(module): module.codes.numel() for module in model.modules() if isinstance(module, Stored)}
+    return sum(p.numel() for p in model.parameters()) + sum(stored.values())
 
 
 def _read(attribute: str) -> property:

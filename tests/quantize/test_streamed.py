@@ -1,0 +1,146 @@
+"""Rounding a checkpoint tensor by tensor gives what rounding the loaded model gives, with a fraction of the memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import CASES, Case
+from helpers import random_tokens
+from ouro_models import lively_ouro
+from safetensors.torch import load_file, save_file
+
+from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.cli.export import main as rmse_export
+from rmse_edge.cli.quantize import main as rmse_quantize
+from rmse_edge.errors import ArgumentError, CheckpointError
+from rmse_edge.layers.held import Stored, holds
+from rmse_edge.loop.dials import Dials
+from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, quantize_folder, save_quantized
+from rmse_edge.runtimes.engines.torch import TorchRuntime
+
+every = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.quants != ("fp32",) or c.name == "rmse"], ids=lambda c: c.name
+)
+
+
+@every
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_the_same_integers_as_of_the_loaded_model(case: Case, quant: str, tmp_path: Path) -> None:
+    folder = case.checkpoint(tmp_path / "float")
+    request = QuantizeRequest(Scheme(quant), method="rtn")
+    loaded = load_checkpoint(folder)
+    whole = quantize(loaded, request, None, fingerprint(loaded))
+    found = quantize_folder(folder, request)
+    assert holds(found.model)
+    assert (found.fingerprint, found.report) == (whole.fingerprint, whole.report)
+    assert list(found.tensors) == list(whole.tensors)
+    for name, q in whole.tensors.items():
+        assert torch.equal(found.tensors[name].codes, q.codes)
+        assert torch.equal(found.tensors[name].scales, q.scales)
+    for which, result in (("whole", whole), ("found", found)):
+        save_quantized(result, tmp_path / which, folder)
+    for file in ("model.safetensors", "quantization.json", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "found" / file).read_bytes()
+
+
+def test_a_tied_head_counts_under_both_names(tmp_path: Path) -> None:
+    model = lively_ouro(tie_word_embeddings=True)
+    save_checkpoint(model, tmp_path / "float", dtype=torch.float32)
+    found = quantize_folder(tmp_path / "float", QuantizeRequest(Scheme("int8"), method="rtn"))
+    assert found.fingerprint == fingerprint(load_checkpoint(tmp_path / "float"))
+    assert found.model.lm_head._modules["stored_weight"] is found.model.model.embed_tokens._modules["stored_weight"]
+
+
+@pytest.mark.parametrize("name", ["rmse", "ouro", "tower"])
+def test_a_lean_model_says_what_the_float_one_says(name: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == name)
+    folder = case.stored(tmp_path / "q", "int4") if name != "rmse" else case.checkpoint(tmp_path / "float")
+    if name == "rmse":
+        save_quantized(quantize_folder(folder, QuantizeRequest(Scheme("int4"), method="rtn")), tmp_path / "q")
+        folder = tmp_path / "q"
+    text = random_tokens(20)
+    said = {}
+    for lean in (True, False):
+        model = load_quantized(folder, lean=lean).model
+        assert holds(model) == lean
+        assert any(isinstance(module, Stored) for module in model.modules()) == lean
+        runtime = TorchRuntime(model, "q")
+        fed = runtime.feed(text, Dials(runtime.info.max_loops))
+        said[lean] = (fed.logits, fed.depth, model_info(model, "q", 0).parameters)
+    assert (said[True][0] == said[False][0]).all()
+    assert (said[True][1] == said[False][1]).all()
+    assert said[True][2] == said[False][2]
+
+
+def test_a_model_that_is_calibrated_is_not_streamed(tmp_path: Path) -> None:
+    folder = CASES[1].checkpoint(tmp_path / "float")
+    with pytest.raises(ArgumentError, match=r"method: got 'gptq'|method"):
+        quantize_folder(folder, QuantizeRequest(Scheme("int8")))
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    save_checkpoint(lively_ouro(), tmp_path / "float", dtype=torch.float32)
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        quantize_folder(tmp_path / "float", QuantizeRequest(Scheme("int8"), method="rtn"))
+    assert (
+        rmse_quantize(["-m", str(tmp_path / "float"), "--quant", "int8", "--method", "rtn", "-o", str(tmp_path / "q")])
+        == 2
+    )
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("onnx", "executorch", "coreml")]
+)
+def test_a_package_of_a_lean_model_is_that_of_the_float_one(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in CASES if case.name == "ouro")
+    folder = case.stored(tmp_path / "q", "int4")
+    for limit in (0, 1 << 40):
+        monkeypatch.setattr("rmse_edge.quantize.store.LEAN", limit)
+        flags = ["-m", str(folder), "--target", target, "-o", str(tmp_path / f"{limit}.rmse"), "--max-seq-len", "64"]
+        assert rmse_export(flags) == 0
+    lean, whole = (
+        {
+            str(path.relative_to(tmp_path / f"{limit}.rmse")): path.read_bytes()
+            for path in sorted((tmp_path / f"{limit}.rmse").rglob("*"))
+            if path.is_file() and path.suffix != ".json" and path.name != "SHA256SUMS"
+        }
+        for limit in (0, 1 << 40)
+    )
+    assert lean.keys() == whole.keys()
+    assert all(lean[name] == whole[name] for name in whole)
+
+
+MEASURE = """
+import json, resource, sys
+from rmse_edge.quantize import QuantizeRequest, Scheme, quantize_folder
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize_folder(sys.argv[1], QuantizeRequest(Scheme("int4"), method="rtn"))
+print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+"""
+
+
+def test_rounding_takes_less_memory_than_the_float_model(tmp_path: Path) -> None:
+    """A model of 170 MB as float32: its integers take 42, and one of its weights as floats a few."""
+    model = lively_ouro(hidden_size=512, intermediate_size=1536, num_hidden_layers=14, num_attention_heads=8)
+    nbytes = sum(4 * p.numel() for p in model.parameters())
+    assert nbytes > 160_000_000
+    save_checkpoint(model, tmp_path / "float", dtype=torch.bfloat16)
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "float")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) < 0.75 * nbytes
