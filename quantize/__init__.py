@@ -19,8 +19,10 @@ __all__ = [
     "Quantized",
     "QuantizedTensor",
     "Scheme",
+    "can_stream",
     "is_quantized_checkpoint",
     "load_quantized",
     "quantize",
+    "quantize_folder",
     "save_quantized",
 ]

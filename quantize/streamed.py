@@ -74,6 +74,6 @@ def quantize_folder(folder: str | Path, request: QuantizeRequest, progress: Repo
         found = fingerprint_of(config, each(stored))
     ordered = {name: tensors[name] for stage in table_of(model).in_order(formats) for name in stage}
     report = report_of(request, ordered, {n: reports[n] for n in ordered}, [n for n in state if n not in formats])
-    del state
+    state.clear()  # what it named is about to be replaced
     hold(model, ordered, tied)
     return Quantized(model.eval(), ordered, request.scheme.quant, found, report)
