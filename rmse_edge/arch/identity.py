@@ -83,5 +83,5 @@ def fingerprint_of(config: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, tensor in tensors:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

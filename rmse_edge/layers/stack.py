@@ -64,7 +64,7 @@ class Stack(nn.Module):
             policy: of a stack that is looped.
         """
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)  # of `Layer`s
         self.n_kv_heads, self.head_dim, self.max_loops, self.policy = n_kv_heads, head_dim, max_loops, policy
         self.cache = KeptKeysValues(kv_dtype, max_loops or 1, self.heads)
 
@@ -83,7 +83,7 @@ class Stack(nn.Module):
         """Two appended tensors, past_PREFIXkeys and past_PREFIXvalues, filled from PREFIXkeys and PREFIXvalues."""
         slots = (1, self.heads, capacity, self.head_dim)
         looped = self.max_loops is not None
-        shape = (self.max_loops, *slots) if looped else slots
+        shape = slots if self.max_loops is None else (self.max_loops, *slots)
         axis = 1 if looped else 0
         dtype = getattr(torch, self.cache.kv_dtype)
         names = (f"{prefix}keys", f"{prefix}values")
