@@ -52,7 +52,7 @@ class OuroConfig(PublishedConfig):
     # What published files do not have.
     min_loops: Loops = 1
     exit_epsilon: OffOr = 0.0  # a position stops when |h' - h| < this * |h'|; 0 disables
-    kv_policy: Literal["propagate", "repeat", "all"] = "repeat"  # rmse_edge/layers/stack.py
+    kv_policy: Literal["propagate", "repeat", "all"] = "propagate"  # rmse_edge/layers/stack.py
     kv_dtype: KvDtype = "float32"
     block_size: Positions | None = None  # positions of one training sequence, of models that were trained here
     dropout: Share = 0.0
