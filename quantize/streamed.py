@@ -70,8 +70,8 @@ def quantize_folder(folder: str | Path, request: QuantizeRequest, progress: Repo
             note(1)
             yield name, weight
 
-    with StoredTensors(folder) as stored:
-        found = fingerprint_of(config, each(stored))
+    stored = StoredTensors(folder)
+    found = fingerprint_of(config, each(stored))
     ordered = {name: tensors[name] for stage in table_of(model).in_order(formats) for name in stage}
     report = report_of(request, ordered, {n: reports[n] for n in ordered}, [n for n in state if n not in formats])
     state.clear()  # what it named is about to be replaced

@@ -158,10 +158,10 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> A
             f"{folder}: a quantised checkpoint; give the float one it was made from (rmse-run, rmse-eval, rmse-bench and "
             "rmse-export read this one)"
         )
-    with StoredTensors(folder) as stored:
-        check_size(config, *weight_files(folder))
-        model = empty_model(config)
-        _fill(model, stored)
+    stored = StoredTensors(folder)
+    check_size(config, *weight_files(folder))
+    model = empty_model(config)
+    _fill(model, stored)
     return model.to(device).eval()
 
 

@@ -7,10 +7,8 @@ model.safetensors.index.json  {"weight_map": {tensor: file of this folder}}, wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,60 +66,49 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint folder, to be read one at a time. Use it in a `with` statement.
+    """The tensors of a checkpoint folder, to be read one at a time.
 
     Attributes:
         path: model.safetensors or the index: what a message about all tensors names.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open all files and compare them with their index.
+        """Look into all files and compare them with their index.
 
         Raises:
             CheckpointError: one line that names the file, and the tensor, that is missing, damaged, or there twice.
         """
         self.path = folder / (INDEX_FILE if is_sharded(folder) else WEIGHTS_FILE)
-        self._files: dict[str, tuple[Path, Any]] = {}  # by tensor
-        with ExitStack() as stack:
-            for path in weight_files(folder):
-                with _damage_of(path):
-                    file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                    names = list(file.keys())
-                for name in names:
-                    if name in self._files:
-                        first = self._files[name][0].name
-                        raise CheckpointError(f"{path}: tensor {name} is in {first}, too; keep one of them")
-                    self._files[name] = path, file
-            if is_sharded(folder):
-                self._compare(read_index(self.path))
-            self._open = stack.pop_all()
+        self._files: dict[str, Path] = {}  # by tensor
+        for path in weight_files(folder):
+            with _damage_of(path), safe_open(path, framework="pt", device="cpu") as file:
+                names = list(file.keys())
+            for name in names:
+                if name in self._files:
+                    first = self._files[name].name
+                    raise CheckpointError(f"{path}: tensor {name} is in {first}, too; keep one of them")
+                self._files[name] = path
+        if is_sharded(folder):
+            self._compare(read_index(self.path))
 
     def _compare(self, index: dict[str, str]) -> None:
         for name, file in index.items():
-            if name not in self._files or self._files[name][0].name != file:
+            if name not in self._files or self._files[name].name != file:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} is not in {file}; the files do not belong together, copy all of them"
                 )
-        for name, (path, _) in self._files.items():
+        for name, path in self._files.items():
             if name not in index:
                 raise CheckpointError(
                     f"{path}: tensor {name} is not in {INDEX_FILE}; the files do not belong together, copy all of them"
                 )
-
-    def __enter__(self) -> StoredTensors:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._open.close()
 
     def names(self) -> set[str]:
         return set(self._files)
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._files[name][0]
+        return self._files[name]
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor in float32: exact for bfloat16 and float16, rounded from float64.
@@ -132,8 +119,9 @@ class StoredTensors:
         Raises:
             CheckpointError: it has another shape, another kind of type, or is not finite in float32.
         """
-        path, file = self._files[name]
-        with _damage_of(path):
+        path = self._files[name]
+        # A file is mapped for one tensor: what is read of a large one would stay in memory as long as its mapping.
+        with _damage_of(path), safe_open(path, framework="pt", device="cpu") as file:
             found = tuple(file.get_slice(name).get_shape())
             if shape is not None and found != shape:
                 raise CheckpointError(

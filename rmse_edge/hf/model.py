@@ -144,8 +144,7 @@ class RMSEForCausalLM(PreTrainedModel, GenerationMixin):
             raise CheckpointError(f"{folder}: a quantised checkpoint; give the float one it was made from")
         shards = folder / (kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and kwargs.get("variant") is None and is_sharded(shards):
-            with StoredTensors(shards):  # which checks the index
-                pass
+            StoredTensors(shards)  # which checks the index
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         where = str(pretrained_model_name_or_path or "state_dict")

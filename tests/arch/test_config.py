@@ -190,7 +190,7 @@ def test_the_shipped_recipe_reads_and_spells_out() -> None:
         ("depths=[]", "changes: depths: got [], expected loops in 1..max_loops (12)"),
         ("accumulate=3", "changes: accumulate: got 3, expected a divisor of batch_size 8"),
         ("precision=fp8", "changes: precision: got 'fp8', expected one of auto, bf16, fp32"),
-        ("architecture=rnn", "changes: architecture: got 'rnn', expected one of rmse, gpt"),
+        ("architecture=rnn", "changes: architecture: got 'rnn', expected one of gpt, ouro, rmse"),
         ("speed=9", "changes: unknown key 'speed'; known keys are "),
         ("model.d_modle=64", "changes: model: unknown key 'd_modle'; known keys are "),
         ("model.window=8", "changes: model: window: got 8, expected at least 64"),
