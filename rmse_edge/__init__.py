@@ -1,7 +1,7 @@
 """rmse-edge: looped language models that stop early for real, from PyTorch to phones.
 
 Importing this package is cheap: names are loaded when they are first used, and torch and transformers only with them.
-It also makes `AutoModelForCausalLM.from_pretrained` know RMS-E checkpoints (see rmse_edge/hf/auto.py).
+It also makes `AutoModelForCausalLM.from_pretrained` know checkpoints of every architecture (see rmse_edge/hf/auto.py).
 """
 
 from __future__ import annotations

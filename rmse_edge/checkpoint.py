@@ -7,7 +7,7 @@
     tokenizer.json          where one is given
     tokenizer_config.json   what AutoTokenizer needs to read it
 
-`rmse_edge.hf.model` reads and writes those of RMS-E, the same files under the same names.
+`rmse_edge.hf` reads and writes the same files under the same names.
 """
 
 from __future__ import annotations
@@ -152,7 +152,16 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> A
             floating point, or not finite, or the architecture that is not known.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    return load_weights(folder, read_config(folder)).to(device)
+
+
+def load_weights(folder: Path, config: Any) -> Any:
+    """The model that `config` describes, in evaluation mode, with the weights of a checkpoint folder: `load_checkpoint`, for
+    a configuration that was read already and may have other settings than the folder's.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
     if (folder / QUANTIZATION_FILE).is_file():
         raise CheckpointError(
             f"{folder}: a quantised checkpoint; give the float one it was made from (rmse-run, rmse-eval, rmse-bench and "
@@ -162,7 +171,7 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> A
     check_size(config, *weight_files(folder))
     model = empty_model(config)
     _fill(model, stored)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def start_from(model: Any, folder: str | Path) -> list[str]:

@@ -124,6 +124,7 @@ class Arch:
 def register(model_type: str, arch: Arch) -> None:
     """Make an architecture known to this process, in place of one of the same name."""
     _REGISTERED[model_type] = arch
+    import_module("rmse_edge.hf.auto").registered(model_type)  # which does nothing unless transformers is loaded
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""RMS-E checkpoints in transformers: `AutoModelForCausalLM.from_pretrained` and `generate`.
+"""Checkpoints of texts in transformers: `AutoModelForCausalLM.from_pretrained` and `generate`, for every architecture.
 
 Names are loaded when they are first used: `import rmse_edge` passes through here and must not load transformers.
 """
@@ -11,11 +11,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import RMSECache
     from .config import RMSEPretrainedConfig
+    from .looped_cache import LoopedCache
+    from .looped_config import LoopedPretrainedConfig
+    from .looped_model import LoopedForCausalLM
     from .model import RMSEForCausalLM
 
-__all__ = ["RMSECache", "RMSEForCausalLM", "RMSEPretrainedConfig"]
+__all__ = [
+    "LoopedCache",
+    "LoopedForCausalLM",
+    "LoopedPretrainedConfig",
+    "RMSECache",
+    "RMSEForCausalLM",
+    "RMSEPretrainedConfig",
+]
 
-_HOME = {"RMSECache": "cache", "RMSEForCausalLM": "model", "RMSEPretrainedConfig": "config"}
+_HOME = {
+    "LoopedCache": "looped_cache",
+    "LoopedForCausalLM": "looped_model",
+    "LoopedPretrainedConfig": "looped_config",
+    "RMSECache": "cache",
+    "RMSEForCausalLM": "model",
+    "RMSEPretrainedConfig": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Registers RMS-E with transformers' Auto classes, without importing transformers.
+"""Registers every architecture of texts with transformers' Auto classes, without importing transformers.
 
 `import rmse_edge` must stay cheap: a machine that runs a package has NumPy and one engine. So nothing is imported here.
 Whatever Auto module is loaded already gets its entry at once; for the others a finder waits at the head of
@@ -9,39 +9,79 @@ works, and without transformers nothing happens.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 
 
-def register_config() -> None:
-    """Map model_type "rmse" to `RMSEPretrainedConfig`."""
-    from rmse_edge.arch.rmse.config import MODEL_TYPE
+class Own(NamedTuple):
+    """Classes that an architecture has for itself: module of this package, name."""
 
-    from .config import RMSEPretrainedConfig
-
-    sys.modules[CONFIGS].AutoConfig.register(MODEL_TYPE, RMSEPretrainedConfig, exist_ok=True)
+    config: tuple[str, str]
+    model: tuple[str, str]
 
 
-def register_model() -> None:
-    """Map `RMSEPretrainedConfig` to `RMSEForCausalLM`, which that class's module does at its end.
+OWN = {"rmse": Own((".config", "RMSEPretrainedConfig"), (".model", "RMSEForCausalLM"))}
+
+
+def text_types() -> list[str]:
+    """The names of all architectures of texts: those whose configuration has a `vocab_size`."""
+    from dataclasses import fields, is_dataclass
+
+    from rmse_edge.arch.registry import arch_of, model_types
+
+    found = []
+    for name in model_types():
+        try:
+            config = arch_of(name).config
+        except Exception as error:  # of another package, whatever its import raises: transformers must not suffer
+            warnings.warn(f"architecture {name}: cannot be loaded ({error})", stacklevel=2)
+            continue
+        if is_dataclass(config) and any(f.name == "vocab_size" for f in fields(config)):
+            found.append(name)
+    return found
+
+
+def register_configs() -> None:
+    """Map every model_type to its configuration class."""
+    for name in text_types():
+        _register_config(name)
+
+
+def _register_config(model_type: str) -> None:
+    from .looped_config import config_class
+
+    sys.modules[CONFIGS].AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
+
+
+def register_models() -> None:
+    """Map every configuration class to its model class, which the module of these does at its end.
 
     That module may be what has transformers load its model list: then it is not at its end yet, and is left to get there.
     """
     if find_spec("torch") is not None:  # transformers can be used for its tokenizers alone
-        import_module(__package__ + ".model")
+        import_module(__package__ + ".looped_model")
 
 
-PENDING: dict[str, Callable[[], None]] = {CONFIGS: register_config, MODELS: register_model}
+PENDING: dict[str, Callable[[], None]] = {CONFIGS: register_configs, MODELS: register_models}
+
+
+def registered(model_type: str) -> None:
+    """Let the Auto modules that are loaded know an architecture that was registered after them."""
+    if CONFIGS not in PENDING and model_type in text_types():
+        _register_config(model_type)
+        if MODELS not in PENDING and find_spec("torch") is not None:
+            import_module(__package__ + ".looped_model").register(model_type)
 
 
 class AutoModuleFinder:
-    """Finds the modules of `PENDING` like everyone else does, and has their loader register RMS-E afterwards."""
+    """Finds the modules of `PENDING` like everyone else does, and has their loader register afterwards."""
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:

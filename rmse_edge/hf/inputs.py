@@ -1,46 +1,77 @@
-"""What a caller of `RMSEForCausalLM` gives, checked before anything is computed and brought into the model's form."""
+"""What a caller of a `LoopedForCausalLM` gives, checked before anything is computed and brought into the model's form."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ArgumentError
-from rmse_edge.loop.contract import Tensors
+from rmse_edge.loop.contract import LoopSpec, Tensors
 from rmse_edge.loop.dials import DIALS, Dials
+from rmse_edge.loop.generator import MASK, starts
 
 # Arguments of other models -> what to do here instead.
 INSTEAD = {
     "inputs_embeds": "; give input_ids",
     "position_ids": "; positions follow from attention_mask and the cache",
     "output_attentions": "",
-    "output_hidden_states": "; rmse_edge.RMSE.trajectory returns the states of every loop",
+    "output_hidden_states": "; the model's `trajectory` returns the states of every loop",
 }
+RULES = {"exit_entropy": "entropy rule (exit_rules in its config.json)", "exit_epsilon": "rule of the state's change"}
 
 
-def refuse_arguments(given: dict[str, Any]) -> None:
-    """Raise an `ArgumentError` for the first argument that asks for something; None and False ask for nothing."""
+def refuse_arguments(model: str, given: dict[str, Any]) -> None:
+    """Raise an `ArgumentError` for the first argument that asks for something; None and False ask for nothing.
+
+    Args:
+        model: what it is called.
+    """
     for name, value in given.items():
         if value is not None and value is not False:
-            raise ArgumentError(name, "RMS-E does not take it" + INSTEAD.get(name, ""))
+            raise ArgumentError(name, f"{model} does not take it" + INSTEAD.get(name, ""))
 
 
-def resolve_dials(config: RMSEConfig, given: dict[str, Any], device: torch.device) -> Tensors:
-    """The dials of one call as 0-d tensors: those given (not None), else the configuration's.
+def resolve_dials(spec: LoopSpec, own: Dials, given: dict[str, Any], device: torch.device) -> Tensors:
+    """The dials of one call as 0-d tensors: those given (not None), else the model's `own`.
 
     Raises:
         ArgumentError: a dial out of range, or one that this model does not have.
     """
-    names = [name for name in DIALS if name != "exit_entropy" or "entropy" in config.exit_rules]
-    if given.get("exit_entropy") is not None and "exit_entropy" not in names:
-        raise ArgumentError("exit_entropy", "this model has no entropy rule (exit_rules in its config.json)")
-    own = Dials(*(getattr(config, name) for name in DIALS))
-    dials = own.changed(config.max_loops, **given)
-    types = {name: getattr(torch, DIALS[name].dtype) for name in names}
-    return {name: torch.tensor(getattr(dials, name), dtype=types[name], device=device) for name in names}
+    for name, value in given.items():
+        if value is not None and name not in spec.dials:
+            raise ArgumentError(name, f"this model has no {RULES.get(name, 'such dial')}")
+    dials = own.changed(spec.max_loops, **given)
+    types = {name: getattr(torch, DIALS[name].dtype) for name in spec.dials}
+    return {name: torch.tensor(getattr(dials, name), dtype=dtype, device=device) for name, dtype in types.items()}
+
+
+def resolve_seed(spec: LoopSpec, seed: int | None) -> int:
+    """The seed of what a model begins from where that is noise; 0 by default.
+
+    Raises:
+        ArgumentError: it is none, or this model begins from no noise.
+    """
+    if seed is None:
+        return 0
+    if not spec.noise:
+        raise ArgumentError("noise_seed", "this model begins from no noise")
+    if not isinstance(seed, int) or not 0 <= seed <= MASK:
+        raise ArgumentError("noise_seed", f"got {seed!r}, expected a whole number from 0 to 2**64 - 1")
+    return seed
+
+
+def noise_of(spec: LoopSpec, seed: int, positions: np.ndarray) -> Tensors:
+    """What `spec.noise` asks for, (B, C, d) each, for `positions` (B, C): every row has the noise of its own position, so
+    that it does not matter which texts are in a batch.
+    """
+    if not spec.noise:
+        return {}
+    places, inverse = np.unique(positions, return_inverse=True)
+    found = starts(spec.noise, seed, places.tolist(), spec.h.shape[-1])
+    return {name: torch.from_numpy(rows[inverse.reshape(positions.shape)]) for name, rows in found.items()}
 
 
 def valid_columns(input_ids: Tensor, mask: Tensor | None, past: int) -> Tensor:
