@@ -42,7 +42,14 @@ FLOORS = (
 INNER_FLOORS = {
     "rmse_edge.export": (("pipeline",), ("gate", "onnx", "executorch", "coreml"), ("targets",), ("program",)),
     "rmse_edge.runtimes": (("text", "measure"), ("engines",), ("host",), ("mil",)),
-    "rmse_edge.hf": (("model",), ("cache", "config", "inputs")),
+    "rmse_edge.hf": (
+        ("auto",),
+        ("model",),
+        ("looped_model", "cache", "config"),
+        ("generation",),
+        ("looped_cache", "looped_config", "inputs", "loading"),
+        ("known",),
+    ),
     "rmse_edge.arch.rmse": (("model",), ("parts", "costs"), ("config",)),
     "rmse_edge.layers": (("experts", "memory", "retrieval"), ("attention",), ("norm", "rope")),
 }

@@ -34,6 +34,7 @@ GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
 NO_ARCHITECTURES = {"identity", "int8_cache", "published", "quantization", "registry"}  # files of this folder
 _REGISTERED: dict[str, Arch] = {}
+on_register: list[Callable[[str], None]] = []  # told the name of whatever is registered from then on
 
 
 class Config(Protocol):
@@ -124,7 +125,8 @@ class Arch:
 def register(model_type: str, arch: Arch) -> None:
     """Make an architecture known to this process, in place of one of the same name."""
     _REGISTERED[model_type] = arch
-    import_module("rmse_edge.hf.auto").registered(model_type)  # which does nothing unless transformers is loaded
+    for tell in on_register:
+        tell(model_type)
 
 
 @lru_cache(maxsize=1)

@@ -9,47 +9,23 @@ works, and without transformers nothing happens.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
+
+from .known import text_types
 
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 
 
-class Own(NamedTuple):
-    """Classes that an architecture has for itself: module of this package, name."""
-
-    config: tuple[str, str]
-    model: tuple[str, str]
-
-
-OWN = {"rmse": Own((".config", "RMSEPretrainedConfig"), (".model", "RMSEForCausalLM"))}
-
-
-def text_types() -> list[str]:
-    """The names of all architectures of texts: those whose configuration has a `vocab_size`."""
-    from dataclasses import fields, is_dataclass
-
-    from rmse_edge.arch.registry import arch_of, model_types
-
-    found = []
-    for name in model_types():
-        try:
-            config = arch_of(name).config
-        except Exception as error:  # of another package, whatever its import raises: transformers must not suffer
-            warnings.warn(f"architecture {name}: cannot be loaded ({error})", stacklevel=2)
-            continue
-        if is_dataclass(config) and any(f.name == "vocab_size" for f in fields(config)):
-            found.append(name)
-    return found
-
-
 def register_configs() -> None:
-    """Map every model_type to its configuration class."""
+    """Map every model_type to its configuration class, and those that are registered from now on."""
+    from rmse_edge.arch.registry import on_register
+
+    on_register.append(registered)
     for name in text_types():
         _register_config(name)
 
@@ -74,7 +50,7 @@ PENDING: dict[str, Callable[[], None]] = {CONFIGS: register_configs, MODELS: reg
 
 def registered(model_type: str) -> None:
     """Let the Auto modules that are loaded know an architecture that was registered after them."""
-    if CONFIGS not in PENDING and model_type in text_types():
+    if model_type in text_types():
         _register_config(model_type)
         if MODELS not in PENDING and find_spec("torch") is not None:
             import_module(__package__ + ".looped_model").register(model_type)

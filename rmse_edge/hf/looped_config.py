@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from rmse_edge.arch.published import OF_TRANSFORMERS
 from rmse_edge.arch.registry import arch_of
 
-from .auto import OWN, text_types
+from .known import OWN, text_types
 
 SUFFIX = "PretrainedConfig"
 # What transformers writes or adds by itself: no architecture is asked about it, unless it has a field of that name.

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,9 +33,9 @@ from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.numbers import SLOTS
 
-from .auto import OWN, text_types
 from .generation import LoopedGeneration
 from .inputs import checked_tokens, noise_of, refuse_arguments, resolve_dials, resolve_seed, valid_columns
+from .known import OWN, text_types
 from .loading import HUB, checkpoint_folder, device_of, refuse_rest, require_float32
 from .looped_cache import LoopedCache
 from .looped_config import LoopedPretrainedConfig, class_name, config_class
@@ -66,6 +66,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
     config_class = LoopedPretrainedConfig
     base_model_prefix = "looped"  # the attribute that holds the model; on disk the names have no prefix
     _supports_sdpa = True
+    arch: ClassVar[Arch]
 
     def __init__(self, config: Any, model: Any = None) -> None:
         """
@@ -80,10 +81,6 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
 
     def _build(self, config: Any) -> Any:
         return self.arch.build(config.to_looped())
-
-    @property
-    def arch(self) -> Arch:
-        return arch_of(self.config.model_type)
 
     @property
     def model(self) -> Any:
@@ -237,7 +234,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         cache.require_room(spec, valid.sum(1).cpu().numpy())
         # Mixed precision changes when a position stops, and what a model decides besides.
         with torch.autocast(tokens.device.type, enabled=False):
-            h, depth = self._think(tokens, valid.cpu().numpy(), cache, dials, text, seed)
+            h, depth = self._think(spec, tokens, valid.cpu().numpy(), cache, dials, text, seed)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.head(h[:, kept])["logits"]
             if not bool(valid.all()):
@@ -264,7 +261,14 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         return parts["dials"], parts["text"]
 
     def _think(
-        self, tokens: Tensor, valid: np.ndarray, cache: LoopedCache, dials: Tensors, text: TextInfo, seed: int
+        self,
+        spec: LoopSpec,
+        tokens: Tensor,
+        valid: np.ndarray,
+        cache: LoopedCache,
+        dials: Tensors,
+        text: TextInfo,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:
         """Run all valid columns through the loop and commit them.
 
@@ -272,6 +276,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         that started elsewhere are cut elsewhere; `n_valid` of a call says how many each row has.
 
         Args:
+            spec: of any call.
             tokens, valid: (B, T).
         Returns:
             (what head reads (B, T, d), zeros for padding; depth (B, T), 0 for padding).
@@ -282,7 +287,6 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         order = np.argsort(~valid, axis=1, kind="stable")  # (B, T): each row's valid columns first, in their order
         total = valid.sum(1)
         done = np.zeros_like(total)
-        spec = self._spec(1)
         while (done < total).any():
             count = np.minimum(total - done, max(model.call_sizes()))  # (B,)
             if spec.segment is not None:
@@ -347,10 +351,10 @@ def model_class(model_type: str) -> type[LoopedForCausalLM]:
     """
     if model_type in OWN:
         return getattr(import_module(OWN[model_type].model[0], __package__), OWN[model_type].model[1])
-    config = config_class(model_type)
-    if model_type not in _made or _made[model_type].config_class is not config:
+    arch = arch_of(model_type)
+    if model_type not in _made or _made[model_type].arch is not arch:
         doc = f"`LoopedForCausalLM` of the architecture {model_type}."
-        body = {"__module__": __name__, "__doc__": doc, "config_class": config}
+        body = {"__module__": __name__, "__doc__": doc, "config_class": config_class(model_type), "arch": arch}
         _made[model_type] = type(class_name(model_type, SUFFIX), (LoopedForCausalLM,), body)
     return _made[model_type]
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from rmse_edge.arch.registry import Arch
+from rmse_edge.arch.rmse import ARCH
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.experts import SparseExperts
@@ -32,6 +34,7 @@ class RMSEForCausalLM(LoopedForCausalLM):
 
     config_class = RMSEPretrainedConfig
     base_model_prefix = "rmse"
+    arch: ClassVar[Arch] = ARCH
     cache_class: ClassVar[type[LoopedCache]] = RMSECache
     spoken = "RMS-E"
     rmse: RMSE
