@@ -26,6 +26,7 @@ from rmse_edge.files import Digests
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.held import shape_of
 from rmse_edge.loop.contract import LoopSpec
+from rmse_edge.loop.dials import DIALS
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
@@ -356,7 +357,7 @@ def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) 
         names = list(dict.fromkeys(names))
     plan = [("tracing", 4.0 if name == "loop" else 0.5) for name in names]
     plan += [(begins, cost * (4 if name == "loop" else 1)) for begins, cost in target.stages for name in names]
-    settings = 4 if "exit_entropy" in next(iter(specs.values())).dials else 3
+    settings = 1 + sum(DIALS[name].off is not None for name in next(iter(specs.values())).dials)
     gate = [*[("parity at", 1.0)] * settings, ("parity of each method", 1.0), ("parity of the memory", 1.0)]
     if not request.check:
         return plan

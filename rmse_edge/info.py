@@ -125,7 +125,7 @@ class ModelInfo:
     name: Annotated[str, Field(max_length=200)]
     target: Name  # "torch", "onnx", ...
     model_type: Name
-    max_loops: Loops  # the trained depth
+    max_loops: Loops  # the trained depth, and what `untrained_loops` of its configuration allows beyond it
     dials: Dials  # the checkpoint's own settings
     rules: tuple[Name, ...]  # the dials that the model has
     width: Count  # channels of h
@@ -170,7 +170,21 @@ class ModelInfo:
 
     def dials_with(self, **overrides: float | int | None) -> Dials:
         """The checkpoint's dials with those given (not None) replaced, checked."""
-        return self.dials.changed(self.max_loops, **overrides)
+        return self.dials.changed(self.max_loops, self.untrained, **overrides)
+
+    def check(self, dials: Dials) -> Dials:
+        """Itself, if the model can run it.
+
+        Raises:
+            ArgumentError: naming the dial and its range.
+        """
+        return dials.check(self.max_loops, self.untrained)
+
+    @property
+    def untrained(self) -> int | None:
+        """Loops of `max_loops` beyond the trained depth; None: its architecture has no such setting."""
+        found = self.config.get("untrained_loops")
+        return found if isinstance(found, int) else None
 
     def with_limit(self, max_seq_len: int | None) -> ModelInfo:
         """The same for texts of at most so many tokens."""

@@ -32,10 +32,13 @@ from toy_recurrent import ToyRecurrent
 from toy_tower import ARCH as TOWER
 from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
 
+from rmse_edge.arch.huginn_raven.config import RULES as HUGINN_RULES
+from rmse_edge.arch.huginn_raven.config import HuginnConfig
+from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.checkpoint import save_checkpoint
-from rmse_edge.loop.dials import Dials
+from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize, save_quantized
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
@@ -56,8 +59,9 @@ class Case:
     # The model that int4 packages are made of. Engines round activations there, which random weights make much of: one
     # whose logits are as decided as a trained model's. None: the same.
     calm: Callable[[], Any] | None = None
-    # A setting at which positions stop at several depths.
+    # A setting at which positions stop at several depths, and the dial that it is of.
     threshold: float = 0.6
+    rule: str = "exit_threshold"
     # (n,) token ids at which no decision of the model is closer than what machines round differently. None: at random.
     text: Callable[[int], np.ndarray] | None = None
     # Of its packages. That of RMS-E in integers are tests/export/test_export_quantized.py and its neighbours.
@@ -123,6 +127,23 @@ def wrong_tower(kind: type) -> Callable[[], Any]:
     return lambda: lively_tower(kind=kind)
 
 
+def small_huginn() -> Huginn:
+    """With all of its exit rules, and a loop more than it is trained to."""
+    torch.manual_seed(5)
+    sizes = {
+        "n_embd": 32,
+        "n_heads": 2,
+        "intermediate_size": 64,
+        "n_layers_in_prelude": 1,
+        "n_layers_in_recurrent_block": 2,
+    }
+    return Huginn(
+        HuginnConfig(
+            vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=HUGINN_RULES, **sizes
+        )
+    )
+
+
 CASES = (
     Case(
         "rmse",
@@ -153,6 +174,7 @@ CASES = (
     ),
     Case("toy", toy, TOY, threshold=0.5),
     Case("puzzle", solver, PUZZLE),
+    Case("huginn_raven", small_huginn, rule="exit_kl", threshold=0.5),
 )
 
 for _case in CASES:
@@ -168,14 +190,16 @@ def settings_of(case: Case) -> dict[str, Dials]:
     loops = case.model().spec(case.model().call_sizes()[0]).max_loops
     return {
         "full depth": Dials(loops),
-        "adaptive": Dials(loops, 1, case.threshold),
-        "shallow": Dials(2, 1, case.threshold),
+        "adaptive": Dials(loops, **{case.rule: case.threshold}),
+        "shallow": Dials(2, **{case.rule: case.threshold}),
     }
 
 
 def flags_of(dials: Dials) -> list[str]:
     """These dials as flags of a verb."""
-    return ["--max-loops", str(dials.max_loops), "--exit-threshold", str(dials.exit_threshold)]
+    exits = {name: getattr(dials, name) for name, dial in DIALS.items() if dial.rule}
+    flags = [part for name, value in exits.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--max-loops", str(dials.max_loops), *flags]
 
 
 def text_of(case: Case) -> np.ndarray:

@@ -39,6 +39,8 @@ from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import DIALS, Dials
+from rmse_edge.loop.predictions import RULES as PREDICTION_RULES
+from rmse_edge.loop.predictions import compares
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.text import LoopRuntime
 
@@ -64,7 +66,6 @@ POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting 
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
-RULES = {"exit_threshold": "gate", "exit_epsilon": "delta", "exit_entropy": "entropy"}  # by their dials
 LAST_ONLY = 40  # tokens of the call of which only the last logits are asked for: a padded one
 
 
@@ -78,11 +79,13 @@ def adaptive_settings(reference: Reference, tokens: np.ndarray) -> dict[str, Dia
     middle = max(0, reference.info.max_loops // 2 - 1)
     settings = {"full depth": full}
     for name, of_loops in reference.course(tokens, full).scores.items():
-        off, set_to = DIALS[name].off, getattr(own, name)
-        value = set_to if set_to != off else clear_threshold(of_loops[middle])
-        value = min(value, 0.999) if name == "exit_threshold" else value
-        chosen = Dials(**(vars(full) | {name: float(np.float32(value))}))
-        settings[RULES[name]] = dataclasses.replace(chosen, min_loops=1) if name == "exit_epsilon" else chosen
+        dial, value = DIALS[name], getattr(own, name)
+        if dial.dtype == "int64":
+            value = value or max(1, round(float(np.median(of_loops[middle]))))
+        else:
+            value = value if value != dial.off else clear_threshold(of_loops[middle])
+            value = float(np.float32(min(value, 0.999) if name == "exit_threshold" else value))
+        settings[dial.rule] = Dials(**(vars(full) | {name: value}))
     return settings
 
 
@@ -309,6 +312,11 @@ def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:
     tokens = compared(tokens, reference.info, True)
     try:
         report = compare(reference, candidate, tokens, reference.info.full_depth, True)
+        if compares(reference.info.rules):
+            # What the predictions of the loops are made of is read by exit rules alone: at full depth nobody sees it.
+            chosen = settings_for(reference, tokens)
+            for rule in (DIALS[name].rule for name in PREDICTION_RULES if name in reference.info.rules):
+                compare(reference, candidate, tokens, chosen[rule], True)
         if reference.info.retrieval is not None:
             report["passage"] = compare_passage(reference, candidate, tokens)
         return report

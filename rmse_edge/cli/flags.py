@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rmse_edge.errors import UserError
 from rmse_edge.loop.dials import DIALS
 
-from .common import Parser, finite_float, key_value, non_negative_float, positive_float, positive_int
+from .common import Parser, finite_float, key_value, non_negative_float, non_negative_int, positive_float, positive_int
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes import Dials, ModelInfo, Runtime
@@ -36,10 +36,13 @@ def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
 def add_dial_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quality dial", "the checkpoint's own settings unless given; loops count from 1")
     for name, dial in DIALS.items():
-        number = positive_float if dial.exclusive else non_negative_float
+        if dial.dtype == "int64":
+            number: Callable[[str], float] = positive_int if dial.least > 0 else non_negative_int
+        else:
+            number = positive_float if dial.exclusive else non_negative_float
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=positive_int if dial.dtype == "int64" else number,
+            type=number,
             metavar=dial.symbol,
             help=dial.help,
         )

@@ -68,7 +68,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.zeros().element_size() * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LoopSpec:
     """
 
     chunk: int
-    max_loops: int  # the trained depth
+    max_loops: int  # the trained depth, and what a configuration allows beyond it
     inputs: tuple[TensorSpec, ...]  # of prelude; tensors of `context` that it reads are named here once more
     prelude: tuple[TensorSpec, ...]  # what prelude returns; the methods after it may read it
     h: TensorSpec

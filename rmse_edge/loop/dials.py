@@ -29,6 +29,7 @@ class Dial:
     exclusive: bool = False  # `least` itself is no value
     off: float | None = None  # the value that disables the rule; None: it is no rule
     expected: str = ""  # of a rule: what values it has, in words
+    rule: str = ""  # of a rule: its name, as configurations and the parity gate say it
 
     def enables(self, value: Any) -> Any:
         """Whether the rule can stop anything at this value, or at each of a tensor's; never, where it is no rule."""
@@ -38,7 +39,8 @@ class Dial:
 
     def allows(self, value: float) -> bool:
         """Whether a rule may have this value; not for loops, whose largest number depends on the model."""
-        return value > self.least if self.exclusive else value >= self.least
+        whole = self.dtype != "int64" or value % 1 == 0
+        return whole and (value > self.least if self.exclusive else value >= self.least)
 
 
 DIALS = {
@@ -48,15 +50,31 @@ DIALS = {
         Dial("min_loops", "int64", "N", "iterations before a token may stop", 1),
         Dial(
             "exit_threshold", "float32", "P", "brake score to stop at; 1 disables", 0,
-            exclusive=True, off=1.0, expected="a positive number (1 disables it)",
+            exclusive=True, off=1.0, expected="a positive number (1 disables it)", rule="gate",
         ),
         Dial(
             "exit_epsilon", "float32", "E", "state change to stop at; 0 disables", 0,
-            off=0.0, expected="0 (off) or more",
+            off=0.0, expected="0 (off) or more", rule="delta",
         ),
         Dial(
             "exit_entropy", "float32", "H", "entropy (nats) to stop at; 0 disables", 0,
-            off=0.0, expected="0 (off) or more",
+            off=0.0, expected="0 (off) or more", rule="entropy",
+        ),
+        Dial(
+            "exit_cosine", "float32", "C", "1 - cosine of two loops' states to stop at; 0 disables", 0,
+            off=0.0, expected="0 (off) or more", rule="cosine",
+        ),
+        Dial(
+            "exit_kl", "float32", "D", "KL divergence (nats) of two loops' predictions to stop at; 0 disables", 0,
+            off=0.0, expected="0 (off) or more", rule="kl",
+        ),
+        Dial(
+            "exit_entropy_change", "float32", "H", "entropy change (nats) to stop at; 0 disables", 0,
+            off=0.0, expected="0 (off) or more", rule="entropy_change",
+        ),
+        Dial(
+            "exit_steady", "int64", "N", "loops without another likeliest token to stop at; 0 disables", 0,
+            off=0, expected="0 (off) or a whole number", rule="steady",
         ),
     )
 }  # fmt: skip
@@ -71,6 +89,10 @@ class Dials:
     exit_threshold: Finite = 1.0  # >= 1 disables the gate
     exit_epsilon: Finite = 0.0  # 0 disables the delta rule
     exit_entropy: Finite = 0.0  # 0 disables the entropy rule
+    exit_cosine: Finite = 0.0  # of these, too
+    exit_kl: Finite = 0.0
+    exit_entropy_change: Finite = 0.0
+    exit_steady: int = 0
 
     @property
     def exits(self) -> bool:
@@ -81,14 +103,16 @@ class Dials:
         """As the scalar inputs of `loop` and `step`."""
         return {name: np.array(value, DIALS[name].dtype) for name, value in vars(self).items()}
 
-    def check(self, trained_depth: int) -> Dials:
-        """Itself, if a model trained to `trained_depth` loops can run it.
+    def check(self, deepest: int, untrained: int | None = None) -> Dials:
+        """Itself, if a model that runs `deepest` loops at most can run it.
 
+        Args:
+            untrained: how many of them are beyond the depth that it was trained to, where its configuration says so.
         Raises:
             ArgumentError: naming the dial and its range.
         """
         for name, most, which in (
-            ("max_loops", trained_depth, f"1..{trained_depth} (the depth the model was trained to)"),
+            ("max_loops", deepest, f"1..{deepest} ({_depth_text(untrained)})"),
             ("min_loops", self.max_loops, f"1..{self.max_loops} (max_loops)"),
         ):
             value = getattr(self, name)
@@ -101,8 +125,8 @@ class Dials:
                 raise ArgumentError(dial.name, f"got {value}, expected {dial.expected}")
         return self
 
-    def changed(self, trained_depth: int, **changes: float | int | None) -> Dials:
-        """These dials with those given (not None) replaced, checked. A `max_loops` alone lowers `min_loops` with it.
+    def changed(self, deepest: int, untrained: int | None = None, **changes: float | int | None) -> Dials:
+        """These dials with those given (not None) replaced, checked as in `check`. A `max_loops` alone lowers `min_loops`.
 
         Raises:
             ArgumentError: naming the dial and its range.
@@ -110,4 +134,12 @@ class Dials:
         chosen = {name: value for name, value in changes.items() if value is not None}
         if "max_loops" in chosen and "min_loops" not in chosen:
             chosen["min_loops"] = min(self.min_loops, max(1, chosen["max_loops"]))
-        return Dials(**(vars(self) | chosen)).check(trained_depth)
+        return Dials(**(vars(self) | chosen)).check(deepest, untrained)
+
+
+def _depth_text(untrained: int | None) -> str:
+    if untrained is None:
+        return "the depth the model was trained to"
+    if untrained == 0:
+        return "the depth the model was trained to; untrained_loops in its config.json allows more"
+    return f"{untrained} of them beyond the depth the model was trained to, by untrained_loops in its config.json"

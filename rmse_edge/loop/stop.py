@@ -1,10 +1,13 @@
 """Self-braking: when a position stops.
 
-Three rules, combined with "or", from the loop `min_loops` on:
+Rules, combined with "or", from the loop `min_loops` on. A model has some of them:
 
 - gate: the brake score 1 - prod_j (1 - lambda_j) reaches `exit_threshold` (Ouro/LoopLM, arXiv 2510.25741);
 - delta: the state changes by less than `exit_epsilon`, relative (Huginn's latent-difference criterion);
+- cosine: 1 minus the cosine of the states on both sides of the loop falls below `exit_cosine`;
 - entropy: the entropy of the logits falls below `exit_entropy`, in nats; it evaluates the head inside the loop.
+
+Those that compare a loop's prediction with the one before are in rmse_edge/loop/predictions.py.
 
 The survival product is kept as a float32 sum of logarithms: in bfloat16 the score rounds to 1 and every position exits
 at once, and even in float32 a product loses a threshold close to 1.
@@ -47,13 +50,17 @@ def scores(before: Tensor, after: Tensor, log_survival: Tensor, logits: Tensor |
     """What every rule compares with its dial, by the dial's name: (B, C) float64 each. Arguments as in `stops`."""
     change = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)
     found = {"exit_threshold": -torch.expm1(log_survival.double()), "exit_epsilon": change.double()}
+    found["exit_cosine"] = cosine_change(before, after).double()
     return found if logits is None else found | {"exit_entropy": entropy(logits).double()}
 
 
-def margins(scores: Mapping[str, Tensor], dials: Mapping[str, Tensor]) -> Tensor:
+def margins(scores: Mapping[str, Tensor], dials: Mapping[str, Tensor], leads: Tensor | None = None) -> Tensor:
     """How far positions are from another decision of an exit rule, (K, n) like each of the `scores`.
 
     Infinite where no rule is asked: before min_loops, at the last loop, and where all are off.
+
+    Args:
+        leads: (K, n) of the likeliest token over the second, in logits: what a count of loops hangs by, at any loop.
     """
     loops, count = next(iter(scores.values())).shape
     loop = torch.arange(1, loops + 1)[:, None]
@@ -61,7 +68,12 @@ def margins(scores: Mapping[str, Tensor], dials: Mapping[str, Tensor]) -> Tensor
     found = torch.full((loops, count), torch.inf, dtype=torch.float64)
     for name, score in scores.items():
         on = DIALS[name].enables(dials[name])
-        found = torch.where(asked & on, torch.minimum(found, (score - dials[name]).abs()), found)
+        if name == "exit_steady":
+            assert leads is not None
+            counted = (loop < dials["max_loops"]) & on
+            found = torch.where(counted, torch.minimum(found, leads), found)
+        else:
+            found = torch.where(asked & on, torch.minimum(found, (score - dials[name]).abs()), found)
     return found
 
 
@@ -74,6 +86,18 @@ def delta_stops(before: Tensor, after: Tensor, epsilon: Tensor) -> Tensor:
     """True where |after - before| < epsilon * |after|, over the last axis; squares, so no root is taken."""
     change = (after - before).float().square().sum(-1)
     return change < epsilon.square() * after.float().square().sum(-1)
+
+
+def cosine_stops(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
+    """True where 1 - cosine of the two falls below `target`."""
+    return cosine_change(before, after) < target
+
+
+def cosine_change(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cosine over the last axis, float32; 1 where either is zero."""
+    a, b = before.float(), after.float()
+    sizes = a.square().sum(-1) * b.square().sum(-1)
+    return 1 - (a * b).sum(-1) * torch.rsqrt(sizes.clamp_min(1e-16))
 
 
 def entropy_stops(logits: Tensor, target: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from rmse_edge.numbers import SLOTS
 
 from .contract import InjectedHits, LoopModel, Tensors, WholeText
 from .drive import depth_after
+from .predictions import changes, leads
 from .stop import margins, scores
 
 # What a model decides with beside its exit rules, such as a router: after every iteration, (T,) distance to another decision.
@@ -41,7 +42,7 @@ def in_one_call(
         decided: called as decided(k, carry before, carry after) after every iteration.
     Returns:
         `scores` of the rules whose dials the model has and whose terms are in its carry: `exit_threshold` needs
-        `log_survival` there.
+        `log_survival` there, the rules of predictions.py what they carry.
     """
     assert hits is None, "a model that is looked things up for reads its texts itself"
     count, loops = len(tokens), int(dials["max_loops"])
@@ -55,6 +56,7 @@ def in_one_call(
     depth = torch.zeros(1, count, dtype=torch.int64)
     emitted: list[Tensors] = []
     found: list[Mapping[str, Tensor]] = []
+    lead: list[Tensor] = []  # of the likeliest token
     margin = torch.full((loops, count), torch.inf, dtype=torch.float64)
     for k in range(loops):
         before = carry | {"depth": depth}
@@ -65,12 +67,15 @@ def in_one_call(
         own = scores(before["h"], carry["h"], carry.get("log_survival", torch.zeros(1, count)))
         if "log_survival" not in carry:
             del own["exit_threshold"]
+        if "log_p" in carry:
+            own |= changes(k, before, carry, spec.dials)
+            lead.append(leads(carry)[0].double())
         found.append({name: score[0] for name, score in own.items() if name in spec.dials})
         if decided is not None:
             margin[k] = decided(k, before, carry).double()
     of_loops = {name: torch.stack([f[name] for f in found]) for name in found[0]}
     if of_loops:
-        margin = torch.minimum(margin, margins(of_loops, dials))
+        margin = torch.minimum(margin, margins(of_loops, dials, torch.stack(lead) if lead else None))
     ran = torch.arange(loops)[:, None] < depth
     result: Tensors = {"h": carry["h"], "depth": depth}
     final = carry["h"]

@@ -51,7 +51,7 @@ class BoardRuntime:
             UserError: the board has another size, or a cell holds no symbol of the model.
         """
         given = check_cells(cells, self.board)
-        dials.check(self.info.max_loops)
+        self.info.check(dials)
         chunk = self.board.cells
         feeds: dict[str, Any] = {"board": given[None]} | dials.arrays()
         feeds |= self.methods.run("prelude", chunk, feeds)

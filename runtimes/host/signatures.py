@@ -16,6 +16,7 @@ from pydantic import Field
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
 from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, Dtype, Form, ModelInfo
+from rmse_edge.loop.dials import DIALS
 from rmse_edge.numbers import SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
@@ -96,7 +97,7 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
         if (got := _stated(info, name)) != value:
             refuse(f"model.{name}", got, f"{value}, as model.config says")
     try:
-        info.dials.check(info.max_loops)
+        info.check(info.dials)
     except UserError as error:
         refuse("model.dials", f"some that cannot be set ({error})", "the checkpoint's own")
     if info.text is not None:
@@ -190,8 +191,7 @@ class Flow:
     def given(self, rows: int) -> dict[str, Form]:
         """What the host itself gives to the methods of a call of so many rows."""
         info = self.info
-        found: dict[str, Form] = {name: ((), "int64") for name in ("max_loops", "min_loops", "k")}
-        found |= {name: ((), "float32") for name in ("exit_threshold", "exit_epsilon", "exit_entropy")}
+        found: dict[str, Form] = {"k": ((), "int64")} | {name: ((), dial.dtype) for name, dial in DIALS.items()}
         found["scale"] = ((1,), "float32")  # of Core ML's `blank`
         if info.text is not None:
             found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}

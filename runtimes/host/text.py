@@ -100,7 +100,7 @@ class LoopRuntime:
 
     def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
         ids = self._checked(tokens)
-        dials.check(self.info.max_loops)
+        self.info.check(dials)
         rows, depths, iterations, chunks, surprises = [], [], [], [], []
         done = 0
         self.whole = False

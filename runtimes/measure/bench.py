@@ -119,7 +119,7 @@ class Bench:
         self.settings = settings
         self.full = runtime.info.max_loops
         self.depths = list(dict.fromkeys(settings.depths)) or default_depths(self.full)
-        dials = [("fixed", Dials(d).check(self.full)) for d in self.depths]
+        dials = [("fixed", runtime.info.check(Dials(d))) for d in self.depths]
         if settings.adaptive:
             dials.append(("adaptive", settings.adaptive))
         tests = (("pp", settings.prompt, self._prefill), ("tg", settings.generate, self._decode))

@@ -85,10 +85,6 @@ double weight_bytes_per_token(const ModelInfo& info, double loops) {
   return bytes * (loops * static_cast<double>(info.loop_weights) + static_cast<double>(info.once_weights));
 }
 
-bool exits_disabled(const Dials& dials) {
-  return dials.exit_threshold >= 1 && dials.exit_epsilon == 0 && dials.exit_entropy == 0;
-}
-
 int64_t third(int64_t full) { return std::max<int64_t>(1, full / 3); }
 
 // One line of the table: what is timed, and the speed of each repetition.
@@ -155,18 +151,19 @@ double loop(Model& model, const std::vector<int64_t>& ids, int64_t count, Row& r
 }
 
 // Fixed depths as asked for, or full, a half and a third of it.
-std::vector<int64_t> chosen_depths(const Options& options, int64_t full) {
+std::vector<int64_t> chosen_depths(const Options& options, const ModelInfo& info) {
+  const int64_t full = info.max_loops;
   const std::vector<int64_t> usual = {full, std::max<int64_t>(1, full / 2), third(full)};
   std::vector<int64_t> depths;
   for (const int64_t depth : options.depths.empty() ? usual : options.depths) {
     if (std::find(depths.begin(), depths.end(), depth) == depths.end()) depths.push_back(depth);
-    Dials{.max_loops = depth}.check(full);
+    Dials{.max_loops = depth}.check(full, info.untrained_loops);
   }
   return depths;
 }
 
 std::vector<Row> token_rows(const Options& options, const ModelInfo& info, const std::optional<Dials>& adaptive) {
-  const std::vector<int64_t> depths = chosen_depths(options, info.max_loops);
+  const std::vector<int64_t> depths = chosen_depths(options, info);
   std::vector<Row> rows;
   const auto add = [&](const char* kind, int64_t count, auto work) {
     if (count == 0) return;
@@ -182,7 +179,7 @@ std::vector<Row> token_rows(const Options& options, const ModelInfo& info, const
 std::vector<Row> loop_rows(const Options& options, const ModelInfo& info) {
   // Full depth and a third are always among them: their ratio says what stopping early saves.
   std::set<int64_t, std::greater<>> depths = {info.max_loops, third(info.max_loops)};
-  for (const int64_t depth : chosen_depths(options, info.max_loops)) depths.insert(depth);
+  for (const int64_t depth : chosen_depths(options, info)) depths.insert(depth);
   std::vector<Row> rows;
   for (const int64_t chunk : info.chunks) {
     for (const int64_t depth : depths) {
@@ -281,7 +278,7 @@ std::string bench(const Options& options) {
   const ModelInfo& info = package.info();
   const Dials dials = options.dials(info);
   const bool made_up = !has_text(package, options);
-  const std::optional<Dials> adaptive = made_up || exits_disabled(dials) ? std::nullopt : std::optional(dials);
+  const std::optional<Dials> adaptive = made_up || !dials.exits() ? std::nullopt : std::optional(dials);
   std::vector<Row> rows = token_rows(options, info, adaptive), loops = loop_rows(options, info);
   const std::vector<int64_t> ids = read_ids(package, options);
   Model model(package, open_executorch(package, options.packed_weights));

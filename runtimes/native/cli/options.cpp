@@ -83,26 +83,50 @@ void choose(std::string& chosen, const std::string& text, const char* usual, con
   chosen = text;
 }
 
+// --exit-cosine of exit_cosine.
+std::string flag_of(const char* dial) {
+  std::string flag = std::string("--") + dial;
+  std::replace(flag.begin(), flag.end(), '_', '-');
+  return flag;
+}
+
+std::vector<Flag> exit_flags(Options& o) {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> found;
+    for (const ExitDial& dial : kExitDials) found.push_back(flag_of(dial.name));
+    return found;
+  }();
+  std::vector<Flag> flags;
+  for (size_t i = 0; i < kExitDials.size(); ++i) {
+    const ExitDial& dial = kExitDials[i];
+    flags.push_back({names[i], "", dial.symbol, dial.help, [&o, &dial](const std::string& v) {
+                       o.exits[dial.name] = dial.off > 0                  ? positive(v)
+                                            : dial.dtype == Dtype::kInt64 ? static_cast<double>(whole<int64_t>(v, 0))
+                                                                          : non_negative(v);
+                     }});
+  }
+  return flags;
+}
+
 std::vector<Flag> common_flags(Options& o) {
-  return {
+  std::vector<Flag> flags = {
       {"--prompt-tokens", "", "N,N,...", "token ids to read instead of a text",
        [&](const std::string& v) { o.prompt_tokens = list(v, 0); }},
       {"--max-loops", "", "N", "iterations at most",
        [&](const std::string& v) { o.max_loops = whole<int64_t>(v, 1); }},
       {"--min-loops", "", "N", "iterations before a token may stop",
        [&](const std::string& v) { o.min_loops = whole<int64_t>(v, 1); }},
-      {"--exit-threshold", "", "P", "brake score to stop at; 1 disables",
-       [&](const std::string& v) { o.exit_threshold = positive(v); }},
-      {"--exit-epsilon", "", "E", "state change to stop at; 0 disables",
-       [&](const std::string& v) { o.exit_epsilon = non_negative(v); }},
-      {"--exit-entropy", "", "H", "entropy (nats) to stop at; 0 disables",
-       [&](const std::string& v) { o.exit_entropy = non_negative(v); }},
+  };
+  std::ranges::move(exit_flags(o), std::back_inserter(flags));
+  const std::vector<Flag> others = {
       {"--threads", "-t", "N", "threads (the engine's own choice)",
        [&](const std::string& v) { o.threads = thread_count(v); }},
       {"--packed-weights", "", "FILE", "a cache, made if it is not there: the weights as the engine packs them",
        [&](const std::string& v) { o.packed_weights = v; }},
       {"--help", "-h", "", "show this", [&](const std::string&) { o.help = true; }},
   };
+  flags.insert(flags.end(), others.begin(), others.end());
+  return flags;
 }
 
 std::vector<Flag> run_flags(Options& o) {
@@ -220,24 +244,21 @@ std::string Options::usage() {
 }
 
 Dials Options::dials(const ModelInfo& info) const {
-  const auto expect_rule = [&](const char* flag, const char* rule, bool on) {
-    if (!on || info.has_rule(rule)) return;
-    std::string rules;
-    for (const std::string& known : info.rules) rules += (rules.empty() ? "" : ", ") + known;
-    throw std::runtime_error(std::string(flag) + ": " + info.name + " has no such rule; it has " + rules);
-  };
-  const Dials off;
-  expect_rule("--exit-threshold", "exit_threshold", exit_threshold.value_or(off.exit_threshold) != off.exit_threshold);
-  expect_rule("--exit-epsilon", "exit_epsilon", exit_epsilon.value_or(off.exit_epsilon) != off.exit_epsilon);
-  expect_rule("--exit-entropy", "exit_entropy", exit_entropy.value_or(off.exit_entropy) != off.exit_entropy);
   Dials dials = info.dials;
+  for (const ExitDial& dial : kExitDials) {
+    const auto chosen = exits.find(dial.name);
+    if (chosen == exits.end()) continue;
+    if (chosen->second != dial.off && !info.has_rule(dial.name)) {
+      std::string rules;
+      for (const std::string& known : info.rules) rules += (rules.empty() ? "" : ", ") + known;
+      throw std::runtime_error(flag_of(dial.name) + ": " + info.name + " has no such rule; it has " + rules);
+    }
+    dials.*dial.value = chosen->second;
+  }
   if (max_loops) dials.min_loops = std::min(dials.min_loops, *max_loops);
   dials.max_loops = max_loops.value_or(dials.max_loops);
   dials.min_loops = min_loops.value_or(dials.min_loops);
-  dials.exit_threshold = exit_threshold.value_or(dials.exit_threshold);
-  dials.exit_epsilon = exit_epsilon.value_or(dials.exit_epsilon);
-  dials.exit_entropy = exit_entropy.value_or(dials.exit_entropy);
-  dials.check(info.max_loops);
+  dials.check(info.max_loops, info.untrained_loops);
   return dials;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,7 +21,7 @@ struct Options {
   std::string packed_weights;
   std::vector<int64_t> prompt_tokens;
   std::optional<int64_t> max_loops, min_loops;
-  std::optional<double> exit_threshold, exit_epsilon, exit_entropy;
+  std::map<std::string, double> exits;  // thresholds of exit rules, by their dials
 
   // Writing text.
   std::optional<std::string> prompt;

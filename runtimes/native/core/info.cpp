@@ -1,6 +1,7 @@
 #include "info.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <iterator>
 #include <stdexcept>
@@ -178,16 +179,14 @@ std::vector<TensorSpec> tensors(const Json& list) {
 
 // --------------------------------------------------------------------------------------------------- parts of a model
 
-Dials own_dials(const Part& part, int64_t trained_depth) {
-  const Dials usual;
+Dials own_dials(const Part& part, int64_t deepest, std::optional<int64_t> untrained) {
   const auto loops = whole(1, kMostLoops);
-  const Dials dials = {.max_loops = part.at("max_loops", loops),
-                       .min_loops = part.at("min_loops", loops, usual.min_loops),
-                       .exit_threshold = part.at("exit_threshold", number, usual.exit_threshold),
-                       .exit_epsilon = part.at("exit_epsilon", number, usual.exit_epsilon),
-                       .exit_entropy = part.at("exit_entropy", number, usual.exit_entropy)};
+  Dials dials;
+  dials.max_loops = part.at("max_loops", loops);
+  dials.min_loops = part.at("min_loops", loops, dials.min_loops);
+  for (const ExitDial& dial : kExitDials) dials.*dial.value = part.at(dial.name, number, dial.off);
   try {
-    dials.check(trained_depth);
+    dials.check(deepest, untrained);
   } catch (const std::runtime_error& error) {
     part.refuse("", std::string("some that cannot be set (") + error.what() + ")", "the checkpoint's own");
   }
@@ -312,7 +311,10 @@ ModelInfo read_model(const Json& manifest) {
   info.max_loops = model.at("max_loops", whole(1, kMostLoops));
   info.width = model.at("width", count);
   info.parameters = model.at("parameters", whole(0, kMany));
-  info.dials = own_dials(model.part("dials"), info.max_loops);
+  if (present("config")) {
+    info.untrained_loops = model.part("config").at("untrained_loops", or_null(whole(0, kMostLoops)), std::nullopt);
+  }
+  info.dials = own_dials(model.part("dials"), info.max_loops, info.untrained_loops);
   info.rules = model.at("rules", list_of(name));
   info.segment = model.at("segment", or_null(count));
   info.chunks = call_rows(model, info.segment);
@@ -407,19 +409,49 @@ std::optional<int64_t> ModelInfo::longest() const {
   return std::min(*most, *text.max_seq_len);
 }
 
-void Dials::check(int64_t trained_depth) const {
+const std::array<ExitDial, 7> kExitDials = {{
+    {"exit_threshold", &Dials::exit_threshold, Dtype::kFloat32, 1, "P", "brake score to stop at; 1 disables"},
+    {"exit_epsilon", &Dials::exit_epsilon, Dtype::kFloat32, 0, "E", "state change to stop at; 0 disables"},
+    {"exit_entropy", &Dials::exit_entropy, Dtype::kFloat32, 0, "H", "entropy (nats) to stop at; 0 disables"},
+    {"exit_cosine", &Dials::exit_cosine, Dtype::kFloat32, 0, "C",
+     "1 - cosine of two loops' states to stop at; 0 disables"},
+    {"exit_kl", &Dials::exit_kl, Dtype::kFloat32, 0, "D",
+     "KL divergence (nats) of two loops' predictions to stop at; 0 disables"},
+    {"exit_entropy_change", &Dials::exit_entropy_change, Dtype::kFloat32, 0, "H",
+     "entropy change (nats) to stop at; 0 disables"},
+    {"exit_steady", &Dials::exit_steady, Dtype::kInt64, 0, "N",
+     "loops without another likeliest token to stop at; 0 disables"},
+}};
+
+bool Dials::exits() const {
+  return std::any_of(kExitDials.begin(), kExitDials.end(), [&](const ExitDial& d) { return d.enables(this->*d.value); });
+}
+
+void Dials::check(int64_t deepest, std::optional<int64_t> untrained) const {
   const auto fail = [](const char* dial, const std::string& got, const std::string& expected) {
     throw ArgumentError(dial, "got " + got + ", expected " + expected);
   };
-  if (max_loops < 1 || max_loops > trained_depth) {
-    fail("max_loops", std::to_string(max_loops), "1.." + std::to_string(trained_depth) + " (the depth the model was trained to)");
+  if (max_loops < 1 || max_loops > deepest) {
+    const std::string trained = "the depth the model was trained to";
+    const std::string which =
+        untrained.value_or(0) > 0 ? std::to_string(*untrained) + " of them beyond " + trained + ", by untrained_loops in its config.json"
+        : untrained               ? trained + "; untrained_loops in its config.json allows more"
+                                  : trained;
+    fail("max_loops", std::to_string(max_loops), "1.." + std::to_string(deepest) + " (" + which + ")");
   }
   if (min_loops < 1 || min_loops > max_loops) {
     fail("min_loops", std::to_string(min_loops), "1.." + std::to_string(max_loops) + " (max_loops)");
   }
-  if (!(exit_threshold > 0)) fail("exit_threshold", shown(exit_threshold), "a positive number (1 disables it)");
-  if (!(exit_epsilon >= 0)) fail("exit_epsilon", shown(exit_epsilon), "0 (off) or more");
-  if (!(exit_entropy >= 0)) fail("exit_entropy", shown(exit_entropy), "0 (off) or more");
+  for (const ExitDial& dial : kExitDials) {
+    const double got = this->*dial.value;
+    if (dial.off > 0) {
+      if (!(got > 0)) fail(dial.name, shown(got), "a positive number (1 disables it)");
+    } else if (dial.dtype == Dtype::kInt64) {
+      if (!(got >= 0 && got == std::floor(got))) fail(dial.name, shown(got), "0 (off) or a whole number");
+    } else if (!(got >= 0)) {
+      fail(dial.name, shown(got), "0 (off) or more");
+    }
+  }
 }
 
 }  // namespace rmse

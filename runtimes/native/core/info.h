@@ -1,6 +1,7 @@
 // What a package's manifest says about its model, as rmse_edge/info.py has it: typed, bounded, of one piece.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -21,9 +22,30 @@ struct Dials {
   double exit_threshold = 1;  // >= 1 disables the gate
   double exit_epsilon = 0;    // 0 disables the delta rule
   double exit_entropy = 0;    // 0 disables the entropy rule
+  double exit_cosine = 0;     // and so on
+  double exit_kl = 0;
+  double exit_entropy_change = 0;
+  double exit_steady = 0;  // loops
 
-  void check(int64_t trained_depth) const;  // throws std::runtime_error naming the dial and its range
+  // Throws std::runtime_error naming the dial and its range, for a model that runs `deepest` loops at most, `untrained` of
+  // them beyond the depth that it was trained to, where its configuration says so.
+  void check(int64_t deepest, std::optional<int64_t> untrained) const;
+  bool exits() const;  // whether any rule can stop a position before `max_loops`
 };
+
+// The threshold of an exit rule, as rmse_edge/loop/dials.py has it.
+struct ExitDial {
+  const char* name;
+  double Dials::*value;
+  Dtype dtype;         // of the scalar that programs take
+  double off = 0;      // this value disables the rule; 1: so does everything above, and 0 is no value
+  const char* symbol;  // of its value, in help
+  const char* help;
+
+  bool enables(double chosen) const { return off > 0 ? chosen < off : chosen > off; }
+};
+
+extern const std::array<ExitDial, 7> kExitDials;
 
 enum class StateKind {
   kRing,     // the row of position p lies in slot p mod W of the last axis but one
@@ -58,6 +80,7 @@ struct TextInfo {
 struct ModelInfo {
   std::string name, target, quant;
   int64_t max_loops, width, parameters;
+  std::optional<int64_t> untrained_loops;  // of max_loops, those beyond the trained depth; none: its architecture has no such setting
   Dials dials;                        // the checkpoint's own settings
   std::vector<std::string> rules;     // the dials that the model has
   std::vector<int64_t> chunks;        // rows of the calls that exist, ascending; the first is 1

@@ -63,7 +63,7 @@ Model::Model(const Package& package, std::unique_ptr<Engine> engine)
 void Model::make_shared() {
   const auto make = [&](const TensorSpec& spec) { shared_.try_emplace(spec.name, spec); };
   for (const char* name : {"max_loops", "min_loops"}) make({name, Dtype::kInt64, {}});
-  for (const char* name : {"exit_threshold", "exit_epsilon", "exit_entropy"}) make({name, Dtype::kFloat32, {}});
+  for (const ExitDial& dial : kExitDials) make({dial.name, dial.dtype, {}});
   for (const auto& [_, state] : info_.state) make(state.tensor.of_slots(slots_));
   // Nothing is looked up here: hits stay empty.
   const Specs given = given_tensors(info_, info_.chunks.front());
@@ -169,12 +169,17 @@ void Model::check(std::span<const int64_t> tokens) const {
 }
 
 void Model::set(const Dials& dials) {
-  dials.check(info_.max_loops);
+  dials.check(info_.max_loops, info_.untrained_loops);
   *shared_.at("max_loops").as<int64_t>() = dials.max_loops;
   *shared_.at("min_loops").as<int64_t>() = dials.min_loops;
-  *shared_.at("exit_threshold").as<float>() = static_cast<float>(dials.exit_threshold);
-  *shared_.at("exit_epsilon").as<float>() = static_cast<float>(dials.exit_epsilon);
-  *shared_.at("exit_entropy").as<float>() = static_cast<float>(dials.exit_entropy);
+  for (const ExitDial& dial : kExitDials) {
+    const double value = dials.*dial.value;
+    if (dial.dtype == Dtype::kInt64) {
+      *shared_.at(dial.name).as<int64_t>() = static_cast<int64_t>(value);
+    } else {
+      *shared_.at(dial.name).as<float>() = static_cast<float>(value);
+    }
+  }
 }
 
 Calls& Model::calls_of(int64_t rows) {

@@ -189,7 +189,7 @@ Specs given_tensors(const ModelInfo& info, int64_t rows) {
     given.emplace(name, TensorSpec{name, dtype, std::move(shape)});
   };
   for (const char* name : {"max_loops", "min_loops", "k"}) add(name, Dtype::kInt64, {});
-  for (const char* name : {"exit_threshold", "exit_epsilon", "exit_entropy"}) add(name, Dtype::kFloat32, {});
+  for (const ExitDial& dial : kExitDials) add(dial.name, dial.dtype, {});
   add("tokens", Dtype::kInt64, {1, n});
   for (const char* name : {"position", "n_valid"}) add(name, Dtype::kInt64, {1});
   if (pairs > 0) {

@@ -1,0 +1,135 @@
+"""What the rest of the project asks Huginn. Hosts of packages ask too, so PyTorch is imported where a model is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.registry import Arch
+from rmse_edge.info import TextInfo
+from rmse_edge.numbers import token_ids
+
+from .config import HuginnConfig
+from .stored import STACKS, stored
+
+if TYPE_CHECKING:
+    from .model import Huginn
+
+EMBEDDING, HEAD, ADAPTER = "transformer.wte.weight", "lm_head.weight", "transformer.adapter.weight"
+COMPARING = {"kl", "entropy_change", "steady"}  # rules that evaluate the coda and the head in every loop
+
+
+def layer_weights(c: HuginnConfig) -> int:
+    """Weights of products in one layer."""
+    return 4 * c.n_embd**2 + 3 * c.n_embd * c.intermediate_size
+
+
+def behind(c: HuginnConfig) -> int:
+    """Weights of products in the coda and the head."""
+    return c.n_layers_in_coda * layer_weights(c) + c.vocab_size * c.n_embd
+
+
+def loop_weights(c: HuginnConfig) -> int:
+    """Weights of products in one iteration."""
+    core = 2 * c.n_embd**2 + c.n_layers_in_recurrent_block * layer_weights(c)
+    return core + (behind(c) if COMPARING & set(c.exit_rules) else 0)
+
+
+def once_weights(c: HuginnConfig) -> int:
+    """Weights of products around the loop, with what supplies keys and values to loops that did not run."""
+    propagated = 2 * c.n_embd**2 * (1 + c.n_layers_in_recurrent_block) if c.kv_policy == "propagate" else 0
+    return c.n_layers_in_prelude * layer_weights(c) + behind(c) + propagated
+
+
+def parameters(c: HuginnConfig) -> int:
+    """Trained numbers of the model that `c` describes."""
+    layer = layer_weights(c) + 4 * c.n_embd + (2 * c.n_embd if c.qk_bias else 0)
+    tables = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
+    return c.n_layers * layer + 2 * c.n_embd**2 + c.n_embd + tables
+
+
+def parts(model: Huginn) -> dict[str, Any]:
+    c = model.config
+    return {
+        "dials": c.dials,
+        "text": TextInfo(
+            c.vocab_size, c.head_width, c.rope_base, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
+        ),
+        "loop_weights": loop_weights(c),
+        "once_weights": once_weights(c),
+    }
+
+
+def stated(c: HuginnConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "max_loops": c.max_loops,
+        "width": c.n_embd,
+        "parameters": parameters(c),
+        "text.vocab_size": c.vocab_size,
+        "text.rotary_dims": c.head_width,
+        "text.rope_theta": c.rope_base,
+        "rules": ("max_loops", "min_loops", *c.rules),
+    }
+    for name in ("keys", "values"):
+        kept = {"dtype": c.kv_dtype, "kind": "append", "source": name, "per_loop": True}
+        found |= {f"state.past_{name}.{field}": value for field, value in kept.items()}
+    return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}
+
+
+def build(config: HuginnConfig) -> Huginn:
+    from .model import Huginn
+
+    return Huginn(config)
+
+
+def table(c: HuginnConfig) -> QuantTable:
+    """Layer by layer, in the order of the data flow."""
+    stages: list[tuple[str, ...]] = [(EMBEDDING,)]
+    for stack, count in STACKS.items():
+        if stack == "core_block":
+            stages.append((ADAPTER,))
+        for i in range(getattr(c, count)):
+            layer = f"transformer.{stack}.layers.{i}"
+            stages += [
+                tuple(f"{layer}.attn.{name}_proj.weight" for name in "qkv"),
+                (f"{layer}.attn.o_proj.weight",),
+                (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
+                (f"{layer}.mlp.down_proj.weight",),
+            ]
+    stages.append((HEAD,))
+    return QuantTable(
+        stages=tuple(stages),
+        float=("*norm_?.weight", "*.ln_f.weight", "*.attn.?_bias", "*.cache.kv_scales"),
+        once=("transformer.prelude.*",),
+        embedding=EMBEDDING,
+        head=HEAD,
+    )
+
+
+def tied(c: HuginnConfig) -> Mapping[str, str]:
+    return {HEAD: EMBEDDING} if c.tie_embeddings else {}
+
+
+def salt(model: Huginn) -> bytes:
+    """Tells int8 caches of different scales apart: one could be read as the other."""
+    if model.config.kv_dtype != "int8":
+        return b""
+    stacks = (model.transformer.prelude, model.transformer.core_block, model.transformer.coda)
+    return b"".join(stack.cache.kv_scales.cpu().numpy().tobytes() for stack in stacks)
+
+
+ARCH = Arch(
+    HuginnConfig,
+    build,
+    parts,
+    settings=("exit_epsilon", "exit_cosine", "exit_kl", "exit_entropy_change", "exit_steady", "min_loops"),
+    tied=tied,
+    stored=stored,
+    unread=("*freqs_cis",),
+    quantization=table,
+    stated=stated,
+    salt=salt,
+    cache_dtype=lambda model: model.config.kv_dtype,
+    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
+)
