@@ -44,7 +44,8 @@ def first_carry(dials: tuple[str, ...], positions: Tensor, vocab_size: int) -> T
     if not compares(dials):
         return {}
     count = positions.new_zeros(positions.shape[:2], dtype=torch.int64)
-    log_p = positions.new_full((*positions.shape[:2], vocab_size), -log(vocab_size), dtype=torch.float32)
+    # Computed, as in `Stack.first_carry`.
+    log_p = (positions[..., :1] * 0).float().repeat(1, 1, vocab_size) - log(vocab_size)
     return {"log_p": log_p, "steady": count} if "exit_steady" in dials else {"log_p": log_p}
 
 

@@ -161,13 +161,13 @@ class Huginn(nn.Module):
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         x0, m = tensors["x0"], self.transformer
         count = x0.shape[1]
-        start = tensors["first_state"] if self.config.state_init == "like-init" else torch.zeros_like(x0)
+        start = tensors["first_state"] if self.config.state_init == "like-init" else x0 * 0
         valid = torch.arange(count, device=x0.device) < tensors["n_valid"][:, None]  # (B, C)
         carry = {"h": start, "active": valid} | m.core_block.first_carry(x0)
         if self.config.kv_policy == "all":
             carry |= {"running": start, "settled": torch.zeros_like(valid)}
         elif self.compares:
-            held = x0.new_zeros((x0.shape[0], m.coda.heads, count, self.config.head_width))
+            held = (x0[..., :1] * 0).unsqueeze(1).repeat(1, m.coda.heads, 1, self.config.head_width)
             carry |= {"held_exit_keys": held, "held_exit_values": held}
         return carry | first_carry(self.config.rules, x0, self.config.vocab_size), _masks(tensors, count)
 
