@@ -144,6 +144,19 @@ def small_huginn() -> Huginn:
     )
 
 
+def decided_huginn() -> Huginn:
+    """A model whose states hold on to the token they are of, so that its predictions are as decided as a trained model's."""
+    model = small_huginn()
+    m = model.transformer
+    with torch.no_grad():
+        m.ln_f.weight.fill_(2.0)
+        m.adapter.weight[:, 32:] = torch.eye(32)
+        for layer in (*m.prelude.layers, *m.core_block.layers, *m.coda.layers):
+            layer.attn.o_proj.weight *= 0.2
+            layer.mlp.down_proj.weight *= 0.2
+    return model
+
+
 CASES = (
     Case(
         "rmse",
@@ -174,7 +187,7 @@ CASES = (
     ),
     Case("toy", toy, TOY, threshold=0.5),
     Case("puzzle", solver, PUZZLE),
-    Case("huginn_raven", small_huginn, rule="exit_kl", threshold=0.5),
+    Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5),
 )
 
 for _case in CASES:
