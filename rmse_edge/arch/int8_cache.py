@@ -65,7 +65,7 @@ def kv_scales(
     cache.observer = keep
     try:
         for part in blocks.split(BATCH):
-            reader.read(part, every=False)
+            reader.read(part, loops=cache.max_loops, every=False)
             if reader.exits:
                 reader.read(part, stop=True, every=False)
             progress(part.numel())

@@ -61,7 +61,7 @@ class Reader(Protocol):
         Args:
             tokens: (B, T) int64.
             stop: positions stop by the model's own exit rules; otherwise all run to the end.
-            loops: at most so many, the trained depth by default.
+            loops: so many, if they are fewer or may be asked for; the trained depth by default.
             every: keep the states of every exit.
         """
 

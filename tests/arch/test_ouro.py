@@ -15,11 +15,12 @@ from ouro_models import GOLDEN, POLICIES, golden, lively_ouro, published, publis
 from safetensors.torch import load_file, save_file
 
 from rmse_edge.arch.ouro.config import OuroConfig
+from rmse_edge.arch.ouro.entry import int8_cache
 from rmse_edge.arch.ouro.model import Ouro
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.errors import ArgumentError, CheckpointError
+from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes import runtime_for
@@ -264,9 +265,29 @@ def test_a_tensor_that_does_not_fit_is_one_line(damage: str, tmp_path: Path) -> 
     assert "\n" not in str(found.value)
 
 
-def test_more_loops_than_were_trained_are_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"max_loops.*1\.\.4 \(the depth the model was trained to\)"):
+def test_more_loops_than_were_trained_are_refused_unless_asked_for_by_name() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"max_loops.*1\.\.4 \(the depth the model was trained to; untrained_loops in"
+    ):
         TorchRuntime(published(), "ouro").feed(IDS[0].numpy(), Dials(5))
+    deeper = TorchRuntime(published(untrained_loops=2), "ouro")
+    assert deeper.info.dials.max_loops == 4
+    own = TorchRuntime(published(), "ouro").feed(IDS[0].numpy(), Dials(4)).logits
+    np.testing.assert_allclose(deeper.feed(IDS[0].numpy(), deeper.info.dials).logits, own, atol=1e-5)
+    deeper.reset()
+    fed = deeper.feed(IDS[0].numpy(), Dials(6))
+    assert set(fed.depth) == {6} and np.abs(fed.logits - own).max() > 1e-2
+    with pytest.raises(ArgumentError, match=r"max_loops.*1\.\.6 \(2 of them beyond the depth the model was trained to"):
+        deeper.feed(IDS[0].numpy(), Dials(7))
+    with pytest.raises(ConfigError, match="untrained_loops: got 61, expected at most 60, 64 loops in all"):
+        OuroConfig(untrained_loops=61)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_int8_cache_has_scales_for_every_loop_that_may_be_asked_for(policy: str) -> None:
+    model = lively_ouro(untrained_loops=1, kv_policy=policy)
+    scales = int8_cache(model, torch.from_numpy(random_tokens(64))[None], lambda n: None).model.cache.kv_scales
+    assert scales.shape[1] == 4 and float(scales.amin()) > 1e-4
 
 
 def test_greedy_text_is_that_of_the_whole_text() -> None:

@@ -35,6 +35,7 @@ from rmse_edge.errors import PackageError, ParityError, UserError
 from rmse_edge.export.gate.compare import compare
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import PAGE
+from rmse_edge.loop.dials import Dials
 from rmse_edge.package import MANIFEST, Package
 from rmse_edge.quantize import load_quantized
 from rmse_edge.runtimes import BoardRuntime, LoopRuntime, board_for, runtime_for
@@ -253,6 +254,14 @@ def test_the_runner_says_what_python_says(made: Made, runner: Path, tmp_path: Pa
             logits.argmax(-1) == expected.logits.argmax(-1)
         ).mean() > 0.97
     if made.quant == "fp32":
+        for setting in (
+            Package.open(made.folder).manifest["parity"]["settings"].values()
+        ):  # one for each of its exit rules
+            dials = Dials(**setting["dials"])
+            python.reset()
+            _, depth = native.feed(text, tmp_path / "logits", *flags_of(dials))
+            assert np.array_equal(depth, python.feed(text, dials).depth)
+        dials = settings_of(made.case)["adaptive"]
         prompt = ",".join(map(str, text[:20]))
         tokens = native.document("--prompt-tokens", prompt, "-n", "12", "--temperature", "0", *flags)["tokens"]
         assert tokens == argmax_of_whole_text(made.model, text[:20], tokens, dials)

@@ -1,4 +1,4 @@
-"""When a position stops: the three rules, and the distribution they are trained with."""
+"""When a position stops: the rules, and the distribution they are trained with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import torch
 from small_models import dials, lively_model, small_config, whole_sequence
 from torch import Tensor
 
-from rmse_edge.loop.stop import add_log_survival, delta_stops, entropy_stops, exit_distribution, gate_stops
+from rmse_edge.loop.predictions import carry_after, change_stops, changes, first_carry
+from rmse_edge.loop.stop import (
+    add_log_survival,
+    cosine_change,
+    cosine_stops,
+    delta_stops,
+    entropy_stops,
+    exit_distribution,
+    gate_stops,
+)
 
 
 def scores(logits: list[float], threshold: float) -> list[bool]:
@@ -115,3 +124,37 @@ def test_the_entropy_rule_stops_positions_whose_logits_are_sharp(tokens: Tensor)
     entropy = -(log_p.exp() * log_p).sum(-1)
     assert 0 < (depth < 5).float().mean() < 1
     assert (entropy[depth < 5] < 2.3).all()
+
+
+def test_the_cosine_rule_asks_for_the_direction_alone() -> None:
+    before, after = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]])  # cosine 0.6
+    assert cosine_change(before, after).item() == pytest.approx(0.4)
+    assert cosine_stops(before, after, torch.tensor(0.41)) and not cosine_stops(before, after, torch.tensor(0.39))
+    assert not cosine_stops(before, before, torch.tensor(0.0))  # which disables it
+    assert cosine_change(torch.zeros(1, 2), after).item() == 1
+
+
+CHANGES = ("exit_kl", "exit_entropy_change", "exit_steady")
+
+
+def test_predictions_of_one_loop_and_the_next() -> None:
+    """Of one position over two tokens: 1/2, 1/2 before any loop, then 3/4, 1/4 twice, then 1/4, 3/4."""
+    p = [[0.75, 0.25], [0.75, 0.25], [0.25, 0.75]]
+    carry = first_carry(CHANGES, torch.zeros(1, 1, 8), 2)
+    found = []
+    for k, of_loop in enumerate(p):
+        new = carry_after(k, carry, torch.tensor([[of_loop]]).log() + 7)
+        found.append({name: score.item() for name, score in changes(k, carry, new, CHANGES).items()})
+        off = {name: torch.tensor(0) if name == "exit_steady" else torch.tensor(0.0) for name in CHANGES}
+        assert not change_stops(k, carry, new, off)
+        one = {"exit_steady": torch.tensor(1)}
+        assert bool(change_stops(k, carry, new, one)) == (k == 1)
+        for name in CHANGES[:2]:
+            low, high = (torch.tensor(found[-1][name] + step) for step in (-1e-3, 1e-3))
+            assert change_stops(k, carry, new, {name: high}) and not change_stops(k, carry, new, {name: low})
+        carry = new
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert [f["exit_steady"] for f in found] == [0, 1, 0]
+    assert [f["exit_entropy_change"] for f in found] == pytest.approx([100 - entropy, 0, 0], abs=1e-5)
+    expected = [0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), 0, 0.5 * math.log(3)]
+    assert [f["exit_kl"] for f in found] == pytest.approx(expected, abs=1e-6)

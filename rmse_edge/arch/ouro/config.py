@@ -9,7 +9,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from rmse_edge.arch.published import PublishedConfig
 from rmse_edge.errors import ConfigError
 from rmse_edge.loop.dials import Dials
-from rmse_edge.numbers import Count, EndTokens, KvDtype, Loops, OffOr, Positions, Positive, Share, Token, VocabularySize
+from rmse_edge.numbers import (
+    MAX_LOOPS,
+    Count,
+    EndTokens,
+    KvDtype,
+    Loops,
+    OffOr,
+    Positions,
+    Positive,
+    Share,
+    Some,
+    Token,
+    VocabularySize,
+)
 from rmse_edge.schema import Expected, check_fields
 
 Threshold = Annotated[Positive, Expected("a positive number (1 or more disables the gate)")]
@@ -50,6 +63,7 @@ class OuroConfig(PublishedConfig):
     eos_token_id: EndTokens = None
     pad_token_id: Token | None = None
     # What published files do not have.
+    untrained_loops: Some = 0  # iterations beyond the trained depth that may be asked for
     min_loops: Loops = 1
     exit_epsilon: OffOr = 0.0  # a position stops when |h' - h| < this * |h'|; 0 disables
     kv_policy: Literal["propagate", "repeat", "all"] = "propagate"  # rmse_edge/layers/stack.py
@@ -77,6 +91,8 @@ class OuroConfig(PublishedConfig):
         self.require(
             self.min_loops <= self.total_ut_steps, "min_loops", f"at most total_ut_steps ({self.total_ut_steps})"
         )
+        most = MAX_LOOPS - self.total_ut_steps
+        self.require(self.untrained_loops <= most, "untrained_loops", f"at most {most}, {MAX_LOOPS} loops in all")
         if self.block_size is not None:
             most = self.max_position_embeddings
             self.require(self.block_size <= most, "block_size", f"at most max_position_embeddings ({most})")
@@ -109,7 +125,8 @@ class OuroConfig(PublishedConfig):
 
     @property
     def max_loops(self) -> int:
-        return self.total_ut_steps
+        """Loops that may be asked for."""
+        return self.total_ut_steps + self.untrained_loops
 
     @property
     def kv_heads(self) -> int:

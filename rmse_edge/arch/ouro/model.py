@@ -69,7 +69,7 @@ class OuroModel(Stack):
 
     def __init__(self, c: OuroConfig) -> None:
         layers = (OuroLayer(c) for _ in range(c.num_hidden_layers))
-        super().__init__(layers, c.kv_heads, c.head_width, c.total_ut_steps, c.kv_policy, c.kv_dtype)
+        super().__init__(layers, c.kv_heads, c.head_width, c.max_loops, c.kv_policy, c.kv_dtype)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.early_exit_gate = nn.Linear(c.hidden_size, 1)
@@ -101,7 +101,7 @@ class Ouro(nn.Module):
                 norm.weight.fill_((2 * self.config.num_hidden_layers) ** -0.5)
         # A gate that starts at 1/T gives every loop a similar share of the exit distribution.
         self.model.early_exit_gate.weight.zero_()
-        self.model.early_exit_gate.bias.fill_(-float(np.log(max(self.config.max_loops - 1, 1))))
+        self.model.early_exit_gate.bias.fill_(-float(np.log(max(self.config.total_ut_steps - 1, 1))))
 
     def with_cache_dtype(self, dtype: KvDtype) -> Ouro:
         """The model itself, or a copy whose keys and values are kept in another type; in int8 it has no scales yet."""
@@ -225,7 +225,7 @@ class Ouro(nn.Module):
 
         Args:
             tokens: (B, T) int64, T positions from 0 on.
-            loops: iterations, at most the trained depth (default).
+            loops: iterations, at most those that may be asked for; the trained depth by default.
             stop: called as stop(k, before, after, log_survival (B, T)) after iteration k (0-based); returns which positions
                 stop, (B, T) bool. They keep their state, and deeper loops find of them what `kv_policy` says.
             every: False keeps the states after the last iteration only.
@@ -246,7 +246,7 @@ class Ouro(nn.Module):
         gates = []
         if watcher is not None:
             watcher.begins(active)
-        for k in range(c.max_loops if loops is None else loops):
+        for k in range(c.total_ut_steps if loops is None else loops):
             all_run = stop is None or stack.policy == "all"
             if watcher is not None:
                 watcher.iterates(torch.ones_like(active) if all_run else active, log_survival, None, k)
