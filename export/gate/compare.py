@@ -1,9 +1,9 @@
 """The parity gate: an export fails unless the package says what the PyTorch model says.
 
 A package is run through its real runtime, teacher-forced, and held against the PyTorch model with identically rounded
-weights over the whole text at once, at full depth and at two adaptive settings. The reference (reference.py) has no
-host, no cache and no calls, so what a runtime does with keys, positions, segments and hits between the engine's calls is
-compared like everything else. Two rules:
+weights over the whole text at once, at full depth and at adaptive settings, one for every exit rule that the model has.
+The reference (reference.py) has no host, no cache and no calls, so what a runtime does with keys, positions, segments and
+hits between the engine's calls is compared like everything else. Two rules:
 
 - exact (fp32): logits within 1e-4 and equal depth at every position, except from a position on where the reference
   itself is undecided: the margin between its 10th and 11th expert, or of the exit rule, is below 1e-4. There the
@@ -17,9 +17,9 @@ compared like everything else. Two rules:
   rule, the host is, run on PyTorch's own methods (`compare_host`).
 
 The tokens are fed as in a conversation: prompts, single tokens, another prompt; in between, what is kept is taken out and
-put back, as a session is. A model with the entropy rule gets a third adaptive setting. Every method is also compared by
-itself, and the loop driven by the host through `step` must match `loop`: by the largest difference, or, where the package
-rounds activations to int8, by the root of the mean square, at fixed depths.
+put back, as a session is. Every method is also compared by itself, and the loop driven by the host through `step` must
+match `loop`: by the largest difference, or, where the package rounds activations to int8, by the root of the mean
+square, at fixed depths.
 
 A model with a neural memory is held to the same rule by its surprise at every segment's end, and its memory is compared
 over 32 segments, write by write and each side carrying its own: 1e-4 relative (exact), 1e-2 (rounded). No host takes part

@@ -191,7 +191,8 @@ class Flow:
     def given(self, rows: int) -> dict[str, Form]:
         """What the host itself gives to the methods of a call of so many rows."""
         info = self.info
-        found: dict[str, Form] = {"k": ((), "int64")} | {name: ((), dial.dtype) for name, dial in DIALS.items()}
+        found: dict[str, Form] = {"k": ((), "int64")}
+        found |= {name: ((), dial.dtype) for name, dial in DIALS.items()}
         found["scale"] = ((1,), "float32")  # of Core ML's `blank`
         if info.text is not None:
             found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}

@@ -147,6 +147,13 @@ def test_what_no_text_may_be(toy: Runner, toy_package: Path, capsys: pytest.Capt
         (("--prompt-tokens", ids), said),
         (("--prompt-tokens", f"1,{VOCAB}"), f"token {VOCAB} is outside the vocabulary (0..{VOCAB - 1})"),
         (("--prompt-tokens", "1", "--exit-epsilon", "0.1"), "--exit-epsilon: toy has no such rule"),
+        (("--prompt-tokens", "1", "--exit-entropy-change", "0.1"), "--exit-entropy-change: toy has no such rule"),
+        (("--prompt-tokens", "1", "--exit-steady", "2"), "--exit-steady: toy has no such rule"),
+        (
+            ("--prompt-tokens", "1", "--exit-steady", "0.5"),
+            "--exit-steady: got '0.5', expected a whole number of at least 0",
+        ),
+        (("--prompt-tokens", "1", "--exit-kl", "-1"), "--exit-kl: got '-1', expected a number of at least 0"),
         (("-p", "A"), "tokenizer.json"),
     ):
         assert part in toy.refusal(*flags)
