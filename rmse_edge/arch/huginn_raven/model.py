@@ -234,9 +234,11 @@ class Huginn(nn.Module):
 
     def commit(self, tensors: Tensors) -> Tensors:
         m = self.transformer
-        found = m.core_block.filled(tensors, self._injected(tensors["h"], tensors["x0"]))
+        h = tensors["h"]  # what a loop is entered with is read by "propagate" alone
+        entering = self._injected(h, tensors["x0"]) if m.core_block.policy == "propagate" else h
+        found = m.core_block.filled(tensors, entering)
         if self.compares:
-            loops = torch.arange(self.config.max_loops, device=tensors["h"].device)
+            loops = torch.arange(self.config.max_loops, device=h.device)
             last = torch.minimum(loops, tensors["iterations"] - 1)
             for which, name in enumerate(("exit_keys", "exit_values")):
                 found[name] = m.coda.cache.to_cache(tensors[f"new_{name}"].index_select(0, last), which)
