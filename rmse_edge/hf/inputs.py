@@ -20,7 +20,6 @@ INSTEAD = {
     "output_attentions": "",
     "output_hidden_states": "; the model's `trajectory` returns the states of every loop",
 }
-RULES = {"exit_entropy": "entropy rule (exit_rules in its config.json)", "exit_epsilon": "rule of the state's change"}
 
 
 def refuse_arguments(model: str, given: dict[str, Any]) -> None:
@@ -34,16 +33,19 @@ def refuse_arguments(model: str, given: dict[str, Any]) -> None:
             raise ArgumentError(name, f"{model} does not take it" + INSTEAD.get(name, ""))
 
 
-def resolve_dials(spec: LoopSpec, own: Dials, given: dict[str, Any], device: torch.device) -> Tensors:
+def resolve_dials(
+    spec: LoopSpec, own: Dials, given: dict[str, Any], device: torch.device, untrained: int | None = None
+) -> Tensors:
     """The dials of one call as 0-d tensors: those given (not None), else the model's `own`.
 
     Raises:
         ArgumentError: a dial out of range, or one that this model does not have.
     """
-    for name, value in given.items():
-        if value is not None and name not in spec.dials:
-            raise ArgumentError(name, f"this model has no {RULES.get(name, 'such dial')}")
-    dials = own.changed(spec.max_loops, **given)
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in sorted(given.keys() - set(spec.dials)):
+        if DIALS[name].enables(given.pop(name)):
+            raise ArgumentError(name, f"this model has no {DIALS[name].rule} rule (exit_rules in its config.json)")
+    dials = own.changed(spec.max_loops, untrained, **given)
     types = {name: getattr(torch, DIALS[name].dtype) for name in spec.dials}
     return {name: torch.tensor(getattr(dials, name), dtype=dtype, device=device) for name, dtype in types.items()}
 

@@ -29,7 +29,7 @@ from rmse_edge.errors import UserError
 from rmse_edge.info import TextInfo
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import LoopSpec, Tensors
-from rmse_edge.loop.dials import DIALS, Dials
+from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.numbers import SLOTS
 
@@ -57,8 +57,8 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
 class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
     """A looped model with the interface of a Hugging Face causal language model. It computes in float32.
 
-    Positions stop by the configuration's own thresholds. `max_loops`, `min_loops`, `exit_threshold`, `exit_epsilon`
-    and `exit_entropy` override them, where the model has them: as arguments of `forward` and `generate`, or as attributes
+    Positions stop by the configuration's own thresholds. The dials (`rmse_edge.loop.dials`), such as `max_loops` and
+    `exit_threshold`, override them, where the model has them: as arguments of `forward` and `generate`, or as attributes
     of a `GenerationConfig`. So does `noise_seed`, for models that begin from noise. `generate` does greedy search and
     sampling; other searches raise a `UserError`.
     """
@@ -190,6 +190,10 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         exit_threshold: float | None = None,
         exit_epsilon: float | None = None,
         exit_entropy: float | None = None,
+        exit_cosine: float | None = None,
+        exit_kl: float | None = None,
+        exit_entropy_change: float | None = None,
+        exit_steady: int | None = None,
         noise_seed: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -204,7 +208,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
                 positions that stopped where the dials made them stop.
             use_cache: return the cache; by default yes, unless training.
             logits_to_keep: the last so many columns, all with 0, or the columns of a 1-d tensor.
-            max_loops, min_loops, exit_threshold, exit_epsilon, exit_entropy: see the class.
+            max_loops, min_loops, exit_threshold and all other dials: see the class.
             noise_seed: of what a model begins from where that is noise, 0 to 2**64 - 1; 0 by default. Every row has the
                 noise of its positions, as in `rmse_edge.loop.generator`.
             num_items_in_batch: the loss's divisor under gradient accumulation, as `Trainer` gives it.
@@ -219,8 +223,18 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             raise UserError("input_ids: expected token numbers of shape (batch, length)")
         own, text = self._settings()
         spec = self.model.spec(min(self.model.call_sizes()))
-        given = (max_loops, min_loops, exit_threshold, exit_epsilon, exit_entropy)
-        dials = resolve_dials(spec, own, dict(zip(DIALS, given)), input_ids.device)
+        given = {
+            "max_loops": max_loops,
+            "min_loops": min_loops,
+            "exit_threshold": exit_threshold,
+            "exit_epsilon": exit_epsilon,
+            "exit_entropy": exit_entropy,
+            "exit_cosine": exit_cosine,
+            "exit_kl": exit_kl,
+            "exit_entropy_change": exit_entropy_change,
+            "exit_steady": exit_steady,
+        }
+        dials = resolve_dials(spec, own, given, input_ids.device, getattr(self.model.config, "untrained_loops", None))
         seed = resolve_seed(spec, noise_seed)
         cache = self.cache_class() if past_key_values is None else past_key_values
         if not isinstance(cache, self.cache_class):

@@ -8,19 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from helpers import decisive_model
+from later import later
 
 from rmse_edge.errors import ParityError
 from rmse_edge.export import ExportRequest, export_package, pipeline
-from rmse_edge.export.onnx import lower as onnx_target
 from rmse_edge.export.program import ExportedMethod
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 
+onnx_target = later("rmse_edge.export.onnx.lower")
+
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
-REQUEST = ExportRequest(quant="int4")
+
+
+def request_of() -> ExportRequest:
+    return ExportRequest(quant="int4")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_packages_are_alike_on_one_core_and_on_two(
     lowered, gates = [], []
     to_onnx, gate = onnx_target.to_onnx, pipeline.gate
 
-    def lowers(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
+    def lowers(method: ExportedMethod, compact: bool) -> Any:
         lowered.append(method.name)
         return to_onnx(method, compact)
 
@@ -66,7 +70,7 @@ def test_packages_are_alike_on_one_core_and_on_two(
 
     monkeypatch.setattr(onnx_target, "to_onnx", lowers)
     monkeypatch.setattr(pipeline, "gate", compares)
-    package = export_package(quantized.model, tmp_path / "q.rmse", REQUEST, quantized=quantized)
+    package = export_package(quantized.model, tmp_path / "q.rmse", request_of(), quantized=quantized)
     assert package.manifest["parity"]["integers"]["rule"] == "exact"
     # What the other process does is not seen here.
     assert ("step" in lowered, len(gates)) == ((False, 1) if cores == 2 else (True, 2))
@@ -89,5 +93,5 @@ def test_integers_that_fail_fail_the_export_wherever_they_are_compared(
 
     monkeypatch.setattr(pipeline, "gate", fails)
     with pytest.raises(ParityError, match=r"^the integers are wrong$"):
-        export_package(quantized.model, tmp_path / "q.rmse", REQUEST, quantized=quantized)
+        export_package(quantized.model, tmp_path / "q.rmse", request_of(), quantized=quantized)
     assert not (tmp_path / "q.rmse").exists()

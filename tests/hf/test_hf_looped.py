@@ -19,20 +19,23 @@ import torch
 import torch.nn.functional as F
 from architectures import TEXTS, Case, argmax_of_whole_text, settings_of, whole
 from helpers import assert_one_line
+from later import later
 from ouro_models import GOLDEN, POLICIES, golden, lively_ouro, published_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy import ARCH as TOY
 from toy import toy
 from toy_tower import TowerConfig
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from rmse_edge.arch import registry
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import CheckpointError, ConfigError, UserError
-from rmse_edge.hf import LoopedCache, LoopedForCausalLM
 from rmse_edge.hf.known import text_types
+from rmse_edge.loop.dials import DIALS
 from rmse_edge.text import train_character_tokenizer
+
+# Imported when a test needs them: see tests/later.py.
+transformers, hf = later("transformers"), later("rmse_edge.hf")
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def padded(rows: list[Tensor], layout: str = "left") -> tuple[Tensor, Tensor]:
 
 def loaded(model: Any, folder: Path) -> Any:
     save_checkpoint(model, folder, dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------- the published numbers
@@ -95,7 +98,7 @@ def test_forward_says_what_the_published_code_says(model: Any, threshold: float)
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "threshold"), [("all_loops", 1.0), ("thr0.5", 0.5)])
 def test_decode_and_generate_say_what_the_published_cache_gives(model: Any, name: str, threshold: float) -> None:
-    cache, logits = LoopedCache(), []
+    cache, logits = hf.LoopedCache(), []
     for piece in IDS.split([9, 1, 1, 1, 1, 1], 1):
         logits.append(model(piece, past_key_values=cache, exit_threshold=threshold).logits)
     assert (torch.cat(logits, 1) - GOLD[f"cached.{name}.logits"]).abs().max() < LOGITS
@@ -137,8 +140,11 @@ def test_a_batch_of_different_lengths_equals_its_rows_alone(policy: str, layout:
 @pytest.mark.parametrize("setting", ["full depth", "adaptive", "shallow"])
 def test_every_architecture_says_what_its_whole_text_says(case: Case, setting: str, tmp_path: Path) -> None:
     """Rings, slots, recurrences, memories of noise: at once, in pieces, and in a batch with shorter texts."""
-    model, chosen = AutoModelForCausalLM.from_pretrained(case.checkpoint(tmp_path / "m")), settings_of(case)[setting]
-    assert isinstance(model, LoopedForCausalLM) and type(model.config).model_type == case.name
+    model, chosen = (
+        transformers.AutoModelForCausalLM.from_pretrained(case.checkpoint(tmp_path / "m")),
+        settings_of(case)[setting],
+    )
+    assert isinstance(model, hf.LoopedForCausalLM) and type(model.config).model_type == case.name
     dials = {name: value for name, value in vars(chosen).items() if name in model.model.spec(1).dials}
     text = case.ids(min(100, (model.model.spec(1).capacity or 102) - 2))
     expected, depth = (torch.from_numpy(a) for a in whole(case.model(), text, chosen))
@@ -162,9 +168,10 @@ def test_every_architecture_says_what_its_whole_text_says(case: Case, setting: s
 
 @pytest.mark.parametrize("case", TEXTS, ids=lambda case: case.name)
 def test_every_architecture_generates(case: Case, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(case.checkpoint(tmp_path / "m"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(case.checkpoint(tmp_path / "m"))
     dials = settings_of(case)["adaptive"]
-    settings = {"max_new_tokens": 10, "do_sample": False, "exit_threshold": dials.exit_threshold, "min_loops": 1}
+    own = vars(dials).items()
+    settings = {"max_new_tokens": 10, "do_sample": False} | {k: v for k, v in own if k in case.model().spec(1).dials}
     prompt = case.ids(30)
     rows = [torch.from_numpy(prompt)[None], torch.from_numpy(prompt[:7])[None]]
     ids, mask = padded(rows)
@@ -220,7 +227,9 @@ def test_dials_reach_the_loop_from_everywhere(model: Any) -> None:
     dials = {"max_loops": 3, "min_loops": 2, "exit_threshold": 0.3}
     by_argument = model.generate(IDS, **settings, **dials).past_key_values.depth
     assert set(by_argument.flatten().tolist()) == {2, 3}
-    by_config = model.generate(IDS, generation_config=GenerationConfig(**settings, **dials)).past_key_values.depth
+    by_config = model.generate(
+        IDS, generation_config=transformers.GenerationConfig(**settings, **dials)
+    ).past_key_values.depth
     assert torch.equal(by_config, by_argument)
     own = copy.deepcopy(model)
     own.config.early_exit_threshold, own.config.min_loops = 0.3, 2
@@ -233,7 +242,7 @@ def test_dials_reach_the_loop_from_everywhere(model: Any) -> None:
 
 
 def test_settings_of_the_file_may_be_replaced_on_loading(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, early_exit_threshold=0.5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, early_exit_threshold=0.5)
     assert torch.equal(model(IDS).depth - 1, GOLD["threshold_0.5.exit_step"])
     assert set(type(model).from_pretrained(folder)(IDS).depth.flatten().tolist()) == {4}
 
@@ -250,7 +259,7 @@ def test_sampling_follows_the_seed(model: Any) -> None:
 
 def test_noise_is_of_its_seed_and_its_position(tmp_path: Path) -> None:
     case = next(case for case in TEXTS if case.name == "toy_recurrent")
-    model = AutoModelForCausalLM.from_pretrained(case.checkpoint(tmp_path / "m"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(case.checkpoint(tmp_path / "m"))
     row = tokens(20, vocab=13)
     with torch.no_grad():
         first, again, other = (model(row, noise_seed=seed).logits for seed in (3, 3, 4))
@@ -259,7 +268,7 @@ def test_noise_is_of_its_seed_and_its_position(tmp_path: Path) -> None:
         batch = model(ids, attention_mask=mask, noise_seed=3).logits
         assert (batch[1] - first[0]).abs().max() < LOGITS and (batch[0, -6:] - first[0, :6]).abs().max() < LOGITS
     settings = {"max_new_tokens": 9, "do_sample": False}
-    by_config = GenerationConfig(**settings, noise_seed=4)
+    by_config = transformers.GenerationConfig(**settings, noise_seed=4)
     assert torch.equal(model.generate(row, generation_config=by_config), model.generate(row, noise_seed=4, **settings))
     for wrong in (-1, 2**64, 0.5):
         with pytest.raises(UserError) as caught:
@@ -298,7 +307,9 @@ def test_ids_without_a_token_are_never_chosen_and_stop_strings_end_a_text(tmp_pa
     letters = "".join(chr(97 + i) for i in range(20))
     train_character_tokenizer(letters, tmp_path / "tokenizer.json")
     save_checkpoint(lively_ouro(), tmp_path / "m", tokenizer=tmp_path / "tokenizer.json")
-    model, tokenizer = (auto.from_pretrained(tmp_path / "m") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        auto.from_pretrained(tmp_path / "m") for auto in (transformers.AutoModelForCausalLM, AutoTokenizer)
+    )
     torch.manual_seed(0)
     free = model.generate(tokens(5, vocab=20), max_new_tokens=40, do_sample=True, temperature=9.0)[0, 5:]
     assert free.max() < 20 and len(free.unique()) > 8
@@ -323,8 +334,8 @@ def test_code_beside_a_checkpoint_is_never_run(trust: bool | None, tmp_path: Pat
     for name in ("configuration_ouro.py", "modeling_ouro.py", "custom_generate/generate.py"):
         (folder / name).write_text("raise SystemExit('code of the checkpoint was run')\n")
     given = {} if trust is None else {"trust_remote_code": trust}
-    assert AutoConfig.from_pretrained(folder, **given).total_ut_steps == 4
-    model = AutoModelForCausalLM.from_pretrained(folder, **given)
+    assert transformers.AutoConfig.from_pretrained(folder, **given).total_ut_steps == 4
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **given)
     expected = GOLD["greedy.all_loops.tokens"][:, :4]
     assert torch.equal(model.generate(IDS[:, :9], max_new_tokens=4, eos_token_id=None)[:, 9:], expected)
     with pytest.raises(UserError) as caught:
@@ -337,7 +348,7 @@ def test_what_is_saved_has_the_published_names_and_is_read_by_both(model: Any, t
     own, written = load_file(GOLDEN / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert written.keys() == own.keys() and all(torch.equal(written[name], own[name]) for name in own)
     ours = load_checkpoint(tmp_path / "again")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert ours.config == theirs.looped.config == model.looped.config == theirs.config.to_looped()
     assert torch.equal(theirs(IDS).logits, model(IDS).logits)
     assert theirs.generation_config.eos_token_id == 2
@@ -353,12 +364,12 @@ def test_shards_of_bfloat16_are_read_and_written(model: Any, tmp_path: Path) -> 
     index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
-    read = AutoModelForCausalLM.from_pretrained(folder)
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert read.dtype == torch.float32 and read.config.dtype == torch.float32
     assert torch.equal(read.looped.lm_head.weight, own["lm_head.weight"].float())
     read.save_pretrained(tmp_path / "again", max_shard_size="60KB")
     assert len([*(tmp_path / "again").glob("model-*.safetensors")]) > 1
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), read.state_dict().values(), strict=True))
 
 
@@ -368,7 +379,7 @@ def test_a_tied_head_is_one_tensor(tmp_path: Path) -> None:
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.save_pretrained(tmp_path / "again")
     assert "lm_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(tokens(9)).logits, model(tokens(9)).logits)
     other = loaded(toy(tied=True), tmp_path / "toy")  # whose configuration calls it otherwise
     other.save_pretrained(tmp_path / "toy again")
@@ -384,11 +395,11 @@ def test_a_checkpoint_in_the_hubs_cache_is_read_from_there(folder: Path, model: 
     snapshot = repo / "snapshots" / commit
     shutil.copytree(folder, snapshot)
     given = {"cache_dir": tmp_path, "local_files_only": True}
-    cached = AutoModelForCausalLM.from_pretrained("someone/ouro", **given)
+    cached = transformers.AutoModelForCausalLM.from_pretrained("someone/ouro", **given)
     assert torch.equal(cached(IDS).logits, model(IDS).logits) and cached.name_or_path == "someone/ouro"
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(CheckpointError) as caught:
-        AutoModelForCausalLM.from_pretrained("someone/ouro", **given)
+        transformers.AutoModelForCausalLM.from_pretrained("someone/ouro", **given)
     assert_one_line(str(caught.value), "model.safetensors: no such file")
 
 
@@ -396,7 +407,7 @@ def test_a_model_from_a_configuration_starts_like_the_architecture(model: Any) -
     torch.manual_seed(3)
     expected = type(model.looped)(model.looped.config).state_dict()
     torch.manual_seed(3)
-    made = AutoModelForCausalLM.from_config(model.config)
+    made = transformers.AutoModelForCausalLM.from_config(model.config)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in made.looped.state_dict().items())
 
 
@@ -410,8 +421,8 @@ def test_a_model_from_a_configuration_starts_like_the_architecture(model: Any) -
         ({"prompt_lookup_num_tokens": 3}, "assisted generation is not supported"),
         ({"is_assistant": True}, "ouro cannot assist another model"),
         ({"cache_implementation": "static"}, "ouro has its own LoopedCache"),
-        ({"past_key_values": DynamicCache()}, "past_key_values: got DynamicCache, expected a LoopedCache"),
-        ({"max_loops": 5}, "max_loops: got 5, expected 1..4 (the depth the model was trained to)"),
+        ({"past_key_values": {}}, "past_key_values: got dict, expected a LoopedCache"),
+        ({"max_loops": 5}, "max_loops: got 5, expected 1..4 (the depth the model was trained to; untrained_loops"),
         ({"max_loops": 2, "min_loops": 3}, "min_loops: got 3, expected 1..2 (max_loops)"),
         ({"exit_threshold": 0.0}, "exit_threshold: got 0.0"),
         ({"exit_entropy": 1.0}, "exit_entropy: this model has no entropy rule"),
@@ -465,7 +476,7 @@ def test_forward_refuses_in_one_line(idle: Any, arguments: dict[str, Any], said:
 )
 def test_from_pretrained_refuses_in_one_line(folder: Path, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments)
     assert_one_line(str(caught.value), said)
 
 
@@ -473,7 +484,7 @@ def test_from_pretrained_refuses_in_one_line(folder: Path, arguments: dict[str, 
     ("dtype", "device"), [(None, None), ("auto", "cpu"), ("float32", {"": "cpu"}), (torch.float32, torch.device("cpu"))]
 )
 def test_float32_and_one_device_may_be_asked_for(folder: Path, dtype: Any, device: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
     assert model.dtype == torch.float32 and model.device == torch.device("cpu")
 
 
@@ -493,14 +504,14 @@ def test_from_pretrained_does_not_make_up_weights(
     save_file(own, tmp_path / "model.safetensors")
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
     with pytest.raises(CheckpointError) as caught:
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_one_line(str(caught.value), said)
 
 
 def test_a_config_that_does_not_fit_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "ouro", hidden_act="gelu")
     with pytest.raises(ConfigError) as caught:
-        AutoModelForCausalLM.from_pretrained(folder)
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert_one_line(str(caught.value), f'{folder}: hidden_act: got "gelu", expected "silu"')
 
 
@@ -510,7 +521,7 @@ def test_a_theta_among_rope_parameters_is_read(tmp_path: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     del values["rope_theta"]
     (folder / "config.json").write_text(json.dumps(values))
-    assert AutoModelForCausalLM.from_pretrained(folder).looped.config.rope_theta == 500.0
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).looped.config.rope_theta == 500.0
 
 
 @torch.no_grad()
@@ -537,10 +548,10 @@ def test_every_architecture_of_texts_is_known_and_no_other() -> None:
     assert {case.name for case in TEXTS} <= known and "puzzle" not in known
     for case in TEXTS:
         name = case.name
-        config = AutoConfig.for_model(name, **case.model().config.to_dict())
+        config = transformers.AutoConfig.for_model(name, **case.model().config.to_dict())
         assert config.model_type == name
-        again, kind = pickle.loads(pickle.dumps((config, type(AutoModelForCausalLM.from_config(config)))))
-        assert issubclass(kind, LoopedForCausalLM) and kind.config_class is type(config)
+        again, kind = pickle.loads(pickle.dumps((config, type(transformers.AutoModelForCausalLM.from_config(config)))))
+        assert issubclass(kind, hf.LoopedForCausalLM) and kind.config_class is type(config)
         assert type(again) is type(config) and again.to_looped() == config.to_looped()
 
 
@@ -550,12 +561,12 @@ def test_an_architecture_may_be_registered_late_and_anew(tmp_path: Path, monkeyp
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": "late"}))
     with pytest.raises(ValueError, match="`late`"):
-        AutoConfig.from_pretrained(tmp_path)
+        transformers.AutoConfig.from_pretrained(tmp_path)
     registry.register("late", TOY)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (type(model).__name__, type(model.config).__name__) == ("LateForCausalLM", "LatePretrainedConfig")
     registry.register("late", dataclasses.replace(TOY, config=TowerConfig))
-    assert "d_model" in AutoConfig.for_model("late").to_dict()
+    assert "d_model" in transformers.AutoConfig.for_model("late").to_dict()
 
 
 def test_an_architecture_that_cannot_be_imported_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,3 +592,12 @@ def test_either_import_order_registers(folder: Path, imports: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "OuroForCausalLM"
+
+
+def test_every_dial_is_an_argument() -> None:
+    import inspect
+
+    from rmse_edge.hf.looped_model import LoopedForCausalLM
+
+    taken = inspect.signature(LoopedForCausalLM.forward).parameters
+    assert DIALS.keys() <= taken.keys()
