@@ -136,7 +136,8 @@ class Toy(nn.Module):
             mean = self.say(self.norm(h)).cumsum(1) / torch.arange(1, len(tokens) + 1).view(1, -1, 1)
             after = self.refined(h, mean, x0)
             survival = add_log_survival(survival, self.halt(self.norm(after)).squeeze(-1), active)
-            found.append(scores(h, after, survival))
+            every = scores(h, after, survival)
+            found.append({name: score for name, score in every.items() if name in self.spec(1).dials})
             depth, before = depth + active[0], h
             h = torch.where(active.unsqueeze(-1), after, h)
             active = active & ~stops(k, before, after, survival, dials)

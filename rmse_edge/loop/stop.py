@@ -47,7 +47,10 @@ def stops(
 
 
 def scores(before: Tensor, after: Tensor, log_survival: Tensor, logits: Tensor | None = None) -> dict[str, Tensor]:
-    """What every rule compares with its dial, by the dial's name: (B, C) float64 each. Arguments as in `stops`."""
+    """What every rule compares with its dial, by the dial's name: (B, C) float64 each. Arguments as in `stops`.
+
+    A model takes those of the rules that it has.
+    """
     change = (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)
     found = {"exit_threshold": -torch.expm1(log_survival.double()), "exit_epsilon": change.double()}
     found["exit_cosine"] = cosine_change(before, after).double()

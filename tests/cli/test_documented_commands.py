@@ -149,6 +149,9 @@ RUN: dict[str, list[str]] = {
     "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/mine --stop-at 1500": [
         "--stop-at", "3",
     ],
+    "python docs/experiments/ouro/policies.py models/ouro-shakespeare --text shakespeare.txt": [
+        "--blocks", "1", "--thresholds", "0.5",
+    ],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
 
@@ -166,6 +169,7 @@ SLOW: dict[str, list[str]] = {
 
 EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"
 TRAINS = "training takes hours as documented; tests/cli/test_train_cli.py and test_train_resume.py run the verb"
+PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_ouro.py and tests/quantize/test_streamed.py have a small one"
 NOT_RUN: dict[str, str] = {
     "make demo": "tests/test_shipped.py does what it does",
     "make test": "this is it",
@@ -186,6 +190,14 @@ NOT_RUN: dict[str, str] = {
     'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
     'rmse-run rmse-shakespeare-coreml.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_coreml.py",
     "rmse-run MODEL --prompt-tokens 1,2,3": "tests/runtimes/test_other_models.py",
+    'rmse-run Ouro-1.4B --chat -p "..." --exit-threshold 0.9': PUBLISHED,
+    "rmse-quantize -m Ouro-1.4B --quant int4 --method rtn": PUBLISHED,
+    "rmse-export -m Ouro-1.4B-int4 --target executorch --max-seq-len 4096": PUBLISHED,
+    "rmse-eval Ouro-1.4B-int4-executorch.rmse --text FILE --sweep": PUBLISHED,
+    "rmse-export -m models/ouro-shakespeare": EXPORTS,
+    'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",
+    "rmse-train --text shakespeare.txt --recipe models/ouro-shakespeare/recipe.json -o runs/ouro": TRAINS,
+    "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": "tests/quantize/test_streamed.py, at a small size",
     "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
     "rmse-data shakespeare -o shakespeare.txt": "downloads; tests/train/test_train_data.py",
     "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/base": TRAINS,
@@ -222,6 +234,7 @@ def workplace(remembering: Path, remembering_package: Path, tmp_path_factory: py
     (folder / "MODEL").symlink_to(remembering)
     (folder / "rmse-shakespeare-onnx.rmse").symlink_to(remembering_package)
     shutil.copytree(remembering, folder / "models" / "rmse-shakespeare")
+    (folder / "models" / "ouro-shakespeare").symlink_to(ROOT / "models" / "ouro-shakespeare")
     recipe = json.loads(small_recipe(steps=3, gate_steps=1, exit_steps=1).to_json())
     del recipe["model"]["vocab_size"]
     (folder / "models" / "rmse-shakespeare" / "base-recipe.json").write_text(json.dumps(recipe))

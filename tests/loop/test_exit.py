@@ -158,3 +158,17 @@ def test_predictions_of_one_loop_and_the_next() -> None:
     assert [f["exit_entropy_change"] for f in found] == pytest.approx([100 - entropy, 0, 0], abs=1e-5)
     expected = [0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), 0, 0.5 * math.log(3)]
     assert [f["exit_kl"] for f in found] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_model_has_scores_of_its_own_rules_alone() -> None:
+    """The parity gate chooses its settings by them, and gives a model no other dials."""
+    from architectures import TEXTS
+    from helpers import random_tokens
+
+    for case in TEXTS:
+        model = case.model()
+        names = model.spec(1).dials
+        loops = model.spec(1).max_loops
+        scalars = {name: torch.from_numpy(value) for name, value in Dials(loops).arrays().items() if name in names}
+        found = model.whole_text(torch.from_numpy(random_tokens(8, vocab=20)), scalars)
+        assert found.scores.keys() <= set(names), case.name

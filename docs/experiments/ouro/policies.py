@@ -1,6 +1,6 @@
 """What a looped dense model loses by stopping early, under each policy for the keys and values of loops that were not run.
 
-    python docs/experiments/ouro/policies.py CHECKPOINT --text FILE [--blocks 64] [--thresholds 0.5,0.7,0.8,0.9,0.95]
+    python docs/experiments/ouro/policies.py models/ouro-shakespeare --text shakespeare.txt
 
 Every block of the held-out text is read from an empty past, once per policy and threshold of the exit gate; the loss is that
 of all its positions. Differences are paired: block by block against full depth, with the standard error of their mean.

@@ -396,7 +396,7 @@ class RMSE(nn.Module):
     @torch.no_grad()
     def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
         """See `TextModel`: `trajectory`, told where to stop, and watched."""
-        loops, experts = int(dials["max_loops"]), self.block.experts
+        loops, experts, own = int(dials["max_loops"]), self.block.experts, self.spec(1).dials
         ends: list[Tensor] = []
         surprises: list[Tensor] = []
         found: list[Tensors] = []  # of every iteration of every piece of the text
@@ -404,7 +404,8 @@ class RMSE(nn.Module):
 
         def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
             logits = self.head(after)["logits"] if "entropy" in self.config.exit_rules else None
-            found.append(scores(before, after, log_survival, logits))
+            every = scores(before, after, log_survival, logits)
+            found.append({name: score for name, score in every.items() if name in own})
             if k + 1 == loops:
                 ends.append(after)
             return stops(k, before, after, log_survival, dials, logits)
