@@ -10,6 +10,7 @@ import torch
 from small_models import dials, lively_model, small_config, whole_sequence
 from torch import Tensor
 
+from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.predictions import carry_after, change_stops, changes, first_carry
 from rmse_edge.loop.stop import (
     add_log_survival,
