@@ -164,12 +164,11 @@ def test_predictions_of_one_loop_and_the_next() -> None:
 def test_a_model_has_scores_of_its_own_rules_alone() -> None:
     """The parity gate chooses its settings by them, and gives a model no other dials."""
     from architectures import TEXTS
-    from helpers import random_tokens
 
     for case in TEXTS:
         model = case.model()
         names = model.spec(1).dials
         loops = model.spec(1).max_loops
         scalars = {name: torch.from_numpy(value) for name, value in Dials(loops).arrays().items() if name in names}
-        found = model.whole_text(torch.from_numpy(random_tokens(8, vocab=20)), scalars)
+        found = model.whole_text(torch.from_numpy(case.ids(8)), scalars)
         assert found.scores.keys() <= set(names), case.name
