@@ -286,7 +286,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     Raises:
         ExportError: a weight has scales beyond float16; names it.
     """
-    model = shared_copy(model)
+    model, held = shared_copy(model), holds(model)
     own: CoremlOptions = options.own or CoremlOptions()
     tensors, on_ane = options.tensors, own.compute == "ane"
     for name, q in tensors.items():
@@ -309,6 +309,6 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         owner = name.rpartition(".")[0]
         if not isinstance(model.get_submodule(owner), nn.Linear):
             model.set_submodule(owner, StoredRows(left.pop(name)))
-    if not holds(model):
+    if not held:
         hold(model, left, tied)
     return model

@@ -73,12 +73,14 @@ def attend(query: Tensor, own: Pair, past: Pair | None, masks: Pair) -> Tensor:
     groups, count = own[0].shape[1], query.shape[2]
     rows = query.reshape(query.shape[0], groups, -1, query.shape[3])  # (B, G, H/G * C, hd)
     sides = (own,) if past is None else (past, own)
+    shared = query.shape[1] // groups
+    seen = [
+        mask if shared == 1 else mask.repeat(1, 1, shared, 1) for mask in (masks if past is not None else masks[1:])
+    ]
     scores = [
-        (torch.matmul(rows, keys.transpose(2, 3)) * query.shape[3] ** -0.5).unflatten(2, (-1, count))
-        + mask.unsqueeze(2)
-        for (keys, _), mask in zip(sides, masks if past is not None else masks[1:])
-    ]  # (B, G, H/G, C, S) and (B, G, H/G, C, C)
-    weights = torch.softmax(torch.cat(scores, -1), -1).flatten(2, 3)
+        torch.matmul(rows, keys.transpose(2, 3)) * query.shape[3] ** -0.5 + mask for (keys, _), mask in zip(sides, seen)
+    ]  # (B, G, H/G * C, S) and (B, G, H/G * C, C)
+    weights = torch.softmax(torch.cat(scores, -1), -1)
     own_weights = weights[..., -count:]
     out = torch.matmul(own_weights, own[1])
     if past is not None:

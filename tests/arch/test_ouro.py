@@ -23,7 +23,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
-from rmse_edge.runtimes import runtime_for
+from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 1.0)
@@ -94,7 +94,7 @@ def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path) 
     folder = published_folder(tmp_path / "ouro", kv_policy="all")
     package = tmp_path / "ouro.rmse"
     assert rmse_export(["-m", str(folder), "--target", target, "-o", str(package), "--max-seq-len", "64"]) == 0
-    runtime = runtime_for(package)
+    runtime = open_runtime(package)
     for name, threshold in (("all_loops", 1.0), ("thr0.5", 0.5)):
         dials = Dials(4, exit_threshold=threshold)
         for row, ids in enumerate(IDS.numpy()):

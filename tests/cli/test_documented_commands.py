@@ -150,7 +150,7 @@ RUN: dict[str, list[str]] = {
         "--stop-at", "3",
     ],
     "python docs/experiments/ouro/policies.py models/ouro-shakespeare --text shakespeare.txt": [
-        "--blocks", "1", "--thresholds", "0.5",
+        "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--thresholds", "0.5",
     ],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip

@@ -53,3 +53,12 @@ def test_what_transformers_writes_is_known() -> None:
     """Its own fields never come as unknown keys on its side; so they must not on ours."""
     fields = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     assert fields - {field.name for field in dataclasses.fields(RMSEConfig)} <= FOREIGN_KEYS
+
+
+def test_every_dial_is_an_argument() -> None:
+    import inspect
+
+    from rmse_edge.hf.looped_model import LoopedForCausalLM
+    from rmse_edge.loop.dials import DIALS
+
+    assert DIALS.keys() <= inspect.signature(LoopedForCausalLM.forward).parameters.keys()

@@ -31,7 +31,6 @@ from rmse_edge.arch import registry
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import CheckpointError, ConfigError, UserError
 from rmse_edge.hf.known import text_types
-from rmse_edge.loop.dials import DIALS
 from rmse_edge.text import train_character_tokenizer
 
 # Imported when a test needs them: see tests/later.py.
@@ -594,12 +593,3 @@ def test_either_import_order_registers(folder: Path, imports: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "OuroForCausalLM"
-
-
-def test_every_dial_is_an_argument() -> None:
-    import inspect
-
-    from rmse_edge.hf.looped_model import LoopedForCausalLM
-
-    taken = inspect.signature(LoopedForCausalLM.forward).parameters
-    assert DIALS.keys() <= taken.keys()
