@@ -93,7 +93,7 @@ def test_decode_says_what_the_published_cache_gives(name: str, threshold: float)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "ouro", kv_policy="all")
     package = tmp_path / "ouro.rmse"
-    assert rmse_export(["-m", str(folder), "--target", target, "-o", str(package), "--max-seq-len", "64"]) == 0
+    assert rmse_export(["-m", str(folder), "--target", target, "-o", str(package), "--max-seq-len", "128"]) == 0
     runtime = open_runtime(package)
     for name, threshold in (("all_loops", 1.0), ("thr0.5", 0.5)):
         dials = Dials(4, exit_threshold=threshold)
