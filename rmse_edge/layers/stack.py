@@ -22,12 +22,41 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.loop.contract import Append, StateSpec, Tensors, TensorSpec
-from rmse_edge.numbers import KvDtype
+from rmse_edge.numbers import SLOTS, KvDtype
 
 from .cache import KeptKeysValues
 from .dense import Pair
+from .masks import causal_mask, slots_mask
 
 KvPolicy = Literal["propagate", "repeat", "all"]
+
+
+def context(chunk: int, head_dim: int, capacity: int) -> tuple[TensorSpec, ...]:
+    """What hosts tell a call of a model with turned heads that attends to up to `capacity` positions."""
+    angles = (1, chunk, head_dim // 2)
+    return (
+        TensorSpec("cos", angles),
+        TensorSpec("sin", angles),
+        TensorSpec("position", (1,), torch.int64),
+        TensorSpec("n_valid", (1,), torch.int64),
+        TensorSpec(SLOTS, (capacity,), torch.int64, None, slots_axis=0),
+    )
+
+
+def mask_specs(chunk: int, capacity: int) -> tuple[TensorSpec, ...]:
+    """Of `masks_of`."""
+    return (
+        TensorSpec("slots_mask", (1, 1, chunk, capacity), slots_axis=3),
+        TensorSpec("causal_mask", (1, 1, chunk, chunk)),
+    )
+
+
+def masks_of(tensors: Tensors, count: int) -> Tensors:
+    """The masks of a call of `count` rows, of its `context`: of the slots and of the call, as `Stack` takes them."""
+    return {
+        "slots_mask": slots_mask(tensors["position"], count, tensors[SLOTS]),
+        "causal_mask": causal_mask(tensors["n_valid"], count),
+    }
 
 
 class Layer(Protocol):
@@ -81,14 +110,12 @@ class Stack(nn.Module):
 
     def state(self, prefix: str, capacity: int, reader: str) -> tuple[StateSpec, ...]:
         """Two appended tensors, past_PREFIXkeys and past_PREFIXvalues, filled from PREFIXkeys and PREFIXvalues."""
-        slots = (1, self.heads, capacity, self.head_dim)
-        looped = self.max_loops is not None
-        shape = slots if self.max_loops is None else (self.max_loops, *slots)
-        axis = 1 if looped else 0
+        loops = () if self.max_loops is None else (self.max_loops,)
+        shape = (*loops, 1, self.heads, capacity, self.head_dim)
         dtype = getattr(torch, self.cache.kv_dtype)
-        names = (f"{prefix}keys", f"{prefix}values")
         return tuple(
-            StateSpec(f"past_{name}", shape, dtype, axis, Append(name), (reader,), per_loop=looped) for name in names
+            StateSpec(f"past_{name}", shape, dtype, len(loops), Append(name), (reader,), per_loop=bool(loops))
+            for name in (f"{prefix}keys", f"{prefix}values")
         )
 
     def emits(self, chunk: int) -> tuple[TensorSpec, ...]:
@@ -103,20 +130,90 @@ class Stack(nn.Module):
             for name in ("keys", "values")
         )
 
-    def carried(self, chunk: int) -> tuple[TensorSpec, ...]:
-        """What its policy carries from iteration to iteration."""
-        if self.policy != "repeat":
-            return ()
-        return tuple(TensorSpec(name, self.call(chunk)) for name in ("held_keys", "held_values"))
+    def carried(self, chunk: int, width: int) -> tuple[TensorSpec, ...]:
+        """What its policy carries from iteration to iteration, beside h (1, C, width) and active."""
+        if self.policy == "repeat":
+            return tuple(TensorSpec(name, self.call(chunk)) for name in ("held_keys", "held_values"))
+        if self.policy == "all":
+            return (
+                TensorSpec("running", (1, chunk, width)),
+                TensorSpec("settled", (1, chunk), torch.bool),
+            )
+        return ()
 
-    def first_carry(self, like: Tensor) -> Tensors:
-        """The first of `carried`, for states (B, C, d)."""
-        if self.policy != "repeat":
-            return {}
-        # Zeros that are computed: a target would store those of a constant shape.
+    # ------------------------------------------------------------------------------------------------ the loop's carry
+
+    def first_carry(self, h: Tensor, valid: Tensor) -> Tensors:
+        """The first carry: h (B, C, d), active, and what is `carried`.
+
+        Args:
+            valid: (B, C) bool, rows that are not padding.
+        """
+        first = {"h": h, "active": valid}
+        if self.policy == "repeat":
+            held = self.nothing_held(h)
+            return first | {"held_keys": held, "held_values": held}
+        if self.policy == "all":
+            return first | {"running": h, "settled": torch.zeros_like(valid)}
+        return first
+
+    def nothing_held(self, like: Tensor) -> Tensor:
+        """Keys or values that no position has held yet, (B, L * G, C, hd), for states (B, C, d).
+
+        Zeros that are computed: a target would store those of a constant shape.
+        """
         zero = (like[..., :1] * 0).unsqueeze(1)  # (B, 1, C, 1)
-        held = zero.repeat(1, self.heads, 1, self.head_dim)
-        return {"held_keys": held, "held_values": held}
+        return zero.repeat(1, self.heads, 1, self.head_dim)
+
+    def entering(self, carry: Tensors) -> tuple[Tensor, Tensor]:
+        """What the iteration begins with, (B, C, d), and which positions have not stopped, (B, C) bool."""
+        if self.policy == "all":
+            return carry["running"], carry["active"] & ~carry["settled"]
+        return carry["h"], carry["active"]
+
+    def iterate(
+        self, x: Tensor, k: int | Tensor, carry: Tensors, past: Tensors, fixed: Tensors, runs: Tensor
+    ) -> tuple[Tensor, Pair]:
+        """One iteration of `step`: `forward` as the policy has it.
+
+        Args:
+            past: row k of `state("", ...)`.
+            fixed: what `context` and `masks_of` give.
+            runs: from `entering`.
+        """
+        return self(
+            x,
+            k,
+            fixed["cos"],
+            fixed["sin"],
+            (past["past_keys"], past["past_values"]),
+            (fixed["slots_mask"], fixed["causal_mask"]),
+            None if self.policy == "all" else runs,
+            carry if self.policy == "repeat" else None,
+        )
+
+    def next_carry(self, carry: Tensors, h: Tensor, after: Tensor, runs: Tensor, stop: Tensor, pair: Pair) -> Tensors:
+        """The carry after an iteration.
+
+        Args:
+            h: of every position the state that it has, or stopped with.
+            after: what the iteration gave, also of positions that had stopped.
+            runs: from `entering`.
+            stop: which of them stop now.
+            pair: keys and values of the iteration.
+        """
+        if (
+            self.policy == "all"
+        ):  # the loop goes on to its end for what later positions read; what the head reads is settled
+            return {
+                "h": h,
+                "active": carry["active"].clone(),
+                "running": after,
+                "settled": carry["settled"] | stop,
+                "depth": carry["depth"] + runs.to(torch.int64),
+            }
+        new = {"h": h, "active": runs & ~stop}
+        return new | {"held_keys": pair[0], "held_values": pair[1]} if self.policy == "repeat" else new
 
     # ------------------------------------------------------------------------------------------------ computation
 

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.masks import causal_mask, slots_mask
 from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.layers.stack import context, mask_specs, masks_of
 from rmse_edge.loop.contract import Append, InjectedHits, LoopSpec, StateSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.generator import starts
 from rmse_edge.loop.predictions import carried, carry_after, change_stops, compares, first_carry
 from rmse_edge.loop.stop import cosine_stops, delta_stops
 from rmse_edge.loop.whole import in_one_call
-from rmse_edge.numbers import SEGMENT, SLOTS, KvDtype
+from rmse_edge.numbers import SEGMENT, KvDtype
 
 from .config import HuginnConfig
 from .layers import HuginnModel, kept
@@ -89,15 +89,8 @@ class Huginn(nn.Module):
         capacity = c.block_size
         if not 1 <= chunk <= capacity:
             raise ConfigError(f"chunk: got {chunk}, expected 1..block_size ({capacity})")
-        vector, angles, integer = (1, chunk, c.n_embd), (1, chunk, c.head_width // 2), torch.int64
+        vector, where = (1, chunk, c.n_embd), context(chunk, c.head_width, capacity)
         noisy, every = c.state_init == "like-init", c.kv_policy == "all"
-        where = (
-            TensorSpec("cos", angles),
-            TensorSpec("sin", angles),
-            TensorSpec("position", (1,), integer),
-            TensorSpec("n_valid", (1,), integer),
-            TensorSpec(SLOTS, (capacity,), integer, None, slots_axis=0),
-        )
         start = (TensorSpec("start", vector),) if noisy else ()
         (coda_state, _), dtype = m.coda.state("coda_", capacity, "coda"), getattr(torch, c.kv_dtype)
         exits = ("exit_keys", "exit_values") if self.compares else ()
@@ -105,7 +98,7 @@ class Huginn(nn.Module):
         return LoopSpec(
             chunk=chunk,
             max_loops=c.max_loops,
-            inputs=(TensorSpec("tokens", (1, chunk), integer), *start, *where),
+            inputs=(TensorSpec("tokens", (1, chunk), torch.int64), *start, *where),
             prelude=(
                 TensorSpec("x0", vector),
                 *(TensorSpec("first_state", vector) for _ in start),
@@ -121,15 +114,11 @@ class Huginn(nn.Module):
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(
-                *((TensorSpec("running", vector), TensorSpec("settled", (1, chunk), torch.bool)) if every else ()),
-                *m.core_block.carried(chunk),
+                *m.core_block.carried(chunk, c.n_embd),
                 *(() if every else (TensorSpec(f"held_{n}", of_coda) for n in exits)),
                 *carried(c.rules, chunk, c.vocab_size),
             ),
-            invariants=(
-                TensorSpec("slots_mask", (1, 1, chunk, capacity), slots_axis=3),
-                TensorSpec("causal_mask", (1, 1, chunk, chunk)),
-            ),
+            invariants=mask_specs(chunk, capacity),
             emits=(*m.core_block.emits(chunk), *(TensorSpec(f"new_{n}", of_coda) for n in exits)),
             coda=(
                 TensorSpec("y", vector),
@@ -150,7 +139,7 @@ class Huginn(nn.Module):
         m = self.transformer
         x = m.wte(tensors["tokens"]) * self.config.n_embd**0.5
         past = tensors["past_prelude_keys"], tensors["past_prelude_values"]
-        masks = tuple(_masks(tensors, x.shape[1]).values())
+        masks = tuple(masks_of(tensors, x.shape[1]).values())
         x, pair = m.prelude(x, 0, tensors["cos"], tensors["sin"], past, masks)
         found = {"x0": x} | kept(m.prelude, pair, "prelude_")
         if "start" in tensors:
@@ -163,31 +152,19 @@ class Huginn(nn.Module):
         count = x0.shape[1]
         start = tensors["first_state"] if self.config.state_init == "like-init" else x0 * 0
         valid = torch.arange(count, device=x0.device) < tensors["n_valid"][:, None]  # (B, C)
-        carry = {"h": start, "active": valid} | m.core_block.first_carry(x0)
-        if self.config.kv_policy == "all":
-            carry |= {"running": start, "settled": torch.zeros_like(valid)}
-        elif self.compares:
-            held = (x0[..., :1] * 0).unsqueeze(1).repeat(1, m.coda.heads, 1, self.config.head_width)
+        carry = m.core_block.first_carry(start, valid)
+        if self.compares and self.config.kv_policy != "all":
+            held = m.coda.nothing_held(x0)
             carry |= {"held_exit_keys": held, "held_exit_values": held}
-        return carry | first_carry(self.config.rules, x0, self.config.vocab_size), _masks(tensors, count)
+        return carry | first_carry(self.config.rules, x0, self.config.vocab_size), masks_of(tensors, count)
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
         m, every = self.transformer, self.config.kv_policy == "all"
-        before = carry["running"] if every else carry["h"]
-        runs = carry["active"] & ~carry["settled"] if every else carry["active"]
-        masks = fixed["slots_mask"], fixed["causal_mask"]
-        after, (keys, values) = m.core_block(
-            self._injected(before, fixed["x0"]),
-            k,
-            fixed["cos"],
-            fixed["sin"],
-            (past["past_keys"], past["past_values"]),
-            masks,
-            None if every else runs,
-            carry if m.core_block.policy == "repeat" else None,
-        )
+        before, runs = m.core_block.entering(carry)
+        after, pair = m.core_block.iterate(self._injected(before, fixed["x0"]), k, carry, past, fixed, runs)
         h = torch.where(runs.unsqueeze(-1), after, carry["h"])
-        new, emitted = {"h": h}, {"new_keys": keys, "new_values": values}
+        new: Tensors = {}
+        emitted = {"new_keys": pair[0], "new_values": pair[1]}
         stop = torch.zeros_like(runs)
         if "exit_epsilon" in dials:
             stop = stop | delta_stops(before, after, dials["exit_epsilon"])
@@ -196,36 +173,29 @@ class Huginn(nn.Module):
         if self.compares:
             # Rules read the prediction of every loop, which needs the coda. Where every loop runs, so does its coda.
             held = None if every else {name: carry[f"held_exit_{name.removeprefix('held_')}"] for name in HELD}
-            y, pair = m.coda(
+            y, of_coda = m.coda(
                 m.ln_f(after if every else h),
                 0,
                 fixed["cos"],
                 fixed["sin"],
                 (past["past_exit_keys"], past["past_exit_values"]),
-                masks,
+                (fixed["slots_mask"], fixed["causal_mask"]),
                 None if every else runs,
                 held,
             )
             of_loop = carry_after(k, carry, self.head(m.ln_f(y))["logits"])
             stop = stop | change_stops(k, carry, of_loop, dials)
             new |= of_loop
-            for name, t in zip(("exit_keys", "exit_values"), pair):
+            for name, t in zip(("exit_keys", "exit_values"), of_coda):
                 emitted[f"new_{name}"] = t
                 new |= {} if every else {f"held_{name}": t}
         stop = stop & (k + 1 >= dials["min_loops"])
-        if every:  # the loop goes on to its end for what later positions read; what the head reads is settled
-            new |= {"active": carry["active"].clone(), "running": after, "settled": carry["settled"] | stop}
-            new |= {"depth": carry["depth"] + runs.to(torch.int64)}
-        else:
-            new["active"] = runs & ~stop
-        if m.core_block.policy == "repeat":
-            new |= {"held_keys": keys, "held_values": values}
-        return new, emitted
+        return new | m.core_block.next_carry(carry, h, after, runs, stop, pair), emitted
 
     def coda(self, tensors: Tensors) -> Tensors:
         m, h = self.transformer, tensors["h"]
         past = tensors["past_coda_keys"], tensors["past_coda_values"]
-        masks = tuple(_masks(tensors, h.shape[1]).values())
+        masks = tuple(masks_of(tensors, h.shape[1]).values())
         y, pair = m.coda(m.ln_f(h), 0, tensors["cos"], tensors["sin"], past, masks)
         return {"y": m.ln_f(y)} | kept(m.coda, pair, "coda_")
 
@@ -257,11 +227,3 @@ class Huginn(nn.Module):
 
 
 HELD = ("held_keys", "held_values")
-
-
-def _masks(tensors: Tensors, count: int) -> Tensors:
-    """Of the slots and of the call, as `FullAttention` takes them."""
-    return {
-        "slots_mask": slots_mask(tensors["position"], count, tensors[SLOTS]),
-        "causal_mask": causal_mask(tensors["n_valid"], count),
-    }

@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair
-from rmse_edge.layers.masks import causal_mask, slots_mask
+from rmse_edge.layers.masks import causal_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.layers.stack import Stack
+from rmse_edge.layers.stack import Stack, context, mask_specs, masks_of
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.stop import add_log_survival, stops
 from rmse_edge.loop.whole import in_one_call
-from rmse_edge.numbers import SEGMENT, SLOTS, KvDtype
+from rmse_edge.numbers import SEGMENT, KvDtype
 
 from .config import OuroConfig
 
@@ -122,32 +122,18 @@ class Ouro(nn.Module):
         capacity = c.max_position_embeddings
         if not 1 <= chunk <= capacity:
             raise ConfigError(f"chunk: got {chunk}, expected 1..max_position_embeddings ({capacity})")
-        vector, angles = (1, chunk, c.hidden_size), (1, chunk, c.head_width // 2)
-        every = stack.policy == "all"
+        vector = (1, chunk, c.hidden_size)
         return LoopSpec(
             chunk=chunk,
             max_loops=c.max_loops,
             inputs=(TensorSpec("tokens", (1, chunk), torch.int64),),
             prelude=(TensorSpec("x0", vector),),
-            context=(
-                TensorSpec("cos", angles),
-                TensorSpec("sin", angles),
-                TensorSpec("position", (1,), torch.int64),
-                TensorSpec("n_valid", (1,), torch.int64),
-                TensorSpec(SLOTS, (capacity,), torch.int64, None, slots_axis=0),
-            ),
+            context=context(chunk, c.head_width, capacity),
             state=stack.state("", capacity, "loop"),
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
-            carry=(
-                TensorSpec("log_survival", (1, chunk)),
-                *((TensorSpec("running", vector), TensorSpec("settled", (1, chunk), torch.bool)) if every else ()),
-                *stack.carried(chunk),
-            ),
-            invariants=(
-                TensorSpec("slots_mask", (1, 1, chunk, capacity), slots_axis=3),
-                TensorSpec("causal_mask", (1, 1, chunk, chunk)),
-            ),
+            carry=(TensorSpec("log_survival", (1, chunk)), *stack.carried(chunk, c.hidden_size)),
+            invariants=mask_specs(chunk, capacity),
             emits=stack.emits(chunk),
             head=(TensorSpec("logits", (1, chunk, c.vocab_size)),),
             commit=stack.commits(chunk),
@@ -159,45 +145,22 @@ class Ouro(nn.Module):
         return {"x0": self.model.embed_tokens(tensors["tokens"])}
 
     def begin(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        x0, position, n_valid = tensors["x0"], tensors["position"], tensors["n_valid"]
+        x0, n_valid = tensors["x0"], tensors["n_valid"]
         count = x0.shape[1]
         valid = torch.arange(count, device=x0.device) < n_valid[:, None]  # (B, C)
-        carry = {"h": x0, "active": valid, "log_survival": torch.zeros_like(x0[..., 0], dtype=torch.float32)}
-        if self.model.policy == "all":
-            carry |= {"running": x0, "settled": torch.zeros_like(valid)}
-        masks = {
-            "slots_mask": slots_mask(position, count, tensors[SLOTS]),
-            "causal_mask": causal_mask(n_valid, count),
-        }
-        return carry | self.model.first_carry(x0), masks
+        survival = torch.zeros_like(x0[..., 0], dtype=torch.float32)
+        return self.model.first_carry(x0, valid) | {"log_survival": survival}, masks_of(tensors, count)
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
-        stack, every = self.model, self.model.policy == "all"
-        before = carry["running"] if every else carry["h"]
-        runs = carry["active"] & ~carry["settled"] if every else carry["active"]
-        x, (keys, values) = stack(
-            before,
-            k,
-            fixed["cos"],
-            fixed["sin"],
-            (past["past_keys"], past["past_values"]),
-            (fixed["slots_mask"], fixed["causal_mask"]),
-            None if every else runs,
-            carry if stack.policy == "repeat" else None,
-        )
+        stack = self.model
+        before, runs = stack.entering(carry)
+        x, pair = stack.iterate(before, k, carry, past, fixed, runs)
         after = stack.norm(x)
         log_survival = add_log_survival(carry["log_survival"], stack.early_exit_gate(after).squeeze(-1), runs)
         stop = stops(k, before, after, log_survival, dials)
-        new = {"h": torch.where(runs.unsqueeze(-1), after, carry["h"]), "log_survival": log_survival}
-        if every:  # the loop goes on to its end for what later positions read; what the head reads is settled
-            depth = carry["depth"] + runs.to(torch.int64)
-            new |= {"active": carry["active"].clone(), "running": after, "settled": carry["settled"] | stop}
-            new |= {"depth": depth}
-        else:
-            new["active"] = runs & ~stop
-        if stack.policy == "repeat":
-            new |= {"held_keys": keys, "held_values": values}
-        return new, {"new_keys": keys, "new_values": values}
+        h = torch.where(runs.unsqueeze(-1), after, carry["h"])
+        new = stack.next_carry(carry, h, after, runs, stop, pair) | {"log_survival": log_survival}
+        return new, {"new_keys": pair[0], "new_values": pair[1]}
 
     def head(self, h: Tensor) -> Tensors:
         return {"logits": self.lm_head(h)}
@@ -241,7 +204,7 @@ class Ouro(nn.Module):
         h = running = self.prelude({"tokens": tokens})["x0"]
         active = torch.ones_like(tokens, dtype=torch.bool)
         depth, log_survival = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device)
-        held = stack.first_carry(h)
+        held = dict.fromkeys(("held_keys", "held_values"), stack.nothing_held(h)) if stack.policy == "repeat" else {}
         states: list[Tensor] = []
         gates = []
         if watcher is not None:
