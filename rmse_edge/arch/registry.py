@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
-NO_ARCHITECTURES = {"identity", "int8_cache", "published", "quantization", "registry"}  # files of this folder
+NO_ARCHITECTURES = {"dense", "identity", "int8_cache", "published", "quantization", "registry"}  # files of this folder
 _REGISTERED: dict[str, Arch] = {}
 on_register: list[Callable[[str], None]] = []  # told the name of whatever is registered from then on
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rmse_edge.arch import dense
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
-from rmse_edge.info import TextInfo
-from rmse_edge.numbers import token_ids
 
 from .config import HuginnConfig
 from .stored import STACKS, stored
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from .model import Huginn
 
 EMBEDDING, HEAD, ADAPTER = "transformer.wte.weight", "lm_head.weight", "transformer.adapter.weight"
-COMPARING = {"kl", "entropy_change", "steady"}  # rules that evaluate the coda and the head in every loop
 
 
 def layer_weights(c: HuginnConfig) -> int:
@@ -32,8 +30,10 @@ def behind(c: HuginnConfig) -> int:
 
 def loop_weights(c: HuginnConfig) -> int:
     """Weights of products in one iteration."""
+    from rmse_edge.loop.predictions import compares
+
     core = 2 * c.n_embd**2 + c.n_layers_in_recurrent_block * layer_weights(c)
-    return core + (behind(c) if COMPARING & set(c.exit_rules) else 0)
+    return core + (behind(c) if compares(c.rules) else 0)
 
 
 def once_weights(c: HuginnConfig) -> int:
@@ -51,29 +51,12 @@ def parameters(c: HuginnConfig) -> int:
 
 def parts(model: Huginn) -> dict[str, Any]:
     c = model.config
-    return {
-        "dials": c.dials,
-        "text": TextInfo(
-            c.vocab_size, c.head_width, c.rope_base, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
-        ),
-        "loop_weights": loop_weights(c),
-        "once_weights": once_weights(c),
-    }
+    return dense.parts(c, c.rope_base, loop_weights(c), once_weights(c))
 
 
 def stated(c: HuginnConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "max_loops": c.max_loops,
-        "width": c.n_embd,
-        "parameters": parameters(c),
-        "text.vocab_size": c.vocab_size,
-        "text.rotary_dims": c.head_width,
-        "text.rope_theta": c.rope_base,
-        "rules": ("max_loops", "min_loops", *c.rules),
-    }
-    for name in ("keys", "values"):
-        kept = {"dtype": c.kv_dtype, "kind": "append", "source": name, "per_loop": True}
-        found |= {f"state.past_{name}.{field}": value for field, value in kept.items()}
+    found = dense.stated(c, c.rope_base, c.n_embd, parameters(c))
+    found["rules"] = ("max_loops", "min_loops", *c.rules)
     return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}
 
 
@@ -90,13 +73,7 @@ def table(c: HuginnConfig) -> QuantTable:
         if stack == "core_block":
             stages.append((ADAPTER,))
         for i in range(getattr(c, count)):
-            layer = f"transformer.{stack}.layers.{i}"
-            stages += [
-                tuple(f"{layer}.attn.{name}_proj.weight" for name in "qkv"),
-                (f"{layer}.attn.o_proj.weight",),
-                (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
-                (f"{layer}.mlp.down_proj.weight",),
-            ]
+            stages += dense.layer_stages(f"transformer.{stack}.layers.{i}", "attn")
     stages.append((HEAD,))
     return QuantTable(
         stages=tuple(stages),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rmse_edge.arch import dense
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
-from rmse_edge.info import TextInfo
-from rmse_edge.numbers import token_ids
 
 from .config import OuroConfig
 
@@ -44,28 +43,11 @@ def parameters(c: OuroConfig) -> int:
 
 def parts(model: Ouro) -> dict[str, Any]:
     c = model.config
-    return {
-        "dials": c.dials,
-        "text": TextInfo(
-            c.vocab_size, c.head_width, c.rope_theta, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
-        ),
-        "loop_weights": loop_weights(c),
-        "once_weights": once_weights(c),
-    }
+    return dense.parts(c, c.rope_theta, loop_weights(c), once_weights(c))
 
 
 def stated(c: OuroConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "max_loops": c.max_loops,
-        "width": c.hidden_size,
-        "parameters": parameters(c),
-        "text.vocab_size": c.vocab_size,
-        "text.rotary_dims": c.head_width,
-        "text.rope_theta": c.rope_theta,
-    }
-    for name in ("keys", "values"):
-        kept = {"dtype": c.kv_dtype, "kind": "append", "source": name, "per_loop": True}
-        found |= {f"state.past_{name}.{field}": value for field, value in kept.items()}
+    found = dense.stated(c, c.rope_theta, c.hidden_size, parameters(c))
     return found | {f"dials.{name}": value for name, value in vars(c.dials).items() if name != "exit_entropy"}
 
 
@@ -79,13 +61,7 @@ def table(c: OuroConfig) -> QuantTable:
     """Layer by layer, in the order of the data flow. What decides, the gate, stays float."""
     stages: list[tuple[str, ...]] = [(EMBEDDING,)]
     for i in range(c.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        stages += [
-            tuple(f"{layer}.self_attn.{name}_proj.weight" for name in "qkv"),
-            (f"{layer}.self_attn.o_proj.weight",),
-            (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
-            (f"{layer}.mlp.down_proj.weight",),
-        ]
+        stages += dense.layer_stages(f"model.layers.{i}", "self_attn")
     stages.append((HEAD,))
     return QuantTable(
         stages=tuple(stages),
