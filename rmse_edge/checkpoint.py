@@ -257,8 +257,11 @@ def shapes_of(folder: Path) -> Any:
     Raises:
         CheckpointError: there is no configuration, or it is not one.
     """
-    config = read_config(folder)
-    with torch.device("meta"):
+    return _on_meta(read_config(folder))
+
+
+def _on_meta(config: Any) -> Any:
+    with torch.device("meta"):  # shapes without memory
         return empty_model(config)
 
 
@@ -268,9 +271,7 @@ def check_size(config: Any, *files: Path) -> None:
     Raises:
         CheckpointError: they do not belong to this configuration.
     """
-    with torch.device("meta"):  # shapes without memory
-        model = empty_model(config)
-    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    count = sum(tensor.numel() for tensor in _on_meta(config).state_dict().values())
     nbytes = sum(file.stat().st_size for file in files)
     if count > 2 * nbytes:  # an int4 weight takes half a byte
         raise CheckpointError(

@@ -16,10 +16,10 @@ def trainable(model_type: str, where: str) -> Any:
     Raises:
         ConfigError: there is no such architecture, or it is not trained here.
     """
+    if model_type in model_types() and (arch := arch_of(model_type)).trains:
+        return arch.config
     known = [name for name in model_types() if arch_of(name).trains]
-    if model_type not in known:
-        raise ConfigError(f"{where}: got {model_type!r}, expected one of {', '.join(('gpt', *known))}")
-    return arch_of(model_type).config
+    raise ConfigError(f"{where}: got {model_type!r}, expected one of {', '.join(('gpt', *known))}")
 
 
 def gate_name(model: nn.Module) -> str:
