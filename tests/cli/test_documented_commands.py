@@ -152,6 +152,7 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/ouro/policies.py models/ouro-shakespeare --text shakespeare.txt": [
         "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--thresholds", "0.5",
     ],
+    "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": [],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
 
@@ -197,7 +198,6 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m models/ouro-shakespeare": EXPORTS,
     'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",
     "rmse-train --text shakespeare.txt --recipe models/ouro-shakespeare/recipe.json -o runs/ouro": TRAINS,
-    "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": "tests/quantize/test_streamed.py, at a small size",
     "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
     "rmse-data shakespeare -o shakespeare.txt": "downloads; tests/train/test_train_data.py",
     "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/base": TRAINS,
@@ -235,6 +235,7 @@ def workplace(remembering: Path, remembering_package: Path, tmp_path_factory: py
     (folder / "rmse-shakespeare-onnx.rmse").symlink_to(remembering_package)
     shutil.copytree(remembering, folder / "models" / "rmse-shakespeare")
     (folder / "models" / "ouro-shakespeare").symlink_to(ROOT / "models" / "ouro-shakespeare")
+    shutil.copyfile(ROOT / "tests" / "data" / "ouro" / "config.json", folder / "config.json")
     recipe = json.loads(small_recipe(steps=3, gate_steps=1, exit_steps=1).to_json())
     del recipe["model"]["vocab_size"]
     (folder / "models" / "rmse-shakespeare" / "base-recipe.json").write_text(json.dumps(recipe))
