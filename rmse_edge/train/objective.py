@@ -60,7 +60,7 @@ class Objective(nn.Module):
             losses = losses_by_depth(model, tokens, targets, asked, hits)
             loss = losses.flatten(1).mean(1)
             loss, last = (loss, loss[-1]) if stage == "validate" else (loss[-1], loss[-1])
-            layers = model.config.n_layers if isinstance(model, GPT) else model.config.max_loops
+            layers = model.config.n_layers if isinstance(model, GPT) else model.config.dials.max_loops
             return loss, last.detach(), last.new_tensor(float(layers))
         if stage == "exits":
             assert thresholds is not None

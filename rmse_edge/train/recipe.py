@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ArgumentError, ConfigError
-from rmse_edge.numbers import MAX_LOOPS, SEGMENT, Loops, Share
+from rmse_edge.numbers import SEGMENT, Loops, Share
 from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
 
 from .gpt import GPTConfig
@@ -80,9 +80,12 @@ class Recipe:
             )
         if config.block_size is None:
             raise ConfigError("model.block_size: is missing, expected the number of positions of a training sequence")
-        fits = self.depths and max(self.depths) <= getattr(config, "max_loops", MAX_LOOPS)
-        if not isinstance(config, GPTConfig) and not fits:
-            raise ConfigError(f"depths: got {list(self.depths)}, expected loops in 1..max_loops ({config.max_loops})")
+        if not isinstance(config, GPTConfig):
+            most = config.dials.max_loops
+            if not self.depths or max(self.depths) > most:
+                raise ConfigError(
+                    f"depths: got {list(self.depths)}, expected loops in 1..{most}, the depth that is trained"
+                )
 
     def model_config(self) -> Any:
         if self.architecture != "gpt":

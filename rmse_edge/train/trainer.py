@@ -167,7 +167,8 @@ class Trainer:
         recipe, stage = self.recipe, self.recipe.stage(self.step)
         draw = np.random.default_rng((recipe.seed, self.step, 1))
         loops = int(draw.choice(recipe.depths)) if stage == "loops" else 0
-        loops = loops or getattr(self.model.config, "max_loops", 0)
+        if not loops and not isinstance(self.model, GPT):
+            loops = self.model.config.dials.max_loops  # the trained depth: more may be asked for, and is not trained
         # Sampled exits are drawn for the whole batch alike in every process, dropout by each process for itself.
         torch.manual_seed(hash((recipe.seed, self.step, 0)) % 2**31)
         thresholds = self.share(draw_thresholds(recipe.batch_size)) if stage == "exits" else [None] * recipe.accumulate

@@ -16,6 +16,7 @@ RECIPE = {
     "model": {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "total_ut_steps": 3, "max_position_embeddings": 128, "rope_theta": 10000.0, "block_size": 32,
+        "untrained_loops": 2,
     },
     "depths": [2, 3], "steps": 30, "warmup": 5, "gate_steps": 4, "exit_steps": 4, "eval_every": 15, "eval_blocks": 4,
     "batch_size": 4, "precision": "fp32",
@@ -45,7 +46,7 @@ def test_all_three_stages(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"architecture": "gru"}, "architecture: got 'gru', expected one of gpt, ouro, rmse"),
-        ({"depths": [2, 4]}, "depths: got [2, 4], expected loops in 1..max_loops (3)"),
+        ({"depths": [2, 4]}, "depths: got [2, 4], expected loops in 1..3, the depth that is trained"),
         ({"model": RECIPE["model"] | {"block_size": None}}, "model.block_size: is missing"),  # type: ignore[operator]
         ({"model": RECIPE["model"] | {"d_model": 32}}, "model: unknown key 'd_model'"),  # type: ignore[operator]
         ({"task": {"name": "recall"}}, "task: got {'name': 'recall'}, expected none for architecture ouro"),

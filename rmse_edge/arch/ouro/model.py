@@ -115,7 +115,7 @@ class Ouro(nn.Module):
     # ------------------------------------------------------------------------------------------------ LoopModel
 
     def call_sizes(self) -> tuple[int, ...]:
-        return (1, SEGMENT)
+        return tuple(dict.fromkeys((1, min(SEGMENT, self.config.max_position_embeddings))))
 
     def spec(self, chunk: int) -> LoopSpec:
         c, stack = self.config, self.model
