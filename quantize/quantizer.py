@@ -52,7 +52,7 @@ class QuantizeRequest:
     in_flow: bool = True  # inputs from the model as far as it is quantised; False: from the float model
     kv: KvDtype | None = None  # the KV cache's type; None: the checkpoint's own
     calibration_tokens: int = 32_768
-    evaluation_tokens: int = 16_384  # 0: no comparison with the float model
+    evaluation_tokens: int = 8_192  # 0: no comparison with the float model
     recalibrate_gate: bool = True
     qat_steps: int = 0
     seed: int = 0

@@ -67,7 +67,7 @@ def add_quantize_flags(p: Parser) -> None:
         "--calibration-tokens", type=positive_int, default=32_768, metavar="N", help="drawn from the text at random"
     )
     group.add_argument(
-        "--evaluation-tokens", type=non_negative_int, default=16_384, metavar="N", help="0: no comparison"
+        "--evaluation-tokens", type=non_negative_int, default=8_192, metavar="N", help="0: no comparison"
     )
     group.add_argument(
         "--keep-gate", action="store_true", help="leave the exit gate's bias, though the mean depth may move"
