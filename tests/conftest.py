@@ -18,6 +18,7 @@ from filelock import FileLock
 from paths import ROOT
 
 if TYPE_CHECKING:
+    from architectures import Case
     from memo import Memo
     from native_runner import Runner
 
@@ -119,6 +120,18 @@ def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path],
                 make(Path(scratch) / name)
                 (Path(scratch) / name).rename(folder)
     return folder
+
+
+def made_package(case: Case, target: str, quant: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of this precision, and its package by `rmse-export`, the parity gate included. Read only both."""
+    from rmse_edge.cli.export import main
+
+    source = made_once(f"{case.name}-{quant}", factory, lambda folder: case.stored(folder, quant))
+
+    def make(folder: Path) -> None:
+        assert main(["--target", target, "-m", str(source), "-o", str(folder)]) == 0
+
+    return source, made_once(f"{case.name}-{quant}-{target}.rmse", factory, make)
 
 
 @pytest.fixture(scope="session")

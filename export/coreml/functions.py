@@ -10,7 +10,9 @@ functions share at the top level only, and would store the loop's once more.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,9 +147,13 @@ class Converted:
     def constants(self) -> dict[int, Var]:
         """Emit all its constants here, weights that are stored packed among them: what each is now, by its id."""
         consts: dict[int, Var] = {}
+        # coremltools numbers constants that it names itself while it goes through a set, in another order each time.
+        # Counted anew, the same model gives the same file.
+        numbers = itertools.count()
         for op in self.function.operations:
             if op.op_type == "const":
-                consts[id(op.outputs[0])] = mb.const(val=op.outputs[0].val, name=self.prefix + op.name)
+                name = f"const_{next(numbers)}" if re.fullmatch(r"const_\d+", op.name) else op.name
+                consts[id(op.outputs[0])] = mb.const(val=op.outputs[0].val, name=self.prefix + name)
             elif op.op_type.startswith("constexpr_"):
                 consts[id(op.outputs[0])] = _again(op, {}, consts, self.prefix)[0]
         return consts

@@ -22,14 +22,13 @@ from architectures import (
     text_of,
     whole,
 )
-from conftest import made_once
+from conftest import made_package
 from helpers import assert_one_line, require_executorch, reseal
 from native_runner import Runner
 
 from rmse_edge.arch.identity import model_info
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.evaluate import main as rmse_eval
-from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import PackageError, ParityError, UserError
 from rmse_edge.export.gate.compare import compare
@@ -77,12 +76,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pytest.importorskip({"onnx": "onnxruntime", "coreml": "coremltools"}.get(target, target))
     if (fixture := case.made.get((target, quant))) is not None:
         return Made(case, target, quant, request.getfixturevalue(fixture), Path())
-    source = made_once(f"{case.name}-{quant}", tmp_path_factory, lambda folder: case.stored(folder, quant))
-
-    def make(folder: Path) -> None:
-        assert rmse_export(["--target", target, "-m", str(source), "-o", str(folder)]) == 0
-
-    return Made(case, target, quant, made_once(f"{case.name}-{quant}-{target}.rmse", tmp_path_factory, make), source)
+    source, folder = made_package(case, target, quant, tmp_path_factory)
+    return Made(case, target, quant, folder, source)
 
 
 @packages(CASES)
