@@ -47,11 +47,15 @@ SLOW_FILE = re.compile(r"^pytestmark = .*\bmark\.slow\b", re.MULTILINE)
 # With `pytest -n`, the tests of one file run in one process, and those of these files in one, too: they export models
 # that are the same but for a flag, and `memo` knows what its own process has traced.
 TOGETHER = ("test_export", "test_export_quantized", "test_onnx_graph", "test_parity")
+# Files whose tests are of a package each: those of one package run in one process, the packages in any.
+BY_PACKAGE = ("test_packages",)
 # The files that take longest come first, and the two first export for different targets: no process waits for the other.
 FIRST = (
     "test_runner",
     "test_coreml",
     *TOGETHER,
+    *BY_PACKAGE,
+    "test_streamed",
     "test_runner_speed",
     "test_shipped",
     "test_export_memory",
@@ -81,12 +85,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand out whole files, in the order of collection, and `TOGETHER` as if it were one."""
+    """Hand out whole files, in the order of collection: `TOGETHER` as if it were one, `BY_PACKAGE` package by package."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
+            if Path(file).stem in BY_PACKAGE:
+                return file + nodeid.partition("[")[2]
             return TOGETHER[0] if Path(file).stem in TOGETHER else file
 
     config.option.loadscopereorder = False

@@ -225,7 +225,7 @@ def test_a_package_solves_boards_as_the_model_does(made: Made, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "made",
     [
-        pytest.param((case, "executorch", quant), id=f"{case.name}-{quant}", marks=pytest.mark.executorch)
+        pytest.param((case, "executorch", quant), id=f"{case.name}-executorch-{quant}", marks=pytest.mark.executorch)
         for case in CASES
         for quant in case.quants
     ],
