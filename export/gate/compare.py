@@ -63,6 +63,7 @@ LOGITS_TOLERANCE = 1e-4
 UNDECIDED_SHARE = 0.01
 SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
 POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
+PRODUCTS = 400_000_000_000  # multiplications of weights in one setting: a minute of one core, for the reference
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
@@ -325,7 +326,11 @@ def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | None = None) -> np.ndarray:
-    """The part of a text that the gate compares, by its rule; see `gate`. A text that is too short is read over again."""
+    """The part of a text that the gate compares, by its rule; see `gate`. A text that is too short is read over again.
+
+    Of a large model fewer positions than the rule's are affordable: as many as `PRODUCTS` are enough for at full depth.
+    """
     least = least_positions(info)
-    count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact]))
+    affordable = PRODUCTS // max(1, info.max_loops * info.loop_weights + info.once_weights)
+    count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact], affordable))
     return tokens[:count] if len(tokens) >= least else np.resize(tokens, least)

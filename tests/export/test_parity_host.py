@@ -408,3 +408,12 @@ def test_a_short_sample_is_read_over_again(model: RMSE) -> None:
     text = random_tokens(300)
     tokens = compared(text, info, exact=True)
     assert len(tokens) == 512 + 2 * SEGMENT and np.array_equal(tokens[300:600], text)
+
+
+def test_of_a_large_model_fewer_positions_are_compared(model: RMSE) -> None:
+    info, text = reference_of(model).info, random_tokens(2000)
+    assert len(compared(text, info, exact=False)) == 2000
+    large = dataclasses.replace(info, loop_weights=80_000_000, once_weights=400_000_000 - 80_000_000 * info.max_loops)
+    assert len(compared(text, large, exact=False)) == 1000  # 4e11 multiplications
+    larger = dataclasses.replace(large, loop_weights=10**9)
+    assert len(compared(text, larger, exact=False)) == len(compared(text, info, exact=True))
