@@ -82,7 +82,8 @@ class KeptKeysValues(nn.Module):
         """What the cache stores for `rounded` keys or values of all loops, (K, B, G, C, hd)."""
         if self.kv_dtype != "int8":
             return x.to(getattr(torch, self.kv_dtype))
-        return (x / self.scale(which, None).unsqueeze(1)).round().to(torch.int8)
+        found = (x / self.scale(which, None).unsqueeze(1)).round()
+        return found.clamp(-127, 127).to(torch.int8)  # what another loop has rounded may be beyond this one's range
 
     def from_cache(self, x: Tensor, which: int, k: int | Tensor, dtype: torch.dtype) -> Tensor:
         """Loop k's keys or values (B, G, W, hd) as the cache stores them -> the numbers that were rounded."""

@@ -290,6 +290,20 @@ def test_an_int8_cache_has_scales_for_every_loop_that_may_be_asked_for(policy: s
     assert scales.shape[1] == 4 and float(scales.amin()) > 1e-4
 
 
+def test_keys_of_a_loop_stay_themselves_where_a_deeper_one_has_a_smaller_range() -> None:
+    """A short call under "all" leaves those of its last loop to loops that it did not ask for, in scales of their own."""
+    model = lively_ouro(kv_policy="all")
+    request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    model = quantize(model, request, random_tokens(2048)).model
+    runtime = TorchRuntime(model, "ouro")
+    runtime.feed(random_tokens(200), Dials(1))
+    for which, name in enumerate(("past_keys", "past_values")):
+        kept = torch.from_numpy(runtime.tensors()[name])[:, 0]  # (K, L * G, S, hd)
+        scales = model.model.cache.kv_scales[which][:, :, None, None]
+        given = (kept[0] * scales[0]).clamp(-127 * scales, 127 * scales)
+        assert bool(((kept * scales - given).abs() <= scales).all())
+
+
 def test_greedy_text_is_that_of_the_whole_text() -> None:
     model, prompt = lively_ouro(), random_tokens(20)
     dials = Dials(3, exit_threshold=0.6)
