@@ -95,7 +95,8 @@ class Stack(nn.Module):
         super().__init__()
         self.layers: Any = nn.ModuleList(layers)  # of `Layer`s
         self.n_kv_heads, self.head_dim, self.max_loops, self.policy = n_kv_heads, head_dim, max_loops, policy
-        self.cache = KeptKeysValues(kv_dtype, max_loops or 1, self.heads)
+        # A stopped position supplies to deeper loops what its last one has rounded.
+        self.cache = KeptKeysValues(kv_dtype, max_loops or 1, self.heads, shares_scales=policy == "repeat")
 
     @property
     def heads(self) -> int:
@@ -278,6 +279,10 @@ class Stack(nn.Module):
             ran = (loops < tensors["iterations"]).view(-1, 1, 1, 1, 1)
             rest = [self._rounded_of_all(torch.cat(t, 1), which) for which, t in enumerate(zip(*own))]
             new = [torch.where(ran, t, other) for t, other in zip(new, rest)]
+            if self.cache.observer is not None:  # has not heard of loops that did not run
+                for which, t in enumerate(new):
+                    for k in range(int(tensors["iterations"]), self.max_loops):
+                        self.cache.observer(t[k], which, k, None)
         else:
             last = torch.minimum(loops, tensors["iterations"] - 1)
             new = [t.index_select(0, last) for t in new]
@@ -286,6 +291,6 @@ class Stack(nn.Module):
     def _rounded_of_all(self, x: Tensor, which: int) -> Tensor:
         """Keys or values (B, L * G, C, hd), alike in all loops, rounded as each loop does: (K or 1, B, L * G, C, hd)."""
         if self.cache.kv_dtype != "int8":
-            return self.cache.rounded(x, which, 0).unsqueeze(0)
+            return self.cache.rounded(x, which, None).unsqueeze(0)
         loops = self.max_loops or 1
         return self.cache.rounded(x.expand(loops, *x.shape).flatten(0, 1), which, None).unflatten(0, (loops, -1))

@@ -23,6 +23,7 @@ from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared, computed_ahead
 from rmse_edge.export.gate.reference import SINGLES, Reference, conversation, least_positions
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.loop.contract import TextModel
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
@@ -309,7 +310,7 @@ def test_a_wrong_host_of_other_engines_fails(
 @pytest.mark.parametrize("case", FAULTS | MEMORY_FAULTS)
 def test_the_rounded_rule_does_not_hide_a_wrong_host(case: str, calm: Quantized, monkeypatch: Patch) -> None:
     """A model on which most of the faults pass by shares of tokens and depths: its host is compared without the rounding."""
-    model = calm.model.with_cache_dtype("float32")
+    model = with_cache_dtype(calm.model, "float32")
     tokens = random_tokens(256, 7, FEW)
     assert compare_host(model, tokens)["max_logit_difference"] < 1e-4
     (FAULTS | MEMORY_FAULTS)[case](monkeypatch)

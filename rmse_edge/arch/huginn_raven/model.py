@@ -18,13 +18,11 @@ code unless both are given the same start, or `state_init` is "zero".
 **Exit rules** that read predictions evaluate the coda and the head in every loop. There the coda of loop k reads, of all
 positions, the coda's keys and values of loop k, which are kept per loop like those of the core block; a position that has stopped
 supplies those of its last loop. So a text gives the same numbers however it is cut into calls. The coda behind the loop has a
-cache of its own. Of the published rules "minp-kl" is not here.
+cache of its own. Of the published rules "minp-kl" is not here: it drops tokens of less than a tenth of the largest
+probability, so its score jumps where one crosses that line, and engines that are a millionth apart stop at other loops.
 """
 
 from __future__ import annotations
-
-import copy
-import dataclasses
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ from rmse_edge.loop.generator import starts
 from rmse_edge.loop.predictions import carried, carry_after, change_stops, compares, first_carry
 from rmse_edge.loop.stop import cosine_stops, delta_stops
 from rmse_edge.loop.whole import in_one_call
-from rmse_edge.numbers import SEGMENT, KvDtype
+from rmse_edge.numbers import SEGMENT
 
 from .config import HuginnConfig
 from .layers import HuginnModel, kept
@@ -68,16 +66,6 @@ class Huginn(nn.Module):
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features**-0.5)
         self.transformer.wte.weight.normal_(std=self.config.n_embd**-0.5)
-
-    def with_cache_dtype(self, dtype: KvDtype) -> Huginn:
-        """The model itself, or a copy whose keys and values are kept in another type, a float."""
-        if dtype == self.config.kv_dtype:
-            return self
-        twin = copy.deepcopy(self)
-        twin.config = dataclasses.replace(self.config, kv_dtype=dtype)
-        for stack in (twin.transformer.prelude, twin.transformer.core_block, twin.transformer.coda):
-            stack.cache.keep_in(dtype)
-        return twin
 
     # ------------------------------------------------------------------------------------------------ LoopModel
 
