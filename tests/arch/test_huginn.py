@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import small_huginn
+from architectures import greedy, small_huginn
 from architectures import whole as whole_of
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
@@ -21,7 +21,8 @@ from torch import Tensor
 from rmse_edge.arch.huginn_raven.config import RULES, HuginnConfig
 from rmse_edge.arch.huginn_raven.entry import parameters
 from rmse_edge.arch.huginn_raven.model import Huginn
-from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
 from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.layers.rope import rotary_angles
@@ -30,6 +31,7 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
 from rmse_edge.quantize.kv_scales import kv_scales
+from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays
 
@@ -161,6 +163,27 @@ def test_greedy_tokens(known: dict[str, Tensor]) -> None:
             said.append(int(logits.argmax()))
             logits = runtime.feed(said[-1:], dials).logits[-1]
         assert said == known["zero.r4.greedy"][row].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("onnx", "executorch", "coreml")]
+)
+def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, known: dict[str, Tensor]) -> None:
+    """From the given start that a package can have, which is zeros."""
+    folder, package = tmp_path / "huginn", tmp_path / "huginn.rmse"
+    save_checkpoint(golden(state_init="zero"), folder)
+    assert rmse_export(["-m", str(folder), "--target", target, "-o", str(package)]) == 0
+    runtime = open_runtime(package)
+    for row, tokens in enumerate(known["input_ids"].numpy()):
+        for loops in (4, LOOPS):
+            runtime.reset()
+            fed = [runtime.feed(part, runtime.info.dials_with(max_loops=loops)) for part in (tokens[:6], tokens[6:])]
+            logits = np.concatenate([f.logits for f in fed])
+            np.testing.assert_allclose(logits, known[f"zero.r{loops}.cached_logits"][row], atol=1e-4)
+        runtime.reset()
+        dials = runtime.info.dials_with(max_loops=4)
+        assert greedy(runtime, tokens[:6], dials, 10) == known["zero.r4.greedy"][row].tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------- exits
