@@ -151,8 +151,8 @@ def compare_methods(
         for name in ("h", "depth"):
             note(f"step_{chunk}", name, results["loop"][name], last[name], own.get(("loop", name), 0.0))
         for t in spec.emits:
-            expected, got = results["loop"][t.name][:iterations], emits[t.name][:iterations]
-            note(f"step_{chunk}", t.name, expected, got, own.get(("loop", t.name), 0.0))
+            a, b = (found[t.name][:iterations] for found in (results["loop"], emits))
+            note(f"step_{chunk}", t.name, a, b, own.get(("loop", t.name), 0.0))
     return worst
 
 
