@@ -24,7 +24,7 @@ from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.files import Digests
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.cache import cache_dtype, with_cache_dtype
-from rmse_edge.layers.held import shape_of
+from rmse_edge.layers.held import holds, shape_of
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.package import Package, seal, writing
@@ -168,6 +168,7 @@ def export_package(
     request.check_integers(quantized)
     with writing(destination, request.overwrite) as folder, one_thread(model) as idle, ExitStack() as stack:
         target = get_target(request.target)
+        idle = idle and not holds(model)  # a second process takes memory, which a model that is held so lacks
         source = quantized.fingerprint if quantized else None
         cached = as_cached(model, request)
         if cached is not model:
@@ -323,10 +324,12 @@ class Proof:
                     f"{error}; without the rounding of activations to int8 the same integers pass: "
                     "export with accuracy_level=0"
                 ) from None
+            named = [c.info.target for c in candidates[1:]]
+            candidates.clear()  # an engine less in memory, while that of the integers runs here
             found = None if whole is None else of_integers()
         for file in set(twin["graphs"].values()) if twin is not None else ():
             (self.folder / file).unlink()
-        report = reports[0] | {c.info.target: r for c, r in zip(candidates[1:], reports[1:])}
+        report = reports[0] | dict(zip(named, reports[1:]))
         if found is not None:
             report["integers"] = found
         if alone is not None:

@@ -39,7 +39,7 @@ from rmse_edge.shards import WEIGHTS_FILE, check_finite
 from rmse_edge.vocabulary import GENERATION_FILE, TOKENIZER_FILE
 
 from .quantizer import Quantized
-from .tensors import Format, QuantizedTensor
+from .tensors import Format, PackedTensor, QuantizedTensor
 
 FORMAT = "rmse-edge quantized checkpoint"
 FORMAT_VERSION = 1
@@ -225,4 +225,4 @@ def _read_quantized(file: Any, name: str, values: dict[str, Any], weight: Tensor
     zeros = None if fmt.symmetric else _read(file, f"{name}.zeros", path, (*outer, groups), torch.uint8)
     if zeros is not None and int(zeros.max()) > fmt.largest:
         raise CheckpointError(f"{path}: tensor {name}.zeros has {int(zeros.max())}, beyond {fmt.largest}; {AGAIN}")
-    return QuantizedTensor(fmt, QuantizedTensor.unpack(codes, fmt.bits), scales, zeros)
+    return PackedTensor(fmt, scales=scales, zeros=zeros, packed=codes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.errors import UserError
+from rmse_edge.layers.held import unpacked
 from rmse_edge.schema import Expected, check_fields
 
 CODE_BITS = (4, 8)
@@ -95,10 +96,44 @@ class QuantizedTensor:
             return self.codes
         return self.codes[..., 0::2] | (self.codes[..., 1::2] << 4)
 
-    @staticmethod
-    def unpack(packed: Tensor, bits: int) -> Tensor:
-        """The inverse of `packed`: (..., N, K * bits / 8) -> (..., N, K)."""
-        return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+class PackedTensor(QuantizedTensor):
+    """A quantised weight whose codes stay packed, as they lie in a file that is mapped: they take memory where they are read."""
+
+    def __init__(
+        self,
+        format: Format,
+        codes: Tensor | None = None,
+        scales: Tensor | None = None,
+        zeros: Tensor | None = None,
+        packed: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            packed: what `packed` gives, in place of codes.
+        """
+        assert scales is not None
+        self.format, self.scales, self.zeros = format, scales, zeros
+        if packed is None:
+            assert codes is not None
+            packed = QuantizedTensor(format, codes, scales, zeros).packed()
+        self._packed = packed
+
+    @property
+    def codes(self) -> Tensor:  # type: ignore[override]
+        return unpacked(self._packed, self.format.bits)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._packed.shape[:-1], self._packed.shape[-1] * 8 // self.format.bits))
+
+    @property
+    def nbytes(self) -> int:
+        zeros = 0 if self.zeros is None else self.zeros.numel()
+        return self._packed.numel() + 2 * self.scales.numel() + zeros
+
+    def packed(self) -> Tensor:
+        return self._packed
 
 
 def grouped(weight: Tensor, fmt: Format) -> Tensor:

@@ -31,7 +31,7 @@ from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.dense import FullAttention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
-from rmse_edge.layers.held import Stored, decoded, hold, holds
+from rmse_edge.layers.held import Stored, decoded, hold, holds, unpacked
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.parallel import shared_copy
@@ -80,13 +80,14 @@ def packed_halves(codes: Tensor, bits: int) -> Tensor:
 def _lower_stored_weight(context, node):
     codes, scales, zeros, bits = _get_inputs(context, node, expected=4)
     width = int(bits.val)
+    values = unpacked(torch.from_numpy(codes.val), width).numpy()
     kwargs = {"scale": half(scales.val).astype(np.float32)}
     if zeros is None:  # signed, counted from the middle
         signed = types.nptype_from_builtin(types.string_to_builtin(f"int{width}"))
-        kwargs["data"] = (codes.val.astype(np.int16) - 2 ** (width - 1)).astype(signed)
+        kwargs["data"] = (values.astype(np.int16) - 2 ** (width - 1)).astype(signed)
     else:
         unsigned = types.nptype_from_builtin(types.string_to_builtin(f"uint{width}"))
-        kwargs |= {"data": codes.val.astype(unsigned), "offset": zeros.val.astype(unsigned)}
+        kwargs |= {"data": values.astype(unsigned), "offset": zeros.val.astype(unsigned)}
     context.add(mb.constexpr_blockwise_shift_scale(**kwargs, name=node.name))
 
 

@@ -20,7 +20,7 @@ from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.dense import FullAttention
 from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
-from rmse_edge.layers.held import decoded, release
+from rmse_edge.layers.held import decoded, release, unpacked
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.parallel import shared_copy
@@ -61,7 +61,7 @@ def quantized_experts(
 def _unpacked(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 weights (E, outputs, inputs) that codes and scales of `quantized_experts` stand for."""
     if codes.dtype == torch.uint8:
-        return decoded(QuantizedTensor.unpack(codes, 4), scales, None, 4)
+        return decoded(unpacked(codes, 4), scales, None, 4)
     return decoded(codes, scales, torch.zeros_like(scales), 8)  # counted from their zero
 
 

@@ -14,6 +14,7 @@ constant of MIL. Where a target stores a weight in a form of its own (rows and e
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,16 +24,23 @@ from torch import Tensor, nn
 
 @torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
 def stored_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """What a `QuantizedTensor` stands for: codes (..., N, K) uint8, scales and zeros (..., N, groups) -> float32 (..., N, K)."""
-    return decoded(codes, scales, zeros, bits)
+    """What a `QuantizedTensor` stands for: packed codes (..., N, K * bits / 8) uint8, scales and zeros (..., N, groups)
+    -> float32 (..., N, K).
+    """
+    return decoded(unpacked(codes, bits), scales, zeros, bits)
 
 
 @stored_weight.register_fake
 def _(codes, scales, zeros, bits):
-    return torch.empty_like(codes, dtype=torch.float32)
+    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=torch.float32)
 
 
 OPERATOR = torch.ops.rmse_edge.stored_weight.default  # as it stands in a traced graph
+
+
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Codes (..., K) of bytes (..., K * bits / 8), which hold two of four bits each, the first in the low half."""
+    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
 def decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
@@ -57,8 +65,13 @@ class Stored(nn.Module):
         """
         super().__init__()
         self.name, self.bits = name, q.format.bits
-        for part, tensor in (("codes", q.codes), ("scales", q.scales), ("zeros", q.zeros)):
+        for part, tensor in (("codes", q.packed()), ("scales", q.scales), ("zeros", q.zeros)):
             self.register_buffer(part, tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits)
 
     def forward(self) -> Tensor:
         return stored_weight(self.codes, self.scales, self.zeros, self.bits)
@@ -115,7 +128,7 @@ def shape_of(model: nn.Module, name: str) -> tuple[int, ...]:
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     stored = owner._modules.get(f"stored_{attribute}")
-    return tuple(stored.codes.shape if isinstance(stored, Stored) else owner.get_parameter(attribute).shape)
+    return stored.shape if isinstance(stored, Stored) else tuple(owner.get_parameter(attribute).shape)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -128,7 +141,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def count(model: nn.Module) -> int:
     """Weights of a model, those that are held as integers among them."""
-    stored = {id(module): module.codes.numel() for module in model.modules() if isinstance(module, Stored)}
+    stored = {id(module): math.prod(module.shape) for module in model.modules() if isinstance(module, Stored)}
     return sum(p.numel() for p in model.parameters()) + sum(stored.values())
 
 

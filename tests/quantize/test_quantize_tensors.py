@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.errors import UserError
+from rmse_edge.layers.held import unpacked
 from rmse_edge.quantize import Format, QuantizedTensor
 from rmse_edge.quantize.gptq import DAMP, best_scales, gptq
 from rmse_edge.quantize.tensors import encode, full_range, grouped, round_to_nearest
@@ -54,7 +55,7 @@ def test_packing() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(2, 2)
     q = QuantizedTensor(Format(4, 16), codes, torch.ones(2, 2))
     assert q.packed()[0, :3].tolist() == [0x10, 0x32, 0x54]  # the first code in the low half
-    assert torch.equal(QuantizedTensor.unpack(q.packed(), 4), codes)
+    assert torch.equal(unpacked(q.packed(), 4), codes)
     assert q.nbytes == codes.numel() // 2 + 2 * 4
 
 
