@@ -32,10 +32,10 @@ from toy_recurrent import ToyRecurrent
 from toy_tower import ARCH as TOWER
 from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
 
-from rmse_edge.arch.huginn_raven.config import RULES as HUGINN_RULES
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.recurrent import RULES
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.loop.dials import DIALS, Dials
@@ -138,9 +138,7 @@ def small_huginn() -> Huginn:
         "n_layers_in_recurrent_block": 2,
     }
     return Huginn(
-        HuginnConfig(
-            vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=HUGINN_RULES, **sizes
-        )
+        HuginnConfig(vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=RULES, **sizes)
     )
 
 
