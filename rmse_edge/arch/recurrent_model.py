@@ -205,15 +205,16 @@ class RecurrentDepth(nn.Module):
         h = torch.where(runs.unsqueeze(-1), after, carry["h"])
         new: Tensors = {}
         emitted = {"new_keys": pair[0], "new_values": pair[1]}
+        rules = {name: dials[name] for name in self.config.rules}  # it may be given dials of others
         stop = torch.zeros_like(runs)
-        if "exit_epsilon" in dials:
-            stop = stop | delta_stops(before, after, dials["exit_epsilon"])
-        if "exit_cosine" in dials:
-            stop = stop | cosine_stops(before, after, dials["exit_cosine"])
+        if "exit_epsilon" in rules:
+            stop = stop | delta_stops(before, after, rules["exit_epsilon"])
+        if "exit_cosine" in rules:
+            stop = stop | cosine_stops(before, after, rules["exit_cosine"])
         if self.compares:
             y, of_coda = self._coda_in_loop(after, h, carry, past, fixed, runs)
             of_loop = carry_after(k, carry, self.logits(self.out_of_coda(y)))
-            stop = stop | change_stops(k, carry, of_loop, dials)
+            stop = stop | change_stops(k, carry, of_loop, rules)
             new |= of_loop
             if not core.shared:
                 for name, t in zip(EXITS, of_coda):
