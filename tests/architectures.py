@@ -162,7 +162,7 @@ def small_dory() -> Dory:
     torch.manual_seed(6)
     model = Dory(
         DoryConfig(
-            vocab_size=65, hidden_size=32, intermediate_size=48, num_hidden_layers=4, n_input_layers=1,
+            vocab_size=65, hidden_size=32, intermediate_size=64, num_hidden_layers=4, n_input_layers=1,
             n_output_layers=1, n_recurrent_loops=2, untrained_loops=1, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, layer_types=("sliding_attention", "sliding_attention", "full_attention", "full_attention"),
             sliding_window=24, max_position_embeddings=512, exit_rules=("delta", "kl"),

@@ -303,3 +303,18 @@ def test_a_tensor_that_transformers_wrote_is_missing(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "c" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor backbone\.layers\.1\.self_attn\.g_proj\.weight is missing;"):
         load_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_generates_the_published_tokens(name: str) -> None:
+    """Through the Auto classes of a transformers that does not know the architecture, from the published files."""
+    transformers = pytest.importorskip("transformers")
+    import rmse_edge.hf  # noqa: F401
+
+    expected = known(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name)
+    with torch.no_grad():
+        logits = model(expected["input_ids"]).logits
+        said = model.generate(expected["input_ids"][:, :6], max_new_tokens=8, do_sample=False)
+    np.testing.assert_allclose(logits, expected["logits"][-1], atol=1e-4)
+    assert torch.equal(said[:, 6:], expected["greedy"])

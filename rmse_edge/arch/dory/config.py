@@ -98,22 +98,17 @@ class DoryConfig(RecurrentConfig):
             self.require(count == whole, "num_hidden_layers", f"{' + '.join(SECTIONS)} ({whole})")
 
     def _check_rope(self) -> None:
-        """Fail where the angles are made otherwise than here, or not said."""
-        if self.rope_parameters is None:
-            return
+        """Fail where the angles are made otherwise than here, or not said; fill in what is left out."""
+        given, found = self.rope_parameters, {}
         for kind in sorted(set(self.attention)):
-            rope = self.rope_parameters.get(kind)
-            known = isinstance(rope, dict) and set(rope) <= {"rope_type", "rope_theta"}
-            theta = rope.get("rope_theta") if known else None
-            if (
-                not known
-                or rope.get("rope_type", "default") != "default"
-                or isinstance(theta, bool)
-                or not isinstance(theta, (int, float))
-                or not 0 < theta < float("inf")
-            ):
+            rope = {"rope_theta": THETAS[kind]} if given is None else given.get(kind)
+            theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+            number = isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < float("inf")
+            if not number or {"rope_type": "default", "rope_theta": theta} != {"rope_type": "default"} | rope:
                 raise ConfigError(f"rope_parameters: got {str(rope)[:60]} for {kind}, expected rope_type default and a "
                                   "rope_theta")  # fmt: skip
+            found[kind] = {"rope_type": "default", "rope_theta": float(theta)}
+        object.__setattr__(self, "rope_parameters", found)
 
     @property
     def paired(self) -> bool:
@@ -138,12 +133,8 @@ class DoryConfig(RecurrentConfig):
     @property
     def thetas(self) -> dict[Attention, float]:
         """The base of the angles of each kind of attention that there is."""
-        given = self.rope_parameters
-        return {
-            kind: theta if given is None else float(given[kind]["rope_theta"])
-            for kind, theta in THETAS.items()
-            if kind in self.attention
-        }
+        assert self.rope_parameters is not None
+        return {kind: self.rope_parameters[kind]["rope_theta"] for kind in THETAS if kind in self.attention}
 
     @property
     def rope_theta(self) -> float:
