@@ -182,7 +182,7 @@ def decided_dory() -> Dory:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("_alpha"):
-                p *= 0.3
+                p *= 0.6
         model.lm_head.weight.copy_(model.backbone.embeddings.weight)
         model.lm_head.logit_scale *= 2.0
     return model
