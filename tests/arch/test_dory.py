@@ -21,11 +21,13 @@ from rmse_edge.arch.dory.entry import parameters
 from rmse_edge.arch.dory.model import Dory
 from rmse_edge.arch.recurrent import RULES
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.export.gate.compare import compare_host
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import WholeText, check_spec
 from rmse_edge.loop.dials import Dials
+from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 GOLDEN = ROOT / "tests" / "data" / "dory"
@@ -318,3 +320,17 @@ def test_transformers_generates_the_published_tokens(name: str) -> None:
         said = model.generate(expected["input_ids"][:, :6], max_new_tokens=8, do_sample=False)
     np.testing.assert_allclose(logits, expected["logits"][-1], atol=1e-4)
     assert torch.equal(said[:, 6:], expected["greedy"])
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
+def test_a_package_with_one_set_of_slots(tmp_path: Path) -> None:
+    """Through `rmse-export`, its gate included: what transformers says token by token."""
+    save_checkpoint(golden("shared"), tmp_path / "c", dtype=torch.float32)
+    assert rmse_export(["--target", "onnx", "-m", str(tmp_path / "c"), "-o", str(tmp_path / "p.rmse")]) == 0
+    runtime, expected = open_runtime(tmp_path / "p.rmse"), known("shared")
+    for row, tokens in enumerate(expected["input_ids"].tolist()):
+        runtime.reset()
+        np.testing.assert_allclose(
+            runtime.feed(tokens, runtime.info.dials).logits, expected["logits"][0][row], atol=1e-4
+        )

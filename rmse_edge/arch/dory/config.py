@@ -15,6 +15,7 @@ Attention = Literal["sliding_attention", "full_attention"]
 Block = Literal["sliding_attention", "full_attention", "mlp"]
 THETAS: Mapping[Attention, float] = {"sliding_attention": 10_000.0, "full_attention": 10_000_000.0}
 FULL_EVERY = 4  # of layers whose kinds the file does not say, each fourth attends to everything
+DEFAULT = {"rope_type": "default"}  # the only way of making angles
 SECTIONS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
 
 
@@ -102,12 +103,13 @@ class DoryConfig(RecurrentConfig):
         given, found = self.rope_parameters, {}
         for kind in sorted(set(self.attention)):
             rope = {"rope_theta": THETAS[kind]} if given is None else given.get(kind)
-            theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-            number = isinstance(theta, (int, float)) and not isinstance(theta, bool) and 0 < theta < float("inf")
-            if not number or {"rope_type": "default", "rope_theta": theta} != {"rope_type": "default"} | rope:
+            theta = None
+            if isinstance(rope, dict) and DEFAULT | rope == {"rope_theta": rope.get("rope_theta"), **DEFAULT}:
+                theta = rope.get("rope_theta")
+            if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < float("inf"):
                 raise ConfigError(f"rope_parameters: got {str(rope)[:60]} for {kind}, expected rope_type default and a "
                                   "rope_theta")  # fmt: skip
-            found[kind] = {"rope_type": "default", "rope_theta": float(theta)}
+            found[kind] = {**DEFAULT, "rope_theta": float(theta)}
         object.__setattr__(self, "rope_parameters", found)
 
     @property
