@@ -158,7 +158,7 @@ def decided_huginn() -> Huginn:
 
 
 def small_dory() -> Dory:
-    """Layers of both kinds in the loop, a window of three pages of eight, and a loop more than it is trained to."""
+    """A layer of each kind in the loop, a window that texts are longer than, and a loop more than it is trained to."""
     torch.manual_seed(6)
     model = Dory(
         DoryConfig(
