@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from rmse_edge.arch.identity import fingerprint, model_info
-from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.files import Digests
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.cache import cache_dtype, with_cache_dtype
 from rmse_edge.layers.held import shape_of
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.loop.dials import DIALS
@@ -140,9 +140,8 @@ def rounded(model: Any, quant: str) -> Any:
 
 def as_cached(model: Any, request: ExportRequest) -> Any:
     """`model`, or a copy whose keys and values are stored in the type that the request's packages have, a float."""
-    cache, arch = get_target(request.target).cache, arch_of_model(model)
-    own = arch.cache_dtype(model)
-    return arch.with_cache_dtype(model, cache(request.quant, own)) if cache else model
+    cache = get_target(request.target).cache
+    return with_cache_dtype(model, cache(request.quant, cache_dtype(model))) if cache else model
 
 
 def export_package(
@@ -260,7 +259,7 @@ class Proof:
     @property
     def float_cache(self) -> bool:
         """An int8 or float16 cache rounds K and V before use: two engines a millionth apart round a few otherwise."""
-        return arch_of_model(self.model).cache_dtype(self.model) == "float32"
+        return cache_dtype(self.model) == "float32"
 
     @property
     def rounded_activations(self) -> bool:
@@ -307,7 +306,7 @@ class Proof:
             alone = None
             if not exact and not (whole is not None and float_cache):
                 self.stage("parity of the host")
-                alone = compare_host(arch_of_model(self.model).with_cache_dtype(reference.model, "float32"), tokens)
+                alone = compare_host(with_cache_dtype(reference.model, "float32"), tokens)
             package = self.sealed(manifest)
             candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
             try:

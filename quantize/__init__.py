@@ -4,7 +4,8 @@ scheme.py     in which format                           tensors.py   codes, scal
 reader.py     reads whole texts with any model          parallel.py  independent work on all cores
 hessians.py   what a looped weight sees in every loop   gptq.py      codes that keep the outputs
 quantizer.py  the stages, in the order of the data      qat.py, gate.py   finetune, exit gate
-compare.py    what it cost                              store.py     quantised checkpoints on disk
+kv_scales.py  an int8 cache                             compare.py   what it cost
+store.py      quantised checkpoints on disk             streamed.py  rounded tensor by tensor
 """
 
 from .quantizer import Quantized, QuantizeRequest, quantize

@@ -48,15 +48,22 @@ def recalibrate(reference: Any, model: Any, blocks: Tensor) -> Recalibration | N
             gate.copy_(bias + shift)
         return mean_depth(model, blocks)
 
-    before = depth = depth_at(0.0)
+    before = depth_at(0.0)
     best = (abs(before / wanted - 1), 0.0, before)
-    low, high = (-WIDEST, 0.0) if depth < wanted else (0.0, WIDEST)  # a higher bias stops earlier
+    # Of the shifts that were tried: the highest at which positions run too many loops, the lowest at which too few.
+    deep, shallow = (0.0, before), (0.0, before)
+    step = best[0] if before > wanted else -best[0]  # a higher bias stops earlier
     for _ in range(STEPS):
         if best[0] <= CLOSE:
             break
-        shift = (low + high) / 2
+        if deep[1] > wanted > shallow[1]:  # between them, as if it were a line, and not too near to what is known
+            share = (deep[1] - wanted) / (deep[1] - shallow[1])
+            shift = deep[0] + (shallow[0] - deep[0]) * min(max(share, 0.1), 0.9)
+        else:
+            shift = max(-WIDEST, min(WIDEST, (deep if step > 0 else shallow)[0] + step))
+            step *= 2
         depth = depth_at(shift)
-        low, high = (shift, high) if depth > wanted else (low, shift)
+        deep, shallow = ((shift, depth), shallow) if depth > wanted else (deep, (shift, depth))
         best = min(best, (abs(depth / wanted - 1), shift, depth))
     with torch.no_grad():
         gate.copy_(bias + best[1])

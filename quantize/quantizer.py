@@ -16,6 +16,7 @@ from torch import Tensor
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ArgumentError
+from rmse_edge.layers.cache import cache_dtype, caches_of, with_cache_dtype
 from rmse_edge.numbers import KvDtype
 from rmse_edge.progress import Report, Work, silent
 from rmse_edge.shards import check_finite
@@ -25,6 +26,7 @@ from .compare import compare
 from .gate import recalibrate
 from .gptq import gptq
 from .hessians import LOOPS, Hessians, gather
+from .kv_scales import with_int8_cache
 from .qat import finetune
 from .reader import text_length, text_of
 from .scheme import METHODS, Scheme, table_of
@@ -186,13 +188,10 @@ def with_kv(model: Any, request: QuantizeRequest, calibration: Tensor | None, do
     Raises:
         ArgumentError: its architecture has no such cache.
     """
-    arch, wanted = arch_of_model(model), request.kv
-    own = arch.cache_dtype(model)
-    if wanted is None or wanted == own != "int8":
-        return copy.deepcopy(model)
-    if wanted == "int8" and arch.int8_cache is not None:
+    wanted = request.kv
+    if wanted == "int8" and caches_of(model):
         assert calibration is not None  # `needs_text`
-        return arch.int8_cache(model, calibration, done.start(KV_SCALES, calibration.numel()))
+        return with_int8_cache(model, calibration, done.start(KV_SCALES, calibration.numel()))
     changed = cached_in(model, wanted)
     return copy.deepcopy(model) if changed is model else changed
 
@@ -203,9 +202,8 @@ def cached_in(model: Any, kv: KvDtype | None) -> Any:
     Raises:
         ArgumentError: its architecture has no such cache.
     """
-    arch = arch_of_model(model)
-    changed = model if kv is None else arch.with_cache_dtype(model, kv)
-    if kv is not None and (own := arch.cache_dtype(changed)) != kv:
+    changed = model if kv is None else with_cache_dtype(model, kv)
+    if kv is not None and (own := cache_dtype(changed)) != kv:
         raise ArgumentError("kv", f"model_type {model.config.model_type} keeps its cache in {own}; leave it out", kv)
     return changed
 

@@ -157,43 +157,57 @@ def changed_folder(
     the rest.
 
     Args:
-        path: made if it is not there, its parents too.
+        path: made if it is not there, its parents too; they go again if the block fails.
         error: what to raise.
         remove: names of files of `path` that go at the same time.
     Raises:
         FileError, or `error`: `path` is no folder, one of the files to be replaced is no regular file, or it cannot be
             written.
     """
-    with suppress(OSError):  # what is wrong is said below
-        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
-    target = _target(Path(path), stat.S_IFDIR, error)
-    with explained(path, target, error):
-        tidy(target)
-    if not target.exists():
-        with new_folder(path, error, replace=False) as part:
-            yield part
-        return
-    with explained(path, target, error):
-        finish_change(target)
-        with scratch_folder(target, CHANGE) as scratch:
-            part = scratch / "new"
-            with named(part, path):
+    with _made(Path(os.path.realpath(path)).parent):
+        target = _target(Path(path), stat.S_IFDIR, error)
+        with explained(path, target, error):
+            tidy(target)
+        if not target.exists():
+            with new_folder(path, error, replace=False) as part:
                 yield part
-            for file in part.iterdir():
-                _target(target / file.name, stat.S_IFREG, error)
-            settle_all(part, usual_mode(scratch))
-            (scratch / "remove").write_text(json.dumps(list(remove)), encoding="utf-8")
-            os.rename(part, scratch / "ready")
-            try:
-                move_ready(scratch, target)
-            except KeyboardInterrupt:
-                move_ready(scratch, target)
-                raise
-            except OSError as failure:
-                raise error(
-                    f"{failure.filename or path}: cannot be written ({failure.strerror}); {path} is changed in part, and "
-                    "the rest follows when it is written to or read again"
-                ) from None
+            return
+        with explained(path, target, error):
+            finish_change(target)
+            with scratch_folder(target, CHANGE) as scratch:
+                part = scratch / "new"
+                with named(part, path):
+                    yield part
+                for file in part.iterdir():
+                    _target(target / file.name, stat.S_IFREG, error)
+                settle_all(part, usual_mode(scratch))
+                (scratch / "remove").write_text(json.dumps(list(remove)), encoding="utf-8")
+                os.rename(part, scratch / "ready")
+                try:
+                    move_ready(scratch, target)
+                except KeyboardInterrupt:
+                    move_ready(scratch, target)
+                    raise
+                except OSError as failure:
+                    raise error(
+                        f"{failure.filename or path}: cannot be written ({failure.strerror}); {path} is changed in part, and "
+                        "the rest follows when it is written to or read again"
+                    ) from None
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder and its parents, made where they are not there; if the block fails, those that are new and empty go."""
+    missing = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
+    try:
+        with suppress(OSError):  # what is wrong is said by who writes there
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
+        raise
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def read_ids(path: str | Path, vocab_size: int) -> np.ndarray:
     Returns:
         (n,) int64.
     Raises:
-        TextError: it holds something else, or an id outside the vocabulary.
+        TextError: it holds something else, nothing, or an id outside the vocabulary.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -217,6 +217,8 @@ def read_ids(path: str | Path, vocab_size: int) -> np.ndarray:
         if unfit is not None:
             raise TextError(f"{path}: got {unfit[:40]!r}, expected token ids")
         ids = np.array(words, np.int64)
+    if not len(ids):
+        raise TextError(f"{path}: holds no token ids")
     check_ids(ids, vocab_size)
     return ids.astype(np.int64)
 

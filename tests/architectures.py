@@ -129,8 +129,8 @@ def wrong_tower(kind: type) -> Callable[[], Any]:
     return lambda: lively_tower(kind=kind)
 
 
-def small_huginn() -> Huginn:
-    """With all of its exit rules, and a loop more than it is trained to."""
+def small_huginn(rules: tuple[str, ...] = RULES) -> Huginn:
+    """With all of its exit rules, or some, and a loop more than it is trained to."""
     torch.manual_seed(5)
     sizes = {
         "n_embd": 32,
@@ -138,15 +138,16 @@ def small_huginn() -> Huginn:
         "intermediate_size": 64,
         "n_layers_in_prelude": 1,
         "n_layers_in_recurrent_block": 2,
+        "n_layers_in_coda": 1,
     }
     return Huginn(
-        HuginnConfig(vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=RULES, **sizes)
+        HuginnConfig(vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=rules, **sizes)
     )
 
 
 def decided_huginn() -> Huginn:
     """A model whose states hold on to the token they are of, so that its predictions are as decided as a trained model's."""
-    model = small_huginn()
+    model = small_huginn(("kl",))  # each rule is one more text for the gate
     m = model.transformer
     with torch.no_grad():
         m.ln_f.weight.fill_(2.0)

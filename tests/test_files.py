@@ -264,6 +264,23 @@ def test_errors_name_what_was_to_be_written(work: Path, writer: Any) -> None:
     assert str(caught.value) == f"{path}: methods: got 5; export again"
 
 
+@pytest.mark.parametrize("failure", [UserError("no"), ValueError("a defect"), KeyboardInterrupt()], ids=repr)
+def test_parents_that_were_made_go_with_what_failed(work: Path, failure: BaseException) -> None:
+    (work / "there").mkdir()
+    path = work / "there" / "a" / "b" / "c"
+    with pytest.raises(type(failure)), files.changed_folder(path) as part:
+        (part / "x").write_text("new")
+        raise failure
+    assert [p.name for p in work.rglob("*")] == ["there"]
+    with pytest.raises(UserError), files.changed_folder(path):
+        (work / "there" / "a" / "other").write_text("of somebody else")
+        raise UserError("no")
+    assert tree(work) == {"there/a/other": "of somebody else"} and not (work / "there" / "a" / "b").exists()
+    with files.changed_folder(path) as part:
+        (part / "x").write_text("new")
+    assert tree(work) == {"there/a/b/c/x": "new", "there/a/other": "of somebody else"}
+
+
 def test_a_file_in_a_folder_that_is_special_is_refused(work: Path) -> None:
     (work / "folder").mkdir()
     (work / "folder" / "b.bin").mkdir()

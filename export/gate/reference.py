@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from rmse_edge.runtimes.host.base import Arrays
 
 MARGIN = 1e-4  # below it the reference is undecided
 LEAST_POSITIONS = 256  # that are compared at any setting
+ROUNDED = 32  # of the first, on which `Reference.rounding` is found
 SINGLES = 32  # of them fed one by one: through the graphs that decode, over a segment's end
 
 
@@ -98,6 +100,29 @@ class Reference:
             found.margin.numpy(),
             {name: score.numpy() for name, score in found.scores.items()},
         )
+
+    @cached_property
+    def rounding(self) -> float:
+        """What another order of rounding changes a logit by, about: the most that any of the first positions' changes where
+        every weight of a norm, and every other vector of weights, is moved by a rounding of itself. 0: not to be found.
+        """
+        vectors = (
+            [p for p in self.model.parameters() if p.dim() == 1] if isinstance(self.model, torch.nn.Module) else []
+        )
+        tokens, full = torch.from_numpy(self._text[:ROUNDED]), self.scalars(self.info.full_depth)
+        if not vectors or not len(tokens):
+            return 0.0
+        before, kept = self.model.whole_text(tokens, full).logits, [p.detach().clone() for p in vectors]
+        draw = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for p in vectors:
+                    p.mul_(1 + (2 * torch.randint(0, 2, p.shape, generator=draw) - 1) * 2.0**-23)
+            return float((self.model.whole_text(tokens, full).logits - before).abs().max())
+        finally:
+            with torch.no_grad():
+                for p, value in zip(vectors, kept):
+                    p.copy_(value)
 
     def segments(self, tokens: np.ndarray) -> list[np.ndarray]:
         """The exit states (1, 64, d) of every whole segment of `tokens` at full depth: what a memory is taught."""

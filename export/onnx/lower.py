@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnxscript import ir
 from torch import nn
 from torch.onnx._internal.exporter import _core as exporter
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -25,7 +26,7 @@ from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.layers.held import weights_of_codes
 from rmse_edge.quantize.parallel import aside
 
-from .ops import translations
+from .ops import STORED_WEIGHT, translations
 from .options import OnnxOptions
 from .passes import PASSES, name_sizes
 from .quantize import check_format, prepare, use_integers, with_float_activations
@@ -66,7 +67,9 @@ def without_monitor() -> Iterator[None]:
 
 
 def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
-    """One traced method as an ONNX model with its weights inline, after all passes."""
+    """One traced method as an ONNX model with its weights inline, after all passes; but for the codes of quantised weights,
+    whose initializers have no data.
+    """
     # It reports on every optional package it does not find.
     with quiet(), without_monitor(), contextlib.redirect_stdout(io.StringIO()):
         exported = exporter.export(
@@ -77,11 +80,26 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
             registry=registry(compact),
             verbose=False,
         )
+    without_codes(exported.model)
     model = exported.model_proto
     name_sizes(model, method.takes)
     for apply in PASSES:
         apply(model)
     return model
+
+
+def without_codes(model: ir.Model) -> None:
+    """Leave out the data of what only `StoredWeight` reads as codes: `use_integers` writes its own, in other layouts.
+
+    They are as large as all other data of a model together, and passes copy what a graph holds.
+    """
+    nodes = [*ir.traversal.RecursiveGraphIterator(model.graph)]
+    codes = {node.inputs[0].name for node in nodes if node.op_type == STORED_WEIGHT and node.inputs[0] is not None}
+    for name in codes & set(model.graph.initializers):
+        value = model.graph.initializers[name]
+        tensor = value.const_value
+        assert tensor is not None and name is not None
+        value.const_value = ir.ExternalTensor("", None, None, tensor.dtype, shape=tensor.shape, name=name)
 
 
 def _compact(method: ExportedMethod, own: OnnxOptions) -> bool:

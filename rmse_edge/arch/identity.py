@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.cache import scales_of
 from rmse_edge.layers.held import count
 from rmse_edge.vocabulary import Vocabulary
 
@@ -39,11 +40,10 @@ def model_info(
         max_seq_len: tokens that a text may have, where that is fewer than the model takes.
         folder: that the model comes from, with its tokenizer; None: the model's configuration is all there is.
     """
-    arch = arch_of_model(model)
     specs = {chunk: model.spec(chunk).of_capacity(max_seq_len) for chunk in model.call_sizes()}
     found = source or fingerprint(model)
-    if salt := arch.salt(model):
-        found = hashlib.sha256(found.encode() + salt).hexdigest()
+    if scales := scales_of(model):
+        found = hashlib.sha256(found.encode() + scales).hexdigest()
     info = ModelInfo.of_spec(
         specs,
         name=name,
@@ -54,7 +54,7 @@ def model_info(
         quant=quant,
         fingerprint=found,
         config=model.config.to_dict(),
-        **arch.parts(model),
+        **arch_of_model(model).parts(model),
     )
     if info.text is None:
         return info

@@ -18,10 +18,9 @@ cache of its own. Where the loops of the core share one set of slots, the coda's
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from rmse_edge.layers.stack import Kinds, Stack, context, mask_specs, masks_of
 from rmse_edge.loop.contract import Append, LoopSpec, StateSpec, Tensors, TensorSpec
 from rmse_edge.loop.predictions import carried, carry_after, change_stops, compares, first_carry
 from rmse_edge.loop.stop import cosine_stops, delta_stops
-from rmse_edge.numbers import SEGMENT, KvDtype
+from rmse_edge.numbers import SEGMENT
 
 EXITS = ("exit_keys", "exit_values")  # of the coda in every loop
 HELD = ("held_keys", "held_values")
@@ -103,16 +102,6 @@ class RecurrentDepth(nn.Module):
     def kinds(self) -> Kinds:
         """Of the attention in all layers, each once."""
         return tuple(dict.fromkeys(kind for stack in self.stacks for kind in stack.own_kinds))
-
-    def with_cache_dtype(self, dtype: KvDtype) -> Self:
-        """The model itself, or a copy whose keys and values are kept in another type, a float."""
-        if dtype == self.config.kv_dtype:
-            return self
-        twin = copy.deepcopy(self)
-        twin.config = dataclasses.replace(self.config, kv_dtype=dtype)
-        for stack in twin.stacks:
-            stack.cache.keep_in(dtype)
-        return twin
 
     # ----------------------------------------------------------------------------------------------------- LoopModel
 

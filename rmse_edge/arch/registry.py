@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.numbers import KvDtype
 from rmse_edge.schema import read_json
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
 NO_ARCHITECTURES = set(  # files of this folder
-    "dense identity int8_cache published quantization recurrent recurrent_model registry".split()
+    "dense identity published quantization recurrent recurrent_model registry".split()
 )
 _REGISTERED: dict[str, Arch] = {}
 on_register: list[Callable[[str], None]] = []  # told the name of whatever is registered from then on
@@ -113,16 +112,8 @@ class Arch:
     trains: bool = False
     # The name of the exit gate's bias, if it has one that decides how soon positions stop: quantising moves it.
     gate_bias: str | None = None
-    # A model, texts (n, T) and a function to be told of tokens that are done -> a copy that keeps keys and values in int8,
-    # with scales that suit the texts; None: there is no such cache.
-    int8_cache: Callable[[Any, Any, Callable[[int], object]], Any] | None = None
-    # A model -> the type in which it keeps keys and values; a model and such a type -> itself, or a copy that uses it.
-    cache_dtype: Callable[[Any], KvDtype] = lambda model: "float32"
-    with_cache_dtype: Callable[[Any, KvDtype], Any] = lambda model, dtype: model
     # A config -> fields of `ModelInfo` by their dotted names, such as "text.vocab_size", that a manifest of it must have.
     stated: Callable[[Any], Mapping[str, Any]] = none_of_it
-    # A model -> what beside weights and config tells it from others, for its fingerprint.
-    salt: Callable[[Any], bytes] = lambda model: b""
 
 
 def register(model_type: str, arch: Arch) -> None:

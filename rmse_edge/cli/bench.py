@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-bench",
         description="Time prefill (pp), decoding (tg) and the loop alone, at fixed depths and adaptive, interleaved.",
     )
-    parser.arguments |= {"ids": "--text", "tokens": "--stream"}
+    parser.arguments["tokens"] = "--stream"
     parser.add_argument(
         "model", type=existing_path, nargs="*",
         help="package (NAME.rmse) or checkpoint folder; several are timed side by side and compared with the first",
@@ -120,6 +120,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_runtime_flags(parser)
     parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="a table, or for programs")
     args = parser.parse_args(argv)
+    if not args.ids:
+        parser.arguments["ids"] = "--text"  # which they are made of
     if bool(args.model) == bool(args.config):
         raise UserError(
             "give a package or checkpoint folder, or --config FILE for random weights (see rmse-bench --help)"

@@ -1,4 +1,4 @@
-"""rmse-eval: loss, perplexity and loops of a model on a text; with --sweep, what stopping early costs."""
+"""rmse-eval: loss, perplexity and loops of a model on a text; with --sweep, what stopping early by one of its rules costs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from rmse_edge.errors import TextError, UserError
+from rmse_edge.loop.dials import DIALS
 
 from .common import (
     Parser,
     existing_file,
     existing_path,
+    finite_float,
     non_negative_float,
     non_negative_int,
     output_path,
@@ -27,7 +29,9 @@ from .display import bars, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, leave_memory_blank, open_model
 
 if TYPE_CHECKING:
-    from rmse_edge.runtimes import Dials, Runtime
+    from rmse_edge.runtimes import Dials, ModelInfo, Runtime
+
+POINTS = 10  # of a sweep
 
 
 @verb("rmse-eval")
@@ -88,13 +92,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_dial_flags(parser)
     add_runtime_flags(parser)
     group = parser.add_argument_group("sweep")
-    group.add_argument("--sweep", action="store_true", help="measure brake thresholds beside fixed depths, propose one")
     group.add_argument(
-        "--points", type=positive_int, default=10, metavar="N", help="thresholds on the frontier, at least 2"
+        "--sweep", action="store_true", help="measure values of an exit rule's dial beside fixed depths, propose one"
+    )
+    group.add_argument(
+        "--rule", type=rule_and_values, metavar="DIAL[=V,V,...]",
+        help="the dial, such as exit-kl, and its values (default: the model's first rule, values where the depth changes)",
+    )  # fmt: skip
+    group.add_argument(
+        "--points", type=positive_int, metavar="N", help="values on the frontier, at least 2 (default: 10)"
     )
     group.add_argument(
         "--budget", type=non_negative_float, default=1.0, metavar="PERCENT",
-        help="loss over full depth that the proposed threshold may cost",
+        help="loss over full depth that the proposed value may cost",
     )  # fmt: skip
     group.add_argument("--plot", type=output_path, metavar="FILE.png", help="draw the frontier (needs matplotlib)")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="for people, or one JSON document")
@@ -105,8 +115,46 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         from rmse_edge.runtimes.measure.sweep import check_plot
 
         check_plot(args.plot)
+    if args.rule and not args.sweep:
+        raise UserError("--rule says what --sweep varies; add --sweep")
+    if args.points and args.rule and args.rule[1]:
+        raise UserError("--points: --rule says which values are measured; leave one of them out")
+    args.points = args.points or POINTS
     args.text = args.text or args.model / "sample.txt"
     return args
+
+
+def rule_and_values(text: str) -> tuple[str, tuple[float, ...]]:
+    """A rule's dial and the values given for it, if any: "exit-kl=0.1,0.3" -> ("exit_kl", (0.1, 0.3))."""
+    given, equals, listed = text.partition("=")
+    name = given.removeprefix("--").replace("-", "_")
+    dial = DIALS.get(name)
+    if dial is None or dial.off is None:
+        known = ", ".join(name.replace("_", "-") for name, dial in DIALS.items() if dial.off is not None)
+        raise argparse.ArgumentTypeError(f"got {given!r}, expected one of {known}")
+    if not equals:
+        return name, ()
+    values = [finite_float(part) for part in listed.split(",")]
+    for value in values:
+        if not dial.allows(value):
+            raise argparse.ArgumentTypeError(f"got {value:g}, expected {dial.expected}")
+    return name, tuple(int(value) if dial.dtype == "int64" else value for value in values)
+
+
+def swept(args: argparse.Namespace, info: ModelInfo) -> tuple[str, tuple[float, ...]]:
+    """The dial that is varied, and its values where they were given.
+
+    Raises:
+        UserError: the model was built without that rule, or without any.
+    """
+    rules = [name for name in info.rules if DIALS[name].off is not None]
+    if not rules:
+        raise UserError(f"--sweep: {info.name} has no exit rule")
+    name, values = args.rule or (rules[0], ())
+    if name not in rules:
+        known = ", ".join(rule.replace("_", "-") for rule in rules)
+        raise UserError(f"--rule {name.replace('_', '-')}: {info.name} has no such rule; it has {known}")
+    return name, values
 
 
 def tokens_of(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
@@ -132,17 +180,19 @@ def run_once(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Nam
 
 def run_sweep(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Namespace) -> dict[str, Any]:
     from rmse_edge.runtimes.measure.evaluate import Evaluation, evaluate
-    from rmse_edge.runtimes.measure.sweep import draw, passes, sweep
+    from rmse_edge.runtimes.measure.sweep import draw, label, passes, sweep
 
-    depth = runtime.info.max_loops
-    with progress(targets(ids, args.block) * passes(depth, args.points)) as bar:
+    depth, (rule, values) = runtime.info.max_loops, swept(args, runtime.info)
+    count = passes(depth, args.points, rule=rule, values=values)
+    with progress(targets(ids, args.block) * count) as bar:
 
         def measure(setting: Dials) -> Evaluation:
-            threshold = f", threshold {setting.exit_threshold:.3g}" if setting.exit_threshold < 1 else ""
-            bar.set_description(f"loops <= {setting.max_loops}{threshold}")
+            value = getattr(setting, rule)
+            added = f", {label(rule)} {value:.3g}" if DIALS[rule].enables(value) else ""
+            bar.set_description(f"loops <= {setting.max_loops}{added}")
             return evaluate(runtime, ids, setting, args.block, bar.update)
 
-        result = sweep(measure, depth, dials, args.budget, args.points)
+        result = sweep(measure, depth, dials, args.budget, args.points, rule=rule, values=values)
     if args.plot:
         draw(
             result, args.plot, f"{runtime.info.name}: {(args.ids or args.text).name}, {targets(ids, args.block)} tokens"
@@ -183,10 +233,13 @@ def report(d: dict[str, Any]) -> str:
 
 
 def sweep_report(d: dict[str, Any]) -> str:
+    from rmse_edge.runtimes.measure.sweep import label
+
+    rule = d["rule"]
     head = ("setting", "mean loops", "sd", "loss", "over full", "saved", "fixed depth of that mean")
     rows = [
         (
-            f"depth {p['max_loops']}" if p["mode"] == "fixed" else f"threshold {p['exit_threshold']:.4g}",
+            f"depth {p['max_loops']}" if p["mode"] == "fixed" else f"{label(rule)} {p[rule]:.4g}",
             f"{p['mean_loops']:.2f}", f"{p['depth_sd']:.2f}", f"{p['loss']:.4f}", f"{p['over_full_percent']:+.2f} %",
             f"{p['iterations_saved']:.1%}", "" if p["mode"] == "fixed" else f"{p['fixed_loss_at_mean']:.4f}",
         )
@@ -194,10 +247,10 @@ def sweep_report(d: dict[str, Any]) -> str:
     ]  # fmt: skip
     chosen, budget = d["proposal"], f"{d['budget_percent']:g} % over full depth"
     if chosen is None:
-        last = f"no threshold stays within {budget}"
+        last = f"no {label(rule)} stays within {budget}"
     else:
         last = (
-            f"within {budget}: --exit-threshold {chosen['exit_threshold']:.6g} "
+            f"within {budget}: --{rule.replace('_', '-')} {chosen[rule]:.6g} "
             f"({chosen['mean_loops']:.2f} loops, {chosen['iterations_saved']:.1%} of the iterations saved)"
         )
     return "\n".join([table(head, rows), f"{d['model']} on {d['runtime']}, {d['tokens']:,} tokens", last])

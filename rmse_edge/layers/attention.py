@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rmse_edge.numbers import KvDtype
+
 from .cache import KeptKeysValues, table_row
 from .norm import RMSNorm
 from .rope import inverse_frequencies
@@ -53,7 +55,7 @@ class Attention(KeptKeysValues):
         max_loops: int,
         gate: str = "headwise",
         step_dims: int = 0,
-        kv_dtype: str = "float32",
+        kv_dtype: KvDtype = "float32",
         norm_eps: float = 1e-6,
     ) -> None:
         """

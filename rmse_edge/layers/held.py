@@ -38,7 +38,8 @@ OPERATOR = torch.ops.rmse_edge.stored_weight.default  # as it stands in a traced
 def decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """The float32 numbers (..., K) of codes (..., K) that share scales and zeros (..., groups)."""
     zero = 2 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
-    return ((codes.float().unflatten(-1, (scales.shape[-1], -1)) - zero) * scales.float().unsqueeze(-1)).flatten(-2)
+    # In place: of the largest weight of a model, one float copy is in memory and not three.
+    return codes.float().unflatten(-1, (scales.shape[-1], -1)).sub_(zero).mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
 class Stored(nn.Module):

@@ -129,7 +129,8 @@ class Stack(nn.Module):
         assert not shared or policy == "repeat"
         self.shared = shared
         self.sets = None if shared else max_loops  # of slots, one for each loop; None: there is one
-        self.cache = KeptKeysValues(kv_dtype, self.sets or 1, self.heads)
+        # A stopped position supplies to deeper loops what its last one has rounded.
+        self.cache = KeptKeysValues(kv_dtype, self.sets or 1, self.heads, shares_scales=policy == "repeat")
 
     @property
     def own_kinds(self) -> Kinds:
@@ -323,6 +324,10 @@ class Stack(nn.Module):
             ran = (loops < tensors["iterations"]).view(-1, 1, 1, 1, 1)
             rest = [self._rounded_of_all(torch.cat(t, 1), which) for which, t in enumerate(zip(*own))]
             new = [torch.where(ran, t, other) for t, other in zip(new, rest)]
+            if self.cache.observer is not None:  # has not heard of loops that did not run
+                for which, t in enumerate(new):
+                    for k in range(int(tensors["iterations"]), self.max_loops):
+                        self.cache.observer(t[k], which, k, None)
         else:
             last = torch.minimum(loops, tensors["iterations"] - 1)
             new = [t.index_select(0, last) for t in new]
@@ -331,6 +336,6 @@ class Stack(nn.Module):
     def _rounded_of_all(self, x: Tensor, which: int) -> Tensor:
         """Keys or values (B, L * G, C, hd), alike in all loops, rounded as each loop does: (K or 1, B, L * G, C, hd)."""
         if self.cache.kv_dtype != "int8":
-            return self.cache.rounded(x, which, 0).unsqueeze(0)
+            return self.cache.rounded(x, which, None).unsqueeze(0)
         loops = self.max_loops or 1
         return self.cache.rounded(x.expand(loops, *x.shape).flatten(0, 1), which, None).unflatten(0, (loops, -1))

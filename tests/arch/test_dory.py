@@ -24,6 +24,7 @@ from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.export.gate.compare import compare_host
+from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import WholeText, check_spec
 from rmse_edge.loop.dials import Dials
@@ -183,7 +184,7 @@ def test_one_set_of_slots_for_all_loops() -> None:
 
 def test_a_float16_cache_holds_what_was_rounded_before_use() -> None:
     for name in ("deep", "shared"):
-        model = golden(name).with_cache_dtype("float16")
+        model = with_cache_dtype(golden(name), "float16")
         for tokens in known(name)["input_ids"]:
             expected = whole(model, tokens, model.config.dials).logits
             assert float((expected - whole(golden(name), tokens, model.config.dials).logits).abs().max()) > 1e-5

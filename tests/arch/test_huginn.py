@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line
+from architectures import greedy, small_huginn
+from architectures import whole as whole_of
+from helpers import assert_one_line, random_tokens
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,12 +22,17 @@ from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.entry import parameters
 from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.recurrent import RULES
-from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
+from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import WholeText, check_spec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.whole import in_one_call
+from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
+from rmse_edge.quantize.kv_scales import kv_scales
+from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays
 
@@ -158,6 +166,27 @@ def test_greedy_tokens(known: dict[str, Tensor]) -> None:
         assert said == known["zero.r4.greedy"][row].tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("onnx", "executorch", "coreml")]
+)
+def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, known: dict[str, Tensor]) -> None:
+    """From the given start that a package can have, which is zeros."""
+    folder, package = tmp_path / "huginn", tmp_path / "huginn.rmse"
+    save_checkpoint(golden(state_init="zero"), folder)
+    assert rmse_export(["-m", str(folder), "--target", target, "-o", str(package)]) == 0
+    runtime = open_runtime(package)
+    for row, tokens in enumerate(known["input_ids"].numpy()):
+        for loops in (4, LOOPS):
+            runtime.reset()
+            fed = [runtime.feed(part, runtime.info.dials_with(max_loops=loops)) for part in (tokens[:6], tokens[6:])]
+            logits = np.concatenate([f.logits for f in fed])
+            np.testing.assert_allclose(logits, known[f"zero.r{loops}.cached_logits"][row], atol=1e-4)
+        runtime.reset()
+        dials = runtime.info.dials_with(max_loops=4)
+        assert greedy(runtime, tokens[:6], dials, 10) == known["zero.r4.greedy"][row].tolist()
+
+
 # --------------------------------------------------------------------------------------------------------------- exits
 
 
@@ -218,7 +247,7 @@ def test_exits_do_not_depend_on_how_a_text_is_cut(kv_policy: str, dial: str, kno
 
 
 def test_a_float16_cache_holds_what_was_rounded_before_use(known: dict[str, Tensor]) -> None:
-    model, dials = golden(exit_rules=RULES).with_cache_dtype("float16"), Dials(2)
+    model, dials = with_cache_dtype(golden(exit_rules=RULES), "float16"), Dials(2)
     for row, tokens in enumerate(known["input_ids"].numpy()):
         runtime = Started(model, known["input_states"][row])
         fed = [runtime.feed(part, dials) for part in (tokens[:6], *tokens[6:, None])]
@@ -226,6 +255,81 @@ def test_a_float16_cache_holds_what_was_rounded_before_use(known: dict[str, Tens
         # What is a millionth apart is here and there rounded to another float16.
         found, expected = np.concatenate([f.logits for f in fed]), whole(model, known, row, dials).logits
         np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+CUTS = ((1,), (64,), (7, 40, 3))
+
+
+def small(**changes: Any) -> Huginn:
+    """Four loops, 32 channels, and room for texts that are long enough to calibrate on."""
+    own = small_huginn()
+    model = Huginn(dataclasses.replace(own.config, **changes)).eval()
+    model.load_state_dict(own.state_dict())
+    return model
+
+
+def in_int8(model: Huginn) -> Huginn:
+    """Quantised with an int8 cache; its weights only rounded."""
+    request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    return quantize(model, request, random_tokens(2048)).model
+
+
+@pytest.mark.parametrize("rules", [("delta", "cosine"), RULES], ids=["states", "predictions"])
+@pytest.mark.parametrize("policy", ["propagate", "repeat", "all"])
+def test_an_int8_cache_reads_a_text_alike_however_it_is_cut(policy: str, rules: tuple[str, ...]) -> None:
+    """Of prelude, core block and coda, whose keys of every loop are kept where a rule reads predictions."""
+    floats = small(kv_policy=policy, exit_rules=rules)
+    model, text = in_int8(floats), random_tokens(60)
+    for dial, value in (("exit_cosine", 0.3), ("exit_kl", 0.5)):
+        if dial not in model.config.rules:
+            continue
+        dials = Dials(4, **{dial: value})
+        expected, depth = whole_of(model, text, dials)
+        assert len(set(depth.tolist())) > 2
+        rounding = np.abs(whole_of(floats, text, Dials(4))[0] - whole_of(model, text, Dials(4))[0]).max()
+        for sizes in CUTS:
+            runtime, found, done = TorchRuntime(model, "huginn"), [], 0
+            while done < len(text):
+                found.append(runtime.feed(text[done : done + sizes[len(found) % len(sizes)]], dials))
+                done += len(found[-1].depth)
+            assert {a.dtype for a in runtime.tensors().values()} == {np.dtype("int8")}
+            assert (np.concatenate([f.depth for f in found]) == depth).mean() > 0.97
+            # What is a millionth apart is now and then rounded to another integer.
+            assert np.abs(np.concatenate([f.logits for f in found]) - expected).max() < 0.1 * rounding
+
+
+def test_loops_that_read_each_other_s_keys_share_scales() -> None:
+    shared, own = (in_int8(small(kv_policy=p)).transformer.core_block.cache.kv_scales for p in ("repeat", "propagate"))
+    assert torch.equal(shared, shared[:, :1].expand_as(shared))
+    assert not torch.equal(own, own[:, :1].expand_as(own))
+
+
+def test_scales_reach_what_stopped_positions_leave_to_loops_that_did_not_run() -> None:
+    """Read with exits that stop all positions of a text in its first loop: the others are known by `commit` alone."""
+    model = small(kv_policy="propagate", exit_cosine=2.5)
+    text = torch.from_numpy(random_tokens(64))[None]
+    scales = kv_scales(model, text)["transformer.core_block.cache"]
+    runtime = TorchRuntime(model, "huginn")
+    assert set(runtime.feed(text[0], model.config.dials).depth) == {1}
+    for which, name in enumerate(("past_keys", "past_values")):
+        kept = np.abs(runtime.tensors()[name][:, 0, :, :64]).max((-1, -2))  # (K, L * G)
+        assert (kept <= scales[which].numpy() * 127).all()
+
+
+def test_quantised_with_an_int8_cache_and_read_again(tmp_path: Path) -> None:
+    request = QuantizeRequest(Scheme("int8"), kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    found = quantize(small(exit_kl=0.5), request, random_tokens(2048), "f")
+    save_quantized(found, tmp_path / "q")
+    back = load_quantized(tmp_path / "q").model
+    assert back.config.kv_dtype == "int8"
+    for path in ("prelude", "core_block", "coda"):
+        scales = back.get_submodule(f"transformer.{path}").cache.kv_scales
+        assert torch.equal(scales, found.model.get_submodule(f"transformer.{path}").cache.kv_scales)
+        assert float(scales.amin()) > 1e-4 and scales.shape[1] == (4 if path == "core_block" else 1)
+    text = random_tokens(20)
+    fed = [TorchRuntime(m, "huginn").feed(text, m.config.dials).logits for m in (found.model, back)]
+    assert np.array_equal(*fed)
+    assert TorchRuntime(found.model, "x", source="f").info.fingerprint != "f"
 
 
 def test_a_count_of_loops_hangs_by_the_lead_of_its_token(known: dict[str, Tensor]) -> None:

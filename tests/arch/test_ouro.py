@@ -15,7 +15,6 @@ from ouro_models import GOLDEN, POLICIES, golden, lively_ouro, published, publis
 from safetensors.torch import load_file, save_file
 
 from rmse_edge.arch.ouro.config import OuroConfig
-from rmse_edge.arch.ouro.entry import int8_cache
 from rmse_edge.arch.ouro.model import Ouro
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
@@ -23,6 +22,7 @@ from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
+from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
@@ -286,8 +286,22 @@ def test_more_loops_than_were_trained_are_refused_unless_asked_for_by_name() -> 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_int8_cache_has_scales_for_every_loop_that_may_be_asked_for(policy: str) -> None:
     model = lively_ouro(untrained_loops=1, kv_policy=policy)
-    scales = int8_cache(model, torch.from_numpy(random_tokens(64))[None], lambda n: None).model.cache.kv_scales
+    scales = with_int8_cache(model, torch.from_numpy(random_tokens(64))[None]).model.cache.kv_scales
     assert scales.shape[1] == 4 and float(scales.amin()) > 1e-4
+
+
+def test_keys_of_a_loop_stay_themselves_where_a_deeper_one_has_a_smaller_range() -> None:
+    """A short call under "all" leaves those of its last loop to loops that it did not ask for, in scales of their own."""
+    model = lively_ouro(kv_policy="all")
+    request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    model = quantize(model, request, random_tokens(2048)).model
+    runtime = TorchRuntime(model, "ouro")
+    runtime.feed(random_tokens(200), Dials(1))
+    for which, name in enumerate(("past_keys", "past_values")):
+        kept = torch.from_numpy(runtime.tensors()[name])[:, 0]  # (K, L * G, S, hd)
+        scales = model.model.cache.kv_scales[which][:, :, None, None]
+        given = (kept[0] * scales[0]).clamp(-127 * scales, 127 * scales)
+        assert bool(((kept * scales - given).abs() <= scales).all())
 
 
 def test_greedy_text_is_that_of_the_whole_text() -> None:

@@ -23,6 +23,7 @@ from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared, computed_ahead
 from rmse_edge.export.gate.reference import SINGLES, Reference, conversation, least_positions
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.loop.contract import TextModel
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
@@ -309,7 +310,7 @@ def test_a_wrong_host_of_other_engines_fails(
 @pytest.mark.parametrize("case", FAULTS | MEMORY_FAULTS)
 def test_the_rounded_rule_does_not_hide_a_wrong_host(case: str, calm: Quantized, monkeypatch: Patch) -> None:
     """A model on which most of the faults pass by shares of tokens and depths: its host is compared without the rounding."""
-    model = calm.model.with_cache_dtype("float32")
+    model = with_cache_dtype(calm.model, "float32")
     tokens = random_tokens(256, 7, FEW)
     assert compare_host(model, tokens)["max_logit_difference"] < 1e-4
     (FAULTS | MEMORY_FAULTS)[case](monkeypatch)
@@ -408,3 +409,12 @@ def test_a_short_sample_is_read_over_again(model: RMSE) -> None:
     text = random_tokens(300)
     tokens = compared(text, info, exact=True)
     assert len(tokens) == 512 + 2 * SEGMENT and np.array_equal(tokens[300:600], text)
+
+
+def test_of_a_large_model_fewer_positions_are_compared(model: RMSE) -> None:
+    info, text = reference_of(model).info, random_tokens(2000)
+    assert len(compared(text, info, exact=False)) == 2000
+    large = dataclasses.replace(info, loop_weights=80_000_000, once_weights=400_000_000 - 80_000_000 * info.max_loops)
+    assert len(compared(text, large, exact=False)) == 1000  # 4e11 multiplications
+    larger = dataclasses.replace(large, loop_weights=10**9)
+    assert len(compared(text, larger, exact=False)) == len(compared(text, info, exact=True))

@@ -12,10 +12,11 @@ from helpers import QUICK_CALIBRATION, calibration_text, mixed_model, random_tok
 from small_models import RingHost, dials, lively_model, small_config, small_recipe, whole_sequence
 
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.arch.rmse.reading import deployed_exit, kv_scales
+from rmse_edge.arch.rmse.reading import deployed_exit
 from rmse_edge.errors import ConfigError
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
+from rmse_edge.quantize.kv_scales import kv_scales
 from rmse_edge.runtimes import Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
@@ -55,7 +56,7 @@ def test_int8_scales_reach_what_calibration_saw(model: RMSE) -> None:
     """Keys and values of every loop on the calibration text, at full depth and where positions stop, whose last state
     supplies the deeper loops; and not much more than that."""
     blocks = torch.from_numpy(random_tokens(8 * SEGMENT, 2).reshape(8, SEGMENT))
-    reach = kv_scales(model, blocks) * 127
+    reach = kv_scales(model, blocks)["block.attention"] * 127
     largest = torch.zeros(2, 4, 2)
     hook = model.block.register_forward_hook(
         lambda _, args, out: (

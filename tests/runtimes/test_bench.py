@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TINY, assert_one_line, mixed_model, random_tokens, tiny_config, write_checkpoint
+from helpers import ALPHABET, TINY, assert_one_line, mixed_model, random_tokens, tiny_config, write_checkpoint
 
 from rmse_edge import runtimes
 from rmse_edge.arch.rmse.model import RMSE
@@ -336,3 +336,18 @@ def test_token_ids_instead_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "ids.txt").write_text("1 2 65")
     assert main([str(tmp_path / "mute"), "--ids", str(tmp_path / "ids.txt"), *few]) == 2
     assert_one_line(capsys.readouterr().err, "65")
+    (tmp_path / "ids.txt").write_text(" , ")
+    assert main([str(tmp_path / "mute"), "--ids", str(tmp_path / "ids.txt"), *few]) == 2
+    assert_one_line(capsys.readouterr().err, "ids.txt: holds no token ids")
+
+
+def test_too_few_tokens_are_said_of_the_flag_that_gave_them(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmse_edge.cli.profiling.executorch_package", lambda runtime: None)  # which is not asked
+    (tmp_path / "ids.txt").write_text("1 2 3")
+    (tmp_path / "text.txt").write_text(ALPHABET[:3])
+    for flag, name in (("--ids", "ids.txt"), ("--text", "text.txt")):
+        code, _, err = call(capsys, checkpoint, "--profile", flag, tmp_path / name)
+        assert code == 2
+        assert_one_line(err, f"error: {flag}: the text has 3 tokens")

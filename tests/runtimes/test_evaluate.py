@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import small_huginn
 from helpers import ALPHABET, assert_one_line, mixed_model, random_tokens, write_checkpoint
 
 from rmse_edge import runtimes
@@ -151,7 +152,7 @@ def test_a_sweep_spreads_its_thresholds_over_the_depths():
     assert [p.max_loops for p in result.fixed] == list(range(1, 13))
     assert len(result.adaptive) == 10
     loops = [p.mean_loops for p in result.adaptive]
-    assert loops == sorted(loops) and len({p.exit_threshold for p in result.adaptive}) == 10
+    assert loops == sorted(loops) and len({p.value for p in result.adaptive}) == 10
     assert max(np.diff(loops)) < 3.0, "of 11 loops in 9 steps"
 
 
@@ -165,6 +166,44 @@ def test_the_proposal_is_the_fewest_loops_within_the_budget():
         best = 0.5 / (limit / 0.99 - 1.5)  # the mean depth that just meets the budget
         assert best <= chosen.mean_loops < best + 0.7
         assert all(p.loss > limit for p in result.adaptive if p.mean_loops < chosen.mean_loops)
+
+
+def changes(dials: Dials) -> Evaluation:
+    """The same model, whose predictions change by 1 / d nats in loop d."""
+    mean = min(DEPTH, 1 / max(dials.exit_kl, 1e-9))
+    depth = np.full(1000, min(dials.max_loops, max(1, math.ceil(mean))))
+    return Evaluation(dials, DEPTH, np.full(1000, 1.5 + 0.5 / depth.mean()), depth, depth, 0, 1.0)
+
+
+def test_a_dial_of_changes_is_swept_from_large_ones_to_small_ones():
+    result = sweep(changes, DEPTH, Dials(DEPTH), budget=5.0, points=20, rule="exit_kl")
+    values, loops = [p.value for p in result.adaptive], [p.mean_loops for p in result.adaptive]
+    assert values == sorted(values, reverse=True) and loops == sorted(loops)
+    assert {p.value for p in result.fixed} == {None}
+    assert set(loops) >= {1, 2, 3, 4, 5, 6, DEPTH} and result.proposal is not None
+    assert result.proposal.mean_loops == 5, "where 0.5 / d is 5 % of the loss over 0.5 / 12"
+    row = result.summary()["proposal"]
+    assert row["exit_kl"] == result.proposal.value and "exit_threshold" not in row
+
+
+def test_a_dial_that_counts_loops_has_whole_values():
+    for points, expected in ((10, [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]), (3, [1, 6, 11]), (99, [*range(1, 12)])):
+        settings: list[Dials] = []
+
+        def seen(dials: Dials, settings: list[Dials] = settings) -> Evaluation:
+            settings.append(dials)
+            return measured(dials)
+
+        sweep(seen, DEPTH, Dials(DEPTH), points=points, rule="exit_steady")
+        assert [d.exit_steady for d in settings[DEPTH:]] == expected
+        assert len(settings) == passes(DEPTH, points, rule="exit_steady")
+
+
+def test_values_that_were_given_are_measured_and_no_others():
+    result = sweep(changes, DEPTH, Dials(DEPTH), rule="exit_kl", values=(0.1, 1.0, 0.3))
+    assert [p.value for p in result.adaptive] == [1.0, 0.3, 0.1]
+    assert [p.value for p in sweep(measured, DEPTH, Dials(DEPTH), values=(0.9, 0.5)).adaptive] == [0.5, 0.9]
+    assert passes(DEPTH, 10, values=(0.9, 0.5)) == DEPTH + 2
 
 
 def test_no_proposal_where_no_threshold_meets_the_budget():
@@ -262,9 +301,41 @@ def test_sweep_prints_and_draws(tmp_path: Path, checkpoint: Path, capsys: pytest
     assert {"loss", "mean_loops", "depth_sd", "exit_threshold", "over_full_percent"} <= document["proposal"].keys()
 
 
+@pytest.fixture(scope="module")
+def huginn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(small_huginn().eval(), tmp_path_factory.mktemp("eval") / "huginn")
+
+
+def test_a_model_without_a_gate_is_swept_over_a_rule_that_it_has(huginn: Path, capsys: pytest.CaptureFixture[str]):
+    flags = (huginn, "--max-tokens", 32, "--sweep", "-o", "json")
+    document = json.loads(call(capsys, *flags, "--points", 2)[1])
+    assert document["rule"] == "exit_epsilon" and {p["exit_epsilon"] for p in document["fixed"]} == {None}
+    document = json.loads(call(capsys, *flags, "--rule", "exit-kl=0.3,1")[1])
+    assert [p["exit_kl"] for p in document["adaptive"]] == [1, 0.3]
+    assert document["adaptive"][0]["mean_loops"] < document["adaptive"][1]["mean_loops"]
+    document = json.loads(call(capsys, *flags, "--rule", "exit_steady")[1])
+    assert [p["exit_steady"] for p in document["adaptive"]] == [1, 2, 3]
+    table = call(capsys, *flags[:-2], "--rule", "exit-kl=0.3,1", "--budget", 900)[1]
+    assert "kl 0.3" in table and "--exit-kl 1 " in table
+
+
+def test_a_rule_that_the_model_lacks(huginn: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    for folder, rule in ((huginn, "exit-threshold"), (checkpoint, "exit-kl")):
+        code, _, err = call(capsys, folder, "--sweep", "--rule", rule)
+        assert code == 2
+        assert_one_line(err, f"--rule {rule}: ", "has no such rule; it has exit-")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--rule", "exit-threshold"], ["--rule", "add --sweep"]),
+        (["--sweep", "--rule", "exit-towel"], ["--rule", "'exit-towel'", "exit-threshold, exit-epsilon"]),
+        (["--sweep", "--rule", "max-loops"], ["--rule", "'max-loops'"]),
+        (["--sweep", "--rule", "exit-threshold=0"], ["--rule", "got 0, expected a positive number"]),
+        (["--sweep", "--rule", "exit-steady=1.5"], ["--rule", "got 1.5, expected 0 (off) or a whole number"]),
+        (["--sweep", "--rule", "exit-epsilon=0.1,x"], ["--rule", "'x'"]),
+        (["--sweep", "--rule", "exit-epsilon=0.1", "--points", "4"], ["--points", "--rule"]),
         (["--text", "none.txt"], ["none.txt"]),
         (["--text", "."], ["folder"]),
         (["--split", "test"], ["--split", "validation"]),

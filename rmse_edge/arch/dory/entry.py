@@ -92,13 +92,6 @@ def tied(c: DoryConfig) -> Mapping[str, str]:
     return {HEAD: EMBEDDING} if c.tie_word_embeddings else {}
 
 
-def salt(model: Dory) -> bytes:
-    """Tells int8 caches of different scales apart: one could be read as the other."""
-    if model.config.kv_dtype != "int8":
-        return b""
-    return b"".join(stack.cache.kv_scales.cpu().numpy().tobytes() for stack in model.stacks)
-
-
 ARCH = Arch(
     DoryConfig,
     build,
@@ -109,7 +102,4 @@ ARCH = Arch(
     unread=("*.rotary_emb.*inv_freq",),
     quantization=table,
     stated=stated,
-    salt=salt,
-    cache_dtype=lambda model: model.config.kv_dtype,
-    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
 )

@@ -88,14 +88,6 @@ def tied(c: HuginnConfig) -> Mapping[str, str]:
     return {HEAD: EMBEDDING} if c.tie_embeddings else {}
 
 
-def salt(model: Huginn) -> bytes:
-    """Tells int8 caches of different scales apart: one could be read as the other."""
-    if model.config.kv_dtype != "int8":
-        return b""
-    stacks = (model.transformer.prelude, model.transformer.core_block, model.transformer.coda)
-    return b"".join(stack.cache.kv_scales.cpu().numpy().tobytes() for stack in stacks)
-
-
 ARCH = Arch(
     HuginnConfig,
     build,
@@ -106,7 +98,4 @@ ARCH = Arch(
     unread=("*freqs_cis",),
     quantization=table,
     stated=stated,
-    salt=salt,
-    cache_dtype=lambda model: model.config.kv_dtype,
-    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rmse_edge.arch import dense
@@ -12,8 +12,6 @@ from rmse_edge.arch.registry import Arch
 from .config import OuroConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rmse_edge.loop.course import Reader
 
     from .model import Ouro
@@ -77,19 +75,8 @@ def reader(model: Ouro) -> Reader:
     return TrajectoryReader(model, model.config.dials, model.lm_head)
 
 
-def int8_cache(model: Ouro, blocks: Tensor, progress: Callable[[int], object]) -> Ouro:
-    from rmse_edge.arch.int8_cache import calibrated
-
-    return calibrated(model, "model.cache", blocks, progress, shared=model.config.kv_policy == "repeat")
-
-
 def tied(c: OuroConfig) -> Mapping[str, str]:
     return {HEAD: EMBEDDING} if c.tie_word_embeddings else {}
-
-
-def salt(model: Ouro) -> bytes:
-    """Tells int8 caches of different scales apart: one could be read as the other."""
-    return model.model.cache.kv_scales.cpu().numpy().tobytes() if model.config.kv_dtype == "int8" else b""
 
 
 ARCH = Arch(
@@ -103,9 +90,5 @@ ARCH = Arch(
     reader=reader,
     trains=True,
     gate_bias="model.early_exit_gate.bias",
-    int8_cache=int8_cache,
     stated=stated,
-    salt=salt,
-    cache_dtype=lambda model: model.config.kv_dtype,
-    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
 )

@@ -16,9 +16,6 @@ position that stops is not computed any further: `kv_policy` says what deeper lo
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,7 +30,7 @@ from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec,
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.stop import add_log_survival, stops
 from rmse_edge.loop.whole import in_one_call
-from rmse_edge.numbers import SEGMENT, KvDtype
+from rmse_edge.numbers import SEGMENT
 
 from .config import OuroConfig
 
@@ -102,15 +99,6 @@ class Ouro(nn.Module):
         # A gate that starts at 1/T gives every loop a similar share of the exit distribution.
         self.model.early_exit_gate.weight.zero_()
         self.model.early_exit_gate.bias.fill_(-float(np.log(max(self.config.total_ut_steps - 1, 1))))
-
-    def with_cache_dtype(self, dtype: KvDtype) -> Ouro:
-        """The model itself, or a copy whose keys and values are kept in another type; in int8 it has no scales yet."""
-        if dtype == self.config.kv_dtype:
-            return self
-        twin = copy.deepcopy(self)
-        twin.config = dataclasses.replace(self.config, kv_dtype=dtype)
-        twin.model.cache.keep_in(dtype)
-        return twin
 
     # ------------------------------------------------------------------------------------------------ LoopModel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rmse_edge.arch.registry import Arch
@@ -14,8 +14,6 @@ from .costs import macs_per_token, parameters
 from .quantization import GATE_BIAS, table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rmse_edge.loop.course import Reader
 
     from .model import RMSE
@@ -86,21 +84,8 @@ def reader(model: RMSE) -> Reader:
     return reading.reader(model)
 
 
-def int8_cache(model: RMSE, blocks: Tensor, progress: Callable[[int], object]) -> RMSE:
-    from .reading import with_int8_cache
-
-    return with_int8_cache(model, blocks, progress)
-
-
 def tied(config: RMSEConfig) -> Mapping[str, str]:
     return {"head_proj.weight": "embed.weight"} if config.tie_embeddings else {}
-
-
-def salt(model: RMSE) -> bytes:
-    """Tells int8 caches of different scales apart: one could be read as the other."""
-    if model.config.kv_dtype != "int8":
-        return b""
-    return model.block.attention.kv_scales.cpu().numpy().tobytes()
 
 
 ARCH = Arch(
@@ -114,9 +99,5 @@ ARCH = Arch(
     reader=reader,
     trains=True,
     gate_bias=GATE_BIAS,
-    int8_cache=int8_cache,
     stated=stated,
-    salt=salt,
-    cache_dtype=lambda model: model.config.kv_dtype,
-    with_cache_dtype=lambda model, dtype: model.with_cache_dtype(dtype),
 )

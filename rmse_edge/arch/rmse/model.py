@@ -20,8 +20,6 @@ written when a segment of 64 positions is complete, from the states its position
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,7 +35,7 @@ from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Ring, StateSpec, Tensors, TensorSpec, WholeText, Written
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.stop import add_log_survival, margins, scores, stops
-from rmse_edge.numbers import SEGMENT, KvDtype
+from rmse_edge.numbers import SEGMENT
 
 from .config import RINGS, RMSEConfig
 from .parts import make_attention, make_experts, make_memory, make_retrieval
@@ -216,18 +214,6 @@ class RMSE(nn.Module):
             self.retrieval.reset_parameters()
         if config.tie_embeddings:
             self.embed.weight.normal_(std=0.02)
-
-    def with_cache_dtype(self, dtype: KvDtype) -> RMSE:
-        """The model itself, or a copy whose keys and values are kept in another type.
-
-        In int8 the copy has no scales yet, only shapes: see rmse_edge/arch/rmse/reading.py.
-        """
-        if dtype == self.config.kv_dtype:
-            return self
-        twin = copy.deepcopy(self)
-        twin.config = dataclasses.replace(self.config, kv_dtype=dtype)
-        twin.block.attention.keep_in(dtype)
-        return twin
 
     # ------------------------------------------------------------------------------------------------ LoopModel
 
