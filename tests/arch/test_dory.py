@@ -24,10 +24,11 @@ from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.export.gate.compare import compare_host
-from rmse_edge.layers.cache import with_cache_dtype
+from rmse_edge.layers.cache import caches_of, with_cache_dtype
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import WholeText, check_spec
 from rmse_edge.loop.dials import Dials
+from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
@@ -190,6 +191,30 @@ def test_a_float16_cache_holds_what_was_rounded_before_use() -> None:
             assert float((expected - whole(golden(name), tokens, model.config.dials).logits).abs().max()) > 1e-5
             # What is a millionth apart is here and there rounded to another float16.
             np.testing.assert_allclose(fed(model, tokens.numpy(), CUTS["prompt"])[0], expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["deep", "shared"])
+def test_an_int8_cache_has_scales_of_all_that_is_kept(name: str) -> None:
+    """Of every loop; of the one set that all loops share, as large as the last one's keys need."""
+    model, texts = golden(name), torch.from_numpy(random_tokens(256, vocab=33)).view(4, 64)
+    changed = with_int8_cache(model, texts)
+    assert [tuple(c.kv_scales.shape[:2]) for c in caches_of(changed).values()] == [
+        (2, n) for n in (1, 4 if name == "deep" else 1, 1)
+    ]
+    assert all(float(c.kv_scales.amin()) > 1e-4 for c in caches_of(changed).values())
+    runtime = TorchRuntime(model, "dory")
+    for text in texts.numpy():  # nothing that calibration saw is beyond the scales
+        runtime.reset()
+        runtime.feed(text, runtime.info.full_depth)
+        kept = (
+            torch.from_numpy(runtime.tensors()["past_values"]).abs().amax((-1, -2)).view(-1, changed.stacks.core.heads)
+        )
+        assert bool((kept <= 127 * changed.stacks.core.cache.kv_scales[1]).all())
+    tokens = known(name)["input_ids"][0]
+    rounded = whole(changed, tokens, changed.config.dials).logits
+    np.testing.assert_allclose(fed(changed, tokens.numpy(), CUTS["prompt"])[0], rounded, atol=0.1)
+    exact = whole(model, tokens, model.config.dials).logits
+    assert 1e-3 < float((rounded - exact).abs().max()) < 0.5
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
