@@ -52,7 +52,7 @@ def kv_scales(model: Any, blocks: Tensor, progress: Callable[[int], object] = la
     """
     caches, reader = caches_of(model), reader_of(model)
     largest = {path: torch.zeros(2, cache.max_loops, cache.kept_heads) for path, cache in caches.items()}
-    loops = max(cache.max_loops for cache in caches.values())
+    loops = model.spec(model.call_sizes()[0]).max_loops
     with ExitStack() as watching:
         for path, cache in caches.items():
             watching.callback(setattr, cache, "observer", cache.observer)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import UserError
 from rmse_edge.info import TextInfo
-from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import Append, LoopModel, LoopSpec, Replace, StateSpec, Tensors, Written
 from rmse_edge.loop.course import Course, Reader, Watcher
 from rmse_edge.loop.dials import Dials
@@ -152,9 +152,9 @@ class CallReader:
     def _context(self, position: int, n: int, chunk: int, batch: int, device: torch.device) -> Tensors:
         text = self.text
         found = {"position": torch.tensor([position] * batch), "n_valid": torch.tensor([n] * batch)}
-        if text.rotary_dims:
-            angles = rotary_angles(position + np.arange(chunk), text.rotary_dims, text.rope_theta)
-            found |= {name: torch.from_numpy(a).expand(batch, -1, -1) for name, a in zip(("cos", "sin"), angles)}
+        places = position + np.arange(chunk)
+        angles = given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
+        found |= {name: torch.from_numpy(a).expand(batch, -1, -1) for name, a in angles.items()}
         spec = self.model.spec(chunk)
         noise = starts(spec.noise, 0, range(position, position + chunk), spec.h.shape[-1])
         found |= {name: torch.from_numpy(rows).expand(batch, -1, -1) for name, rows in noise.items()}

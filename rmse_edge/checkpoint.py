@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -335,9 +335,17 @@ def tensors_of(model: Any, stored: StoredTensors, order: Iterable[str]) -> Itera
 def _forms(arch: Arch, config: Any, names: Iterable[str], present: set[str]) -> dict[str, Stored]:
     """How each of the model's tensors is stored in a checkpoint that holds the tensors `present`."""
     own = {name: Stored((name,)) for name in (*names, *arch.tied(config))}
-    if present.issuperset(stored_keys(config, own)):
+    expected = stored_keys(config, own)
+    if present.issuperset(expected):
         return own
-    return own | dict(arch.stored(config))
+    ways = arch.stored(config)
+    if isinstance(ways, Mapping):
+        return own | dict(ways)
+
+    def lacking(forms: Mapping[str, Stored]) -> int:
+        return len({part for name in expected for part in forms[name].names} - present)
+
+    return min((own, *(own | dict(way) for way in ways)), key=lacking)
 
 
 def _read(stored: StoredTensors, form: Stored, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -95,6 +95,8 @@ class TextInfo:
     # Channels of each head that turn with the position; 0: the host gives no angles.
     rotary_dims: Some = 0
     rope_theta: Positive = 10_000.0
+    # Bases of layers that turn by another: the host gives cos_NAME and sin_NAME besides.
+    further_thetas: dict[Name, Positive] = field(default_factory=dict)
     max_seq_len: Annotated[int, Field(ge=1, le=2**53)] | None = None
     eos_token_ids: tuple[Token, ...] = ()  # each of them ends a text
     # ranges [first, end) of ids without a token, ascending; never to be drawn

@@ -32,10 +32,12 @@ from toy_recurrent import ToyRecurrent
 from toy_tower import ARCH as TOWER
 from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
 
-from rmse_edge.arch.huginn_raven.config import RULES as HUGINN_RULES
+from rmse_edge.arch.dory.config import DoryConfig
+from rmse_edge.arch.dory.model import Dory
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.recurrent import RULES
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.loop.dials import DIALS, Dials
@@ -127,7 +129,7 @@ def wrong_tower(kind: type) -> Callable[[], Any]:
     return lambda: lively_tower(kind=kind)
 
 
-def small_huginn(rules: tuple[str, ...] = HUGINN_RULES) -> Huginn:
+def small_huginn(rules: tuple[str, ...] = RULES) -> Huginn:
     """With all of its exit rules, or some, and a loop more than it is trained to."""
     torch.manual_seed(5)
     sizes = {
@@ -145,7 +147,7 @@ def small_huginn(rules: tuple[str, ...] = HUGINN_RULES) -> Huginn:
 
 def decided_huginn() -> Huginn:
     """A model whose states hold on to the token they are of, so that its predictions are as decided as a trained model's."""
-    model = small_huginn(("exit_kl",))  # each rule is one more text for the gate
+    model = small_huginn(("kl",))  # each rule is one more text for the gate
     m = model.transformer
     with torch.no_grad():
         m.ln_f.weight.fill_(2.0)
@@ -153,6 +155,37 @@ def decided_huginn() -> Huginn:
         for layer in (*m.prelude.layers, *m.core_block.layers, *m.coda.layers):
             layer.attn.o_proj.weight *= 0.2
             layer.mlp.down_proj.weight *= 0.2
+    return model
+
+
+def small_dory() -> Dory:
+    """A layer of each kind in the loop, a window that texts are longer than, and a loop more than it is trained to."""
+    torch.manual_seed(6)
+    model = Dory(
+        DoryConfig(
+            vocab_size=65, hidden_size=32, intermediate_size=64, num_hidden_layers=4, n_input_layers=1,
+            n_output_layers=1, n_recurrent_loops=2, untrained_loops=1, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, layer_types=("sliding_attention", "sliding_attention", "full_attention", "full_attention"),
+            sliding_window=24, max_position_embeddings=512, exit_rules=("delta", "kl"),
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("_alpha"):  # rates of about a fifth
+                p.uniform_(2.0, 6.0).mul_(model.config.initializer_range)
+        model.lm_head.logit_scale *= 6.0
+    return model
+
+
+def decided_dory() -> Dory:
+    """A model whose states hold on to the token they are of, as `decided_huginn`."""
+    model = small_dory()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("_alpha"):
+                p *= 0.6
+        model.lm_head.weight.copy_(model.backbone.embeddings.weight)
+        model.lm_head.logit_scale *= 2.0
     return model
 
 
@@ -187,6 +220,7 @@ CASES = (
     Case("toy", toy, TOY, threshold=0.5),
     Case("puzzle", solver, PUZZLE),
     Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5),
+    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05),
 )
 
 for _case in CASES:

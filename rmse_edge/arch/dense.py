@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rmse_edge.info import TextInfo
@@ -41,19 +42,26 @@ def layer_stages(layer: str, attention: str) -> list[tuple[str, ...]]:
     ]
 
 
-def parts(c: DenseConfig, rope_theta: float, loop_weights: int, once_weights: int) -> dict[str, Any]:
+def parts(
+    c: DenseConfig,
+    rope_theta: float,
+    loop_weights: int,
+    once_weights: int,
+    further_thetas: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """`Arch.parts`."""
+    ends = token_ids(c.eos_token_id, "eos_token_id")
     return {
         "dials": c.dials,
-        "text": TextInfo(
-            c.vocab_size, c.head_width, rope_theta, eos_token_ids=token_ids(c.eos_token_id, "eos_token_id")
-        ),
+        "text": TextInfo(c.vocab_size, c.head_width, rope_theta, dict(further_thetas or {}), eos_token_ids=ends),
         "loop_weights": loop_weights,
         "once_weights": once_weights,
     }
 
 
-def stated(c: DenseConfig, rope_theta: float, width: int, parameters: int) -> dict[str, Any]:
+def stated(
+    c: DenseConfig, rope_theta: float, width: int, parameters: int, further_thetas: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """`Arch.stated`, but for the dials."""
     found: dict[str, Any] = {
         "max_loops": c.max_loops,
@@ -62,6 +70,7 @@ def stated(c: DenseConfig, rope_theta: float, width: int, parameters: int) -> di
         "text.vocab_size": c.vocab_size,
         "text.rotary_dims": c.head_width,
         "text.rope_theta": rope_theta,
+        "text.further_thetas": dict(further_thetas or {}),
     }
     for name in ("keys", "values"):
         kept = {"dtype": c.kv_dtype, "kind": "append", "source": name, "per_loop": True}

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
-NO_ARCHITECTURES = {"dense", "identity", "published", "quantization", "registry"}  # files of this folder
+NO_ARCHITECTURES = set(  # files of this folder
+    "dense identity published quantization recurrent recurrent_model registry".split()
+)
 _REGISTERED: dict[str, Arch] = {}
 on_register: list[Callable[[str], None]] = []  # told the name of whatever is registered from then on
 
@@ -94,8 +96,9 @@ class Arch:
     # A config -> tensors that need not be on disk, and whose values they then have.
     tied: Callable[[Any], Mapping[str, str]] = none_of_it
     # A config -> the tensors that its published checkpoints hold otherwise than by the model's own names. A folder with
-    # all of the model's own names is read by these: it was written here.
-    stored: Callable[[Any], Mapping[str, Stored]] = none_of_it
+    # all of the model's own names is read by these. Where there are several ways, they are a list, the model's own names
+    # one of them: a folder is read in the way of which it lacks least.
+    stored: Callable[[Any], Mapping[str, Stored] | list[Mapping[str, Stored]]] = none_of_it
     # Patterns (`fnmatch`) of names of published tensors that the model does without, such as tables of angles.
     unread: tuple[str, ...] = ()
     # How the names of tensors begin that a model may have beyond the one its training starts from.

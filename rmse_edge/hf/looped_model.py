@@ -27,7 +27,7 @@ from rmse_edge.arch.registry import Arch, arch_of
 from rmse_edge.checkpoint import load_weights, stored_keys
 from rmse_edge.errors import UserError
 from rmse_edge.info import TextInfo
-from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import LoopSpec, Tensors
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
@@ -344,8 +344,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         """
         places = position[:, None] + np.arange(spec.chunk)  # (B, C)
         host: dict[str, Any] = {"position": position, "n_valid": count}
-        if text.rotary_dims:
-            host["cos"], host["sin"] = rotary_angles(places, text.rotary_dims, text.rope_theta)
+        host |= given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
         found = {name: torch.from_numpy(array) for name, array in host.items()} | noise_of(spec, seed, places)
         known = {"tokens", SLOTS, *found, *(s.name for s in spec.state)}
         for t in spec.inputs:

@@ -42,17 +42,28 @@ def append_mask(position: Tensor, n_valid: Tensor, count: int, slots: Tensor) ->
     return torch.cat([slots_mask(position, count, slots), causal_mask(n_valid, count)], -1)
 
 
-def slots_mask(position: Tensor, count: int, slots: Tensor) -> Tensor:
-    """What `append_mask` says of the slots alone, (B, 1, C, S): an invariant of a loop that grows with them."""
-    return _mask(slots < position[:, None, None].expand(-1, count, -1))
+def slots_mask(position: Tensor, count: int, slots: Tensor, window: int | None = None) -> Tensor:
+    """What `append_mask` says of the slots alone, (B, 1, C, S): an invariant of a loop that grows with them.
+
+    Args:
+        window: positions that are seen at most, the own one included; None: all.
+    """
+    filled = slots < position[:, None, None].expand(-1, count, -1)
+    if window is None:
+        return _mask(filled)
+    here = position[:, None, None] + torch.arange(count, device=slots.device)[:, None]  # (B, C, 1)
+    return _mask(filled & (here - slots < window))
 
 
-def causal_mask(n_valid: Tensor, count: int) -> Tensor:
-    """What `append_mask` says of the call alone, (B, 1, C, C)."""
+def causal_mask(n_valid: Tensor, count: int, window: int | None = None) -> Tensor:
+    """What `append_mask` says of the call alone, (B, 1, C, C); `window` as in `slots_mask`."""
     row = torch.arange(count, device=n_valid.device)
     valid = row < n_valid[:, None]
     distance = row[:, None] - row
-    return _mask((distance >= 0) & (valid[:, None] | (distance == 0)))
+    seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance < window)
+    return _mask(seen & (valid[:, None] | (distance == 0)))
 
 
 def _mask(seen: Tensor) -> Tensor:

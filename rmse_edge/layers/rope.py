@@ -6,6 +6,8 @@ float64 and only then rounded (Su et al. 2021, RoFormer, eq. 34). NumPy only: ho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 
@@ -18,3 +20,19 @@ def rotary_angles(positions: np.ndarray, dims: int, theta: float) -> tuple[np.nd
     """cos and sin of `positions` (any shape, integers) as float32, shape positions.shape + (dims / 2,)."""
     angle = np.asarray(positions, dtype=np.float64)[..., None] * inverse_frequencies(dims, theta)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def given_angles(
+    positions: np.ndarray, dims: int, theta: float, further: Mapping[str, float] | None = None
+) -> dict[str, np.ndarray]:
+    """What a host tells a call of its positions: cos and sin, as `rotary_angles` makes them, by name.
+
+    Args:
+        dims: channels of each head that turn; 0: nothing is told.
+        further: other bases by name, for layers that turn by them: they are cos_NAME and sin_NAME.
+    """
+    found: dict[str, np.ndarray] = {}
+    for ending, base in {"": theta, **{f"_{name}": base for name, base in (further or {}).items()}}.items():
+        if dims:
+            found[f"cos{ending}"], found[f"sin{ending}"] = rotary_angles(positions, dims, base)
+    return found

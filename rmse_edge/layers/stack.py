@@ -16,6 +16,7 @@ needs scales that all loops share: a number that was rounded once must stay what
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,32 +32,52 @@ from .masks import causal_mask, slots_mask
 KvPolicy = Literal["propagate", "repeat", "all"]
 
 
-def context(chunk: int, head_dim: int, capacity: int) -> tuple[TensorSpec, ...]:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of attention layers: by which angles their heads turn, and how far back they see.
+
+    Layers with a window mask slots of a cache that holds the whole text: what they compute is right, and no memory is saved.
+    """
+
+    name: str = ""  # ends the names of its angles and masks, "cos_NAME"; "": they have no ending
+    window: int | None = None  # positions that are seen at most, the own one included; None: all
+
+    def __call__(self, tensor: str) -> str:
+        """The name of an angle or a mask for these layers."""
+        return f"{tensor}_{self.name}" if self.name else tensor
+
+
+FULL = Kind()
+Kinds = tuple[Kind, ...]
+
+
+def context(chunk: int, head_dim: int, capacity: int, kinds: Kinds = (FULL,)) -> tuple[TensorSpec, ...]:
     """What hosts tell a call of a model with turned heads that attends to up to `capacity` positions."""
     angles = (1, chunk, head_dim // 2)
     return (
-        TensorSpec("cos", angles),
-        TensorSpec("sin", angles),
+        *(TensorSpec(kind(name), angles) for kind in kinds for name in ("cos", "sin")),
         TensorSpec("position", (1,), torch.int64),
         TensorSpec("n_valid", (1,), torch.int64),
         TensorSpec(SLOTS, (capacity,), torch.int64, None, slots_axis=0),
     )
 
 
-def mask_specs(chunk: int, capacity: int) -> tuple[TensorSpec, ...]:
+def mask_specs(chunk: int, capacity: int, kinds: Kinds = (FULL,)) -> tuple[TensorSpec, ...]:
     """Of `masks_of`."""
-    return (
-        TensorSpec("slots_mask", (1, 1, chunk, capacity), slots_axis=3),
-        TensorSpec("causal_mask", (1, 1, chunk, chunk)),
-    )
+    found: list[TensorSpec] = []
+    for kind in kinds:
+        found.append(TensorSpec(kind("slots_mask"), (1, 1, chunk, capacity), slots_axis=3))
+        found.append(TensorSpec(kind("causal_mask"), (1, 1, chunk, chunk)))
+    return tuple(found)
 
 
-def masks_of(tensors: Tensors, count: int) -> Tensors:
-    """The masks of a call of `count` rows, of its `context`: of the slots and of the call, as `Stack` takes them."""
-    return {
-        "slots_mask": slots_mask(tensors["position"], count, tensors[SLOTS]),
-        "causal_mask": causal_mask(tensors["n_valid"], count),
-    }
+def masks_of(tensors: Tensors, count: int, kinds: Kinds = (FULL,)) -> Tensors:
+    """The masks of a call of `count` rows, of its `context`: of the slots and of the call, for each kind of layers."""
+    found: Tensors = {}
+    for kind in kinds:
+        found[kind("slots_mask")] = slots_mask(tensors["position"], count, tensors[SLOTS], kind.window)
+        found[kind("causal_mask")] = causal_mask(tensors["n_valid"], count, kind.window)
+    return found
 
 
 class Layer(Protocol):
@@ -75,7 +96,12 @@ class Layer(Protocol):
 
 
 class Stack(nn.Module):
-    """Layers with one cache: (loops, B, L * G, S, hd) of keys and of values, or without the first axis outside a loop."""
+    """Layers with one cache: (loops, B, L * G, S, hd) of keys and of values, or without the first axis outside a loop.
+
+    With `shared`, all loops read one set of slots, which holds of every position what its last loop gave: they attend to
+    that of the positions before the call, and to their own of the call. So it matters how a text is cut into calls, and a
+    model that does this has calls of one size.
+    """
 
     def __init__(
         self,
@@ -85,18 +111,31 @@ class Stack(nn.Module):
         max_loops: int | None = None,
         policy: KvPolicy = "all",
         kv_dtype: KvDtype = "float32",
+        kinds: Kinds | None = None,
+        shared: bool = False,
     ) -> None:
         """
         Args:
             n_kv_heads: G, of each layer.
             max_loops: K; None: the stack is not looped.
             policy: of a stack that is looped.
+            kinds: of each layer; None: all see everything.
+            shared: the loops have one set of slots, with the policy "repeat".
         """
         super().__init__()
         self.layers: Any = nn.ModuleList(layers)  # of `Layer`s
         self.n_kv_heads, self.head_dim, self.max_loops, self.policy = n_kv_heads, head_dim, max_loops, policy
+        self.kinds = kinds or (FULL,) * len(self.layers)
+        assert not shared or policy == "repeat"
+        self.shared = shared
+        self.sets = None if shared else max_loops  # of slots, one for each loop; None: there is one
         # A stopped position supplies to deeper loops what its last one has rounded.
-        self.cache = KeptKeysValues(kv_dtype, max_loops or 1, self.heads, shares_scales=policy == "repeat")
+        self.cache = KeptKeysValues(kv_dtype, self.sets or 1, self.heads, shares_scales=policy == "repeat")
+
+    @property
+    def own_kinds(self) -> Kinds:
+        """Of its layers, each once."""
+        return tuple(dict.fromkeys(self.kinds))
 
     @property
     def heads(self) -> int:
@@ -111,7 +150,7 @@ class Stack(nn.Module):
 
     def state(self, prefix: str, capacity: int, reader: str) -> tuple[StateSpec, ...]:
         """Two appended tensors, past_PREFIXkeys and past_PREFIXvalues, filled from PREFIXkeys and PREFIXvalues."""
-        loops = () if self.max_loops is None else (self.max_loops,)
+        loops = () if self.sets is None else (self.sets,)
         shape = (*loops, 1, self.heads, capacity, self.head_dim)
         dtype = getattr(torch, self.cache.kv_dtype)
         return tuple(
@@ -126,10 +165,8 @@ class Stack(nn.Module):
     def commits(self, chunk: int) -> tuple[TensorSpec, ...]:
         """What `filled` gives."""
         dtype = getattr(torch, self.cache.kv_dtype)
-        return tuple(
-            TensorSpec(name, (self.max_loops or 1, *self.call(chunk)), dtype, batch_axis=1)
-            for name in ("keys", "values")
-        )
+        shape, batch_axis = (self.call(chunk), 0) if self.shared else ((self.max_loops or 1, *self.call(chunk)), 1)
+        return tuple(TensorSpec(name, shape, dtype, batch_axis) for name in ("keys", "values"))
 
     def carried(self, chunk: int, width: int) -> tuple[TensorSpec, ...]:
         """What its policy carries from iteration to iteration, beside h (1, C, width) and active."""
@@ -179,16 +216,15 @@ class Stack(nn.Module):
 
         Args:
             past: row k of `state("", ...)`.
-            fixed: what `context` and `masks_of` give.
+            fixed: what `context` and `masks_of` give and, where the loops share it, the state.
             runs: from `entering`.
         """
+        kept = fixed if self.shared else past
         return self(
             x,
-            k,
-            fixed["cos"],
-            fixed["sin"],
-            (past["past_keys"], past["past_values"]),
-            (fixed["slots_mask"], fixed["causal_mask"]),
+            0 if self.shared else k,
+            fixed,
+            (kept["past_keys"], kept["past_values"]),
             None if self.policy == "all" else runs,
             carry if self.policy == "repeat" else None,
         )
@@ -222,10 +258,8 @@ class Stack(nn.Module):
         self,
         x: Tensor,
         k: int | Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        fixed: Tensors,
         past: Pair | None,
-        masks: Pair,
         active: Tensor | None = None,
         held: Tensors | None = None,
     ) -> tuple[Tensor, Pair]:
@@ -233,9 +267,9 @@ class Stack(nn.Module):
 
         Args:
             x: (B, C, d), of stopped positions what they would enter the loop with.
-            k: the loop, from 0; 0 outside loops.
+            k: the loop, from 0; 0 outside loops, and where they share the slots.
+            fixed: what `context` and `masks_of` give.
             past: keys and values in slots, (B, L * G, S, hd) each, as the cache keeps them; None: nothing before.
-            masks: of the slots and of the call.
             active: (B, C) bool, the positions that have not stopped; None: all. The others' result is not to be read.
             held: the tensors of `carried`, of which stopped positions keep theirs.
         Returns:
@@ -247,7 +281,9 @@ class Stack(nn.Module):
         kept = [t.split(groups, 1) for t in (held["held_keys"], held["held_values"])] if held else None
         stopped = None if active is None else active[:, :, None]
         found: list[Pair] = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, kind) in enumerate(zip(self.layers, self.kinds)):
+            cos, sin = fixed[kind("cos")], fixed[kind("sin")]
+            masks = fixed[kind("slots_mask")], fixed[kind("causal_mask")]
             if i and stopped is not None and self.policy == "propagate":
                 x = torch.where(stopped, x, entered_loop)
             entered = layer.enter(x)
@@ -265,7 +301,8 @@ class Stack(nn.Module):
         return x, (keys, values)
 
     def filled(self, tensors: Tensors, entering: Tensor) -> Tensors:
-        """Keys and values of all loops, (K, B, L * G, C, hd) each, as the cache keeps them.
+        """Keys and values of all loops, (K, B, L * G, C, hd) each, as the cache keeps them; of the last alone, without
+        the first axis, where the loops share the slots.
 
         Args:
             tensors: new_keys and new_values (K, B, L * G, C, hd), undefined from row `iterations` on; cos and sin.
@@ -274,8 +311,16 @@ class Stack(nn.Module):
         assert self.max_loops is not None
         loops = torch.arange(self.max_loops, device=entering.device)
         new = [tensors[name] for name in ("new_keys", "new_values")]
+        if self.shared:
+            last = (tensors["iterations"] - 1).reshape(1)
+            new = [t.index_select(0, last) for t in new]
+            pairs = zip(("keys", "values"), new)
+            return {name: self.cache.to_cache(t, which).squeeze(0) for which, (name, t) in enumerate(pairs)}
         if self.policy == "propagate":
-            own = [layer.keys_values(layer.enter(entering), tensors["cos"], tensors["sin"]) for layer in self.layers]
+            own = [
+                layer.keys_values(layer.enter(entering), tensors[kind("cos")], tensors[kind("sin")])
+                for layer, kind in zip(self.layers, self.kinds)
+            ]
             ran = (loops < tensors["iterations"]).view(-1, 1, 1, 1, 1)
             rest = [self._rounded_of_all(torch.cat(t, 1), which) for which, t in enumerate(zip(*own))]
             new = [torch.where(ran, t, other) for t, other in zip(new, rest)]

@@ -73,9 +73,12 @@ def changes(k: int | Tensor, before: Tensors, after: Tensors, dials: Iterable[st
 
 
 def change_stops(k: int | Tensor, before: Tensors, after: Tensors, dials: Mapping[str, Tensor]) -> Tensor:
-    """Which positions stop after loop k (from 0) by the rules of this file whose dials are there, (B, C) bool."""
+    """Which positions stop after loop k (from 0) by the rules of this file whose dials are there, (B, C) bool.
+
+    A dial at 0 is off: it is asked for, since a divergence of next to nothing may be rounded to less.
+    """
     found = [
-        (score >= dials[name]) & (dials[name] > 0) if name == "exit_steady" else score < dials[name]
+        (score >= dials[name] if name == "exit_steady" else score < dials[name]) & (dials[name] > 0)
         for name, score in changes(k, before, after, dials).items()
     ]
     return torch.stack(found).any(0)

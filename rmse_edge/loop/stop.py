@@ -92,8 +92,8 @@ def delta_stops(before: Tensor, after: Tensor, epsilon: Tensor) -> Tensor:
 
 
 def cosine_stops(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
-    """True where 1 - cosine of the two falls below `target`."""
-    return cosine_change(before, after) < target
+    """True where 1 - cosine of the two falls below `target`; nowhere at 0, although 1 - cosine may be rounded to less."""
+    return (cosine_change(before, after) < target) & (target > 0)
 
 
 def cosine_change(before: Tensor, after: Tensor) -> Tensor:

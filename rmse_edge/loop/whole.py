@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rmse_edge.numbers import SLOTS
 
-from .contract import InjectedHits, LoopModel, Tensors, WholeText
+from .contract import Append, InjectedHits, LoopModel, Tensors, WholeText
 from .drive import depth_after
 from .predictions import changes, leads
 from .stop import margins, scores
@@ -45,16 +45,78 @@ def in_one_call(
         `log_survival` there, the rules of predictions.py what they carry.
     """
     assert hits is None, "a model that is looked things up for reads its texts itself"
+    return _call(model, tokens, context, 0, {}, dials, decided)[0]
+
+
+@torch.no_grad()
+def one_by_one(
+    model: LoopModel,
+    tokens: Tensor,
+    context: Tensors,
+    dials: Tensors,
+    left: Callable[[Tensors], Tensors],
+    hits: InjectedHits | None = None,
+) -> WholeText:
+    """What `model` says of a text of T tokens, given to it position by position, each with all that those before it left.
+
+    For a model of which it is a part of the definition that a call has one position. All its state is appended.
+
+    Args:
+        left: what the last iteration emitted -> what the loop leaves to later positions, by the names of its sources.
+        tokens, context, dials, hits: as in `in_one_call`.
+    Returns:
+        As `in_one_call`.
+    """
+    assert hits is None, "a model that is looked things up for reads its texts itself"
+    state: Tensors = {}
+    said: list[WholeText] = []
+    for position in range(len(tokens)):
+        here = slice(position, position + 1)
+        own = {name: rows[:, here] for name, rows in context.items()}
+        found, given, emitted = _call(model, tokens[here], own, position, state, dials)
+        said.append(found)
+        given |= left(emitted)
+        for s in model.spec(1).state:
+            assert isinstance(s.update, Append), f"{s.name}: is not appended"
+            row = given[s.update.source]
+            state[s.name] = torch.cat([state[s.name], row], -2) if s.name in state else row
+    return WholeText(
+        torch.cat([w.logits for w in said]),
+        torch.cat([w.depth for w in said]),
+        torch.cat([w.h for w in said]),
+        torch.zeros(0),
+        {name: torch.cat([w.scores[name] for w in said], 1) for name in said[0].scores},
+        torch.cat([w.margin for w in said]),
+    )
+
+
+def _call(
+    model: LoopModel,
+    tokens: Tensor,
+    context: Tensors,
+    position: int,
+    state: Tensors,
+    dials: Tensors,
+    decided: Decided | None = None,
+) -> tuple[WholeText, Tensors, Tensors]:
+    """One call, of which the other arguments are as in `in_one_call`.
+
+    Args:
+        state: what was appended by the positions before; empty at the first.
+    Returns:
+        (what it says, what prelude and coda gave, what the last iteration emitted).
+    """
     count, loops = len(tokens), int(dials["max_loops"])
     spec = model.spec(count)
     # Of an appended state one slot is enough, since nothing lies in it.
-    tensors = {s.name: s.of_slots(1).zeros() for s in spec.state} | {SLOTS: torch.arange(1)} | context
-    tensors |= {"tokens": tokens[None], "position": torch.tensor([0]), "n_valid": torch.tensor([count])}
+    tensors = {s.name: s.of_slots(1).zeros() for s in spec.state} | state | context
+    tensors |= {SLOTS: torch.arange(max(position, 1)), "tokens": tokens[None]}
+    tensors |= {"position": torch.tensor([position]), "n_valid": torch.tensor([count])}
     tensors |= model.prelude(tensors)
     carry, invariants = model.begin(tensors)
     fixed = tensors | invariants
     depth = torch.zeros(1, count, dtype=torch.int64)
-    emitted: list[Tensors] = []
+    emits: Tensors = {}
     found: list[Mapping[str, Tensor]] = []
     lead: list[Tensor] = []  # of the likeliest token
     margin = torch.full((loops, count), torch.inf, dtype=torch.float64)
@@ -63,7 +125,6 @@ def in_one_call(
         past = {s.name: tensors[s.name][k] for s in spec.rows}
         carry, emits = model.step(torch.tensor(k), before, past, fixed, dials)
         depth = depth_after(before, carry)
-        emitted.append(emits)
         own = scores(before["h"], carry["h"], carry.get("log_survival", torch.zeros(1, count)))
         if "log_survival" not in carry:
             del own["exit_threshold"]
@@ -77,15 +138,15 @@ def in_one_call(
     if of_loops:
         margin = torch.minimum(margin, margins(of_loops, dials, torch.stack(lead) if lead else None))
     ran = torch.arange(loops)[:, None] < depth
-    result: Tensors = {"h": carry["h"], "depth": depth}
-    final = carry["h"]
+    tensors |= {"h": carry["h"], "depth": depth}
     if spec.coda:
-        final = model.coda(tensors | result)[spec.final.name]  # type: ignore[attr-defined]
-    return WholeText(
-        model.head(final)["logits"][0],
+        tensors |= model.coda(tensors)  # type: ignore[attr-defined]
+    said = WholeText(
+        model.head(tensors[spec.final.name])["logits"][0],
         depth[0],
         carry["h"][0],
         torch.zeros(0),
         of_loops,
         margin.masked_fill(~ran, torch.inf).amin(0),
     )
+    return said, tensors, emits

@@ -197,7 +197,9 @@ class Flow:
         if info.text is not None:
             found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}
             if pairs := info.text.rotary_dims // 2:
-                found |= {name: ((1, rows, pairs), "float32") for name in ("cos", "sin")}
+                endings = ("", *(f"_{name}" for name in info.text.further_thetas))
+                angles = [f"{name}{ending}" for ending in endings for name in ("cos", "sin")]
+                found |= {name: ((1, rows, pairs), "float32") for name in angles}
         if info.board is not None:
             found["board"] = ((1, info.board.cells), "int64")
         if info.memory and info.segment is not None:

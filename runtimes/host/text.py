@@ -10,7 +10,7 @@ import numpy as np
 
 from rmse_edge.errors import UserError
 from rmse_edge.info import LARGEST_STATE, ModelInfo, TextInfo
-from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.generator import starts
 from rmse_edge.numbers import SLOTS
@@ -150,10 +150,8 @@ class LoopRuntime:
         """What a call of `chunk` rows, `n` of them valid, is told about where it stands (here, by default)."""
         position = self._position if position is None else position
         text: TextInfo = self.info.language
-        angles: Arrays = {}
-        if text.rotary_dims:
-            cos, sin = rotary_angles(position + np.arange(chunk), text.rotary_dims, text.rope_theta)
-            angles = {"cos": cos[None], "sin": sin[None]}
+        places = position + np.arange(chunk)[None]  # (1, C)
+        angles: Arrays = given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
         slots: Arrays = {} if self.calls.slots is None else {SLOTS: self._slots(self.calls.slots)}
         return angles | slots | {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
 

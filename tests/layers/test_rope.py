@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rmse_edge.layers.attention import rotate
-from rmse_edge.layers.rope import inverse_frequencies, rotary_angles
+from rmse_edge.layers.rope import given_angles, inverse_frequencies, rotary_angles
 
 HD, THETA = 32, 10_000.0
 
@@ -45,3 +45,13 @@ def test_float32_angles_would_not_do() -> None:
 def test_shapes_and_types() -> None:
     cos, sin = rotary_angles(np.arange(6).reshape(2, 3), HD, THETA)
     assert cos.shape == sin.shape == (2, 3, HD // 2) and cos.dtype == sin.dtype == np.float32
+
+
+def test_what_a_host_gives_is_of_every_base_by_name() -> None:
+    positions = np.arange(6).reshape(2, 3)
+    found = given_angles(positions, HD, THETA, {"near": 10.0})
+    assert set(found) == {"cos", "sin", "cos_near", "sin_near"}
+    for names, theta in ((("cos", "sin"), THETA), (("cos_near", "sin_near"), 10.0)):
+        for name, expected in zip(names, rotary_angles(positions, HD, theta)):
+            assert np.array_equal(found[name], expected)
+    assert given_angles(positions, 0, THETA, {"near": 10.0}) == {}

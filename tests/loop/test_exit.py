@@ -161,6 +161,17 @@ def test_predictions_of_one_loop_and_the_next() -> None:
     assert [f["exit_kl"] for f in found] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_rule_that_is_off_stops_nothing_whatever_is_rounded() -> None:
+    """What changes by next to nothing, such as a state that has settled, may come out below zero."""
+    states = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    assert bool((cosine_change(states, states * 1.1) < 0).any())
+    assert not cosine_stops(states, states * 1.1, torch.tensor(0.0)).any()
+    half = torch.full((1, 1, 2), 0.5).log()
+    before, after = {"log_p": half}, {"log_p": half + 1e-6}
+    assert changes(1, before, after, ["exit_kl"])["exit_kl"].item() < 0
+    assert not change_stops(1, before, after, {"exit_kl": torch.tensor(0.0)})
+
+
 def test_a_model_has_scores_of_its_own_rules_alone() -> None:
     """The parity gate chooses its settings by them, and gives a model no other dials."""
     from architectures import TEXTS

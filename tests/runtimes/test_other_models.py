@@ -256,6 +256,7 @@ LIES: dict[str, tuple[Change, str]] = {
     "no segment": (without("model", "segment"), "model.segment: is missing"),
     "a segment": (model(segment=4), "model.chunks: got [1, 8], expected at most 4 rows"),
     "angles": (lambda m: m["model"]["text"].update(rotary_dims=-2), "model.text.rotary_dims: got -2"),
+    "angles of no base": (lambda m: m["model"]["text"].update(further_thetas={"near": 0}), "model.text.further_thetas.near: got 0"),
     "no deviation": (model(noise={"start": 0}), "model.noise.start: got 0"),
     "noise for something else": (model(noise={"other": 1.0}), "methods.prelude_1.inputs.start: got a tensor that nothing gives"),
     "noise in place of tokens": (model(noise={"start": 1.0, "tokens": 1.0}), "model.noise.tokens: got a name that hosts give"),

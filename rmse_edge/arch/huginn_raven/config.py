@@ -5,28 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from rmse_edge.arch.published import PublishedConfig
+from rmse_edge.arch.recurrent import RecurrentConfig
 from rmse_edge.errors import ConfigError
-from rmse_edge.loop.dials import DIALS, Dials
-from rmse_edge.numbers import (
-    MAX_LOOPS,
-    Count,
-    EndTokens,
-    KvDtype,
-    Loops,
-    OffOr,
-    Positions,
-    Positive,
-    Some,
-    Token,
-    VocabularySize,
-)
+from rmse_edge.numbers import Count, EndTokens, Loops, Positions, Positive, Token, VocabularySize
 from rmse_edge.schema import check_fields
 
-Rule = Literal["delta", "cosine", "kl", "entropy_change", "steady"]
-RULES: tuple[Rule, ...] = get_args(Rule)
 # What a published file may say once more in other words: key -> what it must be, of the other fields.
 DERIVED = {
     "hidden_size": "n_embd",
@@ -41,10 +26,11 @@ DERIVED = {
 
 
 @dataclass(frozen=True)
-class HuginnConfig(PublishedConfig):
+class HuginnConfig(RecurrentConfig):
     """Shape and behaviour of one Huginn model. The defaults are those of Huginn-0125."""
 
     model_type: ClassVar[str] = "huginn_raven"
+    trained: ClassVar[str] = "mean_recurrence"
     architectures: ClassVar[tuple[str, ...]] = ("RavenForCausalLM",)
     # How it was trained, and how its published code computes the same.
     passed_over: ClassVar[frozenset[str]] = frozenset(
@@ -79,34 +65,11 @@ class HuginnConfig(PublishedConfig):
     bos_token_id: Token | None = None
     eos_token_id: EndTokens = None
     pad_token_id: Token | None = None
-    # What published files do not have.
-    untrained_loops: Some = 0  # iterations beyond the trained depth that may be asked for
-    exit_rules: tuple[Rule, ...] = (
-        "delta",
-        "cosine",
-    )  # that are compiled in; the others evaluate the head in each loop
-    min_loops: Loops = 1
-    exit_epsilon: OffOr = 0.0  # delta: a position stops when |h' - h| < this * |h'|
-    exit_cosine: OffOr = 0.0  # cosine: when 1 - cos(h, h') is below
-    exit_kl: OffOr = 0.0  # kl: when the divergence of its predictions, in nats, is below
-    exit_entropy_change: OffOr = 0.0  # entropy_change: when that of its predictions, in nats, is below
-    exit_steady: Some = 0  # steady: when its likeliest token has been the same for so many loops
-    kv_policy: Literal["propagate", "repeat", "all"] = "repeat"  # rmse_edge/layers/stack.py
-    kv_dtype: KvDtype = "float32"
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         self.require(self.n_embd % (2 * self.n_heads) == 0, "n_embd", f"a multiple of 2 * n_heads ({2 * self.n_heads})")
-        self.require(
-            self.min_loops <= self.mean_recurrence, "min_loops", f"at most mean_recurrence ({self.mean_recurrence})"
-        )
-        most = MAX_LOOPS - self.mean_recurrence
-        self.require(self.untrained_loops <= most, "untrained_loops", f"at most {most}, {MAX_LOOPS} loops in all")
-        self.require(len(set(self.exit_rules)) == len(self.exit_rules), "exit_rules", "each rule once")
-        for name, dial in DIALS.items():
-            if dial.rule and dial.rule not in self.exit_rules:
-                off = getattr(self, name, dial.off) == dial.off
-                self.require(off, name, f"it off, since exit_rules has no {dial.rule!r}")
+        self.check_loops()
         self.check_tokens()
 
     @classmethod
@@ -127,11 +90,6 @@ class HuginnConfig(PublishedConfig):
         return found
 
     @property
-    def max_loops(self) -> int:
-        """Loops that may be asked for."""
-        return self.mean_recurrence + self.untrained_loops
-
-    @property
     def head_width(self) -> int:
         return self.n_embd // self.n_heads
 
@@ -139,13 +97,3 @@ class HuginnConfig(PublishedConfig):
     def n_layers(self) -> int:
         """That the model has, each counted once."""
         return self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """The dials of its exit rules."""
-        return tuple(name for name, dial in DIALS.items() if dial.rule and dial.rule in self.exit_rules)
-
-    @property
-    def dials(self) -> Dials:
-        """The settings of the file."""
-        return Dials(self.mean_recurrence, self.min_loops, **{name: getattr(self, name) for name in self.rules})

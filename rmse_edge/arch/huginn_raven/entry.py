@@ -92,7 +92,7 @@ ARCH = Arch(
     HuginnConfig,
     build,
     parts,
-    settings=("exit_epsilon", "exit_cosine", "exit_kl", "exit_entropy_change", "exit_steady", "min_loops"),
+    settings=HuginnConfig.settings,
     tied=tied,
     stored=stored,
     unread=("*freqs_cis",),

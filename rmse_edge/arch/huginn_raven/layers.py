@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.stack import Stack
-from rmse_edge.loop.contract import Tensors
 
 from .config import HuginnConfig
 
@@ -52,11 +51,3 @@ class HuginnModel(nn.Module):
         self.core_block = stack(c.n_layers_in_recurrent_block, c.max_loops)
         self.coda = stack(c.n_layers_in_coda)
         self.ln_f = RMSNorm(c.n_embd, c.norm_eps)
-
-
-def kept(stack: Stack, pair: Pair, prefix: str) -> Tensors:
-    """Keys and values of a call of a stack that is not looped, as its cache keeps them: what its state is filled from."""
-    return {
-        f"{prefix}{name}": stack.cache.to_cache(t.unsqueeze(0), which).squeeze(0)
-        for which, (name, t) in enumerate(zip(("keys", "values"), pair))
-    }

@@ -187,8 +187,8 @@ class Ouro(nn.Module):
         c, stack = self.config, self.model
         count, device = tokens.shape[1], tokens.device
         angles = rotary_angles(np.arange(count), c.head_width, c.rope_theta)
-        cos, sin = (torch.from_numpy(a).to(device)[None] for a in angles)
-        mask = causal_mask(torch.tensor([count], device=device), count)
+        fixed = {name: torch.from_numpy(a).to(device)[None] for name, a in zip(("cos", "sin"), angles)}
+        fixed |= dict.fromkeys(("slots_mask", "causal_mask"), causal_mask(torch.tensor([count], device=device), count))
         h = running = self.prelude({"tokens": tokens})["x0"]
         active = torch.ones_like(tokens, dtype=torch.bool)
         depth, log_survival = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device)
@@ -202,7 +202,7 @@ class Ouro(nn.Module):
             if watcher is not None:
                 watcher.iterates(torch.ones_like(active) if all_run else active, log_survival, None, k)
             kept = (None, None) if all_run else (active, held or None)
-            x, (keys, values) = stack(running, k, cos, sin, None, (mask, mask), *kept)
+            x, (keys, values) = stack(running, k, fixed, None, *kept)
             after = stack.norm(x)
             held = {"held_keys": keys, "held_values": values} if held else held
             before, h = h, torch.where(active.unsqueeze(-1), after, h)

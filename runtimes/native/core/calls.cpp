@@ -52,9 +52,21 @@ Calls::Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers&
   if (const auto slots = given_.find("slots"); slots != given_.end()) {  // as many of them are read as there are
     std::iota(slots->second.as<int64_t>(), slots->second.as<int64_t>() + *info.capacity(), int64_t{0});
   }
-  for (int64_t i = 0; i < info.text.rotary_dims / 2; ++i) {
-    frequencies_.push_back(std::pow(info.text.rope_theta, -2.0 * i / static_cast<double>(info.text.rotary_dims)));
-  }
+  add_angles("", info.text.rope_theta);
+  for (const auto& [layers, theta] : info.text.further_thetas) add_angles("_" + layers, theta);
+}
+
+// The angles of one base, if a method takes them.
+void Calls::add_angles(const std::string& ending, double theta) {
+  const auto taken = [&](const std::string& name) {
+    const auto found = given_.find(name + ending);
+    return found == given_.end() ? nullptr : found->second.as<float>();
+  };
+  Angles angles{taken("cos"), taken("sin"), {}};
+  if (angles.cos == nullptr && angles.sin == nullptr) return;
+  const int64_t dims = info_.text.rotary_dims;
+  for (int64_t i = 0; i < dims / 2; ++i) angles.frequencies.push_back(std::pow(theta, -2.0 * i / static_cast<double>(dims)));
+  angles_.push_back(std::move(angles));
 }
 
 void Calls::bind(int64_t slots) {
@@ -129,14 +141,15 @@ void Calls::prelude(std::span<const int64_t> tokens, int64_t position, uint64_t 
 }
 
 void Calls::fill_angles(int64_t position) {
-  const auto cos = given_.find("cos"), sin = given_.find("sin");
-  for (int64_t row = 0, i = 0; row < rows_; ++row) {
-    for (const double frequency : frequencies_) {
-      // In float64: at position 10^6 a float32 angle is wrong by hundredths of a radian.
-      const double angle = static_cast<double>(position + row) * frequency;
-      if (cos != given_.end()) cos->second.as<float>()[i] = static_cast<float>(std::cos(angle));
-      if (sin != given_.end()) sin->second.as<float>()[i] = static_cast<float>(std::sin(angle));
-      ++i;
+  for (const Angles& angles : angles_) {
+    for (int64_t row = 0, i = 0; row < rows_; ++row) {
+      for (const double frequency : angles.frequencies) {
+        // In float64: at position 10^6 a float32 angle is wrong by hundredths of a radian.
+        const double angle = static_cast<double>(position + row) * frequency;
+        if (angles.cos != nullptr) angles.cos[i] = static_cast<float>(std::cos(angle));
+        if (angles.sin != nullptr) angles.sin[i] = static_cast<float>(std::sin(angle));
+        ++i;
+      }
     }
   }
 }

@@ -46,6 +46,11 @@ class Calls {
     std::byte* stack;
     size_t stride;
   };
+  // Angles of one base that methods take, (1, rows, pairs) each; null: not taken.
+  struct Angles {
+    float *cos, *sin;
+    std::vector<double> frequencies;  // of the rotary channels, radians per position
+  };
   // What one iteration hands to the next: X and next_X, which change places every time.
   struct Carried {
     size_t input, output;
@@ -60,6 +65,7 @@ class Calls {
   void bind_outputs(Method& method, std::string_view prefix = "");
   void bind_step_outputs();
   const Buffer& given(const Method& method, const TensorSpec& input);
+  void add_angles(const std::string& ending, double theta);
   void fill_angles(int64_t position);
   void fill_noise(int64_t position, uint64_t seed);
 
@@ -69,7 +75,7 @@ class Calls {
   Specs host_;     // what the host gives
   Buffers given_;  // of it, what methods take and is not shared
   Buffers made_;   // by methods
-  std::vector<double> frequencies_;  // of the rotary channels, radians per position
+  std::vector<Angles> angles_;
   std::unique_ptr<Method> prelude_, begin_, step_, coda_, head_, commit_;  // coda, commit: null where the model has none
   std::vector<Row> rows_read_, rows_written_;
   std::vector<Carried> carried_;

@@ -117,6 +117,8 @@ class Part {
     return find(object_, key) == nullptr ? std::invoke_result_t<Read, const Json&>(otherwise) : at(key, read);
   }
 
+  bool has(const std::string& key) const { return find(object_, key) != nullptr; }
+
   // A part of this one.
   Part part(const std::string& key) const {
     return Part(at(key, [](const Json& value) { return std::cref(value); }).get(), where_ + "." + key);
@@ -219,12 +221,17 @@ TextInfo text_info(const Part& part) {
   TextInfo text{.vocab_size = part.at("vocab_size", whole(1, kLargestVocabulary)),
                 .rotary_dims = part.at("rotary_dims", whole(0, kLargestCount), 0),
                 .rope_theta = part.at("rope_theta", positive, 10'000.0),
+                .further_thetas = {},
                 .max_seq_len = part.at("max_seq_len", or_null(whole(1, kMany)), std::nullopt),
                 .eos_tokens = {},
                 .unused_tokens = {}};
   using Ids = std::vector<int64_t>;
   text.eos_tokens = part.at("eos_token_ids", list_of(whole(0, kLargestVocabulary - 1)), Ids());
   text.unused_tokens = part.at("unused_token_ids", token_ranges, decltype(text.unused_tokens)());
+  if (part.has("further_thetas")) {
+    const Part further = part.part("further_thetas");
+    for (const std::string& layers : further.names()) text.further_thetas[layers] = further.at(layers, positive);
+  }
   const std::string expected = "ids below " + std::to_string(text.vocab_size);
   for (const int64_t token : text.eos_tokens) {
     if (token >= text.vocab_size) part.refuse(".eos_token_ids", dump(Json(text.eos_tokens)).substr(0, 100), expected);

@@ -193,7 +193,10 @@ Specs given_tensors(const ModelInfo& info, int64_t rows) {
   add("tokens", Dtype::kInt64, {1, n});
   for (const char* name : {"position", "n_valid"}) add(name, Dtype::kInt64, {1});
   if (pairs > 0) {
-    for (const char* name : {"cos", "sin"}) add(name, Dtype::kFloat32, {1, n, pairs});
+    for (const char* name : {"cos", "sin"}) {
+      add(name, Dtype::kFloat32, {1, n, pairs});
+      for (const auto& [layers, _] : info.text.further_thetas) add(name + ("_" + layers), Dtype::kFloat32, {1, n, pairs});
+    }
   }
   if (const auto most = info.capacity()) {
     add("slots", Dtype::kInt64, {static_cast<int32_t>(*most)});
