@@ -56,7 +56,8 @@ def test_a_wrong_host_is_seen_all_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rounding_inputs_once_more_moves_every_float_by_one_rounding() -> None:
     draw = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    moved = rounded_once_more({"x": draw, "tokens": np.arange(3)})
+    moved = rounded_once_more({"x": draw, "tokens": np.arange(3), "one": np.float32(0.5).reshape(())})
+    assert moved["one"].shape == () and moved["one"] != 0.5
     assert (moved["tokens"] == np.arange(3)).all()
     relative = np.abs(moved["x"].astype(np.float64) / draw - 1)
     assert relative.min() > 0 and relative.max() < 2.0**-22 and moved["x"].dtype == np.float32
