@@ -345,10 +345,11 @@ def _symbols(tensor: TensorSpec, most_rows: int, capacity: int | None) -> list[t
 def example_size(module: Method, largest: int, taken: Iterable[int]) -> int:
     """The number to trace for a size that varies: one that `torch.export` takes for nothing else.
 
-    One would be taken for a broadcast, and the size of another dimension, or one in `taken`, for that.
+    One would be taken for a broadcast, and the size of another dimension, or one in `taken`, for that. Small, because
+    examples are made: a slot of a large model takes megabytes.
     """
     sizes = {d for t in (*module.takes, *module.gives) for d in t.shape} | set(taken)
-    return next((n for n in range(min(largest, 1024) - 1, 1, -1) if n not in sizes), largest)
+    return next((n for n in range(min(largest, 128) - 1, 1, -1) if n not in sizes), largest)
 
 
 def check(method: ExportedMethod) -> None:
