@@ -19,6 +19,7 @@ cache of its own. Where the loops of the core share one set of slots, the coda's
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Stacks(NamedTuple):
     coda: Stack
 
 
-class RecurrentDepth(nn.Module):
+class RecurrentDepth(nn.Module, ABC):
     """The model, as a `LoopModel`; an architecture adds `whole_text`."""
 
     # Inputs of noise that the first state is made of: their standard deviation.
@@ -65,24 +66,24 @@ class RecurrentDepth(nn.Module):
     # ------------------------------------------------------------------------------------ what an architecture gives
 
     @property
-    def stacks(self) -> Stacks:
-        raise NotImplementedError
+    @abstractmethod
+    def stacks(self) -> Stacks: ...
 
+    @abstractmethod
     def embedded(self, tokens: Tensor) -> Tensor:
         """(B, C) int64 -> what the prelude reads, (B, C, d)."""
-        raise NotImplementedError
 
     def drawn(self, tensors: Tensors) -> Tensors:
         """`first_state` (B, C, d), of a model that begins from noise."""
         return {}
 
+    @abstractmethod
     def first_state(self, tensors: Tensors) -> Tensor:
         """What the loop begins from, (B, C, d), of what `prelude` gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def injected(self, state: Tensor, x0: Tensor) -> Tensor:
         """What a loop enters the core with, (B, C, d)."""
-        raise NotImplementedError
 
     def into_coda(self, h: Tensor) -> Tensor:
         """(B, C, d) -> what the coda's layers read."""
@@ -92,9 +93,9 @@ class RecurrentDepth(nn.Module):
         """(B, C, d) -> what the head reads."""
         return y
 
+    @abstractmethod
     def logits(self, y: Tensor) -> Tensor:
         """(B, C, d) -> (B, C, V)."""
-        raise NotImplementedError
 
     # -------------------------------------------------------------------------------------------------------- caches
 
