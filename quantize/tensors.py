@@ -84,7 +84,7 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Of codes, scales (two bytes each) and zeros, packed."""
         zeros = 0 if self.zeros is None else self.zeros.numel()
-        return self.codes.numel() * self.format.bits // 8 + 2 * self.scales.numel() + zeros
+        return self.shape.numel() * self.format.bits // 8 + 2 * self.scales.numel() + zeros
 
     def dequantize(self) -> Tensor:
         """The float32 weights (..., N, K) that these integers stand for."""
@@ -126,11 +126,6 @@ class PackedTensor(QuantizedTensor):
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self._packed.shape[:-1], self._packed.shape[-1] * 8 // self.format.bits))
-
-    @property
-    def nbytes(self) -> int:
-        zeros = 0 if self.zeros is None else self.zeros.numel()
-        return self._packed.numel() + 2 * self.scales.numel() + zeros
 
     def packed(self) -> Tensor:
         return self._packed

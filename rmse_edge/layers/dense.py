@@ -99,3 +99,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@torch.no_grad()
+def normal_by_fan_in(model: nn.Module) -> None:
+    """Give every linear layer of the model normal weights of variance 1 / inputs."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=module.in_features**-0.5)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
+from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.norm import unit
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import InjectedHits, Tensors, WholeText
@@ -54,9 +55,7 @@ class Dory(RecurrentDepth):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights whose rows are of about norm 1. Learned scales have their first values already."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
+        normal_by_fan_in(self)
         self.backbone.embeddings.weight.normal_(std=self.config.hidden_size**-0.5)
 
     # ------------------------------------------------------------------------------------------------ its own parts

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
+from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import InjectedHits, Tensors, WholeText
 from rmse_edge.loop.generator import starts
@@ -56,9 +57,7 @@ class Huginn(RecurrentDepth):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fan-in scaled normal weights; embeddings that are of size 1 once they are scaled."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
+        normal_by_fan_in(self)
         self.transformer.wte.weight.normal_(std=self.config.n_embd**-0.5)
 
     # ------------------------------------------------------------------------------------------------ its own parts

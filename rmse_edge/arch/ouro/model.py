@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair
+from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair, normal_by_fan_in
 from rmse_edge.layers.masks import causal_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
@@ -88,9 +88,7 @@ class Ouro(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fan-in scaled normal weights, and branches that add up to about the size of the stream they go into."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
+        normal_by_fan_in(self)
         self.model.embed_tokens.weight.normal_(std=1.0)
         self.lm_head.weight.normal_(std=0.5 * self.config.hidden_size**-0.5)
         for layer in self.model.layers:
