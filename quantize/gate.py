@@ -37,7 +37,7 @@ def recalibrate(reference: Any, model: Any, blocks: Tensor) -> Recalibration | N
     Returns:
         What was done; None where the architecture has no gate, or the configuration's is off.
     """
-    name = arch_of_model(model).gate_bias
+    name = arch_of_model(model).gate_bias(model.config)
     if name is None or not DIALS["exit_threshold"].enables(own_dials(model).exit_threshold):
         return None
     gate = model.get_parameter(name)

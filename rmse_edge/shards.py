@@ -110,6 +110,14 @@ class StoredTensors:
         """The file that holds a tensor."""
         return self._files[name]
 
+    def dtype(self) -> torch.dtype:
+        """The widest floating type of its tensors; float32 where types of 16 bits are mixed."""
+        found = set()
+        for name, path in self._files.items():
+            with _damage_of(path), safe_open(path, framework="pt", device="cpu") as file:
+                found.add(file.get_slice(name).get_dtype())
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop() if len(found) == 1 else "", torch.float32)
+
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor in float32: exact for bfloat16 and float16, rounded from float64.
 

@@ -37,7 +37,7 @@ from rmse_edge.arch.dory.model import Dory
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.identity import fingerprint, model_info
-from rmse_edge.arch.recurrent import RULES
+from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.loop.dials import DIALS, Dials
@@ -129,7 +129,14 @@ def wrong_tower(kind: type) -> Callable[[], Any]:
     return lambda: lively_tower(kind=kind)
 
 
-def small_huginn(rules: tuple[str, ...] = RULES) -> Huginn:
+def with_lively_gate(model: Any) -> Any:
+    """The model, its exit gate, if it has one, of random weights at which positions stop at several depths."""
+    if model.config.gated:
+        nn.init.normal_(model.exit_gate.weight, std=0.5)
+    return model
+
+
+def small_huginn(rules: tuple[str, ...] = ("gate", *UNTRAINED)) -> Huginn:
     """With all of its exit rules, or some, and a loop more than it is trained to."""
     torch.manual_seed(5)
     sizes = {
@@ -140,9 +147,10 @@ def small_huginn(rules: tuple[str, ...] = RULES) -> Huginn:
         "n_layers_in_recurrent_block": 2,
         "n_layers_in_coda": 1,
     }
-    return Huginn(
-        HuginnConfig(vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=rules, **sizes)
+    config = HuginnConfig(
+        vocab_size=65, block_size=512, mean_recurrence=3, untrained_loops=1, exit_rules=rules, **sizes
     )
+    return with_lively_gate(Huginn(config))
 
 
 def decided_huginn() -> Huginn:
@@ -166,9 +174,10 @@ def small_dory() -> Dory:
             vocab_size=65, hidden_size=32, intermediate_size=64, num_hidden_layers=4, n_input_layers=1,
             n_output_layers=1, n_recurrent_loops=2, untrained_loops=1, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, layer_types=("sliding_attention", "sliding_attention", "full_attention", "full_attention"),
-            sliding_window=24, max_position_embeddings=512, exit_rules=("delta", "kl"),
+            sliding_window=24, max_position_embeddings=512, exit_rules=("gate", "delta", "kl"),
         )
     )  # fmt: skip
+    with_lively_gate(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("_alpha"):  # rates of about a fifth
@@ -219,8 +228,8 @@ CASES = (
     ),
     Case("toy", toy, TOY, threshold=0.5),
     Case("puzzle", solver, PUZZLE),
-    Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5),
-    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05),
+    Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True),
+    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True),
 )
 
 for _case in CASES:

@@ -205,7 +205,7 @@ ARCH = Arch(
     stored=stored,
     unread=("*.inv_freq",),
     quantization=table,
-    gate_bias="halt.bias",
+    gate_bias=lambda config: "halt.bias",
 )
 
 

@@ -216,5 +216,5 @@ def table(config: ToyConfig) -> QuantTable:
     )
 
 
-ARCH = Arch(ToyConfig, lambda config: ToyRecurrent(), parts, quantization=table, gate_bias="halt.bias")
+ARCH = Arch(ToyConfig, lambda config: ToyRecurrent(), parts, quantization=table, gate_bias=lambda config: "halt.bias")
 register(NAME, ARCH)

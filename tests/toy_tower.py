@@ -364,7 +364,7 @@ ARCH = Arch(
     settings=("exit_",),
     stated=stated,
     quantization=table,
-    gate_bias="gate.bias",
+    gate_bias=lambda config: "gate.bias",
 )
 
 

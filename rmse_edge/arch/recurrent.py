@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from rmse_edge.loop.dials import DIALS, Dials
-from rmse_edge.numbers import MAX_LOOPS, KvDtype, Loops, OffOr, Some
+from rmse_edge.numbers import MAX_LOOPS, KvDtype, Loops, OffOr, Positive, Some
 
+from . import dense
 from .published import PublishedConfig
 
-Rule = Literal["delta", "cosine", "kl", "entropy_change", "steady"]
-RULES: tuple[Rule, ...] = get_args(Rule)
+Rule = Literal["gate", "delta", "cosine", "kl", "entropy_change", "steady"]
+UNTRAINED: tuple[Rule, ...] = tuple(rule for rule in get_args(Rule) if rule != "gate")  # that need no training
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class RecurrentConfig(PublishedConfig):
     trained: ClassVar[str]  # the published key with the trained depth
     # Fields whose names begin like this change no weight's meaning (`Arch.settings`).
     settings: ClassVar[tuple[str, ...]] = (
+        "exit_threshold",
         "exit_epsilon",
         "exit_cosine",
         "exit_kl",
@@ -30,9 +33,11 @@ class RecurrentConfig(PublishedConfig):
     )
 
     untrained_loops: Some = 0  # iterations beyond the trained depth that may be asked for
-    # That are compiled in; those that read predictions evaluate the coda and the head in each loop.
+    # That are compiled in; those that read predictions evaluate the coda and the head in each loop. "gate" is no rule of the
+    # published models: it adds a gate, which `rmse-train --stage gate` trains.
     exit_rules: tuple[Rule, ...] = ("delta", "cosine")
     min_loops: Loops = 1
+    exit_threshold: Positive = 1.0  # gate: a position stops when the brake score reaches this; 1 disables
     exit_epsilon: OffOr = 0.0  # delta: a position stops when |h' - h| < this * |h'|
     exit_cosine: OffOr = 0.0  # cosine: when 1 - cos(h, h') is below
     exit_kl: OffOr = 0.0  # kl: when the divergence of its predictions, in nats, is below
@@ -63,6 +68,11 @@ class RecurrentConfig(PublishedConfig):
         return self.trained_loops + self.untrained_loops
 
     @property
+    def gated(self) -> bool:
+        """Whether it has an exit gate."""
+        return "gate" in self.exit_rules
+
+    @property
     def rules(self) -> tuple[str, ...]:
         """The dials of its exit rules."""
         return tuple(name for name, dial in DIALS.items() if dial.rule and dial.rule in self.exit_rules)
@@ -71,3 +81,32 @@ class RecurrentConfig(PublishedConfig):
     def dials(self) -> Dials:
         """The settings of the file."""
         return Dials(self.trained_loops, self.min_loops, **{name: getattr(self, name) for name in self.rules})
+
+
+GATE_BIAS = "exit_gate.bias"
+ADDITIONS = ("exit_gate.",)  # `Arch.additions`
+
+
+def gate_bias(c: RecurrentConfig) -> str | None:
+    """`Arch.gate_bias`."""
+    return GATE_BIAS if c.gated else None
+
+
+def gate_weights(c: RecurrentConfig, width: int) -> int:
+    """Weights of the exit gate, of a model whose states have `width` channels; its bias comes on top."""
+    return width + 1 if c.gated else 0
+
+
+def stated(
+    c: Any, rope_theta: float, width: int, parameters: int, further_thetas: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """`Arch.stated`.
+
+    Args:
+        c: a `RecurrentConfig` that is a `DenseConfig` as well.
+        parameters: without the exit gate's.
+    """
+    gate = gate_weights(c, width) + 1 if c.gated else 0
+    found = dense.stated(c, rope_theta, width, parameters + gate, further_thetas)
+    found["rules"] = ("max_loops", "min_loops", *c.rules)
+    return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}

@@ -10,6 +10,9 @@
 Source: Geiping et al. 2025, Scaling up Test-Time Compute with Latent Reasoning, arXiv 2502.05171, section 3. An architecture
 gives its layers, the first state, the injection and the norms around the coda.
 
+**An exit gate** is no part of the published models: the rule "gate" adds one, a linear layer that reads the state, brought to
+one size, and by how much the loop has changed it. `rmse-train --stage gate` trains it with all else frozen.
+
 **Exit rules** that read predictions evaluate the coda and the head in every loop. There the coda of loop k reads, of all
 positions, the coda's keys and values of loop k, which are kept per loop like those of the core; a position that has stopped
 supplies those of its last loop. So a text gives the same numbers however it is cut into calls. The coda behind the loop has a
@@ -21,17 +24,24 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from math import log
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import Pair
+from rmse_edge.layers.norm import rms
 from rmse_edge.layers.stack import Kinds, Stack, context, mask_specs, masks_of
-from rmse_edge.loop.contract import Append, LoopSpec, StateSpec, Tensors, TensorSpec
+from rmse_edge.layers.trajectory import trajectory, whole_masks
+from rmse_edge.loop.contract import Append, InjectedHits, LoopSpec, StateSpec, Tensors, TensorSpec, WholeText
+from rmse_edge.loop.course import Stop, Watcher
+from rmse_edge.loop.generator import starts
 from rmse_edge.loop.predictions import carried, carry_after, change_stops, compares, first_carry
-from rmse_edge.loop.stop import cosine_stops, delta_stops
+from rmse_edge.loop.stop import add_log_survival, cosine_stops, delta_stops, gate_stops
+from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT
 
 EXITS = ("exit_keys", "exit_values")  # of the coda in every loop
@@ -47,7 +57,7 @@ class Stacks(NamedTuple):
 
 
 class RecurrentDepth(nn.Module, ABC):
-    """The model, as a `LoopModel`; an architecture adds `whole_text`."""
+    """The model, as a `TextModel` for runtimes and exporters and as a trajectory of states for training."""
 
     # Inputs of noise that the first state is made of: their standard deviation.
     noise: Mapping[str, float] = {}
@@ -62,12 +72,22 @@ class RecurrentDepth(nn.Module, ABC):
         super().__init__()
         self.config, self.width, self.capacity = config, width, capacity
         self.compares = compares(config.rules)  # whether its rules read predictions
+        if config.gated:
+            self.exit_gate = nn.Linear(width + 1, 1)
+            if not self.exit_gate.weight.is_meta:
+                # A gate that starts at 1/K gives every loop a similar share of the exit distribution.
+                nn.init.zeros_(self.exit_gate.weight)
+                nn.init.constant_(self.exit_gate.bias, -log(max(config.trained_loops - 1, 1)))
 
     # ------------------------------------------------------------------------------------ what an architecture gives
 
     @property
     @abstractmethod
     def stacks(self) -> Stacks: ...
+
+    @abstractmethod
+    def angles(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        """What a host tells a call of these positions, (C,): cos and sin of each kind of attention, (C, hd/2)."""
 
     @abstractmethod
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -143,6 +163,7 @@ class RecurrentDepth(nn.Module, ABC):
             h=TensorSpec("h", vector),
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(
+                *((TensorSpec("log_survival", (1, chunk)),) if c.gated else ()),
                 *stacks.core.carried(chunk, self.width),
                 *(() if c.kv_policy == "all" else (TensorSpec(f"held_{n}", of_coda) for n in exits)),
                 *carried(c.rules, chunk, c.vocab_size),
@@ -185,6 +206,8 @@ class RecurrentDepth(nn.Module, ABC):
         if self.compares and not core.shared and self.config.kv_policy != "all":
             held = coda.nothing_held(x0)
             carry |= {"held_exit_keys": held, "held_exit_values": held}
+        if self.config.gated:
+            carry["log_survival"] = torch.zeros_like(x0[..., 0], dtype=torch.float32)
         carry |= first_carry(self.config.rules, x0, self.config.vocab_size)
         return carry, masks_of(tensors, count, self.kinds)
 
@@ -197,6 +220,9 @@ class RecurrentDepth(nn.Module, ABC):
         emitted = {"new_keys": pair[0], "new_values": pair[1]}
         rules = {name: dials[name] for name in self.config.rules}  # it may be given dials of others
         stop = torch.zeros_like(runs)
+        if "exit_threshold" in rules:
+            new["log_survival"] = add_log_survival(carry["log_survival"], self.gate(before, after), runs)
+            stop = stop | gate_stops(new["log_survival"], rules["exit_threshold"])
         if "exit_epsilon" in rules:
             stop = stop | delta_stops(before, after, rules["exit_epsilon"])
         if "exit_cosine" in rules:
@@ -230,6 +256,12 @@ class RecurrentDepth(nn.Module, ABC):
             None if every else {name: carry[f"held_exit_{name.removeprefix('held_')}"] for name in HELD},
         )
 
+    def gate(self, before: Tensor, after: Tensor) -> Tensor:
+        """The exit gate's logit, (B, C), of the states (B, C, d) on both sides of a loop."""
+        moved, size = ((t.square().sum(-1, keepdim=True)) for t in (after - before, after))
+        change = (moved / size.clamp_min(1e-30) + 1e-12).sqrt()  # its slope stays finite where nothing moved
+        return self.exit_gate(torch.cat([rms(after), change], -1)).squeeze(-1)
+
     def coda(self, tensors: Tensors) -> Tensors:
         stack, h = self.stacks.coda, tensors["h"]
         past = tensors["past_coda_keys"], tensors["past_coda_values"]
@@ -250,6 +282,58 @@ class RecurrentDepth(nn.Module, ABC):
             for which, name in enumerate(EXITS):
                 found[name] = coda.cache.to_cache(tensors[f"new_{name}"].index_select(0, last), which)
         return found
+
+    # ------------------------------------------------------------------------------------------------------ TextModel
+
+    def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
+        return in_one_call(self, tokens, self.told(len(tokens)), dials, hits)
+
+    def told(self, count: int) -> Tensors:
+        """What a host tells a call of the first `count` positions of a text, (1, count, ...) each: angles and noise."""
+        noise = starts(self.noise, 0, range(count), self.width)
+        return {name: torch.from_numpy(a)[None] for name, a in (*self.angles(np.arange(count)).items(), *noise.items())}
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def trajectory(
+        self,
+        tokens: Tensor,
+        loops: int | None = None,
+        stop: Stop | None = None,
+        every: bool = True,
+        watcher: Watcher | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """All states of whole sequences from an empty past; arguments and result as of `HasTrajectory` and, in detail, of
+        `Ouro.trajectory`. In training mode each sequence begins from noise of its own, otherwise all from a text's own.
+
+        A model whose loops share one set of keys and values is read as one call.
+        """
+        batch, count = tokens.shape
+        kept = self.told(count)
+        if self.training:
+            kept |= {n: torch.randn(batch, count, self.width) * deviation for n, deviation in self.noise.items()}
+        fixed = {name: t.to(tokens.device) for name, t in kept.items()} | whole_masks(count, tokens.device, self.kinds)
+        x0 = self.stacks.prelude(self.embedded(tokens), 0, fixed, None)[0]
+        first = self.first_state({"x0": x0} | self.drawn(fixed))
+        return trajectory(
+            self.stacks.core,
+            first.expand_as(x0),
+            fixed,
+            self.config.trained_loops if loops is None else loops,
+            enter=lambda h: self.injected(h, x0),
+            leave=lambda x: x,
+            gate=self.gate if self.config.gated else None,
+            stop=stop,
+            every=every,
+            watcher=watcher,
+        )
+
+    def read_out(self, state: Tensor) -> Tensor:
+        """Logits (B, T, V) of states (B, T, d) of a trajectory."""
+        count = state.shape[1]
+        fixed = {name: t.to(state.device) for name, t in self.told(count).items()}
+        fixed |= whole_masks(count, state.device, self.kinds)
+        return self.logits(self.out_of_coda(self.stacks.coda(self.into_coda(state), 0, fixed, None)[0]))
 
 
 def kept(stack: Stack, pair: Pair, prefix: str) -> Tensors:

@@ -65,6 +65,10 @@ def none_of_it(config: Any) -> Mapping[str, Any]:
     return {}
 
 
+def no_gate(config: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Stored:
     """How a published checkpoint holds a tensor of the model: in which of its own tensors, and what to make of these.
@@ -107,11 +111,11 @@ class Arch:
     quantization: Callable[[Any], QuantTable] | None = None
     # A model -> what reads whole texts with it, for calibration; None: the calls of hosts do.
     reader: Callable[[Any], Reader] | None = None
-    # Whether rmse-train knows it: its models have a `trajectory` (rmse_edge/loop/reading.py), and it names the exit gate's
-    # bias and the head.
+    # Whether rmse-train knows it: its models are `HasTrajectory` (rmse_edge/loop/reading.py).
     trains: bool = False
-    # The name of the exit gate's bias, if it has one that decides how soon positions stop: quantising moves it.
-    gate_bias: str | None = None
+    # A config -> the name of the exit gate's bias; None: the model has no gate. It is trained last and alone, it decides
+    # how soon positions stop, and quantising moves it. The gate is a linear layer.
+    gate_bias: Callable[[Any], str | None] = no_gate
     # A config -> fields of `ModelInfo` by their dotted names, such as "text.vocab_size", that a manifest of it must have.
     stated: Callable[[Any], Mapping[str, Any]] = none_of_it
 

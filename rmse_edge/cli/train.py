@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "--init", type=existing_folder, metavar="DIR",
         help="start from this checkpoint's weights; the recipe's model may add a memory or retrieval",
     )  # fmt: skip
+    parser.add_argument(
+        "--stage", choices=("gate",),
+        help="train the exit gate of the --init checkpoint alone, all else frozen; a model without a gate gets one",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     parser.add_argument("--stop-at", type=positive_int, metavar="STEP", help="leave after this step, to resume later")
     parser.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between saved states")
@@ -56,8 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.stage and not args.init and not args.resume:
+        raise UserError("--stage gate: missing --init DIR, the checkpoint whose gate is trained")
+    if args.stage and args.recipe:
+        raise UserError("--recipe: --stage gate makes its own of the checkpoint; leave it out, and use --set")
     source = args.recipe or (args.output / RECIPE_FILE if args.resume else None)
-    recipe = (Recipe.from_file(source) if source else Recipe(model={"dropout": 0.1})).override(args.set)
+    if source:
+        recipe = Recipe.from_file(source)
+    else:
+        recipe = Recipe.of_gate(args.init) if args.stage else Recipe(model={"dropout": 0.1})
+    recipe = recipe.override(args.set)
     if (args.text is None) != (recipe.task is not None):
         raise UserError("--text: the recipe has a task and takes no text" if args.text else "missing --text FILE")
     rest = (args.resume, args.device, args.parallel, args.stop_at, args.save_every, args.init)
@@ -79,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def evaluation_table(evaluation: dict[str, Any]) -> str:
     """Validation loss at every depth, best last line."""
     losses = evaluation["loss_by_depth"]
-    lines = ["| depth | float32 | bfloat16 |", "|---|---|---|"]
-    lines += [f"| {i} | {a:.4f} | {b:.4f} |" for i, (a, b) in enumerate(zip(losses["float32"], losses["bfloat16"]), 1)]
+    lines = [f"| {' | '.join(['depth', *losses])} |", "|---" * (1 + len(losses)) + "|"]
+    lines += [f"| {i} | {' | '.join(f'{x:.4f}' for x in row)} |" for i, row in enumerate(zip(*losses.values()), 1)]
     if evaluation["architecture"] == "gpt":
         lines[2:] = [line.replace("| 1 |", "| all layers |", 1) for line in lines[2:]]
     best = evaluation["best"]

@@ -25,7 +25,10 @@ class HasTrajectory(Protocol):
         every: bool = True,
         watcher: Watcher | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """-> (normed states (B, T, d) after each iteration, gate logits (loops, B, T), depth (B, T))."""
+        """-> (states (B, T, d) after each iteration, gate logits (loops, B, T), depth (B, T))."""
+
+    def read_out(self, state: Tensor) -> Tensor:
+        """Such a state -> logits, (B, T, V)."""
 
 
 def stop_of(dials: Dials, logits: Callable[[Tensor], Tensor]) -> Stop | None:

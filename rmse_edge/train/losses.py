@@ -5,24 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmse_edge.arch.rmse.model import Hits
 from rmse_edge.loop.stop import exit_distribution
 from rmse_edge.losses import token_loss
 
 from .gpt import GPT
-from .looped import head_of
 
 
-def cross_entropies(model: nn.Module, states: list[Tensor], targets: Tensor) -> Tensor:
+def cross_entropies(model: Any, states: list[Tensor], targets: Tensor) -> Tensor:
     """Loss of the targets after every iteration: (loops, ...), nats. One head call per loop, so logits are not kept.
 
     Args:
-        states: normed, (..., d) each; targets: (...).
+        states: of a trajectory, (..., d) each; targets: (...).
     """
-    head = head_of(model)
-    return torch.stack([token_loss(head(h), targets) for h in states])
+    return torch.stack([token_loss(model.read_out(h), targets) for h in states])
 
 
 def losses_by_depth(

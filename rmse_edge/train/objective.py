@@ -13,7 +13,6 @@ from rmse_edge.losses import token_loss
 
 from .facts import fetched, search_loss
 from .gpt import GPT
-from .looped import gate_of, head_of
 from .losses import chosen, cross_entropies, expected_loss, gate_loss, losses_by_depth
 from .recipe import Recipe
 from .sources import IGNORED, Batch
@@ -43,7 +42,7 @@ class Objective(nn.Module):
         Args:
             batch: see `rmse_edge.train.sources`.
             stage: "loops", "gate" or "exits"; "validate" for the plain losses at full depth.
-            loops: iterations of this step; only stage "loops" varies it.
+            loops: iterations of this step; only stage "loops" varies it. 0: the trained depth.
             entropy_weight: beta of the expected loss, nats; stage "loops" only.
             thresholds: (B, 1) brake thresholds, stage "exits" only.
         Returns:
@@ -70,14 +69,16 @@ class Objective(nn.Module):
         if isinstance(model, RMSE):
             watched = self.recipe.surprise_weight and model.memory is not None
             more = {"hits": hits, "surprises": surprises if watched else None}
-        states, gates, _ = model.trajectory(tokens, loops, **more)
+        last_alone = stage == "loops" and self.recipe.objective == "last"
+        states, gates, _ = model.trajectory(tokens, loops or None, every=not last_alone, **more)
         last_state = states[-1]
         states, gates, targets = chosen(states, gates, targets, asked)
         losses = cross_entropies(model, states, targets)
-        loss, depth = expected_loss(losses, gates, entropy_weight)
+        if last_alone:
+            loss, depth = losses[-1].mean(), losses.new_tensor(float(loops))
+        else:
+            loss, depth = expected_loss(losses, gates, entropy_weight)
         if stage == "gate":
-            gate = gate_of(model)
-            gates = torch.stack([gate(h.detach()).float().squeeze(-1) for h in states])
             loss = gate_loss(losses, gates, self.recipe.gate_cost)
             return loss, losses[-1].mean().detach(), depth
         if keys is not None:
@@ -97,5 +98,5 @@ class Objective(nn.Module):
         more = {} if hits is None else {"hits": hits}
         states, gates, depth = model.trajectory(batch["tokens"], stop=stop, **more)
         states, _, targets = chosen(states[-1:], gates, batch["targets"], asked)
-        loss = token_loss(head_of(model)(states[-1]), targets).mean()
+        loss = token_loss(model.read_out(states[-1]), targets).mean()
         return loss, loss.detach(), depth.float().mean()

@@ -11,17 +11,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rmse_edge.arch.rmse.config import RMSEConfig
+from rmse_edge.checkpoint import read_config
 from rmse_edge.errors import ArgumentError, ConfigError
 from rmse_edge.numbers import SEGMENT, Loops, Share
 from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
+from rmse_edge.shards import StoredTensors
 
 from .gpt import GPTConfig
-from .looped import trainable
+from .looped import gate_name, trainable
 
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 SomeSteps = Annotated[int, Field(ge=0, le=10**9)]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False), Expected("a number above 0")]
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("a number of at least 0")]
+
+
+LENGTH = 256  # positions of a sequence that a gate is trained on, at most, unless a recipe says otherwise
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,18 @@ class Recipe:
     model: Annotated[dict[str, Any], Expected("an object of model fields")] = field(
         default_factory=dict
     )  # fields of the architecture's configuration, or of GPTConfig
-    architecture: str = "rmse"  # a model_type with an exit gate, or "gpt", the plain baseline
+    architecture: str = "rmse"  # a model_type that is trained here, or "gpt", the plain baseline
     task: Annotated[dict[str, Any], Expected("an object with a name")] | None = (
         None  # made-up examples instead of a text: {"name": "recall", ...}
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    block_size: Steps | None = None  # positions of a training sequence; None: the model's own block_size
     batch_size: Steps = 8  # sequences per step, all processes and accumulation rounds together
     accumulate: Steps = 1  # forward/backward rounds a step is split into
-    # stage 1: the expected loss over the exit distribution
-    steps: Steps = 1500
+    # stage 1: "expected", the expected loss over the exit distribution of the gate, or "last", the loss after the last loop
+    # of the step, for models of elastic depth and those without a gate
+    objective: Literal["expected", "last"] = "expected"
+    steps: SomeSteps = 1500
     depths: tuple[Loops, ...] = (4, 8, 12)  # a step's number of loops is drawn from these
     entropy_weight: Finite = 0.5  # beta, nats; falls linearly over stage 1, since deep loops pay off late
     final_entropy_weight: Finite = 0.1
@@ -62,6 +70,7 @@ class Recipe:
     ema: Share = 0.99  # decay per step of the averaged weights that are evaluated and saved
     balance_rate: Finite = 1e-2  # step of the expert balancing bias, in logits
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # "bf16", "fp32", or bf16 where the processor computes in it
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the checkpoint
     # bookkeeping
     eval_every: Steps = 100
     eval_blocks: Steps = 48
@@ -73,19 +82,46 @@ class Recipe:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size {self.batch_size}")
         config = self.model_config()
-        if isinstance(config, RMSEConfig) and config.memory != "none" and config.block_size < 2 * SEGMENT:
+        if isinstance(config, RMSEConfig) and config.memory != "none" and self.block < 2 * SEGMENT:
             raise ConfigError(
-                f"model.block_size: got {config.block_size}, expected at least {2 * SEGMENT}: a memory is read from the "
+                f"{'model.' * (self.block_size is None)}block_size: got {self.block}, expected at least {2 * SEGMENT}: a memory is read from the "
                 "second segment on"
             )
-        if config.block_size is None:
-            raise ConfigError("model.block_size: is missing, expected the number of positions of a training sequence")
+        if self.block_of(config) is None:
+            raise ConfigError("block_size: is missing, expected the number of positions of a training sequence")
+        if isinstance(config, GPTConfig) and self.block_size not in (None, config.block_size):
+            raise ConfigError(f"block_size: got {self.block_size}, expected that of the model ({config.block_size})")
+        if not self.total_steps:
+            raise ConfigError("steps: got 0, expected at least 1: no other stage has any")
         if not isinstance(config, GPTConfig):
+            self._check_gate(config)
             most = config.dials.max_loops
             if not self.depths or max(self.depths) > most:
                 raise ConfigError(
                     f"depths: got {list(self.depths)}, expected loops in 1..{most}, the depth that is trained"
                 )
+
+    def _check_gate(self, config: Any) -> None:
+        """Fail where a stage needs a gate that the model does not have."""
+        if gate_name(config) is not None:
+            return
+        add = 'the model has no exit gate; exit_rules with "gate" give it one'
+        if self.steps and self.objective == "expected":
+            raise ConfigError(f"objective: got 'expected', expected 'last': {add}")
+        for name in ("gate_steps", "exit_steps"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0: {add}")
+
+    def block_of(self, config: Any) -> int | None:
+        """Positions of a training sequence of a model of this configuration."""
+        return self.block_size or getattr(config, "block_size", None)
+
+    @property
+    def block(self) -> int:
+        """Positions of a training sequence."""
+        found = self.block_of(self.model_config())
+        assert found is not None  # checked
+        return found
 
     def model_config(self) -> Any:
         if self.architecture != "gpt":
@@ -103,6 +139,25 @@ class Recipe:
     @property
     def total_steps(self) -> int:
         return self.steps + (0 if self.architecture == "gpt" else self.gate_steps + self.exit_steps)
+
+    @classmethod
+    def of_gate(cls, start: Path) -> Recipe:
+        """What trains the exit gate of a checkpoint alone, all else frozen. A model without a gate gets one, if it can.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+            ConfigError: its architecture is not trained here, or has no exit gate.
+        """
+        config = read_config(start)
+        trainable(config.model_type, f"{start}: model_type")
+        if gate_name(config) is None:  # an architecture that is trained always has one, or exit rules
+            config = dataclasses.replace(config, exit_rules=(*config.exit_rules, "gate"))
+        dtype: Any = str(StoredTensors(start).dtype()).removeprefix("torch.")
+        length = getattr(config, "block_size", None) or LENGTH
+        return cls(
+            model=config.to_dict(), architecture=config.model_type, block_size=min(length, LENGTH), steps=0, exit_steps=0,
+            depths=(1,), dtype=dtype,
+        )  # fmt: skip
 
     def stage(self, step: int) -> str:
         """Which stage a step (0-based) belongs to: "loops", "gate" or "exits"."""

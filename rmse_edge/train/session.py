@@ -86,10 +86,10 @@ def train(
             Tokenizer(given)  # says what is wrong with it, if anything is
             shutil.copyfile(given, source)
         known = Tokenizer(source)
-        recipe = with_vocabulary(recipe, known.vocab_size)
+        recipe = with_vocabulary(recipe, known.vocab_size, padded=start is not None or resume)
         ids = np.array(known.encode(text))
         train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
-        examples = TextSource(train_ids, validation_ids, recipe.model_config().block_size)
+        examples = TextSource(train_ids, validation_ids, recipe.block)
         trainer = Trainer(recipe, examples, out, device, mode, None if resume else start)
         out.mkdir(parents=True, exist_ok=True)  # nothing is refused from here on
         words = source.read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ def train_task(
     model.load_state_dict(weights)
     assert isinstance(model, RMSE)
     calibrate_surprise(model, source.calibration())
-    rounded = save(model, out)
+    rounded = save(model, out, recipe.dtype)
     assert isinstance(rounded, RMSE)
     draw(out / LOG_FILE, out / "curve.png")
     evaluation = {"task": recipe.task, **source.evaluate(rounded)}
@@ -201,28 +201,30 @@ def vocabulary_aside(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model={k: v for k, v in recipe.model.items() if k != "vocab_size"})
 
 
-def with_vocabulary(recipe: Recipe, size: int) -> Recipe:
-    """The recipe with the tokenizer's vocabulary size filled in.
+def with_vocabulary(recipe: Recipe, size: int, padded: bool = False) -> Recipe:
+    """The recipe with the tokenizer's vocabulary size filled in, where it states none.
 
+    Args:
+        padded: the model may have more tokens than the tokenizer, as published ones do.
     Raises:
         ConfigError: the recipe states another one.
     """
     stated = recipe.model.get("vocab_size", size)
-    if stated != size:
+    if not (stated == size or (padded and stated > size)):
         raise ConfigError(
             f"recipe: model.vocab_size is {stated}, but the tokenizer has {size} tokens; "
             "leave vocab_size out of the recipe, or train on the text it was written for"
         )
-    return dataclasses.replace(recipe, model=recipe.model | {"vocab_size": size})
+    return dataclasses.replace(recipe, model=recipe.model | {"vocab_size": stated})
 
 
 def check_length(ids: np.ndarray, name: str, recipe: Recipe, text_file: Path) -> np.ndarray:
     """The split itself, if it holds at least one block."""
-    block = recipe.model_config().block_size
+    block = recipe.block
     if len(ids) <= block:
         raise TextError(
             f"{text_file}: its {name} split has {len(ids)} tokens, too few for one block of {block} and its target; "
-            "use a longer text or a smaller block (model.block_size of the recipe)"
+            "use a longer text or a smaller block (block_size of the recipe or its model)"
         )
     return ids
 
@@ -232,10 +234,10 @@ def publish(recipe: Recipe, weights: dict[str, torch.Tensor], validation: np.nda
     model = build_model(recipe)
     model.load_state_dict(weights)
     if isinstance(model, RMSE) and model.memory is not None:
-        calibrate_surprise(model, torch.from_numpy(consecutive_blocks(validation, model.config.block_size))[:, :-1])
-    rounded = save(model, out)
+        calibrate_surprise(model, torch.from_numpy(consecutive_blocks(validation, recipe.block))[:, :-1])
+    rounded = save(model, out, recipe.dtype)
     draw(out / LOG_FILE, out / "curve.png")
-    blocks = torch.from_numpy(consecutive_blocks(validation, model.config.block_size))
+    blocks = torch.from_numpy(consecutive_blocks(validation, recipe.block))
     best = best_validation(read_rows(out / LOG_FILE))
     evaluation = {
         "architecture": recipe.architecture,
@@ -243,8 +245,8 @@ def publish(recipe: Recipe, weights: dict[str, torch.Tensor], validation: np.nda
         "validation_tokens": blocks[:, 1:].numel(),
         "best": {"step": best[0], "loss": best[1]} if best else None,  # over eval_blocks blocks, at full depth
         "loss_by_depth": {
-            "float32": evaluate(model, blocks, progress="validating float32"),
-            "bfloat16": evaluate(rounded, blocks, progress="validating bfloat16"),
+            dtype: evaluate(of_it, blocks, progress=f"validating {dtype}")
+            for dtype, of_it in {"float32": model, recipe.dtype: rounded}.items()
         },
     }
     write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
@@ -264,12 +266,12 @@ def calibrate_surprise(model: RMSE, tokens: torch.Tensor, batch: int = 16) -> No
     memory.surprise_prior.copy_(torch.tensor([surprises.mean(), surprises.var(correction=0), float(PRIOR)]))
 
 
-def save(model: Any, out: Path) -> Any:
-    """Write the weights in bfloat16 and return the model as it reads back."""
+def save(model: Any, out: Path, dtype: str) -> Any:
+    """Write the weights, a GPT's in bfloat16, and return the model as it reads back."""
     if isinstance(model, GPT):
         save_gpt(model, out)
         return load_gpt(out)
     from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 
-    save_checkpoint(model, out, dtype=torch.bfloat16)
+    save_checkpoint(model, out, dtype=getattr(torch, dtype))
     return load_checkpoint(out)

@@ -93,7 +93,6 @@ class Trainer:
             start_from(self.model, start)
         self.model.to(self.device)
         self.objective = self.parallel.wrap(Objective(self.model, recipe))
-        self.block = self.model.config.block_size
         self.validation = source.validation(recipe.eval_blocks)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and bf16_is_native(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -113,9 +112,11 @@ class Trainer:
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of the current stage: all, the gate, or all but the gate."""
         stage = self.recipe.stage(min(self.step, self.recipe.total_steps - 1))
-        gate = "\0" if isinstance(self.model, GPT) else f"{gate_name(self.model)}."
+        path = None if isinstance(self.model, GPT) else gate_name(self.model.config)
+        gate = "\0" if path is None else f"{path}."
+        by_gate = self.recipe.objective == "expected"  # otherwise stage 1 does not ask it
         keep = {
-            "loops": lambda n: True,
+            "loops": lambda n: by_gate or not n.startswith(gate),
             "gate": lambda n: n.startswith(gate),
             "exits": lambda n: not n.startswith(gate),
         }

@@ -19,7 +19,7 @@ from torch import Tensor
 from rmse_edge.arch.dory.config import DoryConfig
 from rmse_edge.arch.dory.entry import parameters
 from rmse_edge.arch.dory.model import Dory
-from rmse_edge.arch.recurrent import RULES
+from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import CheckpointError, ConfigError
@@ -157,7 +157,7 @@ EXITS = {"exit_epsilon": 0.3, "exit_cosine": 0.05, "exit_kl": 0.2, "exit_entropy
     ("name", "policy"), [("deep", "repeat"), ("deep", "propagate"), ("deep", "all"), ("shared", "repeat")]
 )
 def test_exits_do_not_depend_on_how_a_text_is_cut(name: str, policy: str, dial: str) -> None:
-    model = golden(name, exit_rules=RULES, kv_policy=policy)
+    model = golden(name, exit_rules=UNTRAINED, kv_policy=policy)
     dials = Dials(model.config.max_loops, **{dial: EXITS[dial]})
     depths: set[int] = set()
     for tokens in known(name)["input_ids"]:
@@ -172,7 +172,7 @@ def test_exits_do_not_depend_on_how_a_text_is_cut(name: str, policy: str, dial: 
 
 def test_one_set_of_slots_for_all_loops() -> None:
     """A position that stopped leaves what its last loop made, and the gate holds a host to it."""
-    model = golden("shared", exit_rules=RULES)
+    model = golden("shared", exit_rules=UNTRAINED)
     assert model.call_sizes() == (1,)
     check_spec(model.spec(1))
     assert {s.name: s.shape[0] for s in model.spec(1).state if not s.per_loop} == {

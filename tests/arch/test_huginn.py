@@ -21,7 +21,7 @@ from torch import Tensor
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.entry import parameters
 from rmse_edge.arch.huginn_raven.model import Huginn
-from rmse_edge.arch.recurrent import RULES
+from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
@@ -191,7 +191,7 @@ def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, 
 
 
 def test_what_every_rule_compares(known: dict[str, Tensor]) -> None:
-    model = golden(exit_rules=RULES)
+    model = golden(exit_rules=UNTRAINED)
     for row in range(2):
         scores = whole(model, known, row, Dials(LOOPS)).scores
         assert set(scores) == set(PUBLISHED)
@@ -212,7 +212,7 @@ def test_positions_stop_where_the_published_rule_holds(dial: str, known: dict[st
     """At its own threshold, and at others at which positions stop at several depths."""
     name, own = PUBLISHED[dial]
     values, depths = known[f"exit.{name}.token.value"], set()
-    model = golden(exit_rules=RULES, kv_policy="all")
+    model = golden(exit_rules=UNTRAINED, kv_policy="all")
     for row in range(2):
         held = {own: known[f"exit.{name}.token.exit"][:, row]}
         if dial == "exit_steady":
@@ -234,7 +234,7 @@ def test_positions_stop_where_the_published_rule_holds(dial: str, known: dict[st
 @pytest.mark.parametrize("kv_policy", ["repeat", "propagate", "all"])
 @pytest.mark.parametrize("dial", ["exit_kl", "exit_steady", "exit_cosine"])
 def test_exits_do_not_depend_on_how_a_text_is_cut(kv_policy: str, dial: str, known: dict[str, Tensor]) -> None:
-    model = golden(exit_rules=RULES, kv_policy=kv_policy)
+    model = golden(exit_rules=UNTRAINED, kv_policy=kv_policy)
     dials = Dials(LOOPS, 2, **{dial: {"exit_kl": 0.3, "exit_steady": 2, "exit_cosine": 0.1}[dial]})
     for row, tokens in enumerate(known["input_ids"].numpy()):
         expected = whole(model, known, row, dials)
@@ -247,7 +247,7 @@ def test_exits_do_not_depend_on_how_a_text_is_cut(kv_policy: str, dial: str, kno
 
 
 def test_a_float16_cache_holds_what_was_rounded_before_use(known: dict[str, Tensor]) -> None:
-    model, dials = with_cache_dtype(golden(exit_rules=RULES), "float16"), Dials(2)
+    model, dials = with_cache_dtype(golden(exit_rules=UNTRAINED), "float16"), Dials(2)
     for row, tokens in enumerate(known["input_ids"].numpy()):
         runtime = Started(model, known["input_states"][row])
         fed = [runtime.feed(part, dials) for part in (tokens[:6], *tokens[6:, None])]
@@ -262,7 +262,7 @@ CUTS = ((1,), (64,), (7, 40, 3))
 
 def small(**changes: Any) -> Huginn:
     """Four loops, 32 channels, and room for texts that are long enough to calibrate on."""
-    own = small_huginn()
+    own = small_huginn(changes.get("exit_rules", ("gate", *UNTRAINED)))
     model = Huginn(dataclasses.replace(own.config, **changes)).eval()
     model.load_state_dict(own.state_dict())
     return model
@@ -274,7 +274,7 @@ def in_int8(model: Huginn) -> Huginn:
     return quantize(model, request, random_tokens(2048)).model
 
 
-@pytest.mark.parametrize("rules", [("delta", "cosine"), RULES], ids=["states", "predictions"])
+@pytest.mark.parametrize("rules", [("delta", "cosine"), UNTRAINED], ids=["states", "predictions"])
 @pytest.mark.parametrize("policy", ["propagate", "repeat", "all"])
 def test_an_int8_cache_reads_a_text_alike_however_it_is_cut(policy: str, rules: tuple[str, ...]) -> None:
     """Of prelude, core block and coda, whose keys of every loop are kept where a rule reads predictions."""
@@ -333,7 +333,7 @@ def test_quantised_with_an_int8_cache_and_read_again(tmp_path: Path) -> None:
 
 
 def test_a_count_of_loops_hangs_by_the_lead_of_its_token(known: dict[str, Tensor]) -> None:
-    model = golden(exit_rules=RULES)
+    model = golden(exit_rules=UNTRAINED)
     found = whole(model, known, 0, Dials(LOOPS, exit_steady=LOOPS))  # which nothing reaches
     best = known["rand.logits_by_depth"][:-1, 0].topk(2).values
     np.testing.assert_allclose(found.margin, (best[..., 0] - best[..., 1]).amin(0), atol=1e-4)
@@ -346,7 +346,7 @@ def test_a_count_of_loops_hangs_by_the_lead_of_its_token(known: dict[str, Tensor
 def test_the_published_model(known: dict[str, Tensor]) -> None:
     """Of the size that its paper states, 3.5 billion parameters; nothing is allocated for all positions of all loops."""
     with torch.device("meta"):
-        model = Huginn(HuginnConfig(untrained_loops=32, exit_rules=RULES))
+        model = Huginn(HuginnConfig(untrained_loops=32, exit_rules=UNTRAINED))
     assert sum(p.numel() for p in model.parameters()) == parameters(model.config)
     assert abs(parameters(model.config) / 3.5e9 - 1) < 0.02
     spec = model.spec(1)
@@ -400,7 +400,7 @@ def test_the_seed_decides_where_a_text_begins() -> None:
         ({"min_loops": 9}, "min_loops: got 9, expected at most mean_recurrence (8)"),
         ({"mean_recurrence": 65}, "mean_recurrence: got 65"),
         ({"untrained_loops": 57}, "untrained_loops: got 57, expected at most 56, 64 loops in all"),
-        ({"exit_rules": ["minp-kl"]}, "exit_rules[0]: got 'minp-kl', expected one of delta, cosine, kl"),
+        ({"exit_rules": ["minp-kl"]}, "exit_rules[0]: got 'minp-kl', expected one of gate, delta, cosine, kl"),
         ({"exit_rules": ["kl", "kl"]}, "exit_rules: got ('kl', 'kl'), expected each rule once"),
         ({"exit_kl": 0.1}, "exit_kl: got 0.1, expected it off, since exit_rules has no 'kl'"),
         ({"exit_steady": 0.5, "exit_rules": ["steady"]}, "exit_steady: got 0.5, expected 0 or a positive integer"),
@@ -426,7 +426,7 @@ def test_a_wrong_configuration_is_one_line(changes: dict[str, Any], message: str
 
 
 def test_a_configuration_is_read_as_it_was_written() -> None:
-    config = HuginnConfig(exit_rules=RULES, exit_steady=3, eos_token_id=[3, 4])  # type: ignore[arg-type]
+    config = HuginnConfig(exit_rules=UNTRAINED, exit_steady=3, eos_token_id=[3, 4])  # type: ignore[arg-type]
     assert HuginnConfig.from_dict(json.loads(config.to_json())) == config
 
 

@@ -185,7 +185,7 @@ def test_the_gate_s_bias_is_moved_where_the_architecture_has_one(monkeypatch: py
         model.halt.bias += 0.5
     found = recalibrate(reference, model, blocks)
     assert found is not None and found.shift == pytest.approx(-0.5, abs=0.1)
-    change(monkeypatch, gate_bias=None)
+    change(monkeypatch, gate_bias=registry.no_gate)
     assert recalibrate(reference, model, blocks) is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rmse_edge.arch import dense
+from rmse_edge.arch import dense, recurrent
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 
@@ -31,7 +31,8 @@ def loop_weights(c: DoryConfig) -> int:
     """Weights of products in one iteration."""
     from rmse_edge.loop.predictions import compares
 
-    return c.sections[1] * layer_weights(c) + (behind(c) if compares(c.rules) else 0)
+    core = c.sections[1] * layer_weights(c) + recurrent.gate_weights(c, c.hidden_size)
+    return core + (behind(c) if compares(c.rules) else 0)
 
 
 def once_weights(c: DoryConfig) -> int:
@@ -42,7 +43,7 @@ def once_weights(c: DoryConfig) -> int:
 
 
 def parameters(c: DoryConfig) -> int:
-    """Trained numbers of the model that `c` describes."""
+    """Trained numbers of the model that `c` describes, the exit gate left out."""
     scales = 2 * (c.num_attention_heads * c.head_dim + c.intermediate_size + c.hidden_size)
     tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     return len(c.attention) * (layer_weights(c) + scales) + tables + c.vocab_size
@@ -54,11 +55,10 @@ def parts(model: Dory) -> dict[str, Any]:
 
 
 def stated(c: DoryConfig) -> dict[str, Any]:
-    found = dense.stated(c, c.rope_theta, c.hidden_size, parameters(c), c.further_thetas)
-    found["rules"] = ("max_loops", "min_loops", *c.rules)
+    found = recurrent.stated(c, c.rope_theta, c.hidden_size, parameters(c), c.further_thetas)
     if c.shares_slots:
         found |= {f"state.past_{name}.per_loop": False for name in ("keys", "values")}
-    return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}
+    return found
 
 
 def build(config: DoryConfig) -> Dory:
@@ -81,7 +81,7 @@ def table(c: DoryConfig) -> QuantTable:
     stages.append((HEAD,))
     return QuantTable(
         stages=tuple(stages),
-        float=("*.mixer.s*", "*_alpha", "*.logit_scale", "*_cache.kv_scales"),
+        float=("*.mixer.s*", "*_alpha", "*.logit_scale", "*_cache.kv_scales", "exit_gate.*"),
         once=tuple(f"{block(i)}.*" for i in range(c.sections[0]) for block in (attention, mlp)),
         embedding=EMBEDDING,
         head=HEAD,
@@ -96,10 +96,13 @@ ARCH = Arch(
     DoryConfig,
     build,
     parts,
+    additions=recurrent.ADDITIONS,
     settings=DoryConfig.settings,
     tied=tied,
     stored=stored,
     unread=("*.rotary_emb.*inv_freq",),
     quantization=table,
+    trains=True,
+    gate_bias=recurrent.gate_bias,
     stated=stated,
 )

@@ -24,6 +24,8 @@ those of the last loop that it ran.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.norm import unit
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import InjectedHits, Tensors, WholeText
-from rmse_edge.loop.whole import in_one_call, one_by_one
+from rmse_edge.loop.whole import one_by_one
 
 from .config import DoryConfig
 from .layers import Backbone
@@ -64,6 +66,10 @@ class Dory(RecurrentDepth):
     def stacks(self) -> Stacks:
         return self.backbone.stacks
 
+    def angles(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        c = self.config
+        return given_angles(positions, c.head_dim, c.rope_theta, c.further_thetas)
+
     def embedded(self, tokens: Tensor) -> Tensor:
         return self.backbone.embeddings(tokens)
 
@@ -82,14 +88,12 @@ class Dory(RecurrentDepth):
     # ------------------------------------------------------------------------------------------------ TextModel
 
     def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
-        c, core = self.config, self.stacks.core
-        angles = given_angles(np.arange(len(tokens)), c.head_dim, c.rope_theta, c.further_thetas)
-        context = {name: torch.from_numpy(a)[None] for name, a in angles.items()}
+        core = self.stacks.core
         if not core.shared:
-            return in_one_call(self, tokens, context, dials, hits)
+            return super().whole_text(tokens, dials, hits)
 
         def left(last: Tensors) -> Tensors:
             of_core = enumerate(("keys", "values"))
             return {name: core.cache.to_cache(last[f"new_{name}"][None], which)[0] for which, name in of_core}
 
-        return one_by_one(self, tokens, context, dials, left, hits)
+        return one_by_one(self, tokens, self.told(len(tokens)), dials, left, hits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rmse_edge.arch import dense
+from rmse_edge.arch import dense, recurrent
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 
@@ -32,7 +32,7 @@ def loop_weights(c: HuginnConfig) -> int:
     """Weights of products in one iteration."""
     from rmse_edge.loop.predictions import compares
 
-    core = 2 * c.n_embd**2 + c.n_layers_in_recurrent_block * layer_weights(c)
+    core = 2 * c.n_embd**2 + c.n_layers_in_recurrent_block * layer_weights(c) + recurrent.gate_weights(c, c.n_embd)
     return core + (behind(c) if compares(c.rules) else 0)
 
 
@@ -43,7 +43,7 @@ def once_weights(c: HuginnConfig) -> int:
 
 
 def parameters(c: HuginnConfig) -> int:
-    """Trained numbers of the model that `c` describes."""
+    """Trained numbers of the model that `c` describes, the exit gate left out."""
     layer = layer_weights(c) + 4 * c.n_embd + (2 * c.n_embd if c.qk_bias else 0)
     tables = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
     return c.n_layers * layer + 2 * c.n_embd**2 + c.n_embd + tables
@@ -55,9 +55,7 @@ def parts(model: Huginn) -> dict[str, Any]:
 
 
 def stated(c: HuginnConfig) -> dict[str, Any]:
-    found = dense.stated(c, c.rope_base, c.n_embd, parameters(c))
-    found["rules"] = ("max_loops", "min_loops", *c.rules)
-    return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}
+    return recurrent.stated(c, c.rope_base, c.n_embd, parameters(c))
 
 
 def build(config: HuginnConfig) -> Huginn:
@@ -77,7 +75,7 @@ def table(c: HuginnConfig) -> QuantTable:
     stages.append((HEAD,))
     return QuantTable(
         stages=tuple(stages),
-        float=("*norm_?.weight", "*.ln_f.weight", "*.attn.?_bias", "*.cache.kv_scales"),
+        float=("*norm_?.weight", "*.ln_f.weight", "*.attn.?_bias", "*.cache.kv_scales", "exit_gate.*"),
         once=("transformer.prelude.*",),
         embedding=EMBEDDING,
         head=HEAD,
@@ -92,10 +90,13 @@ ARCH = Arch(
     HuginnConfig,
     build,
     parts,
+    additions=recurrent.ADDITIONS,
     settings=HuginnConfig.settings,
     tied=tied,
     stored=stored,
     unread=("*freqs_cis",),
     quantization=table,
+    trains=True,
+    gate_bias=recurrent.gate_bias,
     stated=stated,
 )

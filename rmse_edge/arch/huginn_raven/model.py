@@ -22,16 +22,16 @@ that are a millionth apart stop at other loops.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
 from rmse_edge.layers.dense import normal_by_fan_in
-from rmse_edge.layers.rope import rotary_angles
-from rmse_edge.loop.contract import InjectedHits, Tensors, WholeText
-from rmse_edge.loop.generator import starts
-from rmse_edge.loop.whole import in_one_call
+from rmse_edge.layers.rope import given_angles
+from rmse_edge.loop.contract import Tensors
 
 from .config import HuginnConfig
 from .layers import HuginnModel
@@ -67,6 +67,9 @@ class Huginn(RecurrentDepth):
         m = self.transformer
         return Stacks(m.prelude, m.core_block, m.coda)
 
+    def angles(self, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+        return given_angles(positions, self.config.head_width, self.config.rope_base)
+
     def embedded(self, tokens: Tensor) -> Tensor:
         return self.transformer.wte(tokens) * self.config.n_embd**0.5
 
@@ -88,12 +91,3 @@ class Huginn(RecurrentDepth):
 
     def logits(self, y: Tensor) -> Tensor:
         return self.lm_head(y)
-
-    # ------------------------------------------------------------------------------------------------ TextModel
-
-    def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
-        c, positions = self.config, np.arange(len(tokens))
-        angles = rotary_angles(positions, c.head_width, c.rope_base)
-        noise = starts(self.spec(1).noise, 0, positions.tolist(), c.n_embd)
-        context = dict(zip(("cos", "sin"), angles)) | noise
-        return in_one_call(self, tokens, {name: torch.from_numpy(a)[None] for name, a in context.items()}, dials, hits)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .model import Ouro
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE_BIAS = "model.early_exit_gate.bias"
 
 
 def loop_weights(c: OuroConfig) -> int:
@@ -89,6 +90,6 @@ ARCH = Arch(
     quantization=table,
     reader=reader,
     trains=True,
-    gate_bias="model.early_exit_gate.bias",
+    gate_bias=lambda config: GATE_BIAS,
     stated=stated,
 )

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair, normal_by_fan_in
-from rmse_edge.layers.masks import causal_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.layers.stack import Stack, context, mask_specs, masks_of
+from rmse_edge.layers.trajectory import trajectory, whole_masks
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.stop import add_log_survival, stops
@@ -186,32 +186,19 @@ class Ouro(nn.Module):
         count, device = tokens.shape[1], tokens.device
         angles = rotary_angles(np.arange(count), c.head_width, c.rope_theta)
         fixed = {name: torch.from_numpy(a).to(device)[None] for name, a in zip(("cos", "sin"), angles)}
-        fixed |= dict.fromkeys(("slots_mask", "causal_mask"), causal_mask(torch.tensor([count], device=device), count))
-        h = running = self.prelude({"tokens": tokens})["x0"]
-        active = torch.ones_like(tokens, dtype=torch.bool)
-        depth, log_survival = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device)
-        held = dict.fromkeys(("held_keys", "held_values"), stack.nothing_held(h)) if stack.policy == "repeat" else {}
-        states: list[Tensor] = []
-        gates = []
-        if watcher is not None:
-            watcher.begins(active)
-        for k in range(c.total_ut_steps if loops is None else loops):
-            all_run = stop is None or stack.policy == "all"
-            if watcher is not None:
-                watcher.iterates(torch.ones_like(active) if all_run else active, log_survival, None, k)
-            kept = (None, None) if all_run else (active, held or None)
-            x, (keys, values) = stack(running, k, fixed, None, *kept)
-            after = stack.norm(x)
-            held = {"held_keys": keys, "held_values": values} if held else held
-            before, h = h, torch.where(active.unsqueeze(-1), after, h)
-            gate = stack.early_exit_gate(h).float().squeeze(-1)
-            log_survival = add_log_survival(log_survival, gate, active)
-            running = after if all_run else h
-            states = [*states, h] if every else [h]
-            gates.append(gate)
-            depth = depth + active
-            if stop is not None:
-                active = active & ~stop(k, before, h, log_survival)
-        if watcher is not None:
-            watcher.ends()
-        return states, torch.stack(gates), depth
+        return trajectory(
+            stack,
+            self.prelude({"tokens": tokens})["x0"],
+            fixed | whole_masks(count, device),
+            c.total_ut_steps if loops is None else loops,
+            enter=lambda h: h,
+            leave=stack.norm,
+            gate=lambda before, after: stack.early_exit_gate(after).squeeze(-1),
+            stop=stop,
+            every=every,
+            watcher=watcher,
+        )
+
+    def read_out(self, state: Tensor) -> Tensor:
+        """Logits (B, T, V) of states (B, T, d) of a trajectory."""
+        return self.lm_head(state)

@@ -98,6 +98,6 @@ ARCH = Arch(
     quantization=table,
     reader=reader,
     trains=True,
-    gate_bias=GATE_BIAS,
+    gate_bias=lambda config: GATE_BIAS,
     stated=stated,
 )

@@ -479,6 +479,10 @@ class RMSE(nn.Module):
         states, gates, depths = zip(*parts)
         return [torch.cat(of_loop, 1) for of_loop in zip(*states)], torch.cat(gates, 2), torch.cat(depths, 1)
 
+    def read_out(self, state: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., d) of a trajectory."""
+        return self.head_proj(state)
+
     def _segment(
         self,
         tokens: Tensor,

@@ -1,0 +1,135 @@
+"""Models of recurrent depth train without a gate, at the depth of the step, and get one afterwards with all else frozen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import small_dory, small_huginn
+from helpers import assert_one_line, random_tokens
+from safetensors.torch import load_file
+
+from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.cli.train import main as rmse_train
+from rmse_edge.loop.dials import Dials
+from rmse_edge.loop.reading import stop_of
+
+DORY = {
+    "architecture": "dory",
+    "model": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1,
+        "n_recurrent_loops": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16,
+        "max_position_embeddings": 128, "initializer_range": 0.1, "exit_rules": ["delta"],
+    },
+    "block_size": 32, "objective": "last", "depths": [1, 2, 3], "steps": 40, "gate_steps": 0, "exit_steps": 0, "lr": 0.01,
+    "warmup": 5, "eval_every": 20, "eval_blocks": 4, "batch_size": 4, "precision": "fp32",
+}  # fmt: skip
+HUGINN = DORY | {
+    "architecture": "huginn_raven",
+    "model": {
+        "n_embd": 32, "n_heads": 2, "intermediate_size": 64, "n_layers_in_prelude": 1, "n_layers_in_recurrent_block": 1,
+        "n_layers_in_coda": 1, "mean_recurrence": 3, "block_size": 128, "exit_rules": ["delta"],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat, and the dog on the log. " * 100)
+    return path
+
+
+def recipe_file(folder: Path, recipe: dict[str, Any], **changes: object) -> Path:
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe | changes))
+    return path
+
+
+@pytest.mark.parametrize(("build", "change"), [(small_dory, 0.3), (small_huginn, 0.75)])
+@pytest.mark.parametrize("rule", ["", "exit_epsilon", "exit_threshold"])
+def test_a_trajectory_says_what_the_model_says_of_a_text(build: Any, change: float, rule: str) -> None:
+    model, tokens = build().eval(), torch.from_numpy(random_tokens(80))
+    values = {"exit_epsilon": change, "exit_threshold": 0.6}
+    dials = Dials(model.config.max_loops, **({rule: values[rule]} if rule else {}))
+    scalars = {name: torch.from_numpy(value) for name, value in dials.arrays().items()}
+    expected = model.whole_text(tokens, scalars)
+    with torch.no_grad():
+        states, gates, depth = model.trajectory(
+            tokens[None], dials.max_loops, stop_of(dials, lambda h: h), every=not dials.exits
+        )
+        logits = model.read_out(states[-1])[0]
+    assert len(states) == (1 if dials.exits else dials.max_loops) and gates.shape == (dials.max_loops, 1, 80)
+    assert torch.equal(depth[0], expected.depth)
+    assert (len(set(depth[0].tolist())) > 1) == dials.exits
+    np.testing.assert_allclose(states[-1][0], expected.h, atol=1e-5)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [DORY, HUGINN], ids=["dory", "huginn"])
+def test_trained_without_a_gate_which_comes_last(recipe: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    flags = ["--text", str(text), "--recipe", str(recipe_file(tmp_path, recipe)), "-o", str(tmp_path / "run")]
+    assert rmse_train(flags) == 0
+    losses = json.loads((tmp_path / "run" / "evaluation.json").read_text())["loss_by_depth"]["float32"]
+    assert len(losses) == 3 and losses[-1] < 2.6  # 22 different characters: 3.1 nats for who knows nothing
+    assert not load_checkpoint(tmp_path / "run").config.gated
+
+    flags = ["--text", str(text), "--stage", "gate", "--init", str(tmp_path / "run"), "-o", str(tmp_path / "gated")]
+    assert rmse_train([*flags, "--set", "gate_steps=8", "--set", "block_size=64", "--set", "eval_blocks=2"]) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "gated"))
+    assert set(after) - set(before) == {"exit_gate.weight", "exit_gate.bias"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert after["exit_gate.weight"].abs().max() > 0  # it starts as zeros
+    model = load_checkpoint(tmp_path / "gated")
+    assert model.config.exit_rules == ("delta", "gate") and model.config.exit_threshold == 1
+
+
+def test_the_gate_of_a_checkpoint_in_float32_leaves_it_as_exact(text: Path, tmp_path: Path) -> None:
+    """And one whose vocabulary is padded is trained on."""
+    model = small_dory()
+    save_checkpoint(model, tmp_path / "start", dtype=torch.float32)
+    flags = ["--text", str(text), "--stage", "gate", "--init", str(tmp_path / "start"), "-o", str(tmp_path / "gated")]
+    assert rmse_train([*flags, "--set", "gate_steps=2", "--set", "block_size=64", "--stop-at", "1"]) == 0
+    assert rmse_train([*flags[:2], *flags[-2:], "--resume"]) == 0
+    assert list(json.loads((tmp_path / "gated" / "evaluation.json").read_text())["loss_by_depth"]) == ["float32"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "gated"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"exit_gate.weight", "exit_gate.bias"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "expected"}, "objective: got 'expected', expected 'last': the model has no exit gate"),
+        ({"gate_steps": 3}, "gate_steps: got 3, expected 0: the model has no exit gate"),
+        ({"exit_steps": 3}, "exit_steps: got 3, expected 0: the model has no exit gate"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"block_size": None}, "block_size: is missing"),
+        ({"depths": [4]}, "depths: got [4], expected loops in 1..3"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_one_line(
+    changes: dict[str, object], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--text", str(text), "--recipe", str(recipe_file(tmp_path, DORY, **changes)), "-o", str(tmp_path / "run")]
+    assert rmse_train(flags) == 2
+    assert_one_line(capsys.readouterr().err, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_trains_a_gate_needs_a_checkpoint(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--text", str(text), "-o", str(tmp_path / "run"), "--stage", "gate"]
+    recipe, start = recipe_file(tmp_path, DORY), tmp_path / "start"
+    save_checkpoint(small_dory(), start)
+    for more, message in (
+        ([], "--stage gate: missing --init DIR"),
+        (["--init", str(start), "--recipe", str(recipe)], "--recipe: --stage gate makes its own"),
+        (["--init", str(start), "--set", "gate_steps=0"], "steps: got 0, expected at least 1"),
+    ):
+        assert rmse_train([*flags, *more]) == 2
+        assert_one_line(capsys.readouterr().err, message)
+    assert not (tmp_path / "run").exists()
