@@ -21,6 +21,7 @@ import torch
 from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
+from rmse_edge.exits import carried
 from rmse_edge.files import Digests
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.cache import cache_dtype, with_cache_dtype
@@ -219,6 +220,7 @@ def export_package(
             "lowering": lowering,
             "text": text,
             "versions": _versions(),
+            **carried(checkpoint, info.dials),
         }
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)

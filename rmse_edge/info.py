@@ -188,6 +188,10 @@ class ModelInfo:
         found = self.config.get("untrained_loops")
         return found if isinstance(found, int) else None
 
+    @property
+    def trained_loops(self) -> int:
+        return self.max_loops - (self.untrained or 0)
+
     def with_limit(self, max_seq_len: int | None) -> ModelInfo:
         """The same for texts of at most so many tokens."""
         return dataclasses.replace(self, text=dataclasses.replace(self.language, max_seq_len=max_seq_len))

@@ -27,7 +27,7 @@ FLOORS = (
     ("cli",),
     ("export",),
     ("runtimes",),
-    ("quantize", "train", "hf", "knowledge"),
+    ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
     ("arch",),
     ("layers",),

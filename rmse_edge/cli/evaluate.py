@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,6 +107,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budget", type=non_negative_float, default=1.0, metavar="PERCENT",
         help="loss over full depth that the proposed value may cost",
     )  # fmt: skip
+    group.add_argument(
+        "--store", action="store_true",
+        help="make the proposed value the default of the package or checkpoint, with what it was measured on",
+    )  # fmt: skip
     group.add_argument("--plot", type=output_path, metavar="FILE.png", help="draw the frontier (needs matplotlib)")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="for people, or one JSON document")
     args = parser.parse_args(argv)
@@ -117,6 +122,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         check_plot(args.plot)
     if args.rule and not args.sweep:
         raise UserError("--rule says what --sweep varies; add --sweep")
+    if args.store and not args.sweep:
+        raise UserError("--store keeps what --sweep proposes; add --sweep")
+    if args.store and args.ids:
+        raise UserError("--store: needs a text, whose digest is kept; give --text instead of --ids")
+    if args.store and args.max_loops:
+        raise UserError("--store: keeps exit rules, at the trained depth; leave --max-loops out")
     if args.points and args.rule and args.rule[1]:
         raise UserError("--points: --rule says which values are measured; leave one of them out")
     args.points = args.points or POINTS
@@ -182,7 +193,7 @@ def run_sweep(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Na
     from rmse_edge.runtimes.measure.evaluate import Evaluation, evaluate
     from rmse_edge.runtimes.measure.sweep import draw, label, passes, sweep
 
-    depth, (rule, values) = runtime.info.max_loops, swept(args, runtime.info)
+    depth, (rule, values) = runtime.info.trained_loops, swept(args, runtime.info)
     count = passes(depth, args.points, rule=rule, values=values)
     with progress(targets(ids, args.block) * count) as bar:
 
@@ -197,7 +208,32 @@ def run_sweep(runtime: Runtime, ids: np.ndarray, dials: Dials, args: argparse.Na
         draw(
             result, args.plot, f"{runtime.info.name}: {(args.ids or args.text).name}, {targets(ids, args.block)} tokens"
         )
-    return {"tokens": targets(ids, args.block)} | result.summary()
+    document = {"tokens": targets(ids, args.block)} | result.summary()
+    if args.store:
+        document["stored"] = keep(runtime.info, dials, document, args)
+    return document
+
+
+def keep(info: ModelInfo, dials: Dials, found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Make what a sweep proposes the model's default.
+
+    Raises:
+        UserError: it proposes nothing, or the model's folder cannot be written.
+    """
+    from rmse_edge.exits import Measured, settings_of, store
+    from rmse_edge.files import digest_file
+
+    chosen, rule = found["proposal"], found["rule"]
+    if chosen is None:
+        raise UserError(f"--store: nothing stays within {found['budget_percent']:g} % over full depth; raise --budget")
+    dials = replace(dials, **{rule: chosen[rule]})
+    measured = Measured(
+        settings_of(dials, dict.fromkeys(name for name in info.rules if name != "max_loops")),
+        rule, digest_file(args.text), args.split, found["tokens"], info.target, chosen["loss"],
+        chosen["over_full_percent"], found["budget_percent"], chosen["mean_loops"], info.trained_loops,
+    )  # fmt: skip
+    store(args.model, measured, dials)
+    return vars(measured)
 
 
 def targets(ids: np.ndarray, block: int) -> int:
@@ -253,7 +289,10 @@ def sweep_report(d: dict[str, Any]) -> str:
             f"within {budget}: --{rule.replace('_', '-')} {chosen[rule]:.6g} "
             f"({chosen['mean_loops']:.2f} loops, {chosen['iterations_saved']:.1%} of the iterations saved)"
         )
-    return "\n".join([table(head, rows), f"{d['model']} on {d['runtime']}, {d['tokens']:,} tokens", last])
+    lines = [table(head, rows), f"{d['model']} on {d['runtime']}, {d['tokens']:,} tokens", last]
+    if stored := d.get("stored"):
+        lines.append(f"this is now the default, with the text's SHA-256, {stored['text_sha256']}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
