@@ -62,6 +62,14 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         self.dtype = "float32"
         super().__post_init__(**theirs)
 
+    def validate(self) -> None:
+        """The checks of `arch_config`, before a save. transformers' own refuse kinds of layers that it lacks, such as Dory's.
+
+        Raises:
+            ConfigError: a value that was changed since is out of range.
+        """
+        self.to_looped()
+
     @classmethod
     def own_fields(cls) -> list[str]:
         """The names of the architecture's fields."""
