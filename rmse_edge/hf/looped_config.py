@@ -42,7 +42,7 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         ConfigError: a value out of range or an unknown key, named.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
     arch_config: ClassVar[type[Any]]
 
     # Weights are stored in whatever type and computed with in float32.
