@@ -16,7 +16,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.hub import cached_file
 
-from rmse_edge.errors import UserError, first_line
+from rmse_edge.errors import ArgumentError, UserError, first_line
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.text import Tokenizer
 from rmse_edge.vocabulary import TOKENIZER_FILE, unused
@@ -77,6 +77,9 @@ class LoopedGeneration(GenerationMixin, Model):
         if isinstance(source := bound.get("custom_generate"), str):
             raise UserError(f"custom_generate: got {source!r}, but code of a repository is not run; give a function")
         config, _ = self._prepare_generation_config(bound.get("generation_config"), **bound.get("kwargs", {}))
+        if config.use_cache is False and kwargs.get("cache") is not None:
+            # Every token would be computed from the whole text, behind the same text in the cache.
+            raise ArgumentError("use_cache", "got False and a cache; leave out one of them")
         mode = config.get_generation_mode(bound.get("assistant_model"))
         if mode not in SEARCHES:
             raise UserError(

@@ -95,6 +95,19 @@ def test_a_cache_by_other_names_is_refused(
         assert_one_line(str(caught.value), said)
 
 
+@pytest.mark.parametrize("name", ["cache", OLD])
+def test_generating_without_a_cache_takes_none(model: Any, name: str) -> None:
+    """It would be given the whole text again for every token."""
+    ids = torch.tensor([[1, 2, 3]])
+    cache = model(ids[:, :2]).cache
+    config = transformers.GenerationConfig(use_cache=False, max_new_tokens=3)
+    for settings in ({"use_cache": False}, {"generation_config": config}):
+        with pytest.raises(UserError) as caught, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.generate(ids, **{name: cache}, **settings)
+        assert_one_line(str(caught.value), "use_cache: got False and a cache; leave out one of them")
+
+
 def test_what_is_no_tensor_is_left_out_by_trainer(model: Any) -> None:
     """Or it would gather caches as predictions."""
     out = model(torch.tensor([[1, 2]]))
