@@ -60,7 +60,7 @@ def test_generate_of_transformers_is_greedy_rmse_run(shipped: Package, capsys: p
     assert rmse_run(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == out.sequences[0, len(ids) :].tolist()
-    assert result["depth"] == out.past_key_values.depth[0, len(ids) - 1 :].tolist()
+    assert result["depth"] == out.cache.depth[0, len(ids) - 1 :].tolist()
     assert len(set(result["depth"])) > 1
 
 

@@ -16,11 +16,12 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.hub import cached_file
 
-from rmse_edge.errors import UserError, first_line
+from rmse_edge.errors import ArgumentError, UserError, first_line
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.text import Tokenizer
 from rmse_edge.vocabulary import TOKENIZER_FILE, unused
 
+from .inputs import given_cache, refuse_arguments
 from .looped_cache import LoopedCache
 
 if TYPE_CHECKING:
@@ -67,12 +68,18 @@ class LoopedGeneration(GenerationMixin, Model):
         """As `GenerationMixin.generate`, for greedy search and sampling.
 
         Raises:
-            UserError: another search or another cache was asked for; nothing was computed.
+            UserError: another search or another cache was asked for, or a cache by two names; nothing was computed.
         """
+        refuse_arguments(self.spoken, {"cache_params": kwargs.get("cache_params")})  # transformers makes it `cache`
+        if "past_key_values" in kwargs:
+            kwargs["cache"] = given_cache(kwargs.get("cache"), kwargs.pop("past_key_values"))
         bound = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
         if isinstance(source := bound.get("custom_generate"), str):
             raise UserError(f"custom_generate: got {source!r}, but code of a repository is not run; give a function")
         config, _ = self._prepare_generation_config(bound.get("generation_config"), **bound.get("kwargs", {}))
+        if config.use_cache is False and kwargs.get("cache") is not None:
+            # Every token would be computed from the whole text, behind the same text in the cache.
+            raise ArgumentError("use_cache", "got False and a cache; leave out one of them")
         mode = config.get_generation_mode(bound.get("assistant_model"))
         if mode not in SEARCHES:
             raise UserError(
@@ -133,10 +140,10 @@ class LoopedGeneration(GenerationMixin, Model):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get("cache") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.cache_class()
+            model_kwargs["cache"] = self.cache_class()
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Without a generation_config.json transformers falls back on config.json: see `LoopedGenerationConfig`.

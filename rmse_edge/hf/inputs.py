@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rmse_edge.loop.generator import MASK, starts
 # Arguments of other models -> what to do here instead.
 INSTEAD = {
     "inputs_embeds": "; give input_ids",
+    "cache_params": "; give cache",
     "position_ids": "; positions follow from attention_mask and the cache",
     "output_attentions": "",
     "output_hidden_states": "; the model's `trajectory` returns the states of every loop",
@@ -31,6 +33,20 @@ def refuse_arguments(model: str, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise ArgumentError(name, f"{model} does not take it" + INSTEAD.get(name, ""))
+
+
+def given_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache of a call, by whichever of its names it was given: transformers renamed it in 5.24.0.
+
+    Raises:
+        ArgumentError: by both. transformers takes `cache` then and drops the other, so that a text may lose its beginning.
+    """
+    if past_key_values is None:
+        return cache
+    if cache is not None:
+        raise ArgumentError("past_key_values", "got a cache by this name and one as cache; give cache alone")
+    warnings.warn("past_key_values: transformers calls it cache since 5.24.0; give cache", FutureWarning, stacklevel=2)
+    return past_key_values
 
 
 def resolve_dials(

@@ -74,7 +74,7 @@ class LoopedCache(Cache):
         if self._device is not None:
             if len(self.position) != batch:
                 raise UserError(
-                    f"past_key_values: {self.called} of {len(self.position)} rows, got input_ids of {batch}; "
+                    f"cache: {self.called} of {len(self.position)} rows, got input_ids of {batch}; "
                     "a cache continues the batch it was made for"
                 )
             return
@@ -181,6 +181,13 @@ class LoopedCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False  # calls are cut on the host, by the positions of each row
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """One layer that knows its length. `generate` cuts off what a cache has read already unless all layers are linear,
+        and of none, all are.
+        """
+        return [False]
 
     @property
     def is_initialized(self) -> bool:

@@ -42,7 +42,7 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         ConfigError: a value out of range or an unknown key, named.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
     arch_config: ClassVar[type[Any]]
 
     # Weights are stored in whatever type and computed with in float32.
@@ -61,6 +61,14 @@ class LoopedPretrainedConfig(PreTrainedConfig):
             theirs.pop(name, None)
         self.dtype = "float32"
         super().__post_init__(**theirs)
+
+    def validate(self) -> None:
+        """The checks of `arch_config`, before a save. transformers' own refuse kinds of layers that it lacks, such as Dory's.
+
+        Raises:
+            ConfigError: a value that was changed since is out of range.
+        """
+        self.to_looped()
 
     @classmethod
     def own_fields(cls) -> list[str]:

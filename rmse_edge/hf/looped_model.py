@@ -34,7 +34,7 @@ from rmse_edge.loop.drive import run_loop
 from rmse_edge.numbers import SLOTS
 
 from .generation import LoopedGeneration
-from .inputs import checked_tokens, noise_of, refuse_arguments, resolve_dials, resolve_seed, valid_columns
+from .inputs import checked_tokens, given_cache, noise_of, refuse_arguments, resolve_dials, resolve_seed, valid_columns
 from .known import OWN, text_types
 from .loading import HUB, checkpoint_folder, device_of, refuse_rest, require_float32
 from .looped_cache import LoopedCache
@@ -181,7 +181,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: LoopedCache | None = None,
+        cache: LoopedCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -197,13 +197,15 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         noise_seed: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        past_key_values: LoopedCache | None = None,
         **unsupported: Any,
     ) -> LoopedCausalLMOutput | tuple[Tensor, ...]:
-        """Logits of a batch, continuing `past_key_values` if given.
+        """Logits of a batch, continuing `cache` if given.
 
         Args:
             input_ids: (B, T) int64. What stands in padded columns does not matter.
             attention_mask: (B, T) or, with a cache, (B, columns so far + T): 0 for padding, wherever it is.
+            cache: of an earlier call, which is written into. None: the text begins here.
             labels: (B, T) int64, -100 where ignored. The loss is the mean cross-entropy of the returned logits, of
                 positions that stopped where the dials made them stop.
             use_cache: return the cache; by default yes, unless training.
@@ -212,8 +214,9 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             noise_seed: of what a model begins from where that is noise, 0 to 2**64 - 1; 0 by default. Every row has the
                 noise of its positions, as in `rmse_edge.loop.generator`.
             num_items_in_batch: the loss's divisor under gradient accumulation, as `Trainer` gives it.
+            past_key_values: an older name of `cache`.
         Returns:
-            logits (B, kept, V), zeros for padding; depth (B, T); loss; past_key_values.
+            logits (B, kept, V), zeros for padding; depth (B, T); loss; cache.
         Raises:
             UserError: an argument this model does not have, or one that does not fit, before anything is computed.
         """
@@ -236,9 +239,10 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         }
         dials = resolve_dials(spec, own, given, input_ids.device, getattr(self.model.config, "untrained_loops", None))
         seed = resolve_seed(spec, noise_seed)
-        cache = self.cache_class() if past_key_values is None else past_key_values
+        cache = given_cache(cache, past_key_values)
+        cache = self.cache_class() if cache is None else cache
         if not isinstance(cache, self.cache_class):
-            raise UserError(f"past_key_values: got {type(cache).__name__}, expected {self.cache_class.called}")
+            raise UserError(f"cache: got {type(cache).__name__}, expected {self.cache_class.called}")
         all_kept = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not (labels.shape == input_ids.shape and all_kept):
             raise UserError("labels: expected the shape of input_ids, and no logits_to_keep")
@@ -258,7 +262,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, text.vocab_size, num_items_in_batch=num_items_in_batch)
         keep = not self.training if use_cache is None else use_cache
-        output = LoopedCausalLMOutput(loss=loss, logits=logits, past_key_values=cache if keep else None, depth=depth)
+        output = LoopedCausalLMOutput(loss=loss, logits=logits, cache=cache if keep else None, depth=depth)
         return output if return_dict is not False else output.to_tuple()
 
     def _settings(self) -> tuple[Dials, TextInfo]:

@@ -335,17 +335,31 @@ def test_a_tensor_that_transformers_wrote_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_generates_the_published_tokens(name: str) -> None:
-    """Through the Auto classes of a transformers that does not know the architecture, from the published files."""
+    """Through the Auto classes, which have this project's class and not transformers' own, from the published files."""
     transformers = pytest.importorskip("transformers")
-    import rmse_edge.hf  # noqa: F401
+    import rmse_edge.hf
 
     expected = known(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name)
+    assert isinstance(model, rmse_edge.hf.LoopedForCausalLM)
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits
         said = model.generate(expected["input_ids"][:, :6], max_new_tokens=8, do_sample=False)
     np.testing.assert_allclose(logits, expected["logits"][-1], atol=1e-4)
     assert torch.equal(said[:, 6:], expected["greedy"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_saves_the_released_layout(name: str, tmp_path: Path) -> None:
+    """Whose attention and MLP are layers of their own: transformers has other names for them and does not know such a kind."""
+    transformers = pytest.importorskip("transformers")
+    import rmse_edge.hf  # noqa: F401
+
+    transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name).save_pretrained(tmp_path / "theirs")
+    save_checkpoint(load_checkpoint(GOLDEN / name), tmp_path / "ours", dtype=torch.float32)
+    theirs, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    assert load_checkpoint(tmp_path / "theirs").config == load_checkpoint(tmp_path / "ours").config
 
 
 @pytest.mark.slow

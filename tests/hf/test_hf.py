@@ -104,11 +104,11 @@ def test_forward_agrees_with_the_training_path_beyond_the_window(
 def test_logits_with_the_cache_equal_logits_without(model: RMSEForCausalLM) -> None:
     ids = tokens(150, seed=1, rows=2)
     whole = model(ids, use_cache=False)
-    assert whole.past_key_values is None
+    assert whole.cache is None
     cache, logits, depth = None, [], []
     for piece in ids.split([70, 1, 1, 30, 1, 47], 1):
-        out = model(piece, past_key_values=cache)
-        cache = out.past_key_values
+        out = model(piece, cache=cache)
+        cache = out.cache
         logits.append(out.logits)
         depth.append(out.depth)
     assert torch.equal(torch.cat(depth, 1), whole.depth)
@@ -132,7 +132,7 @@ def test_padding_changes_nothing_wherever_it_is(model: RMSEForCausalLM, layout: 
     ids = torch.full_like(mask, PAD)
     ids[mask.bool()] = torch.cat(rows, 1)[0]
     out = model(ids, attention_mask=mask)
-    assert out.past_key_values.position.tolist() == lengths
+    assert out.cache.position.tolist() == lengths
     for r, row in enumerate(rows):
         alone = model(row)
         here = mask[r].bool()
@@ -150,8 +150,8 @@ def test_no_call_of_a_row_crosses_a_multiple_of_64(model: RMSEForCausalLM, monke
 
     monkeypatch.setattr(model.rmse, "begin", spy)
     ids, mask = left_padded([tokens(n) for n in (3, 100)])
-    cache = model(ids, attention_mask=mask).past_key_values
-    model(tokens(70, rows=2), past_key_values=cache)
+    cache = model(ids, attention_mask=mask).cache
+    model(tokens(70, rows=2), cache=cache)
     assert calls == [([0, 0], [3, 64]), ([3, 64], [0, 36]), ([3, 100], [61, 28]), ([64, 128], [9, 42])]
 
 
@@ -180,7 +180,7 @@ def test_the_loss_is_that_of_the_returned_logits(model: RMSEForCausalLM) -> None
     out = model(ids, labels=labels)
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert torch.allclose(out.loss, expected, atol=1e-5)
-    assert out.past_key_values is None
+    assert out.cache is None
     assert model(ids, labels=labels, return_dict=False)[0] == out.loss
 
 
@@ -209,7 +209,7 @@ def test_greedy_is_the_argmax_of_the_reference(model: RMSEForCausalLM, length: i
     expected, depths = reference_greedy(model, ids, 12)
     out = model.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     assert out.sequences[0, length:].tolist() == expected
-    assert out.past_key_values.depth[0, length - 1 :].tolist() == depths
+    assert out.cache.depth[0, length - 1 :].tolist() == depths
     assert len(set(expected)) > 3 and len(set(depths)) > 1
     assert model.generate(ids, max_new_tokens=12, use_cache=False)[0, length:].tolist() == expected
     assert model.generate(ids, max_new_tokens=12, prefill_chunk_size=17)[0, length:].tolist() == expected
@@ -219,11 +219,11 @@ def test_left_padded_batch_equals_each_prompt_alone(model: RMSEForCausalLM) -> N
     rows = [tokens(n, seed=n) for n in (1, 62, 70, 130)]
     ids, mask = left_padded(rows)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=9, return_dict_in_generate=True)
-    assert out.past_key_values.position.tolist() == [n + 8 for n in (1, 62, 70, 130)]
+    assert out.cache.position.tolist() == [n + 8 for n in (1, 62, 70, 130)]
     for r, row in enumerate(rows):
         alone = model.generate(row, max_new_tokens=9, return_dict_in_generate=True)
         assert torch.equal(out.sequences[r, 130:], alone.sequences[0, row.shape[1] :])
-        assert torch.equal(out.past_key_values.depth[r, 129:], alone.past_key_values.depth[0, -9:])
+        assert torch.equal(out.cache.depth[r, 129:], alone.cache.depth[0, -9:])
     assert len({tuple(s) for s in out.sequences[:, 130:].tolist()}) == 4
 
 
@@ -232,8 +232,8 @@ def test_generation_continues_from_a_returned_or_copied_cache(model: RMSEForCaus
     whole = model.generate(ids, attention_mask=mask, max_new_tokens=20)
     first = model.generate(ids, attention_mask=mask, max_new_tokens=8, return_dict_in_generate=True)
     longer = torch.cat([mask, mask.new_ones(2, 8)], 1)
-    for cache in (copy.deepcopy(first.past_key_values), first.past_key_values):
-        rest = model.generate(first.sequences, attention_mask=longer, past_key_values=cache, max_new_tokens=12)
+    for cache in (copy.deepcopy(first.cache), first.cache):
+        rest = model.generate(first.sequences, attention_mask=longer, cache=cache, max_new_tokens=12)
         assert torch.equal(rest, whole)
     cache.reset()
     assert (cache.get_seq_length(), len(cache), cache.depth.numel()) == (0, 0, 0)
@@ -279,14 +279,14 @@ def test_dials_reach_the_loop_from_everywhere(model: RMSEForCausalLM, dials: dic
     ids = tokens(40)
     settings = {"max_new_tokens": 20, "return_dict_in_generate": True}
     by_argument = model.generate(ids, **settings, **dials)
-    assert set(by_argument.past_key_values.depth.flatten().tolist()) == depths
+    assert set(by_argument.cache.depth.flatten().tolist()) == depths
     by_config = model.generate(ids, generation_config=transformers.GenerationConfig(**settings, **dials))
-    assert torch.equal(by_config.past_key_values.depth, by_argument.past_key_values.depth)
+    assert torch.equal(by_config.cache.depth, by_argument.cache.depth)
     own = copy.deepcopy(model)
     for name, value in dials.items():
         setattr(own.generation_config, name, value)
-    assert torch.equal(own.generate(ids, **settings).past_key_values.depth, by_argument.past_key_values.depth)
-    assert torch.equal(model(ids, **dials).depth, by_argument.past_key_values.depth[:, :40])
+    assert torch.equal(own.generate(ids, **settings).cache.depth, by_argument.cache.depth)
+    assert torch.equal(model(ids, **dials).depth, by_argument.cache.depth[:, :40])
 
 
 def test_the_configurations_own_dials_are_the_default(model: RMSEForCausalLM) -> None:
@@ -357,7 +357,7 @@ def idle(model: RMSEForCausalLM, monkeypatch: pytest.MonkeyPatch) -> RMSEForCaus
         ({"cache_implementation": "static"}, "cache_implementation: got 'static'"),
         ({"cache_implementation": "quantized"}, "cache_implementation: got 'quantized'"),
         ({"cache_implementation": "paged"}, "cache_implementation: got 'paged'"),
-        ({"past_key_values": "another"}, "expected an RMSECache"),
+        ({"cache": "another"}, "expected an RMSECache"),
         ({"max_loops": 5}, "max_loops: got 5, expected 1..4 (the depth the model was trained to)"),
         ({"max_loops": 0}, "max_loops: got 0"),
         ({"max_loops": 2, "min_loops": 3}, "min_loops: got 3, expected 1..2 (max_loops)"),
@@ -373,8 +373,8 @@ def test_generate_refuses_in_one_line_before_any_compute(
 ) -> None:
     if settings.get("assistant_model"):
         settings = {"assistant_model": idle}
-    if settings.get("past_key_values"):
-        settings = {"past_key_values": transformers.DynamicCache()}
+    if settings.get("cache"):
+        settings = {"cache": transformers.DynamicCache()}
     with pytest.raises(UserError) as caught:
         idle.generate(tokens(5), max_new_tokens=3, **settings)
     assert_one_line(caught.value, said)
@@ -401,9 +401,9 @@ def test_forward_refuses_in_one_line(idle: RMSEForCausalLM, arguments: dict[str,
 
 
 def test_a_cache_continues_only_its_own_batch(model: RMSEForCausalLM) -> None:
-    cache = model(tokens(5)).past_key_values
+    cache = model(tokens(5)).cache
     with pytest.raises(UserError) as caught:
-        model(tokens(1, rows=2), past_key_values=cache)
+        model(tokens(1, rows=2), cache=cache)
     assert_one_line(caught.value, "an RMSECache of 1 rows, got input_ids of 2")
 
 

@@ -99,7 +99,7 @@ def test_forward_says_what_the_published_code_says(model: Any, threshold: float)
 def test_decode_and_generate_say_what_the_published_cache_gives(model: Any, name: str, threshold: float) -> None:
     cache, logits = hf.LoopedCache(), []
     for piece in IDS.split([9, 1, 1, 1, 1, 1], 1):
-        logits.append(model(piece, past_key_values=cache, exit_threshold=threshold).logits)
+        logits.append(model(piece, cache=cache, exit_threshold=threshold).logits)
     assert (torch.cat(logits, 1) - GOLD[f"cached.{name}.logits"]).abs().max() < LOGITS
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "exit_threshold": threshold}
     expected = GOLD[f"greedy.{name}.tokens"]
@@ -120,10 +120,10 @@ def test_a_batch_of_different_lengths_equals_its_rows_alone(policy: str, layout:
     rows = [tokens(n, seed=n) for n in (5, 130, 290)]  # within a call, in a page of the cache, in the next page
     ids, mask = padded(rows, layout)
     out = model(ids, attention_mask=mask, exit_threshold=0.6)
-    assert out.past_key_values.position.tolist() == [5, 130, 290]
-    assert out.past_key_values.state["past_keys"].shape == (3, 3, 4, 512, 8)
+    assert out.cache.position.tolist() == [5, 130, 290]
+    assert out.cache.state["past_keys"].shape == (3, 3, 4, 512, 8)
     more = tokens(9, seed=7, rows=3)
-    after = model(more, past_key_values=out.past_key_values, exit_threshold=0.6)
+    after = model(more, cache=out.cache, exit_threshold=0.6)
     for r, row in enumerate(rows):
         alone = model(torch.cat([row, more[r : r + 1]], 1), exit_threshold=0.6)
         here = mask[r].bool()
@@ -158,8 +158,8 @@ def test_every_architecture_says_what_its_whole_text_says(case: Case, setting: s
         assert not out.logits[r, ~here].any()
     cache, logits = None, []
     for piece in row.split([n - 20, 1, 1, 18], 1):
-        step = model(piece, past_key_values=cache, **dials)
-        cache = step.past_key_values
+        step = model(piece, cache=cache, **dials)
+        cache = step.cache
         logits.append(step.logits[0])
     assert (torch.cat(logits) - expected).abs().max() < LOGITS
     assert torch.equal(cache.depth[0], depth)
@@ -193,9 +193,9 @@ def test_a_row_that_a_call_leaves_out_keeps_what_it_has(tmp_path: Path, monkeypa
     monkeypatch.setattr(model.looped, "commit", spoilt)
     rows = [tokens(3), tokens(40, seed=1)]
     ids, mask = padded(rows)
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask).cache
     for r, row in enumerate(rows):
-        assert (cache.state["sums"][:, r] - model(row).past_key_values.state["sums"][:, 0]).abs().max() < 1e-4
+        assert (cache.state["sums"][:, r] - model(row).cache.state["sums"][:, 0]).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -224,11 +224,9 @@ def test_models_of_fixed_calls_are_padded_to_them(
 def test_dials_reach_the_loop_from_everywhere(model: Any) -> None:
     settings = {"max_new_tokens": 8, "return_dict_in_generate": True, "eos_token_id": None}
     dials = {"max_loops": 3, "min_loops": 2, "exit_threshold": 0.3}
-    by_argument = model.generate(IDS, **settings, **dials).past_key_values.depth
+    by_argument = model.generate(IDS, **settings, **dials).cache.depth
     assert set(by_argument.flatten().tolist()) == {2, 3}
-    by_config = model.generate(
-        IDS, generation_config=transformers.GenerationConfig(**settings, **dials)
-    ).past_key_values.depth
+    by_config = model.generate(IDS, generation_config=transformers.GenerationConfig(**settings, **dials)).cache.depth
     assert torch.equal(by_config, by_argument)
     own = copy.deepcopy(model)
     own.config.early_exit_threshold, own.config.min_loops = 0.3, 2
@@ -285,7 +283,7 @@ def test_the_loss_is_that_of_the_returned_logits_and_has_gradients(tmp_path: Pat
     labels = ids.clone()
     labels[:, :10] = -100
     out = model(ids, labels=labels, exit_threshold=1.0)
-    assert out.past_key_values is None
+    assert out.cache is None
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert torch.allclose(out.loss, expected, atol=1e-5)
     out.loss.backward()
@@ -420,7 +418,7 @@ def test_a_model_from_a_configuration_starts_like_the_architecture(model: Any) -
         ({"prompt_lookup_num_tokens": 3}, "assisted generation is not supported"),
         ({"is_assistant": True}, "ouro cannot assist another model"),
         ({"cache_implementation": "static"}, "ouro has its own LoopedCache"),
-        ({"past_key_values": "DynamicCache"}, "past_key_values: got DynamicCache, expected a LoopedCache"),
+        ({"cache": "DynamicCache"}, "cache: got DynamicCache, expected a LoopedCache"),
         ({"max_loops": 5}, "max_loops: got 5, expected 1..4 (the depth the model was trained to; untrained_loops"),
         ({"max_loops": 2, "min_loops": 3}, "min_loops: got 3, expected 1..2 (max_loops)"),
         ({"exit_threshold": 0.0}, "exit_threshold: got 0.0"),
@@ -433,8 +431,8 @@ def test_a_model_from_a_configuration_starts_like_the_architecture(model: Any) -
     ],
 )
 def test_generate_refuses_in_one_line_before_any_compute(idle: Any, settings: dict[str, Any], said: str) -> None:
-    if "past_key_values" in settings:  # made here, so that finding tests imports no transformers
-        settings = {"past_key_values": getattr(transformers, settings["past_key_values"])()}
+    if "cache" in settings:  # made here, so that finding tests imports no transformers
+        settings = {"cache": getattr(transformers, settings["cache"])()}
     with pytest.raises(UserError) as caught:
         idle.generate(IDS, max_new_tokens=3, **settings)
     assert_one_line(str(caught.value), said)
@@ -527,18 +525,18 @@ def test_a_theta_among_rope_parameters_is_read(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_cache_continues_only_its_own_batch_and_is_not_rolled_back(model: Any) -> None:
-    cache = model(IDS).past_key_values
+    cache = model(IDS).cache
     with pytest.raises(UserError) as caught:
-        model(IDS[:1], past_key_values=cache)
+        model(IDS[:1], cache=cache)
     assert_one_line(str(caught.value), "a LoopedCache of 2 rows, got input_ids of 1")
     with pytest.raises(UserError) as caught:
         cache.reorder_cache(torch.tensor([1, 0]))
     assert_one_line(str(caught.value), "LoopedCache.reorder_cache: what a looped model keeps cannot be reordered")
     longer = copy.deepcopy(cache)
-    model(IDS[:, :3], past_key_values=longer)
+    model(IDS[:, :3], cache=longer)
     assert (cache.get_seq_length(), longer.get_seq_length(), len(cache)) == (14, 17, 4)
     cache.reset()
-    assert torch.equal(model(IDS[:1], past_key_values=cache).logits, model(IDS[:1]).logits)
+    assert torch.equal(model(IDS[:1], cache=cache).logits, model(IDS[:1]).logits)
 
 
 # ------------------------------------------------------------------------------------------------------ registration

@@ -115,8 +115,8 @@ def test_logits_with_the_cache_equal_logits_without(model: RMSEForCausalLM) -> N
     whole = model(ids, use_cache=False)
     cache, logits, depth = None, [], []
     for piece in ids.split([60, 4, 1, 30, 33, 1, 71], 1):  # up to a boundary, onto it, across it
-        out = model(piece, past_key_values=cache)
-        cache = out.past_key_values
+        out = model(piece, cache=cache)
+        cache = out.cache
         logits.append(out.logits)
         depth.append(out.depth)
     assert torch.equal(torch.cat(depth, 1), whole.depth)
@@ -132,14 +132,14 @@ def test_each_row_writes_at_its_own_boundaries(model: RMSEForCausalLM) -> None:
     ids, mask = left_padded(rows)
     more = tokens(70, seed=9, rows=4)
     first = model(ids, attention_mask=mask)
-    written = first.past_key_values.memory["surprise_stats"][:, 2] - 8
+    written = first.cache.memory["surprise_stats"][:, 2] - 8
     assert written.tolist() == [0, 1, 1, 2]
-    second = model(more, past_key_values=first.past_key_values)
-    cache = second.past_key_values
+    second = model(more, cache=first.cache)
+    cache = second.cache
     assert (cache.memory["surprise_stats"][:, 2] - 8).tolist() == [1, 2, 2, 3]
     for r, row in enumerate(rows):
         alone = model(torch.cat([row, more[r : r + 1]], 1))
-        own = alone.past_key_values
+        own = alone.cache
         logits = torch.cat([first.logits[r, mask[r].bool()], second.logits[r]])
         assert (logits - alone.logits[0]).abs().max() < 1e-4
         depth = torch.cat([first.depth[r, mask[r].bool()], second.depth[r]])
@@ -185,13 +185,13 @@ def test_generation_goes_on_from_a_copied_cache(model: RMSEForCausalLM) -> None:
     whole = model.generate(ids, attention_mask=mask, max_new_tokens=20)
     first = model.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True)
     longer = torch.cat([mask, mask.new_ones(2, 3)], 1)
-    for cache in (copy.deepcopy(first.past_key_values), first.past_key_values):
-        rest = model.generate(first.sequences, attention_mask=longer, past_key_values=cache, max_new_tokens=17)
+    for cache in (copy.deepcopy(first.cache), first.cache):
+        rest = model.generate(first.sequences, attention_mask=longer, cache=cache, max_new_tokens=17)
         assert torch.equal(rest, whole)
     assert cache.memory
     cache.reset()
     assert not cache.memory and cache.segment is None
-    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20), whole)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=20), whole)
 
 
 # ------------------------------------------------------------------------------------------------------------------- files
