@@ -68,11 +68,18 @@ class Case:
     text: Callable[[int], np.ndarray] | None = None
     # Of its packages. That of RMS-E in integers are tests/export/test_export_quantized.py and its neighbours.
     quants: tuple[str, ...] = QUANTS
+    # Targets of its packages in integers. How a weight is stored does not depend on the architecture, and the tower has
+    # every kind of state: what says no more than it need not be lowered again.
+    integers: tuple[str, ...] = TARGETS
     # Session fixtures of tests/conftest.py that have made a package already, by target and precision.
     made: Mapping[tuple[str, str], str] = field(default_factory=dict)
     # Models with a wrong rule, by what is wrong: the gate must catch each.
     wrong: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     trains: bool = False  # rmse-train knows it
+
+    def precisions(self, target: str) -> tuple[str, ...]:
+        """Of its packages of a target."""
+        return tuple(quant for quant in self.quants if quant == "fp32" or target in self.integers)
 
     def ids(self, count: int) -> np.ndarray:
         """Tokens of the model's vocabulary, (count,) int64."""
@@ -223,10 +230,11 @@ CASES = (
         ToyRecurrent,
         RECURRENT,
         calm=decided_recurrent,
+        integers=("onnx",),
         made={("executorch", "fp32"): "toy_package"},
         wrong={"CountsPadding": RecurrentCountsPadding},
     ),
-    Case("toy", toy, TOY, threshold=0.5),
+    Case("toy", toy, TOY, threshold=0.5, integers=("onnx",)),
     Case("puzzle", solver, PUZZLE),
     Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True),
     Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True),

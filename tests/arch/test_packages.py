@@ -53,7 +53,7 @@ def packages(cases: tuple[Case, ...], *quants: str) -> Any:
             pytest.param((case, target, quant), id=f"{case.name}-{target}-{quant}", marks=getattr(pytest.mark, target))
             for target in TARGETS
             for case in cases
-            for quant in quants or case.quants
+            for quant in quants or case.precisions(target)
         ],
         indirect=True,
     )
@@ -227,7 +227,7 @@ def test_a_package_solves_boards_as_the_model_does(made: Made, capsys: pytest.Ca
     [
         pytest.param((case, "executorch", quant), id=f"{case.name}-executorch-{quant}", marks=pytest.mark.executorch)
         for case in CASES
-        for quant in case.quants
+        for quant in case.precisions("executorch")
     ],
     indirect=True,
 )

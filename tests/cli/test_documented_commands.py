@@ -149,8 +149,8 @@ RUN: dict[str, list[str]] = {
     "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/mine --stop-at 1500": [
         "--stop-at", "3",
     ],
-    "python docs/experiments/ouro/policies.py models/ouro-shakespeare --text shakespeare.txt": [
-        "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--thresholds", "0.5",
+    "python docs/experiments/exits/policies.py models/ouro-shakespeare --text shakespeare.txt": [
+        "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--rule", "exit-threshold=0.5",
     ],
     "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": [],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
