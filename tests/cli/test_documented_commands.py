@@ -152,6 +152,21 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/exits/policies.py models/ouro-shakespeare --text shakespeare.txt": [
         "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--rule", "exit-threshold=0.5",
     ],
+    "rmse-train --text shakespeare.txt --recipe docs/experiments/dory/recipe.json -o runs/dory": [
+        "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "block_size=64",
+    ],
+    "rmse-train --text shakespeare.txt --stage gate --init runs/dory -o runs/gated": [
+        "--set", "gate_steps=2", "--set", "eval_blocks=2", "--set", "block_size=64",
+    ],
+    "rmse-eval runs/dory --text FILE --sweep --rule exit-kl --store": [
+        "--max-tokens", "64", "--points", "2", "--budget", "1000",
+    ],
+    "rmse-eval runs/gated --text FILE --sweep --rule exit-threshold --store": [
+        "--max-tokens", "64", "--points", "2", "--budget", "1000",
+    ],
+    "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --rule exit-kl=0.003,0.01,0.03,0.1": [
+        "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--rule", "exit-kl=0.1",
+    ],
     "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": [],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
