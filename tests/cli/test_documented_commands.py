@@ -164,9 +164,6 @@ RUN: dict[str, list[str]] = {
     "rmse-eval runs/gated --text FILE --sweep --rule exit-threshold --store": [
         "--max-tokens", "64", "--points", "2", "--budget", "1000",
     ],
-    "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --rule exit-kl=0.003,0.01,0.03,0.1": [
-        "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1", "--rule", "exit-kl=0.1",
-    ],
     "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": [],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
@@ -193,6 +190,9 @@ NOT_RUN: dict[str, str] = {
     "make fuzz": "takes hours; tests/cli/test_robustness.py runs a few of its cases",
     'rmse-run MODEL --chat --system "Be brief."': "the shipped model has no template; tests/cli/test_chat.py",
     "python docs/experiments/knowledge/recall.py": "runs above, at another size",
+    "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --rule exit-kl=0.003,0.01,0.03,0.1": (
+        "runs above, for another model"
+    ),
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
     "rmse-export -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export -m runs/mine": EXPORTS,
