@@ -320,6 +320,7 @@ class Proof:
             except ParityError as error:
                 if whole is None:
                     raise
+                candidates.clear()  # an engine less in memory, as below
                 of_integers()  # where these fail, that is what there is to say
                 # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
                 raise ParityError(

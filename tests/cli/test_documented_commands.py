@@ -181,6 +181,7 @@ SLOW: dict[str, list[str]] = {
 }  # fmt: skip
 
 EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"
+OTHER = "runs above, for another model"
 TRAINS = "training takes hours as documented; tests/cli/test_train_cli.py and test_train_resume.py run the verb"
 PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_ouro.py, test_dory.py and tests/quantize/test_streamed.py have small ones"
 NOT_RUN: dict[str, str] = {
@@ -190,9 +191,11 @@ NOT_RUN: dict[str, str] = {
     "make fuzz": "takes hours; tests/cli/test_robustness.py runs a few of its cases",
     'rmse-run MODEL --chat --system "Be brief."': "the shipped model has no template; tests/cli/test_chat.py",
     "python docs/experiments/knowledge/recall.py": "runs above, at another size",
-    "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --rule exit-kl=0.003,0.01,0.03,0.1": (
-        "runs above, for another model"
-    ),
+    "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --rule exit-kl=0.003,0.01,0.03,0.1": OTHER,
+    "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --blocks 24 --rule exit-epsilon=0.05,0.1,0.2,0.3": OTHER,
+    "python docs/experiments/exits/policies.py runs/gated --text shakespeare.txt --blocks 24 --rule exit-threshold=0.2,0.3,0.5,0.9": OTHER,
+    "rmse-export -m runs/gated": EXPORTS,
+    "rmse-bench gated-onnx.rmse --ids FILE -p 256 -n 64 -d 4,2,1 -r 3 -t 1 --exit-epsilon 0.2": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
     "rmse-export -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export -m runs/mine": EXPORTS,
