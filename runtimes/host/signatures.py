@@ -17,7 +17,7 @@ from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
 from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, Dtype, Form, ModelInfo
 from rmse_edge.loop.dials import DIALS
-from rmse_edge.numbers import SLOTS
+from rmse_edge.numbers import PREFIX, SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 
@@ -196,6 +196,8 @@ class Flow:
         found["scale"] = ((1,), "float32")  # of Core ML's `blank`
         if info.text is not None:
             found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}
+            if info.text.prefix:
+                found[PREFIX] = ((1,), "int64")
             if pairs := info.text.rotary_dims // 2:
                 endings = ("", *(f"_{name}" for name in info.text.further_thetas))
                 angles = [f"{name}{ending}" for ending in endings for name in ("cos", "sin")]

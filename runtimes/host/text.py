@@ -163,8 +163,8 @@ class LoopRuntime:
         if prefix > most:
             raise ArgumentError(
                 "prefix",
-                f"{prefix} tokens are more than the {most} that one call of {self.info.name} has, and its positions see all "
-                "of each other; shorten it, or read the text without a prefix",
+                f"{prefix} tokens are more than the {most} that one call of {self.info.name} has, and a prefix must be in "
+                "one; shorten it, leave it out, or raise longest_prefix in config.json",
             )
 
     def context(self, chunk: int, n: int, position: int | None = None) -> Arrays:

@@ -178,8 +178,8 @@ def test_a_prefix_longer_than_a_call_is_refused_until_there_is_a_longer_call() -
     with pytest.raises(ArgumentError) as caught:
         runtime.feed(text.numpy(), runtime.info.dials, prefix=90)
     assert str(caught.value) == (
-        "prefix: 90 tokens are more than the 64 that one call of hrm has, and its positions see all of each other; shorten "
-        "it, or read the text without a prefix"
+        "prefix: 90 tokens are more than the 64 that one call of hrm has, and a prefix must be in one; shorten it, leave it "
+        "out, or raise longest_prefix in config.json"
     )
     longer = golden("released", **changes, longest_prefix=96)
     assert (
@@ -389,3 +389,50 @@ def test_a_file_that_counts_calls_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path / "c")
     assert_one_line(str(caught.value), "model.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_generates_the_published_tokens(name: str) -> None:
+    """Through the Auto classes, which have this project's class and not transformers' own, with a prefix and without one."""
+    transformers = pytest.importorskip("transformers")
+    import rmse_edge.hf
+
+    expected = known(name)
+    prompt = expected["input_ids"][:, :6]
+    model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name)
+    assert isinstance(model, rmse_edge.hf.LoopedForCausalLM)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(expected["input_ids"]).logits, expected["logits"][0], atol=1e-4)
+    said = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(said[:, 6:], expected["greedy"])
+    types = torch.ones_like(prompt)
+    if name == "causal":
+        with pytest.raises(ArgumentError, match=r"^token_type_ids: hrm_text does not take it"):
+            model(prompt, token_type_ids=types)
+        return
+    said = model.generate(prompt, max_new_tokens=8, do_sample=False, token_type_ids=types)
+    assert torch.equal(said[:, 6:], expected["prefix.greedy"])
+
+
+@torch.no_grad()
+def test_prefixes_of_a_batch() -> None:
+    """Of other lengths in each row, behind padding; longer than a call of packages has."""
+    transformers = pytest.importorskip("transformers")
+    import rmse_edge.hf  # noqa: F401
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / "within", max_position_embeddings=128)
+    tokens = torch.from_numpy(random_tokens(180, vocab=33)).view(2, 90)
+    here = torch.arange(90)
+    mask = torch.stack([here >= 20, here >= 0])
+    types = torch.stack([(here >= 20) & (here < 50), here < 80]).long()
+    logits = model(tokens, attention_mask=mask, token_type_ids=types).logits
+    for row, (first, prefix) in enumerate([(20, 30), (0, 80)]):
+        alone = whole(model.model, tokens[row, first:], model.model.config.dials, prefix).logits
+        np.testing.assert_allclose(logits[row, first:], alone, atol=1e-4)
+    with pytest.raises(ArgumentError, match=r"^token_type_ids: got ones behind other types, expected them at the begi"):
+        model(tokens, token_type_ids=1 - types)
+    with pytest.raises(ArgumentError, match=r"^token_type_ids: got shape \(2, 89\), expected \(2, 90\)"):
+        model(tokens, token_type_ids=types[:, 1:])

@@ -158,7 +158,7 @@ def test_a_package_generates_what_the_whole_text_says(
         ["--prompt-tokens", ",".join(map(str, prompt)), "-n", "7", "--save-session", session],
         ["--prompt-tokens", str(text_of(made.case)[20]), "-n", "5", "--session", session],
     ):
-        assert rmse_run([str(made.folder), *more, "--temperature", "0", *flags]) == 0
+        assert rmse_run([str(made.folder), *more, "--temperature", "0", *flags, *made.case.run_flags]) == 0
         said.append(json.loads(capsys.readouterr().out)["tokens"])
     assert said[0] == tokens[:7]
     behind = np.array([*prompt, *said[0], text_of(made.case)[20]])
@@ -259,5 +259,6 @@ def test_the_runner_says_what_python_says(made: Made, runner: Path, tmp_path: Pa
             assert np.array_equal(depth, python.feed(text, dials).depth)
         dials = settings_of(made.case)["adaptive"]
         prompt = ",".join(map(str, text[:20]))
+        flags = [*flags, *made.case.run_flags]
         tokens = native.document("--prompt-tokens", prompt, "-n", "12", "--temperature", "0", *flags)["tokens"]
         assert tokens == argmax_of_whole_text(made.model, text[:20], tokens, dials)

@@ -186,8 +186,8 @@ class HrmText(ExitRules):
         every: bool = True,
         watcher: Watcher | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """All states [z_H; z_L] of whole sequences, which have no prefix, from an empty past; arguments and result as of
-        `HasTrajectory` and, in detail, of `Ouro.trajectory`.
+        """All z_H of whole sequences, which have no prefix, from an empty past; arguments and result as of `HasTrajectory` and,
+        in detail, of `Ouro.trajectory`.
         """
         count, device = tokens.shape[1], tokens.device
         x0 = self.prelude({"tokens": tokens})["x0"]
@@ -195,7 +195,7 @@ class HrmText(ExitRules):
         def high(state: Tensor) -> Tensor:
             return state[..., : self.width]
 
-        return trajectory(
+        states, gates, depth = trajectory(
             self.model.core,
             torch.cat([x0, self._first_low(x0)], -1),
             {name: t.to(device) for name, t in self.angles_of(count).items()} | whole_masks(count, device),
@@ -207,7 +207,8 @@ class HrmText(ExitRules):
             every=every,
             watcher=watcher,
         )
+        return [high(state) for state in states], gates, depth
 
     def read_out(self, state: Tensor) -> Tensor:
-        """Logits (B, T, V) of states (B, T, 2 d) of a trajectory, or of z_H alone."""
-        return self.lm_head(state[..., : self.width])
+        """Logits (B, T, V) of states (B, T, d) of a trajectory."""
+        return self.lm_head(state)

@@ -192,6 +192,7 @@ Specs given_tensors(const ModelInfo& info, int64_t rows) {
   for (const ExitDial& dial : kExitDials) add(dial.name, dial.dtype, {});
   add("tokens", Dtype::kInt64, {1, n});
   for (const char* name : {"position", "n_valid"}) add(name, Dtype::kInt64, {1});
+  if (info.text.prefix) add("prefix", Dtype::kInt64, {1});
   if (pairs > 0) {
     for (const char* name : {"cos", "sin"}) {
       add(name, Dtype::kFloat32, {1, n, pairs});
