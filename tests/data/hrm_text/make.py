@@ -44,10 +44,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @torch.no_grad()
 def lively(model: HrmTextForCausalLM, seed: int) -> None:
-    """Random weights, all of them bfloat16 numbers, and a start of z_L that is not zero, as published ones are."""
+    """Random weights, all of them bfloat16 numbers, and a start of z_L that is not zero. Where the head is the embedding, layers
+    add more than the token that is there: it would be the likeliest next one, always.
+    """
     draw = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         size = {"z_L_init": 0.7, "embed_tokens.weight": 0.25}.get(name.removeprefix("model."), p.shape[-1] ** -0.5)
+        if model.config.tie_word_embeddings and name.endswith(("o_proj.weight", "down_proj.weight")):
+            size *= 4
         p.copy_((torch.randn(p.shape, generator=draw) * size).bfloat16())
 
 
