@@ -223,7 +223,7 @@ def decided_hrm_text() -> HrmText:
             for layer in stack.layers:
                 layer.self_attn.o_proj.weight *= 0.3
                 layer.mlp.down_proj.weight *= 0.3
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight * model.config.embedding_scale * 0.5)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight * model.config.embedding_scale * 0.3)
     return model
 
 

@@ -116,7 +116,7 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials, prefi
     Args:
         prefix: of the first prompt.
     """
-    told = {"prefix": prefix} if prefix else {}
+    told: dict[str, Any] = {"prefix": prefix} if prefix else {}
     first, last = conversation(len(tokens), runtime.info)
     fed, surprise = [], np.zeros(len(tokens))
     runtime.reset()

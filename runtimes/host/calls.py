@@ -26,7 +26,7 @@ def plan_calls(
     >>> plan_calls(60, 70, (1, 64))
     [(1, 1), (1, 1), (1, 1), (1, 1), (64, 64), (1, 1), (1, 1)]
     """
-    calls = []
+    calls: list[tuple[int, int]] = []
     largest = chunks[-1]
     while count > 0:
         n = min(count, largest) if segment is None else min(count, largest, segment - position % segment)

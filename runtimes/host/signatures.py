@@ -228,8 +228,15 @@ class Flow:
         """prelude, the loop, coda, head, commit, and what is left to be kept."""
         have, self.made = self.given(rows), {}
         self.run(f"prelude_{rows}", have)
+        begins = f"{'loop' if in_graph else 'begin'}_{rows}"
+        if (
+            self.info.text is not None
+            and self.info.text.prefix
+            and PREFIX not in {t.name for t in self.method(begins).inputs}
+        ):
+            self.refuse("model.text.prefix", "true", f"false, since {begins} takes no {PREFIX}")
         if in_graph:
-            self.run(f"loop_{rows}", have)
+            self.run(begins, have)
         else:
             self.host_loop(rows, have)
         self.require(f"the loop of {rows} rows", {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")})
