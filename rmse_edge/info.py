@@ -97,6 +97,8 @@ class TextInfo:
     rope_theta: Positive = 10_000.0
     # Bases of layers that turn by another: the host gives cos_NAME and sin_NAME besides.
     further_thetas: dict[Name, Positive] = field(default_factory=dict)
+    # Whether a text may begin with a prefix: positions that see each other whatever their order.
+    prefix: bool = False
     max_seq_len: Annotated[int, Field(ge=1, le=2**53)] | None = None
     eos_token_ids: tuple[Token, ...] = ()  # each of them ends a text
     # ranges [first, end) of ids without a token, ascending; never to be drawn

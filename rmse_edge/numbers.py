@@ -17,6 +17,9 @@ SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is 
 # The names of sizes that vary from call to call, where programs have symbols for them: rows of the call, and slots of the
 # appended state. A model that names `SLOTS` in its context is given 0, 1, 2, ... there, (slots,) int64.
 ROWS, SLOTS = "rows", "slots"
+# A model that names this in its context is told how many of a text's first positions see each other whatever their order,
+# (1,) int64: 0 for a text without a prefix. The call that reads them holds all of them.
+PREFIX = "prefix"
 MAX_LOOPS = 64  # upper bound on the trained depth
 
 Count = Annotated[int, Field(ge=1, le=2**16), Expected("a positive integer, at most 65536")]

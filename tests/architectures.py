@@ -34,6 +34,8 @@ from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_to
 
 from rmse_edge.arch.dory.config import DoryConfig
 from rmse_edge.arch.dory.model import Dory
+from rmse_edge.arch.hrm_text.config import HrmTextConfig
+from rmse_edge.arch.hrm_text.model import HrmText
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.identity import fingerprint, model_info
@@ -76,6 +78,8 @@ class Case:
     # Models with a wrong rule, by what is wrong: the gate must catch each.
     wrong: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     trains: bool = False  # rmse-train knows it
+    # For rmse-run and rmse-runner, so that they read a prompt as `whole_text` reads a text.
+    run_flags: tuple[str, ...] = ()
 
     def precisions(self, target: str) -> tuple[str, ...]:
         """Of its packages of a target."""
@@ -205,6 +209,31 @@ def decided_dory() -> Dory:
     return model
 
 
+def small_hrm_text() -> HrmText:
+    """Two calls of L and one of H in each of two cycles, and a cycle more than it is trained to; texts may have a prefix."""
+    torch.manual_seed(7)
+    model = HrmText(
+        HrmTextConfig(
+            vocab_size=65, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+            H_cycles=2, L_cycles=2, untrained_loops=1, max_position_embeddings=512, exit_rules=("gate", "delta", "kl"),
+        )
+    )  # fmt: skip
+    nn.init.normal_(model.model.z_L_init, std=0.5)
+    return with_lively_gate(model)
+
+
+def decided_hrm_text() -> HrmText:
+    """A model whose states hold on to the token they are of, as `decided_huginn`."""
+    model = small_hrm_text()
+    with torch.no_grad():
+        for stack in (model.model.L_module, model.model.H_module):
+            for layer in stack.layers:
+                layer.self_attn.o_proj.weight *= 0.3
+                layer.mlp.down_proj.weight *= 0.3
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight * model.config.embedding_scale * 0.3)
+    return model
+
+
 CASES = (
     Case(
         "rmse",
@@ -237,6 +266,15 @@ CASES = (
     Case("toy", toy, TOY, threshold=0.5, integers=("onnx",)),
     Case("puzzle", solver, PUZZLE),
     Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True),
+    Case(
+        "hrm_text",
+        small_hrm_text,
+        calm=decided_hrm_text,
+        rule="exit_kl",
+        threshold=0.05,
+        trains=True,
+        run_flags=("--prefix", "none"),
+    ),
     Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True),
 )
 

@@ -18,6 +18,8 @@ hits between the engine's calls is compared like everything else. Two rules:
   up in the file. Shares would forgive small faults of the host, so unless some package of the export is held to the exact
   rule, the host is, run on PyTorch's own methods (`compare_host`).
 
+A model whose texts may have a prefix is compared with one, too, at full depth.
+
 The tokens are fed as in a conversation: prompts, single tokens, another prompt; in between, what is kept is taken out and
 put back, as a session is. Every method is also compared by itself, and the loop driven by the host through `step` must
 match `loop`: by the largest difference, or, where the package rounds activations to int8, by the root of the mean
@@ -59,6 +61,7 @@ from .reference import (
     least_positions,
     made_up_hits,
     stretch,
+    told_prefix,
 )
 
 LOGITS_TOLERANCE = 1e-4
@@ -103,18 +106,22 @@ def clear_threshold(values: np.ndarray) -> float:
     return float((central[widest] + central[widest + 1]) / 2)
 
 
-def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Course:
+def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials, prefix: int = 0) -> Course:
     """Every token, fed from an empty state as `conversation` says; of the first prompt, the last 64 tokens by themselves.
 
     Made-up hits are there from the first single token to the next boundary. Amid the single tokens the text is
     interrupted as a session is: what is kept is taken out, and put back into an empty runtime. One position's logits
     come from a call that was asked for its last row only, as prompts of people are.
+
+    Args:
+        prefix: of the first prompt.
     """
+    told: dict[str, Any] = {"prefix": prefix} if prefix else {}
     first, last = conversation(len(tokens), runtime.info)
     fed, surprise = [], np.zeros(len(tokens))
     runtime.reset()
     beginning = min(LAST_ONLY, first)
-    only = runtime.feed(tokens[:beginning], dials, "last").logits[-1] if beginning else None
+    only = runtime.feed(tokens[:beginning], dials, "last", **told).logits[-1] if beginning else None
     runtime.reset()
     cuts = sorted({0, max(0, first - stretch(runtime.info)), *range(first, last + 1), len(tokens)})
     for start, end in itertools.pairwise(cuts):
@@ -122,7 +129,7 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials) -> Co
             runtime.inject(*hits)
         if start == first + SINGLES // 2:
             interrupt(runtime)
-        fed.append(runtime.feed(tokens[start:end], dials))
+        fed.append(runtime.feed(tokens[start:end], dials, **(told if start == 0 else {})))
         for found in fed[-1].surprises:
             surprise[found.position - 1] = found.value
     logits = np.concatenate([f.logits for f in fed])
@@ -139,10 +146,12 @@ def interrupt(runtime: LoopRuntime) -> None:
 
 
 def compare(
-    reference: Reference, candidate: LoopRuntime, tokens: np.ndarray, dials: Dials, exact: bool
+    reference: Reference, candidate: LoopRuntime, tokens: np.ndarray, dials: Dials, exact: bool, prefixed: bool = False
 ) -> dict[str, Any]:
     """Run the candidate over `tokens` at one setting and measure how far it is from the reference.
 
+    Args:
+        prefixed: texts begin with a prefix of some tokens.
     Raises:
         ParityError: they disagree beyond the rule; the message names the position and the numbers.
     """
@@ -152,8 +161,10 @@ def compare(
     allowed = LOGITS_TOLERANCE
     room = longest_text(candidate.info, tokens)
     while start < len(tokens):
-        a = reference.course(tokens[start : start + room], dials)
-        b = teacher_forced(candidate, tokens[start : start + room], dials)
+        text = tokens[start : start + room]
+        prefix = told_prefix(len(text), candidate.info) if prefixed else 0
+        a = reference.course(text, dials, prefix)
+        b = teacher_forced(candidate, text, dials, prefix)
         difference = np.abs(a.logits - b.logits).max(1)
         surprise = np.abs(a.surprise - b.surprise) / np.maximum(1e-3, a.surprise)  # relative
         if exact and not difference.max() <= allowed:
@@ -254,10 +265,11 @@ def gate(
     tokens = compared(tokens, reference.info, exact, positions)
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}
     settings = settings_for(reference, tokens)
-    for name, dials in settings.items():
+    of_prefix = {"full depth, with a prefix": settings["full depth"]} if reference.info.language.prefix else {}
+    for name, dials in (settings | of_prefix).items():
         progress(f"parity at {name}")
         try:
-            result = compare(reference, candidate, tokens, dials, exact)
+            result = compare(reference, candidate, tokens, dials, exact, prefixed=name in of_prefix)
         except ParityError as error:
             raise ParityError(f"parity failed at {name}: {error}") from None
         report["settings"][name] = {"dials": vars(dials), **result}
@@ -296,9 +308,13 @@ def settings_for(reference: Reference, tokens: np.ndarray) -> dict[str, Dials]:
 def computed_ahead(reference: Reference, tokens: np.ndarray) -> Known:
     """What `gate` asks of the reference about these tokens, which no package has to be there for."""
     room = longest_text(reference.info, tokens)
-    for dials in settings_for(reference, tokens).values():
-        for start in range(0, len(tokens), room):
-            reference.course(tokens[start : start + room], dials)
+    settings = settings_for(reference, tokens)
+    for start in range(0, len(tokens), room):
+        text = tokens[start : start + room]
+        for dials in settings.values():
+            reference.course(text, dials)
+        if reference.info.language.prefix:
+            reference.course(text, settings["full depth"], told_prefix(len(text), reference.info))
     if reference.info.memory:
         reference.segments(memory_tokens(reference.info))
     return reference.known()
@@ -320,6 +336,8 @@ def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:
     tokens = compared(tokens, reference.info, True)
     try:
         report = compare(reference, candidate, tokens, reference.info.full_depth, True)
+        if reference.info.language.prefix:
+            compare(reference, candidate, tokens, reference.info.full_depth, True, prefixed=True)
         if compares(reference.info.rules):
             # What the predictions of the loops are made of is read by exit rules alone: at full depth nobody sees it.
             chosen = settings_for(reference, tokens)

@@ -12,19 +12,22 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
 
 from rmse_edge.info import ModelInfo
-from rmse_edge.loop.contract import InjectedHits, TextModel
+from rmse_edge.loop.contract import InjectedHits, PrefixedTextModel, TextModel
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.calls import longest_prefix
 
 MARGIN = 1e-4  # below it the reference is undecided
 LEAST_POSITIONS = 256  # that are compared at any setting
 ROUNDED = 32  # of the first, on which `Reference.rounding` is found
+PREFIX_TOKENS = 24  # of texts that are compared with a prefix
 SINGLES = 32  # of them fed one by one: through the graphs that decode, over a segment's end
 
 
@@ -50,8 +53,8 @@ class ReferenceCourse(Course):
         return ReferenceCourse(**values, scores={name: of_loops[:, :count] for name, of_loops in self.scores.items()})
 
 
-# Courses by dials and text, exit states of segments by text.
-Known = tuple[dict[tuple[Dials, bytes], ReferenceCourse], dict[bytes, list[np.ndarray]]]
+# Courses by dials, prefix and text, exit states of segments by text.
+Known = tuple[dict[tuple[Dials, int, bytes], ReferenceCourse], dict[bytes, list[np.ndarray]]]
 
 
 class Reference:
@@ -69,27 +72,35 @@ class Reference:
         self.info = info
         self.methods = TorchMethods(model)
         self._text = np.zeros(0, np.int64) if text is None else text[: info.room]
-        self._courses: dict[tuple[Dials, bytes], ReferenceCourse] = {}
+        self._courses: dict[tuple[Dials, int, bytes], ReferenceCourse] = {}
         self._segments: dict[bytes, list[np.ndarray]] = {}
 
-    def course(self, tokens: np.ndarray, dials: Dials) -> ReferenceCourse:
-        """All of `tokens` from an empty past, with hits where `conversation` has them."""
+    def course(self, tokens: np.ndarray, dials: Dials, prefix: int = 0) -> ReferenceCourse:
+        """All of `tokens` from an empty past, with hits where `conversation` has them.
+
+        Args:
+            prefix: of the tokens, how many see each other whatever their order.
+        """
         count, whole = len(tokens), self._text
         begins = np.array_equal(whole[:count], tokens)
         if not begins or conversation(count, self.info) != conversation(len(whole), self.info):
             whole = tokens
-        key = dials, whole.tobytes()
+        key = dials, prefix, whole.tobytes()
         if key not in self._courses:
-            self._courses[key] = self._course(whole, dials)
+            self._courses[key] = self._course(whole, dials, prefix)
         return self._courses[key].first(count)
 
-    def _course(self, tokens: np.ndarray, dials: Dials) -> ReferenceCourse:
+    def _course(self, tokens: np.ndarray, dials: Dials, prefix: int) -> ReferenceCourse:
         hits = made_up_hits(self.info)
         given = None
         if hits is not None:
             vectors, cosines = (torch.from_numpy(a) for a in hits)
             given = InjectedHits(conversation(len(tokens), self.info)[0], vectors, cosines)
-        found = self.model.whole_text(torch.from_numpy(tokens), self.scalars(dials), given)
+        text, scalars = torch.from_numpy(tokens), self.scalars(dials)
+        if prefix:
+            found = cast(PrefixedTextModel, self.model).whole_text(text, scalars, given, prefix)
+        else:
+            found = self.model.whole_text(text, scalars, given)
         surprise = np.zeros(len(tokens))
         if (segment := self.info.segment) is not None:
             surprise[segment - 1 :: segment][: len(found.surprise)] = found.surprise.numpy()
@@ -173,6 +184,12 @@ def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
     short = count * 2 // 3
     first = least - 2 * length + length * 2 // 3 if count >= least else short - (short > 0 == short % length)
     return first, min(first + SINGLES, count)
+
+
+def told_prefix(count: int, info: ModelInfo) -> int:
+    """Tokens of the prefix with which a text of `count` tokens is compared, too: a part of its first call."""
+    first, length = conversation(count, info)[0], stretch(info)
+    return min(PREFIX_TOKENS, longest_prefix(info.chunks, info.segment), first - length if first > length else first)
 
 
 def made_up_hits(info: ModelInfo) -> tuple[np.ndarray, np.ndarray] | None:

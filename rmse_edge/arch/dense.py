@@ -48,12 +48,15 @@ def parts(
     loop_weights: int,
     once_weights: int,
     further_thetas: Mapping[str, float] | None = None,
+    prefix: bool = False,
 ) -> dict[str, Any]:
     """`Arch.parts`."""
     ends = token_ids(c.eos_token_id, "eos_token_id")
     return {
         "dials": c.dials,
-        "text": TextInfo(c.vocab_size, c.head_width, rope_theta, dict(further_thetas or {}), eos_token_ids=ends),
+        "text": TextInfo(
+            c.vocab_size, c.head_width, rope_theta, dict(further_thetas or {}), prefix, eos_token_ids=ends
+        ),
         "loop_weights": loop_weights,
         "once_weights": once_weights,
     }

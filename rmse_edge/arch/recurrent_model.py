@@ -10,10 +10,7 @@
 Source: Geiping et al. 2025, Scaling up Test-Time Compute with Latent Reasoning, arXiv 2502.05171, section 3. An architecture
 gives its layers, the first state, the injection and the norms around the coda.
 
-**An exit gate** is no part of the published models: the rule "gate" adds one, a linear layer that reads the state, brought to
-one size, and by how much the loop has changed it. `rmse-train --stage gate` trains it with all else frozen.
-
-**Exit rules** that read predictions evaluate the coda and the head in every loop. There the coda of loop k reads, of all
+**Exit rules** are those of rmse_edge/arch/exits.py. Those that read predictions evaluate the coda and the head in every loop. There the coda of loop k reads, of all
 positions, the coda's keys and values of loop k, which are kept per loop like those of the core; a position that has stopped
 supplies those of its last loop. So a text gives the same numbers however it is cut into calls. The coda behind the loop has a
 cache of its own. Where the loops of the core share one set of slots, the coda's do, too: it is that behind the loop.
@@ -24,25 +21,24 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import Pair
-from rmse_edge.layers.norm import rms
 from rmse_edge.layers.stack import Kinds, Stack, context, mask_specs, masks_of
 from rmse_edge.layers.trajectory import trajectory, whole_masks
 from rmse_edge.loop.contract import Append, InjectedHits, LoopSpec, StateSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.generator import starts
-from rmse_edge.loop.predictions import carried, carry_after, change_stops, compares, first_carry
-from rmse_edge.loop.stop import add_log_survival, cosine_stops, delta_stops, gate_stops
+from rmse_edge.loop.predictions import carried, first_carry
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT
+
+from .exits import ExitRules
 
 EXITS = ("exit_keys", "exit_values")  # of the coda in every loop
 HELD = ("held_keys", "held_values")
@@ -56,7 +52,7 @@ class Stacks(NamedTuple):
     coda: Stack
 
 
-class RecurrentDepth(nn.Module, ABC):
+class RecurrentDepth(ExitRules, ABC):
     """The model, as a `TextModel` for runtimes and exporters and as a trajectory of states for training."""
 
     # Inputs of noise that the first state is made of: their standard deviation.
@@ -69,15 +65,8 @@ class RecurrentDepth(nn.Module, ABC):
             width: channels of a state, d.
             capacity: positions of a text, at most.
         """
-        super().__init__()
-        self.config, self.width, self.capacity = config, width, capacity
-        self.compares = compares(config.rules)  # whether its rules read predictions
-        if config.gated:
-            self.exit_gate = nn.Linear(width + 1, 1)
-            if not self.exit_gate.weight.is_meta:
-                # A gate that starts at 1/K gives every loop a similar share of the exit distribution.
-                nn.init.zeros_(self.exit_gate.weight)
-                nn.init.constant_(self.exit_gate.bias, -log(max(config.trained_loops - 1, 1)))
+        super().__init__(config, width)
+        self.capacity = capacity
 
     # ------------------------------------------------------------------------------------ what an architecture gives
 
@@ -218,26 +207,16 @@ class RecurrentDepth(nn.Module, ABC):
         h = torch.where(runs.unsqueeze(-1), after, carry["h"])
         new: Tensors = {}
         emitted = {"new_keys": pair[0], "new_values": pair[1]}
-        rules = {name: dials[name] for name in self.config.rules}  # it may be given dials of others
-        stop = torch.zeros_like(runs)
-        if "exit_threshold" in rules:
-            new["log_survival"] = add_log_survival(carry["log_survival"], self.gate(before, after), runs)
-            stop = stop | gate_stops(new["log_survival"], rules["exit_threshold"])
-        if "exit_epsilon" in rules:
-            stop = stop | delta_stops(before, after, rules["exit_epsilon"])
-        if "exit_cosine" in rules:
-            stop = stop | cosine_stops(before, after, rules["exit_cosine"])
+        logits = None
         if self.compares:
             y, of_coda = self._coda_in_loop(after, h, carry, past, fixed, runs)
-            of_loop = carry_after(k, carry, self.logits(self.out_of_coda(y)))
-            stop = stop | change_stops(k, carry, of_loop, rules)
-            new |= of_loop
+            logits = self.logits(self.out_of_coda(y))
             if not core.shared:
                 for name, t in zip(EXITS, of_coda):
                     emitted[f"new_{name}"] = t
                     new |= {} if self.config.kv_policy == "all" else {f"held_{name}": t}
-        stop = stop & (k + 1 >= dials["min_loops"])
-        return new | core.next_carry(carry, h, after, runs, stop, pair), emitted
+        stop, of_rules = self.judged(k, carry, before, after, runs, dials, logits)
+        return new | of_rules | core.next_carry(carry, h, after, runs, stop, pair), emitted
 
     def _coda_in_loop(
         self, after: Tensor, h: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, runs: Tensor
@@ -255,12 +234,6 @@ class RecurrentDepth(nn.Module, ABC):
             None if every else runs,
             None if every else {name: carry[f"held_exit_{name.removeprefix('held_')}"] for name in HELD},
         )
-
-    def gate(self, before: Tensor, after: Tensor) -> Tensor:
-        """The exit gate's logit, (B, C), of the states (B, C, d) on both sides of a loop."""
-        moved, size = ((t.square().sum(-1, keepdim=True)) for t in (after - before, after))
-        change = (moved / size.clamp_min(1e-30) + 1e-12).sqrt()  # its slope stays finite where nothing moved
-        return self.exit_gate(torch.cat([rms(after), change], -1)).squeeze(-1)
 
     def coda(self, tensors: Tensors) -> Tensors:
         stack, h = self.stacks.coda, tensors["h"]

@@ -62,16 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if not args.ignore_eos and (end := template.end_of_turn(tokenizer)):
             stop.append(end)
 
+    # A text that goes on from a session has begun, and a prefix is a beginning.
+    prefixed = args.prefix == "all" or (args.prefix is None and runtime.info.language.prefix)
+
     def generate(prompt: Sequence[int], tail: Tail = BEGINNING, told: int = 0) -> Generation:
         eos = () if args.ignore_eos else runtime.info.language.eos_token_ids
+        prefix = len(prompt) if prefixed and not runtime.position else 0
         return Generation(
-            runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, stop, librarian, tail, told
+            runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, stop, librarian, tail, told, prefix
         )
 
     resumed = restore_session(runtime, args.session) if args.session else None
     if template is not None:
         assert isinstance(tokenizer, Tokenizer)
-        return converse(args, Conversation(runtime, tokenizer, template, dials, generate), resumed, text)
+        return converse(args, Conversation(runtime, tokenizer, template, dials, generate, anew=prefixed), resumed, text)
     assert text is not None
     ids = args.prompt_tokens
     if isinstance(tokenizer, Tokenizer) and not ids:
@@ -114,6 +118,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens to write at most"
     )
+    parser.add_argument(
+        "--prefix", choices=("all", "none"),
+        help="positions of the prompt see each other whatever their order, or only those before them; by default all, where "
+        "the model knows prefixes. Behind a session there is none",
+    )  # fmt: skip
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token, always")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all")
@@ -144,6 +153,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.prompt_tokens and args.chat:
         raise UserError("--prompt-tokens: are no question; leave out --chat")
+    if args.prefix == "all" and args.session and not args.chat:
+        raise UserError("--prefix: the session's text has begun already; leave one of them out")
     if args.system is not None and not args.chat:
         raise UserError("--system: is a message of a conversation; add --chat")
     if args.system is not None and args.session:

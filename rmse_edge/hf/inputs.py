@@ -109,6 +109,29 @@ def valid_columns(input_ids: Tensor, mask: Tensor | None, past: int) -> Tensor:
     return mask[:, mask.shape[1] - count :].to(input_ids.device) != 0
 
 
+def prefix_lengths(types: Tensor | None, valid: Tensor, begun: bool) -> np.ndarray:
+    """How many of each row's first positions see each other whatever their order, (B,): those of type 1, as of HRM-Text.
+
+    Args:
+        types: `token_type_ids` (B, T); None: none.
+        valid: (B, T) bool, columns that are not padding.
+        begun: the texts have begun in earlier calls: then no position is of a prefix, as transformers has it.
+    Raises:
+        ArgumentError: of another shape, or ones behind other types.
+    """
+    if types is None or begun:
+        return np.zeros(len(valid), np.int64)
+    if types.shape != valid.shape:
+        raise ArgumentError("token_type_ids", f"got shape {tuple(types.shape)}, expected {tuple(valid.shape)}")
+    inside = (types == 1).to(valid.device) & valid
+    length = inside.sum(1)
+    if not bool((inside == (valid & (valid.cumsum(1) <= length[:, None]))).all()):
+        raise ArgumentError(
+            "token_type_ids", "got ones behind other types, expected them at the beginning of each text"
+        )
+    return length.cpu().numpy()
+
+
 def checked_tokens(input_ids: Tensor, valid: Tensor, vocab_size: int) -> Tensor:
     """The tokens (B, T), with padding as 0, so that a pad token may lie outside the vocabulary."""
     tokens = torch.where(valid, input_ids, 0)

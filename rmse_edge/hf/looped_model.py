@@ -31,10 +31,19 @@ from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import LoopSpec, Tensors
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
-from rmse_edge.numbers import SLOTS
+from rmse_edge.numbers import PREFIX, SLOTS
 
 from .generation import LoopedGeneration
-from .inputs import checked_tokens, given_cache, noise_of, refuse_arguments, resolve_dials, resolve_seed, valid_columns
+from .inputs import (
+    checked_tokens,
+    given_cache,
+    noise_of,
+    prefix_lengths,
+    refuse_arguments,
+    resolve_dials,
+    resolve_seed,
+    valid_columns,
+)
 from .known import OWN, text_types
 from .loading import HUB, checkpoint_folder, device_of, refuse_rest, require_float32
 from .looped_cache import LoopedCache
@@ -183,6 +192,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         attention_mask: Tensor | None = None,
         cache: LoopedCache | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         max_loops: int | None = None,
@@ -208,6 +218,8 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             cache: of an earlier call, which is written into. None: the text begins here.
             labels: (B, T) int64, -100 where ignored. The loss is the mean cross-entropy of the returned logits, of
                 positions that stopped where the dials made them stop.
+            token_type_ids: (B, T), of models whose texts may have a prefix: 1 for its positions, which see each other whatever
+                their order. They are the first of a text; a call that continues one ignores it, as transformers does.
             use_cache: return the cache; by default yes, unless training.
             logits_to_keep: the last so many columns, all with 0, or the columns of a 1-d tensor.
             max_loops, min_loops, exit_threshold and all other dials: see the class.
@@ -247,12 +259,15 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         if labels is not None and not (labels.shape == input_ids.shape and all_kept):
             raise UserError("labels: expected the shape of input_ids, and no logits_to_keep")
         valid = valid_columns(input_ids, attention_mask, cache.columns)
+        if not text.prefix:
+            refuse_arguments(self.spoken, {"token_type_ids": token_type_ids})
+        prefix = prefix_lengths(token_type_ids, valid, cache.columns > 0)
         tokens = checked_tokens(input_ids, valid, text.vocab_size)
         cache.allocate(self.model, spec, len(tokens), tokens.device)
         cache.require_room(spec, valid.sum(1).cpu().numpy())
         # Mixed precision changes when a position stops, and what a model decides besides.
         with torch.autocast(tokens.device.type, enabled=False):
-            h, depth = self._think(spec, tokens, valid.cpu().numpy(), cache, dials, text, seed)
+            h, depth = self._think(spec, tokens, valid.cpu().numpy(), cache, dials, text, seed, prefix)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.head(h[:, kept])["logits"]
             if not bool(valid.all()):
@@ -287,15 +302,18 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         dials: Tensors,
         text: TextInfo,
         seed: int,
+        prefix: np.ndarray,
     ) -> tuple[Tensor, Tensor]:
         """Run all valid columns through the loop and commit them.
 
-        Every call takes each row's next tokens, no more than the largest call has and none beyond the row's segment. Rows
+        Every call takes each row's next tokens, no more than the largest call has, or the first as many as the longest prefix,
+        and none beyond the row's segment. Rows
         that started elsewhere are cut elsewhere; `n_valid` of a call says how many each row has.
 
         Args:
             spec: of any call.
             tokens, valid: (B, T).
+            prefix: (B,) of each row, 0 where its text has begun before.
         Returns:
             (what head reads (B, T, d), zeros for padding; depth (B, T), 0 for padding).
         """
@@ -306,7 +324,8 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         total = valid.sum(1)
         done = np.zeros_like(total)
         while (done < total).any():
-            count = np.minimum(total - done, max(model.call_sizes()))  # (B,)
+            most = max(model.call_sizes()) if done.any() else max(*model.call_sizes(), *prefix)
+            count = np.minimum(total - done, most)  # (B,)
             if spec.segment is not None:
                 count = np.minimum(count, spec.segment - cache.position % spec.segment)
             spec = self._spec(int(count.max()))
@@ -314,7 +333,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             columns = np.take_along_axis(order, np.minimum(done[:, None] + row, tokens.shape[1] - 1), 1)  # (B, C)
             where = torch.from_numpy(columns).to(device)
             tensors = {"tokens": tokens.gather(1, where)} | cache.tensors()
-            tensors |= self._context(spec, text, cache.position, count, seed, device)
+            tensors |= self._context(spec, text, cache.position, count, seed, device, prefix)
             tensors |= model.prelude(tensors)
             tensors |= run_loop(model, spec, tensors, dials)
             for method in ("coda", "commit"):
@@ -339,15 +358,23 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             return self.model.spec(min(size for size in self.model.call_sizes() if size >= count))
 
     def _context(
-        self, spec: LoopSpec, text: TextInfo, position: np.ndarray, count: np.ndarray, seed: int, device: torch.device
+        self,
+        spec: LoopSpec,
+        text: TextInfo,
+        position: np.ndarray,
+        count: np.ndarray,
+        seed: int,
+        device: torch.device,
+        prefix: np.ndarray,
     ) -> Tensors:
         """What a call is told beside its tokens and its state: where it stands, noise, and that nothing was retrieved.
 
         Args:
             position, count: (B,) of each row: where it begins, and how many of the call's rows it fills.
+            prefix: (B,) of each text.
         """
         places = position[:, None] + np.arange(spec.chunk)  # (B, C)
-        host: dict[str, Any] = {"position": position, "n_valid": count}
+        host: dict[str, Any] = {"position": position, "n_valid": count} | ({PREFIX: prefix} if text.prefix else {})
         host |= given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
         found = {name: torch.from_numpy(array) for name, array in host.items()} | noise_of(spec, seed, places)
         known = {"tokens", SLOTS, *found, *(s.name for s in spec.state)}

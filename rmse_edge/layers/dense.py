@@ -17,11 +17,15 @@ class FullAttention(nn.Module):
     q_bias: Tensor  # (H, hd), with qk_bias
     k_bias: Tensor  # (G, hd)
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_bias: bool = False) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_bias: bool = False, gated: bool = False
+    ) -> None:
         """
         Args:
             n_kv_heads: G, a divisor of n_heads.
             qk_bias: learnt biases of queries and keys, added before they are turned.
+            gated: what was found is scaled before `o_proj`, channel by channel, with sigmoid(gate_proj(x)) (Qiu et al. 2025,
+                Gated Attention for LLMs).
         """
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim, self.qk_bias = n_heads, n_kv_heads, head_dim, qk_bias
@@ -30,6 +34,7 @@ class FullAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, n_heads * head_dim, bias=False) if gated else None
         if qk_bias:
             self.q_bias = nn.Parameter(torch.zeros(n_heads, head_dim))
             self.k_bias = nn.Parameter(torch.zeros(n_kv_heads, head_dim))
@@ -53,7 +58,8 @@ class FullAttention(nn.Module):
         if self.qk_bias:
             query = query + self.q_bias
         seen = attend(self._turned(query.transpose(1, 2), cos, sin), own, past, masks)  # (B, H, C, hd)
-        return self.o_proj(seen.transpose(1, 2).flatten(2))
+        found = seen.transpose(1, 2).flatten(2)  # (B, C, H * hd)
+        return self.o_proj(found if self.gate_proj is None else found * torch.sigmoid(self.gate_proj(x)))
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, H, C, hd) by angles (B, C, hd/2); in a graph as one operator."""

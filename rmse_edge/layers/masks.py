@@ -55,12 +55,19 @@ def slots_mask(position: Tensor, count: int, slots: Tensor, window: int | None =
     return _mask(filled & (here - slots < window))
 
 
-def causal_mask(n_valid: Tensor, count: int, window: int | None = None) -> Tensor:
-    """What `append_mask` says of the call alone, (B, 1, C, C); `window` as in `slots_mask`."""
+def causal_mask(n_valid: Tensor, count: int, window: int | None = None, within: Tensor | None = None) -> Tensor:
+    """What `append_mask` says of the call alone, (B, 1, C, C); `window` as in `slots_mask`.
+
+    Args:
+        within: (B,) how many of the call's first rows see each other whatever their order; None: none.
+    """
     row = torch.arange(count, device=n_valid.device)
     valid = row < n_valid[:, None]
     distance = row[:, None] - row
     seen = distance >= 0
+    if within is not None:
+        inside = row < within[:, None]  # (B, C)
+        seen = seen | (inside[:, :, None] & inside[:, None])
     if window is not None:
         seen = seen & (distance < window)
     return _mask(seen & (valid[:, None] | (distance == 0)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.loop.contract import Append, StateSpec, Tensors, TensorSpec
-from rmse_edge.numbers import SLOTS, KvDtype
+from rmse_edge.numbers import PREFIX, SLOTS, KvDtype
 
 from .cache import KeptKeysValues
 from .dense import Pair
@@ -51,14 +51,21 @@ FULL = Kind()
 Kinds = tuple[Kind, ...]
 
 
-def context(chunk: int, head_dim: int, capacity: int, kinds: Kinds = (FULL,)) -> tuple[TensorSpec, ...]:
-    """What hosts tell a call of a model with turned heads that attends to up to `capacity` positions."""
+def context(
+    chunk: int, head_dim: int, capacity: int, kinds: Kinds = (FULL,), prefix: bool = False
+) -> tuple[TensorSpec, ...]:
+    """What hosts tell a call of a model with turned heads that attends to up to `capacity` positions.
+
+    Args:
+        prefix: a text may have a prefix whose positions all see each other.
+    """
     angles = (1, chunk, head_dim // 2)
     return (
         *(TensorSpec(kind(name), angles) for kind in kinds for name in ("cos", "sin")),
         TensorSpec("position", (1,), torch.int64),
         TensorSpec("n_valid", (1,), torch.int64),
         TensorSpec(SLOTS, (capacity,), torch.int64, None, slots_axis=0),
+        *((TensorSpec(PREFIX, (1,), torch.int64),) if prefix else ()),
     )
 
 
@@ -74,9 +81,10 @@ def mask_specs(chunk: int, capacity: int, kinds: Kinds = (FULL,)) -> tuple[Tenso
 def masks_of(tensors: Tensors, count: int, kinds: Kinds = (FULL,)) -> Tensors:
     """The masks of a call of `count` rows, of its `context`: of the slots and of the call, for each kind of layers."""
     found: Tensors = {}
+    within = tensors[PREFIX] - tensors["position"] if PREFIX in tensors else None  # rows of this call
     for kind in kinds:
         found[kind("slots_mask")] = slots_mask(tensors["position"], count, tensors[SLOTS], kind.window)
-        found[kind("causal_mask")] = causal_mask(tensors["n_valid"], count, kind.window)
+        found[kind("causal_mask")] = causal_mask(tensors["n_valid"], count, kind.window, within)
     return found
 
 

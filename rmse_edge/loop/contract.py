@@ -349,3 +349,12 @@ class TextModel(LoopModel, Protocol):
             dials: the scalars of `spec.dials`.
             hits: None: nothing was retrieved.
         """
+
+
+class PrefixedTextModel(TextModel, Protocol):
+    """A model of texts that may have a prefix: it names `PREFIX` (rmse_edge/numbers.py) in its context."""
+
+    def whole_text(
+        self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None, prefix: int = 0
+    ) -> WholeText:
+        """As of `TextModel`; the first `prefix` tokens see each other whatever their order."""

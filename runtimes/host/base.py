@@ -73,11 +73,14 @@ class Runtime(Protocol):
     def reset(self) -> None:
         """Forget everything."""
 
-    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
+    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all", prefix: int = 0) -> Fed:
         """Continue the text with `tokens`; `logits` is "all" or "last".
 
+        Args:
+            prefix: how many of a text's first tokens see each other whatever their order; for models with `TextInfo.prefix`.
         Raises:
             UserError: the text would grow beyond `max_seq_len`, a token is outside the vocabulary, or there is none.
+            ArgumentError: the prefix is not at the text's beginning, longer than one call, or the model has none.
         """
 
     def state_bytes(self) -> int:

@@ -15,24 +15,32 @@ from .base import Arrays, Methods
 SINGLE_CALLS = 6
 
 
-def plan_calls(position: int, count: int, chunks: tuple[int, ...], segment: int | None = 64) -> list[tuple[int, int]]:
+def plan_calls(
+    position: int, count: int, chunks: tuple[int, ...], segment: int | None = 64, prefix: int = 0
+) -> list[tuple[int, int]]:
     """Split `count` tokens from `position` on into calls (rows of the call, tokens in it).
 
-    No call crosses a multiple of `segment` positions, so that a segment always ends with a call.
+    No call crosses a multiple of `segment` positions, so that a segment always ends with a call. The first `prefix` tokens
+    are in one call, which `longest_prefix` says that there is.
 
     >>> plan_calls(60, 70, (1, 64))
     [(1, 1), (1, 1), (1, 1), (1, 1), (64, 64), (1, 1), (1, 1)]
     """
-    calls = []
+    calls: list[tuple[int, int]] = []
     largest = chunks[-1]
     while count > 0:
         n = min(count, largest) if segment is None else min(count, largest, segment - position % segment)
-        if n <= SINGLE_CALLS and chunks[0] == 1:
+        if n <= SINGLE_CALLS and chunks[0] == 1 and (calls or prefix < 2):
             calls += [(1, 1)] * n
         else:
             calls.append((min(c for c in chunks if c >= n), n))
         position, count = position + n, count - n
     return calls
+
+
+def longest_prefix(chunks: tuple[int, ...], segment: int | None) -> int:
+    """Tokens that the prefix of a text may have, since all of it must be in one call."""
+    return chunks[-1] if segment is None else min(chunks[-1], segment)
 
 
 class Calls:

@@ -17,7 +17,7 @@ from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
 from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, Dtype, Form, ModelInfo
 from rmse_edge.loop.dials import DIALS
-from rmse_edge.numbers import SLOTS
+from rmse_edge.numbers import PREFIX, SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 
@@ -196,6 +196,8 @@ class Flow:
         found["scale"] = ((1,), "float32")  # of Core ML's `blank`
         if info.text is not None:
             found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}
+            if info.text.prefix:
+                found[PREFIX] = ((1,), "int64")
             if pairs := info.text.rotary_dims // 2:
                 endings = ("", *(f"_{name}" for name in info.text.further_thetas))
                 angles = [f"{name}{ending}" for ending in endings for name in ("cos", "sin")]
@@ -226,8 +228,15 @@ class Flow:
         """prelude, the loop, coda, head, commit, and what is left to be kept."""
         have, self.made = self.given(rows), {}
         self.run(f"prelude_{rows}", have)
+        begins = f"{'loop' if in_graph else 'begin'}_{rows}"
+        if (
+            self.info.text is not None
+            and self.info.text.prefix
+            and PREFIX not in {t.name for t in self.method(begins).inputs}
+        ):
+            self.refuse("model.text.prefix", "true", f"false, since {begins} takes no {PREFIX}")
         if in_graph:
-            self.run(f"loop_{rows}", have)
+            self.run(begins, have)
         else:
             self.host_loop(rows, have)
         self.require(f"the loop of {rows} rows", {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")})

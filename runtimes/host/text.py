@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from rmse_edge.errors import UserError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.info import LARGEST_STATE, ModelInfo, TextInfo
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.generator import starts
-from rmse_edge.numbers import SLOTS
+from rmse_edge.numbers import PREFIX, SLOTS
 
 from .base import Arrays, Fed, Methods, Surprise
-from .calls import Calls, plan_calls
+from .calls import Calls, longest_prefix, plan_calls
 
 
 class LoopRuntime:
@@ -40,6 +40,7 @@ class LoopRuntime:
         # Called after every segment, before it is forgotten.
         self.on_surprise: Callable[[Surprise], object] | None = None
         self._position = 0
+        self._prefix = 0  # tokens of the prefix that the calls of this `feed` are told of
         self.reset()
 
     @property
@@ -98,14 +99,16 @@ class LoopRuntime:
         others = [*self.retrieved.values(), *([] if self.calls.segment is None else [self.calls.segment])]
         return self.info.kept_bytes(self._position) + sum(array.nbytes for array in others)
 
-    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all") -> Fed:
+    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all", prefix: int = 0) -> Fed:
         ids = self._checked(tokens)
         self.info.check(dials)
+        self._check_prefix(prefix, len(ids))
+        self._prefix = prefix
         rows, depths, iterations, chunks, surprises = [], [], [], [], []
         done = 0
         self.whole = False
         segment = self.info.segment
-        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks, segment):
+        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks, segment, prefix):
             last = done + n == len(ids)
             out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
             depths.append(out["depth"][0, :n].copy())
@@ -146,6 +149,24 @@ class LoopRuntime:
                             f"(0..{self.info.vocab_size - 1})")  # fmt: skip
         return ids
 
+    def _check_prefix(self, prefix: int, count: int) -> None:
+        """Fail where the first `prefix` of `count` tokens cannot be read as a prefix."""
+        if not prefix:
+            return
+        if not self.info.language.prefix:
+            raise ArgumentError("prefix", f"{self.info.name} has none: each of its positions sees those before it")
+        if self._position:
+            raise ArgumentError("prefix", f"is the beginning of a text, and {self._position} tokens were fed before")
+        if not 0 < prefix <= count:
+            raise ArgumentError("prefix", f"got {prefix}, expected 0..{count}, of the tokens that are fed")
+        most = longest_prefix(self.info.chunks, self.info.segment)
+        if prefix > most:
+            raise ArgumentError(
+                "prefix",
+                f"{prefix} tokens are more than the {most} that one call of {self.info.name} has, and a prefix must be in "
+                "one; shorten it, leave it out, or raise longest_prefix in config.json",
+            )
+
     def context(self, chunk: int, n: int, position: int | None = None) -> Arrays:
         """What a call of `chunk` rows, `n` of them valid, is told about where it stands (here, by default)."""
         position = self._position if position is None else position
@@ -153,7 +174,9 @@ class LoopRuntime:
         places = position + np.arange(chunk)[None]  # (1, C)
         angles: Arrays = given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
         slots: Arrays = {} if self.calls.slots is None else {SLOTS: self._slots(self.calls.slots)}
-        return angles | slots | {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
+        known: Arrays = {PREFIX: np.array([self._prefix], np.int64)} if text.prefix else {}
+        known |= {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
+        return angles | slots | known
 
     @staticmethod
     @lru_cache(maxsize=1)

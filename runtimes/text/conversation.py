@@ -41,6 +41,8 @@ class Conversation:
     dials: Dials  # of what is read anew
     generate: Callable[..., Generation]  # takes a prompt, and `tail` and `told` by their names
     messages: list[Message] = field(default_factory=list)
+    # Every question is read with all that was said before, from an empty past: of models to which it is one prefix.
+    anew: bool = False
 
     # What the runtime has read: its text, and the last tokens of it that were not fed yet. There may be two ways of seeing
     # it, with those tokens or without. None: it is not known, or not worth going on from.
@@ -119,7 +121,7 @@ class Conversation:
 
     def _rest(self, text: str) -> tuple[list[int], int | None]:
         """The tokens to feed for `text`, and how many of them are pending; None for those: it is to be read anew."""
-        for read, pending in self._read:
+        for read, pending in self._read if not self.anew else ():
             if text.startswith(read):
                 return pending + self.tokenizer.encode_more(text[len(read) :]), len(pending)
         return self.tokenizer.encode(text, special=False), None

@@ -176,6 +176,7 @@ class Generation:
     librarian: Librarian | None = None  # is asked before the prompt's last token
     tail: Tail = BEGINNING  # of the text that the prompt goes on from
     told: int = 0  # tokens at the prompt's beginning that are in `tail` already
+    prefix: int = 0  # of the prompt's first tokens, how many see each other whatever their order
 
     made: list[tuple[int, int]] = field(init=False, default_factory=list)  # (token, depth), see `tokens` and `depth`
     prompt_depth: list[int] = field(init=False, default_factory=list)
@@ -214,7 +215,8 @@ class Generation:
                 self.finish_reason = "max_seq_len"
                 return
             start = perf_counter()
-            result = self.runtime.feed(fed, self.dials, logits="last")
+            first = {"prefix": self.prefix} if self.prefix and not self.made else {}
+            result = self.runtime.feed(fed, self.dials, logits="last", **first)
             token = self.sampler.pick(result.logits[-1], self.runtime.info.language.unused_token_ids)
             seconds = perf_counter() - start
             if self.made:

@@ -362,7 +362,7 @@ def test_the_verbs_on_a_checkpoint(
     folder, ids, dials = str(folders[case.name]), text_of(case)[:40], settings_of(case)["adaptive"]
     flags = [*flags_of(dials), "-o", "json", "-t", "1"]
     prompt = ["--prompt-tokens", ",".join(map(str, ids[:20])), "-n", "8", "--temperature", "0"]
-    assert rmse_run([folder, *prompt, *flags]) == 0
+    assert rmse_run([folder, *prompt, *flags, *case.run_flags]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert tokens == argmax_of_whole_text(case.model(), ids[:20], tokens, dials)
     (tmp_path / "ids.txt").write_text(" ".join(map(str, ids)))

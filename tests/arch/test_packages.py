@@ -30,7 +30,7 @@ from rmse_edge.arch.identity import model_info
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.errors import PackageError, ParityError, UserError
+from rmse_edge.errors import ArgumentError, PackageError, ParityError, UserError
 from rmse_edge.export.gate.compare import compare
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import PAGE
@@ -158,7 +158,7 @@ def test_a_package_generates_what_the_whole_text_says(
         ["--prompt-tokens", ",".join(map(str, prompt)), "-n", "7", "--save-session", session],
         ["--prompt-tokens", str(text_of(made.case)[20]), "-n", "5", "--session", session],
     ):
-        assert rmse_run([str(made.folder), *more, "--temperature", "0", *flags]) == 0
+        assert rmse_run([str(made.folder), *more, "--temperature", "0", *flags, *made.case.run_flags]) == 0
         said.append(json.loads(capsys.readouterr().out)["tokens"])
     assert said[0] == tokens[:7]
     behind = np.array([*prompt, *said[0], text_of(made.case)[20]])
@@ -175,6 +175,46 @@ def test_a_package_generates_what_the_whole_text_says(
     (tmp_path / "long.txt").write_text(" ".join(map(str, np.resize(ids, 100))))
     assert rmse_bench([str(made.folder), "--ids", str(tmp_path / "long.txt"), *small, *flags]) == 0
     assert {row["test"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"pp16", "tg4"}
+
+
+PREFIXED = tuple(c for c in TEXTS if (text := model_info(c.model(), c.name, 0).text) is not None and text.prefix)
+
+
+@packages(PREFIXED, "fp32")
+@pytest.mark.parametrize(("prefix", "parts"), [(40, (50, 100)), (5, (5, 145)), (64, (150,))], ids=str)
+def test_a_package_reads_a_prefix(
+    made: Made, prefix: int, parts: tuple[int, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Within the first call, as few tokens as are otherwise read one by one, and a whole call; the C++ runner, too."""
+    text, dials = text_of(made.case), settings_of(made.case)["adaptive"]
+    scalars = {name: torch.from_numpy(value) for name, value in dials.arrays().items()}
+    expected = made.model.whole_text(torch.from_numpy(text), scalars, prefix=prefix)
+    runtime = runtime_for(Package.open(made.folder))
+    fed = [runtime.feed(text[: parts[0]], dials, prefix=prefix)]
+    fed += [runtime.feed(part, dials) for part in (text[parts[0] :],) if len(part)]
+    assert np.array_equal(np.concatenate([f.depth for f in fed]), expected.depth)
+    np.testing.assert_allclose(np.concatenate([f.logits for f in fed]), expected.logits, atol=1e-4)
+    causal = whole(made.model, text, dials)[0]
+    assert np.abs(causal[: prefix - 1] - expected.logits[: prefix - 1].numpy()).max() > 1e-2
+    with pytest.raises(ArgumentError, match=r"^prefix: 65 tokens are more than the 64 that one call of "):
+        runtime.reset()
+        runtime.feed(text, dials, prefix=65)
+    if made.target != "executorch" or prefix != parts[0]:  # to the runner the first part is the prefix
+        return
+    native, flags = Runner([request.getfixturevalue("runner")], made.folder), flags_of(dials)
+    cut = ["--prefix", "all", "--parts", ",".join(map(str, parts))]
+    logits, depth = native.feed(text, tmp_path / "logits", *cut, *flags)
+    assert np.array_equal(depth, expected.depth)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+    ids = ",".join(map(str, text[:20]))
+    prompt = ("--prompt-tokens", ids, "-n", "6", "--temperature", "0", *flags)
+    tokens = native.document(*prompt)["tokens"]  # a prompt is a prefix
+    behind = torch.from_numpy(np.array([*text[:20], *tokens]))
+    said = made.model.whole_text(behind, scalars, prefix=20).logits
+    assert tokens == said[19:-1].argmax(-1).tolist() == native.document(*prompt, "--prefix", "all")["tokens"]
+    assert "--prefix: 70 tokens are more than the 64" in native.refusal(
+        "--prompt-tokens", ",".join(["1"] * 70), "-n", "1"
+    )
 
 
 @packages(TEXTS, "fp32")
@@ -259,5 +299,6 @@ def test_the_runner_says_what_python_says(made: Made, runner: Path, tmp_path: Pa
             assert np.array_equal(depth, python.feed(text, dials).depth)
         dials = settings_of(made.case)["adaptive"]
         prompt = ",".join(map(str, text[:20]))
+        flags = [*flags, *made.case.run_flags]
         tokens = native.document("--prompt-tokens", prompt, "-n", "12", "--temperature", "0", *flags)["tokens"]
         assert tokens == argmax_of_whole_text(made.model, text[:20], tokens, dials)

@@ -45,7 +45,10 @@ def test_all_three_stages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gru"}, "architecture: got 'gru', expected one of gpt, dory, huginn_raven, ouro, rmse"),
+        (
+            {"architecture": "gru"},
+            "architecture: got 'gru', expected one of gpt, dory, hrm_text, huginn_raven, ouro, rmse",
+        ),
         ({"depths": [2, 4]}, "depths: got [2, 4], expected loops in 1..3, the depth that is trained"),
         ({"model": RECIPE["model"] | {"block_size": None}}, "block_size: is missing, expected the number"),  # type: ignore[operator]
         ({"model": RECIPE["model"] | {"d_model": 32}}, "model: unknown key 'd_model'"),  # type: ignore[operator]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import small_dory, small_huginn
+from architectures import small_dory, small_hrm_text, small_huginn
 from helpers import assert_one_line, random_tokens
 from safetensors.torch import load_file
 
@@ -36,6 +36,14 @@ HUGINN = DORY | {
     },
 }  # fmt: skip
 
+HRM_TEXT = DORY | {
+    "architecture": "hrm_text",
+    "model": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+        "H_cycles": 3, "L_cycles": 1, "max_position_embeddings": 128, "exit_rules": ["delta"],
+    },
+}  # fmt: skip
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
@@ -50,7 +58,7 @@ def recipe_file(folder: Path, recipe: dict[str, Any], **changes: object) -> Path
     return path
 
 
-@pytest.mark.parametrize(("build", "change"), [(small_dory, 0.3), (small_huginn, 0.75)])
+@pytest.mark.parametrize(("build", "change"), [(small_dory, 0.3), (small_huginn, 0.75), (small_hrm_text, 0.4)])
 @pytest.mark.parametrize("rule", ["", "exit_epsilon", "exit_threshold"])
 def test_a_trajectory_says_what_the_model_says_of_a_text(build: Any, change: float, rule: str) -> None:
     model, tokens = build().eval(), torch.from_numpy(random_tokens(80))
@@ -70,7 +78,7 @@ def test_a_trajectory_says_what_the_model_says_of_a_text(build: Any, change: flo
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", [DORY, HUGINN], ids=["dory", "huginn"])
+@pytest.mark.parametrize("recipe", [DORY, HUGINN, HRM_TEXT], ids=["dory", "huginn", "hrm_text"])
 def test_trained_without_a_gate_which_comes_last(recipe: dict[str, Any], text: Path, tmp_path: Path) -> None:
     flags = ["--text", str(text), "--recipe", str(recipe_file(tmp_path, recipe)), "-o", str(tmp_path / "run")]
     assert rmse_train(flags) == 0

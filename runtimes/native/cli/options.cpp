@@ -135,6 +135,8 @@ std::vector<Flag> run_flags(Options& o) {
        [&](const std::string& v) { o.prompt = utf8(v); }},
       {"--file", "-f", "FILE", "the prompt is in a UTF-8 file, taken as it is; - for stdin",
        [&](const std::string& v) { o.file = v; }},
+      {"--prefix", "", "all|none", "positions of the prompt see each other whatever their order (all, if the model can)",
+       [&](const std::string& v) { choose(o.prefix, v, "all", "none"); }},
       {"--max-new-tokens", "-n", "N", "tokens to write at most (256)",
        [&](const std::string& v) { o.max_new_tokens = whole<int64_t>(v, 1); }},
       {"--temperature", "", "T", "0: the likeliest token, always (0.8)",

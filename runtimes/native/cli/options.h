@@ -25,6 +25,7 @@ struct Options {
 
   // Writing text.
   std::optional<std::string> prompt;
+  std::string prefix;  // all, none; empty: as the model has it
   std::string file;  // that holds the prompt; "-": stdin
   int64_t max_new_tokens = 256;
   Sampling sampling;

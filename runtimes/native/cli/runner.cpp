@@ -166,7 +166,8 @@ void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& op
     }
     if (finish_reason != "interrupted") break;
     const auto start = Clock::now();
-    const Fed result = model.feed(fed, dials);
+    const bool prefixed = tokens.empty() && (options.prefix.empty() ? model.info().text.prefix : options.prefix == "all");
+    const Fed result = model.feed(fed, dials, /*all_logits=*/false, prefixed ? std::ssize(fed) : 0);
     const int64_t token = sampler.pick(result.logits, model.info().text.unused_tokens);
     (tokens.empty() ? first_token_s : decode_s) += seconds_since(start);
     if (tokens.empty()) prompt_depth = result.depth;
@@ -301,7 +302,9 @@ int write_logits(const Options& options) {
   std::vector<float> logits;
   std::string depths;
   for (const int64_t count : parts) {
-    const Fed fed = model.feed(tokens.first(count), dials, /*all_logits=*/true);
+    // A text that is only read has no prefix, unless it is asked for: then the first part is one.
+    const bool prefixed = options.prefix == "all" && depths.empty();
+    const Fed fed = model.feed(tokens.first(count), dials, /*all_logits=*/true, prefixed ? count : 0);
     tokens = tokens.subspan(count);
     logits.insert(logits.end(), fed.logits.begin(), fed.logits.end());
     for (const int64_t depth : fed.depth) depths += std::to_string(depth) + " ";

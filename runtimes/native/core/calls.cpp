@@ -125,12 +125,13 @@ void Calls::bind_inputs(Method& method, int64_t slots) {
   }
 }
 
-void Calls::prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed) {
+void Calls::prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed, int64_t prefix) {
   const auto set = [&](const char* name, int64_t value) {
     if (const auto found = given_.find(name); found != given_.end()) *found->second.as<int64_t>() = value;
   };
   set("position", position);
   set("n_valid", std::ssize(tokens));
+  set("prefix", prefix);
   if (const auto ids = given_.find("tokens"); ids != given_.end()) {
     ids->second.clear();
     std::copy(tokens.begin(), tokens.end(), ids->second.as<int64_t>());

@@ -29,8 +29,9 @@ class Calls {
   // What is shared lies elsewhere now, and the appended state has so many slots.
   void bind(int64_t slots);
 
-  // `noise_seed`: of what the model begins from, where it begins from noise.
-  void prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed);
+  // `noise_seed`: of what the model begins from, where it begins from noise. `prefix`: of the text's first positions, how many
+  // see each other whatever their order.
+  void prelude(std::span<const int64_t> tokens, int64_t position, uint64_t noise_seed, int64_t prefix);
   int64_t loop();  // iterations that ran
   void coda() { run(coda_); }
   void head() { run(head_); }

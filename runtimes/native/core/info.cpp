@@ -222,6 +222,7 @@ TextInfo text_info(const Part& part) {
                 .rotary_dims = part.at("rotary_dims", whole(0, kLargestCount), 0),
                 .rope_theta = part.at("rope_theta", positive, 10'000.0),
                 .further_thetas = {},
+                .prefix = part.at("prefix", truth, false),
                 .max_seq_len = part.at("max_seq_len", or_null(whole(1, kMany)), std::nullopt),
                 .eos_tokens = {},
                 .unused_tokens = {}};

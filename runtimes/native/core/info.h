@@ -73,6 +73,7 @@ struct TextInfo {
   int64_t vocab_size, rotary_dims;  // rotary_dims: channels of each head that turn with the position; 0: there are no angles
   double rope_theta;
   std::map<std::string, double> further_thetas;  // of layers that turn by another base: cos_NAME and sin_NAME are given besides
+  bool prefix;  // a text may begin with positions that see each other whatever their order
   std::optional<int64_t> max_seq_len;
   std::vector<int64_t> eos_tokens;                         // each of them ends a text
   std::vector<std::pair<int64_t, int64_t>> unused_tokens;  // ranges [first, end) of ids that are never to be drawn

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "errors.h"
+
 namespace rmse {
 namespace {
 
@@ -13,14 +15,15 @@ namespace {
 constexpr int64_t kSingleCalls = 6;
 
 // Splits `count` tokens from `position` on into calls: (rows of the call, tokens in it). No call crosses a multiple of the
-// segment, so that a segment always ends with a call.
-std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t count, const ModelInfo& info) {
+// segment, so that a segment always ends with a call. The first `prefix` tokens are in one call, which there is.
+std::vector<std::pair<int64_t, int64_t>> plan_calls(int64_t position, int64_t count, const ModelInfo& info,
+                                                    int64_t prefix) {
   std::vector<std::pair<int64_t, int64_t>> calls;
   const std::vector<int64_t>& rows = info.chunks;
   while (count > 0) {
     int64_t n = std::min(count, rows.back());
     if (info.segment) n = std::min(n, *info.segment - position % *info.segment);
-    if (n <= kSingleCalls) {
+    if (n <= kSingleCalls && (!calls.empty() || prefix < 2)) {
       calls.insert(calls.end(), n, {rows.front(), 1});
     } else {
       calls.emplace_back(*std::lower_bound(rows.begin(), rows.end(), n), n);
@@ -115,13 +118,14 @@ void Model::reset() {
   position_ = 0;
 }
 
-Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits) {
+Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits, int64_t prefix) {
   check(tokens);
+  check_prefix(prefix, std::ssize(tokens));
   set(dials);
   Fed fed;
-  for (const auto& [rows, n] : plan_calls(position_, std::ssize(tokens), info_)) {
+  for (const auto& [rows, n] : plan_calls(position_, std::ssize(tokens), info_, prefix)) {
     Calls& calls = calls_of(rows);
-    calls.prelude(tokens.first(n), position_, noise_seed_);
+    calls.prelude(tokens.first(n), position_, noise_seed_, prefix);
     tokens = tokens.subspan(n);
     fed.iterations.push_back(calls.loop());
     const auto* depth = calls.at("depth").as<int64_t>();
@@ -143,7 +147,7 @@ Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_lo
 Calls& Model::prepare(std::span<const int64_t> tokens, const Dials& dials) {
   set(dials);
   Calls& calls = calls_of(std::ssize(tokens));
-  calls.prelude(tokens, position_, noise_seed_);
+  calls.prelude(tokens, position_, noise_seed_, /*prefix=*/0);
   return calls;
 }
 
@@ -165,6 +169,24 @@ void Model::check(std::span<const int64_t> tokens) const {
     throw std::runtime_error(std::to_string(length) + " tokens are more than the " + std::to_string(*room) + " that " +
                              info_.name + (room == info_.capacity() ? " attends to" : " can keep in 4 GiB") +
                              "; shorten the text");
+  }
+}
+
+// Fails where the first `prefix` of `count` tokens cannot be read as a prefix.
+void Model::check_prefix(int64_t prefix, int64_t count) const {
+  if (prefix == 0) return;
+  const auto refuse = [](const std::string& problem) { throw ArgumentError("prefix", problem); };
+  if (!info_.text.prefix) refuse(info_.name + " has none: each of its positions sees those before it");
+  if (position_ > 0) {
+    refuse("is the beginning of a text, and " + std::to_string(position_) + " tokens were fed before");
+  }
+  if (prefix < 0 || prefix > count) {
+    refuse("got " + std::to_string(prefix) + ", expected 0.." + std::to_string(count) + ", of the tokens that are fed");
+  }
+  const int64_t most = info_.segment ? std::min(info_.chunks.back(), *info_.segment) : info_.chunks.back();
+  if (prefix > most) {
+    refuse(std::to_string(prefix) + " tokens are more than the " + std::to_string(most) + " that one call of " +
+           info_.name + " has, and a prefix must be in one; shorten it, leave it out, or raise longest_prefix in config.json");
   }
 }
 

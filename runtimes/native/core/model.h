@@ -38,7 +38,8 @@ class Model {
   void set_noise_seed(uint64_t seed) { noise_seed_ = seed; }  // of models that begin from noise; 0 unless set
 
   void reset();
-  Fed feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits = false);
+  // `prefix`: how many of a text's first tokens see each other whatever their order; all of them are in one call.
+  Fed feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits = false, int64_t prefix = 0);
 
   // For timing the loop alone: a call of as many rows as there are tokens, ready for `loop`.
   Calls& prepare(std::span<const int64_t> tokens, const Dials& dials);
@@ -47,6 +48,7 @@ class Model {
   void make_shared();
   void make_memory();
   void check(std::span<const int64_t> tokens) const;
+  void check_prefix(int64_t prefix, int64_t count) const;
   void set(const Dials& dials);
   Calls& calls_of(int64_t rows);
   void grow(int64_t positions);

@@ -80,6 +80,9 @@ class Flow {
   // begin, then step: `first_X` and `next_X` are X, all else that step gives is stacked over the loops.
   void host_loop(const std::string& of_rows, int32_t rows) {
     const std::string begin = "begin" + of_rows, step = "step" + of_rows;
+    if (info_.text.prefix && !by_name(method(begin).inputs).contains("prefix")) {
+      refuse("model.text.prefix", "true", "false, since " + begin + " takes no prefix");
+    }
     run(begin, "first_");
     TensorSpec depth{"depth", Dtype::kInt64, {1, rows}};
     if (const auto active = have_.find("active"); active != have_.end()) depth.shape = active->second.shape;
@@ -192,6 +195,7 @@ Specs given_tensors(const ModelInfo& info, int64_t rows) {
   for (const ExitDial& dial : kExitDials) add(dial.name, dial.dtype, {});
   add("tokens", Dtype::kInt64, {1, n});
   for (const char* name : {"position", "n_valid"}) add(name, Dtype::kInt64, {1});
+  if (info.text.prefix) add("prefix", Dtype::kInt64, {1});
   if (pairs > 0) {
     for (const char* name : {"cos", "sin"}) {
       add(name, Dtype::kFloat32, {1, n, pairs});
