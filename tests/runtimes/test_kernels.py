@@ -63,6 +63,7 @@ def kernel_program(folder: Path, case: tuple[int, int, int]) -> tuple[Path, Expe
     from executorch.exir import ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
 
+    assert executorch_ops.OUT_VARIANTS  # which are known from its import on
     module = Experts(*case).eval()
     draw = torch.Generator().manual_seed(7)
     inputs = [torch.randn(9, case[1], generator=draw), torch.randn(9, 12, generator=draw), torch.arange(9) % 3 != 1]
