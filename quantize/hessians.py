@@ -208,7 +208,7 @@ def _add_experts(
             if up is not None:
                 up[e].addmm_((x * weight).T, x)
             if down is not None:
-                hidden = swiglu(x @ gate_up[e].T)
+                hidden = swiglu(x @ gate_up[e].T, experts.caps)
                 down[e].addmm_((hidden * weight).T, hidden)
 
     every = [piece for piece in pieces if len(piece[1])]

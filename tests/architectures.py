@@ -39,6 +39,8 @@ from rmse_edge.arch.hrm_text.model import HrmText
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
 from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
+from rmse_edge.arch.inkling2_loop_text.model import Inkling
 from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.checkpoint import save_checkpoint
@@ -234,6 +236,49 @@ def decided_hrm_text() -> HrmText:
     return model
 
 
+def small_inkling() -> Inkling:
+    """Layers of both kinds in the loop, two blocks in a pass, a window that texts are longer than, and one untrained pass."""
+    torch.manual_seed(7)
+    sliding, full = "hybrid_sliding", "hybrid"
+    model = Inkling(
+        InklingConfig(
+            vocab_size=68, unpadded_vocab_size=65, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=1, swa_head_dim=8,
+            sliding_window_size=24, d_rel=4, rel_extent=40, log_scaling_n_floor=32,
+            layer_types=(sliding, sliding, full, full), max_position_embeddings=512, moe_intermediate_size=32,
+            n_routed_experts=6, num_experts_per_tok=2, route_scale=2.0, n_layers_per_attn_res_block=1,
+            loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2,
+            untrained_loops=1, loop_gate_rank=8, exit_rules=("delta", "kl"), eos_token_id=None,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("_input.query"):  # layers read the token most of all, as in a trained model
+                p.normal_(std=0.3)
+                if "message" not in name:
+                    p[..., 0] += 4.0
+            elif name.endswith("static_weight"):
+                p.normal_()
+        model.model.embed_tokens.weight[:, 0] += 0.4
+        model.lm_head.weight *= 1.2
+    return model
+
+
+def decided_inkling() -> Inkling:
+    """A model as decided as a trained one: of the blocks, the token's own is read most, and few experts are close to another."""
+    model = small_inkling()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("balance_bias"):
+                buffer.copy_(torch.arange(6.0) * 0.7)
+        for name, p in model.named_parameters():
+            if name.endswith(("attention_input.query", "mlp_input.query", "final_input.query")):
+                p[..., 0] += 4.0
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight[:65])
+        model.lm_head.weight *= 3.0
+    return model
+
+
 CASES = (
     Case(
         "rmse",
@@ -276,6 +321,7 @@ CASES = (
         run_flags=("--prefix", "none"),
     ),
     Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True),
+    Case("inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05),
 )
 
 for _case in CASES:

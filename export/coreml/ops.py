@@ -30,7 +30,7 @@ from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.dense import FullAttention
-from rmse_edge.layers.experts import SparseExperts, StoredExperts, select, swiglu
+from rmse_edge.layers.experts import SparseExperts, StoredExperts, chosen_by, swiglu
 from rmse_edge.layers.held import Stored, decoded, hold, holds, unpacked
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
@@ -239,14 +239,18 @@ class PortableExperts(StoredExperts):
                 module = StoredLinear(kept) if dense else StoredRows(kept)
             self.add_module(f"stored_{name}", module)
 
-    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
-        routing = select(logits, self.balance_bias, self.top_k)
+    def exported(self, rows: Tensor, logits: Tensor, scores: Tensor, active: Tensor) -> Tensor:
+        routing = chosen_by(logits, scores, self.top_k)
         if self.dense:
             share = torch.zeros_like(logits).scatter(1, routing.experts, routing.weights)  # (N, E)
-            hidden = swiglu(self.stored_gate_up_proj(rows)).unflatten(-1, (logits.shape[-1], -1))  # (N, E, f)
+            hidden = swiglu(self.stored_gate_up_proj(rows), self.caps).unflatten(
+                -1, (logits.shape[-1], -1)
+            )  # (N, E, f)
             return self.stored_down_proj((hidden * share.unsqueeze(-1)).flatten(1))
         gate_up = self.stored_gate_up_proj(routing.experts)  # (N, k, 2f, d)
-        hidden = swiglu((gate_up @ rows[:, None, :, None]).squeeze(-1)) * routing.weights.unsqueeze(-1)  # (N, k, f)
+        hidden = swiglu((gate_up @ rows[:, None, :, None]).squeeze(-1), self.caps) * routing.weights.unsqueeze(
+            -1
+        )  # (N, k, f)
         return (self.stored_down_proj(routing.experts) @ hidden.unsqueeze(-1)).squeeze(-1).sum(1)
 
 

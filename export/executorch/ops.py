@@ -19,7 +19,7 @@ from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention
 from rmse_edge.layers.dense import FullAttention
-from rmse_edge.layers.experts import SparseExperts, StoredExperts, gathered_experts, select
+from rmse_edge.layers.experts import SparseExperts, StoredExperts, chosen_by, gathered_experts
 from rmse_edge.layers.held import decoded, release, unpacked
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
@@ -28,10 +28,11 @@ from rmse_edge.quantize.tensors import Format
 
 BLOCK = 32  # XNNPACK's groups, and the activations that share a scale in the experts' kernels
 OUT_VARIANTS = (
-    "sparse_experts.out(Tensor x, Tensor logits, Tensor bias, Tensor active, Tensor gate_up, Tensor down, SymInt top_k, *, "
+    "sparse_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up, Tensor down, SymInt top_k, "
+    "float gate_cap, float up_cap, *, Tensor(a!) out) -> Tensor(a!)",
+    "quantized_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up_codes, "
+    "Tensor gate_up_scales, Tensor down_codes, Tensor down_scales, SymInt top_k, float gate_cap, float up_cap, *, "
     "Tensor(a!) out) -> Tensor(a!)",
-    "quantized_experts.out(Tensor x, Tensor logits, Tensor bias, Tensor active, Tensor gate_up_codes, Tensor gate_up_scales, "
-    "Tensor down_codes, Tensor down_scales, SymInt top_k, *, Tensor(a!) out) -> Tensor(a!)",
 )
 
 
@@ -39,13 +40,15 @@ OUT_VARIANTS = (
 def quantized_experts(
     x: Tensor,
     logits: Tensor,
-    bias: Tensor,
+    scores: Tensor,
     active: Tensor,
     gate_up_codes: Tensor,
     gate_up_scales: Tensor,
     down_codes: Tensor,
     down_scales: Tensor,
     top_k: int,
+    gate_cap: float,
+    up_cap: float,
 ) -> Tensor:
     """`rmse_edge::sparse_experts` on integers; here with float activations, which the runtime's kernels round to int8.
 
@@ -55,7 +58,8 @@ def quantized_experts(
         gate_up_scales, down_scales: (E, outputs, groups) bfloat16.
     """
     both = ((gate_up_codes, gate_up_scales), (down_codes, down_scales))
-    return gathered_experts(x, select(logits, bias, top_k), *(_unpacked(codes, scales) for codes, scales in both))
+    weights = [_unpacked(codes, of_codes) for codes, of_codes in both]
+    return gathered_experts(x, chosen_by(logits, scores, top_k), weights[0], weights[1], (gate_cap, up_cap))
 
 
 def _unpacked(codes: Tensor, scales: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ def _unpacked(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 @quantized_experts.register_fake
-def _(x, logits, bias, active, gate_up_codes, gate_up_scales, down_codes, down_scales, top_k):
+def _(x, logits, scores, active, gate_up_codes, gate_up_scales, down_codes, down_scales, top_k, gate_cap, up_cap):
     return torch.empty_like(x)
 
 
@@ -131,9 +135,9 @@ class IntegerExperts(StoredExperts):
             self.register_buffer(f"{name}_codes", stored_codes(q))
             self.register_buffer(f"{name}_scales", q.scales.to(torch.bfloat16))
 
-    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
+    def exported(self, rows: Tensor, logits: Tensor, scores: Tensor, active: Tensor) -> Tensor:
         weights = (self.gate_up_codes, self.gate_up_scales, self.down_codes, self.down_scales)
-        return quantized_experts(rows, logits, self.balance_bias, active, *weights, self.top_k)
+        return quantized_experts(rows, logits, scores, active, *weights, self.top_k, *self.caps)
 
 
 def stored_codes(q: QuantizedTensor) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 
 from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram, dial_specs, signature, stacked
-from rmse_edge.info import dtype_name
-from rmse_edge.loop.contract import LoopSpec, Replace, Written
+from rmse_edge.info import State, dtype_name
+from rmse_edge.loop.contract import Append, LoopSpec, Replace, Written
 from rmse_edge.loop.steps import drive_steps
 from rmse_edge.numbers import SLOTS
 from rmse_edge.runtimes.engines.torch import TorchMethods
@@ -17,7 +17,9 @@ from rmse_edge.runtimes.host.base import Arrays, Methods
 # What another order of rounding may change in a method is found by rounding its inputs once more. Random weights may double
 # a difference in every loop; so engines are allowed this many times what PyTorch itself is off by then, up to a limit.
 ROUNDINGS, MOST = 4, 0.05
-EXAMPLE_SLOTS = 300  # of appended states that grow: the most there are may be far more than this takes to compare
+# Slots of appended states that grow, at most and at least: the most there are may be far more than this takes to compare.
+EXAMPLE_SLOTS, FEWEST_SLOTS = 300, 64
+EXAMPLE_STATE = 128 << 20  # bytes of such states: several copies are there at once
 
 
 def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0, slots: int | None = None) -> Arrays:
@@ -52,6 +54,15 @@ def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0, slots: int | 
     for takes, _ in spec.extra.values():
         feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in takes if t.name not in feeds}
     return feeds
+
+
+def example_slots(spec: LoopSpec) -> int | None:
+    """Of the appended state in examples; None: nothing is appended."""
+    if spec.capacity is None:
+        return None
+    states = [State.of(s) for s in spec.state if isinstance(s.update, Append)]
+    each = sum(s.nbytes(2) - s.nbytes(1) for s in states)
+    return min(spec.capacity, max(FEWEST_SLOTS, min(EXAMPLE_SLOTS, EXAMPLE_STATE // each)))
 
 
 def rounded_once_more(feeds: Arrays) -> Arrays:
@@ -116,7 +127,7 @@ def compare_methods(
     for chunk, spec in program.specs.items():
         reference = TorchMethods(program.model)
         dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
-        slots = min(spec.capacity, EXAMPLE_SLOTS) if program.grows and spec.capacity is not None else None
+        slots = example_slots(spec) if program.grows else None
         feeds = example_feeds(spec, reference, slots=slots)
         results: dict[str, Arrays] = {}
         own: dict[tuple[str, str], float] = {}  # by method and tensor

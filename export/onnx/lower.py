@@ -26,6 +26,7 @@ from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.layers.held import weights_of_codes
 from rmse_edge.quantize.parallel import aside
 
+from .experts import expand_expert_loops
 from .ops import STORED_WEIGHT, translations
 from .options import OnnxOptions
 from .passes import PASSES, name_sizes
@@ -159,6 +160,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
             graph = (known or {}).get(method.label) or to_onnx(method, _compact(method, own))
             if options.tensors:
                 read |= use_integers(graph, options.tensors, names, own.level)
+            expand_expert_loops(graph)
             weights.take(graph)
             file = graph_file(program, method)
             onnx.save(graph, folder / file)

@@ -1,10 +1,10 @@
 """How the model's own operators become ONNX: `RotaryEmbedding`, and ONNX Runtime's contrib `MoE`, with compaction or not.
 
-Two operators of our own stand in the graph only until export/onnx/passes.py and quantize.py have seen who reads them:
-`StoredWeight`, a weight given by its integers, and `Transposed`, the weight of a linear layer as a product wants it.
+Three operators of our own stand in the graph only until export/onnx/passes.py and quantize.py have seen who reads what:
+`StoredWeight`, a weight given by its integers, `Transposed`, the weight of a linear layer as a product wants it, and
+`ExpertLoop` (experts.py), experts that `MoE` cannot compute.
 
-`rmse_edge::sparse_experts` selects experts by logits plus balancing bias, but weighs them by the logits alone. `MoE`
-knows one input for both, so the logits of experts that were not selected are pushed to -1e4 first: its own top-k then
+`rmse_edge::sparse_experts` selects experts by scores, but weighs them by their logits. `MoE` knows one input for both, so the logits of experts that were not selected are pushed to -1e4 first: its own top-k then
 finds the same experts, and its softmax gives the rest exactly nothing. Which experts are selected is decided by `TopK`,
 whose ties go to the lower index by definition: exactly `top_k` logits are left for `MoE`, whose own ties go elsewhere.
 """
@@ -26,7 +26,7 @@ from rmse_edge.layers.masks import MASKED
 
 CONTRIB = "com.microsoft"
 OWN = "rmse_edge"  # of operators that no package has
-STORED_WEIGHT, TRANSPOSED = "StoredWeight", "Transposed"
+STORED_WEIGHT, TRANSPOSED, EXPERT_LOOP = "StoredWeight", "Transposed", "ExpertLoop"
 ROTARY = torch.ops.rmse_edge.rotary.default
 SPARSE_EXPERTS = torch.ops.rmse_edge.sparse_experts.default
 LINEAR = torch.ops.aten.linear.default
@@ -82,7 +82,16 @@ def register_own_schemas() -> None:
     inputs.append(parameter("zeros", codes, param_option=option.Optional))
     bits = defs.OpSchema.Attribute("bits", defs.OpSchema.AttrType.INT, "of a code", required=True)
     weight = [parameter("weight", floats)]
+    whole = "tensor(int64)"
+    kinds = {"count": whole, "x": floats, "chosen": whole, "weights": floats, "which": whole, "start": floats}
+    kinds |= {"gate_up": floats, "down": floats}
+    loop_inputs = [parameter(name, kind) for name, kind in kinds.items()]
+    caps = [
+        defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.FLOAT, "see `swiglu`", required=True)
+        for name in ("gate_cap", "up_cap")
+    ]
     for schema in (
+        defs.OpSchema(EXPERT_LOOP, OWN, 1, inputs=loop_inputs, outputs=[parameter("y", floats)], attributes=caps),
         defs.OpSchema(STORED_WEIGHT, OWN, 1, inputs=inputs, outputs=weight, attributes=[bits]),
         defs.OpSchema(TRANSPOSED, OWN, 1, inputs=weight, outputs=[parameter("transposed", floats)]),
     ):
@@ -103,8 +112,8 @@ def translations(compact: bool) -> dict[Any, Any]:
     register_own_schemas()
     ms, own = onnxscript.values.Opset(CONTRIB, 1), onnxscript.values.Opset(OWN, 1)
 
-    def experts(x, logits, bias, gate_up, down, top_k):
-        _, chosen = op.TopK(op.Add(logits, bias), op.Constant(value_ints=[top_k]), axis=-1)  # (N, top_k)
+    def experts(x, logits, scores, gate_up, down, top_k):
+        _, chosen = op.TopK(scores, op.Constant(value_ints=[top_k]), axis=-1)  # (N, top_k)
         nothing = op.Min(logits, op.Constant(value_float=MASKED))
         kept = op.ScatterElements(nothing, chosen, op.GatherElements(logits, chosen, axis=-1), axis=-1)
         return ms.MoE(
@@ -121,12 +130,26 @@ def translations(compact: bool) -> dict[Any, Any]:
             activation_beta=0.0,
         )
 
-    def all_rows(x, logits, bias, active, gate_up, down, top_k: int):
-        return experts(x, logits, bias, gate_up, down, top_k)
+    def expert_loop(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap):
+        _, chosen = op.TopK(scores, op.Constant(value_ints=[top_k]), axis=-1)  # (N, top_k)
+        weights = op.Softmax(op.GatherElements(logits, chosen, axis=-1), axis=-1)
+        which, _, _, _ = op.Unique(chosen)
+        start = op.Mul(x, op.Constant(value_float=0.0))
+        count = op.Size(which)
+        return own.ExpertLoop(count, x, chosen, weights, which, start, gate_up, down, gate_cap=gate_cap, up_cap=up_cap)
 
-    def active_rows(x, logits, bias, active, gate_up, down, top_k: int):
+    def either(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap):
+        if gate_cap or up_cap:  # which `MoE` has not
+            return expert_loop(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap)
+        return experts(x, logits, scores, gate_up, down, top_k)
+
+    def all_rows(x, logits, scores, active, gate_up, down, top_k: int, gate_cap: float, up_cap: float):
+        return either(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap)
+
+    def active_rows(x, logits, scores, active, gate_up, down, top_k: int, gate_cap: float, up_cap: float):
         rows = op.Transpose(op.NonZero(active), perm=[1, 0])  # (n, 1)
-        some = experts(op.GatherND(x, rows), op.GatherND(logits, rows), bias, gate_up, down, top_k)
+        given = (op.GatherND(t, rows) for t in (x, logits, scores))
+        some = either(*given, gate_up, down, top_k, gate_cap, up_cap)
         return op.ScatterND(x, rows, some)  # stopped rows get anything: their result is not read
 
     def rotary(x, cos, sin):

@@ -1,6 +1,7 @@
 """Quantised weights in ONNX: readers of a weight given by its integers become ONNX Runtime's operators on them.
 
     MatMul, Gemm  -> MatMulNBits            Gather -> GatherBlockQuantized            MoE -> QMoE
+    ExpertLoop    -> Loop, with MatMulNBits on one expert's integers at a time
 
 The program is traced with `rmse_edge::stored_weight` (rmse_edge/layers/held.py). Scales are bfloat16 numbers stored as float32: the
 operators keep them beside what they pack, and so these stay pages of the file instead of becoming memory. Per-channel scales
@@ -22,7 +23,8 @@ from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.held import with_stored
 from rmse_edge.quantize import Format, QuantizedTensor
 
-from .ops import CONTRIB, STORED_WEIGHT, TRANSPOSED
+from .experts import DOWN, UP, Product, expert_loop
+from .ops import CONTRIB, EXPERT_LOOP, STORED_WEIGHT, TRANSPOSED
 from .passes import forget_own_operators, graphs, names_read, remove_dead_nodes
 from .weights import MODEL
 
@@ -149,17 +151,19 @@ class _Stored:
         return next((b for b in BLOCKS if all(q.shape[-1] % b == 0 for q in formats)), BLOCKS[-1])
 
     def codes(self, name: str, block: int | None = None) -> str:
-        """(..., N, K * bits / 8) uint8, or (N, blocks, block * bits / 8) with the last block filled up."""
+        """(..., N, K * bits / 8) uint8, or (..., N, blocks, block * bits / 8) with the last block filled up."""
         q = self.tensors[name]
         packed = q.packed().numpy()
         if block is None:
             return self._keep(f"{MODEL}{name}.codes", packed)
-        rows, wide = packed.shape
+        *first, wide = packed.shape
+        packed = packed.reshape(-1, wide)
+        rows = len(packed)
         bytes_of_block = block * q.format.bits // 8
         zero = q.format.middle if q.format.bits == 8 else q.format.middle * 0x11
         padded = np.full((rows, -(-wide // bytes_of_block) * bytes_of_block), zero, np.uint8)
         padded[:, :wide] = packed
-        return self._keep(f"{MODEL}{name}.codes.blocks", padded.reshape(rows, -1, bytes_of_block))
+        return self._keep(f"{MODEL}{name}.codes.blocks", padded.reshape(*first, -1, bytes_of_block))
 
     def scales(self, name: str, block: int | None) -> str:
         """(..., N, blocks) float32; with `block` None one per channel, (..., N)."""
@@ -289,5 +293,40 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     return new
 
 
+def _expert_loop(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_level: int) -> NodeProto | None:
+    """Given: ExpertLoop(..., gate_up, down). Result: Loop, whose body takes one expert's codes and scales."""
+    if set(weights) != {UP, DOWN} or any(name.endswith(".T") for name in weights.values()):
+        return None
+
+    def of_integers(name: str) -> Product:
+        q, block = stored.tensors[name], stored.block(name)
+        check_format(name, q.format, q.shape[-1], "experts")
+        stacks = [stored.codes(name, block), stored.scales(name, block), stored.zeros(name)]
+        _, outputs, inputs = q.shape
+
+        def product(rows: str, expert: str, result: str) -> list[NodeProto]:
+            mine = [f"{result}_{i}" if stack else "" for i, stack in enumerate(stacks)]
+            nodes = [
+                helper.make_node("Gather", [stack, expert], [one], axis=0) for stack, one in zip(stacks, mine) if stack
+            ]
+            nodes.append(
+                helper.make_node(
+                    "MatMulNBits", [rows, *(mine if mine[-1] else mine[:-1])], [result], domain=CONTRIB,
+                    K=inputs, N=outputs, bits=q.format.bits, block_size=block, accuracy_level=accuracy_level,
+                )
+            )  # fmt: skip
+            return nodes
+
+        return product
+
+    return expert_loop(node, of_integers(weights[UP]), of_integers(weights[DOWN]))
+
+
 Replacement = Callable[[NodeProto, dict[int, str], _Stored, int], NodeProto | None]
-REPLACEMENTS: dict[str, Replacement] = {"MatMul": _matmul, "Gemm": _gemm, "Gather": _gather, "MoE": _moe}
+REPLACEMENTS: dict[str, Replacement] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Gather": _gather,
+    "MoE": _moe,
+    EXPERT_LOOP: _expert_loop,
+}

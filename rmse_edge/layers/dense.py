@@ -67,9 +67,21 @@ class FullAttention(nn.Module):
         return turn(x, cos.unsqueeze(1), sin.unsqueeze(1))
 
 
-def attend(query: Tensor, own: Pair, past: Pair | None, masks: Pair) -> Tensor:
-    """Softmax attention of queries (B, H, C, hd); keys, values and masks as in `FullAttention.forward`."""
-    if not torch.compiler.is_exporting():
+def attend(
+    query: Tensor,
+    own: Pair,
+    past: Pair | None,
+    masks: Pair,
+    biases: Pair | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of queries (B, H, C, hd); keys, values and masks as in `FullAttention.forward`.
+
+    Args:
+        biases: added to the scores, of the slots (B, H, C, S) and of the call (B, H, C, C).
+        sinks: (B, H, C, 1), a score of each query with nothing behind it: it takes its share of the softmax.
+    """
+    if not torch.compiler.is_exporting() and biases is None and sinks is None:
         keys, values = own if past is None else (torch.cat(both, 2) for both in zip(past, own))
         mask = masks[1] if past is None else torch.cat(masks, -1)
         grouped = query.shape[1] != keys.shape[1]
@@ -80,17 +92,27 @@ def attend(query: Tensor, own: Pair, past: Pair | None, masks: Pair) -> Tensor:
     rows = query.reshape(query.shape[0], groups, -1, query.shape[3])  # (B, G, H/G * C, hd)
     sides = (own,) if past is None else (past, own)
     shared = query.shape[1] // groups
+
+    def folded(x: Tensor) -> Tensor:
+        """(B, H, C, n) -> (B, G, H/G * C, n)."""
+        return x.reshape(x.shape[0], groups, -1, x.shape[3])
+
     seen = [
         mask if shared == 1 else mask.repeat(1, 1, shared, 1) for mask in (masks if past is not None else masks[1:])
     ]
     scores = [
         torch.matmul(rows, keys.transpose(2, 3)) * query.shape[3] ** -0.5 + mask for (keys, _), mask in zip(sides, seen)
     ]  # (B, G, H/G * C, S) and (B, G, H/G * C, C)
+    if biases is not None:
+        scores = [score + folded(bias) for score, bias in zip(scores, biases if past is not None else biases[1:])]
+    if sinks is not None:  # in front: what is cut off behind it are the columns of the call
+        scores.insert(0, folded(sinks))
     weights = torch.softmax(torch.cat(scores, -1), -1)
     own_weights = weights[..., -count:]
     out = torch.matmul(own_weights, own[1])
     if past is not None:
-        out = out + torch.matmul(weights[..., :-count], past[1])
+        first = 0 if sinks is None else 1
+        out = out + torch.matmul(weights[..., first:-count], past[1])
     return out.reshape(query.shape)
 
 

@@ -1,8 +1,17 @@
-"""Memory-sparse experts: each position of each loop is computed by 10 of 512 tiny SwiGLU experts and a shared one.
+"""Sparse SwiGLU experts: of many, a few compute a position; in RMS-E 10 of 512 tiny ones, and a shared one.
 
-Routing reads the loop step twice: through the state, which carries the step encoding, and through a learned logit per
+Its routing reads the loop step twice: through the state, which carries the step encoding, and through a learned logit per
 (loop, expert), so that one block can act like a different layer in every loop. Expert weights are stacked with the
 expert as the first axis, contiguous, so that a runtime can keep, quantise or page each one by itself.
+
+A router chooses by the scores of all experts and weighs those that it has chosen:
+
+| scoring | chooses by | weighs by |
+|---|---|---|
+| softmax | logit + bias | the softmax of the chosen logits |
+| sigmoid | sigmoid(logit) + bias | sigmoid(logit), over the sum of the chosen ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) |
+
+The second weighing is the softmax of log sigmoid(logit): so every runtime weighs by a softmax, and is given scores besides.
 """
 
 from __future__ import annotations
@@ -10,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +33,15 @@ GATHER_ROWS = 4
 ALIGNMENT = 16  # bytes of a row that `grouped_mm` asks for
 
 
+Scoring = Literal["softmax", "sigmoid"]
+Caps = tuple[float, float]  # of gate and up, see `swiglu`; 0: none
+NO_CAPS: Caps = (0.0, 0.0)
+
+
 class Routing(NamedTuple):
     """What the router decided for N rows."""
 
-    logits: Tensor  # (N, E) float32, balancing bias not included
+    logits: Tensor  # (N, E) float32 whose softmax weighs, balancing bias not included
     experts: Tensor  # (N, top_k) int64
     weights: Tensor  # (N, top_k) float32, positive, sum 1
 
@@ -39,7 +53,12 @@ def select(logits: Tensor, bias: Tensor, top_k: int) -> Routing:
     weights are the float32 softmax over all experts, renormalised over the chosen ones; since both steps divide by a
     common factor, that equals the softmax over the chosen logits.
     """
-    chosen = best(logits + bias, top_k)
+    return chosen_by(logits, logits + bias, top_k)
+
+
+def chosen_by(logits: Tensor, scores: Tensor, top_k: int) -> Routing:
+    """Pick the experts of the largest `scores` (N, E), and weigh them by the softmax of their `logits` (N, E)."""
+    chosen = best(scores, top_k)
     return Routing(logits, chosen, torch.softmax(logits.gather(-1, chosen), -1))
 
 
@@ -104,19 +123,30 @@ def best_portable(scores: Tensor, count: int) -> Tensor:
     return (selectable * ranks + above * size).topk(count, -1).indices
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up over interleaved channels [gate_0, up_0, gate_1, ...]: (..., 2f) -> (..., f)."""
+def swiglu(gate_up: Tensor, caps: Caps = NO_CAPS) -> Tensor:
+    """silu(gate) * up over interleaved channels [gate_0, up_0, gate_1, ...]: (..., 2f) -> (..., f).
+
+    Args:
+        caps: of gate and up: c * tanh(x / c) takes the place of x, but not within the sigmoid of silu; 0: of neither.
+    """
     gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.silu(gate) * up
+    if caps == NO_CAPS:
+        return F.silu(gate) * up
+    return soft_capped(gate, caps[0]) * torch.sigmoid(gate) * soft_capped(up, caps[1])
 
 
-def gathered_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): x where it is small, never beyond the cap."""
+    return torch.tanh(x / cap) * cap
+
+
+def gathered_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, caps: Caps = NO_CAPS) -> Tensor:
     """For a few rows: fetch the chosen experts' weights and multiply. (N, d) -> (N, d)."""
-    hidden = swiglu(torch.einsum("nd,nkfd->nkf", x, gate_up[routing.experts]))
+    hidden = swiglu(torch.einsum("nd,nkfd->nkf", x, gate_up[routing.experts]), caps)
     return torch.einsum("nkf,nkdf->nd", hidden * routing.weights[..., None].to(x.dtype), down[routing.experts])
 
 
-def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, caps: Caps = NO_CAPS) -> Tensor:
     """For many rows: sort (row, expert) pairs by expert, then one grouped matmul per projection. (N, d) -> (N, d)."""
     rows, top_k = routing.experts.shape
     flat = routing.experts.reshape(-1)
@@ -124,7 +154,8 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) 
     ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
     # Zeros that fill up a row of another width than 4 float32 numbers change no product; they cost a copy of the weights.
     gate_up, down = aligned(gate_up), aligned(down.transpose(1, 2))
-    hidden = swiglu(F.grouped_mm(aligned(x).index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends))
+    hidden = F.grouped_mm(aligned(x).index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends)
+    hidden = swiglu(hidden, caps)
     # The routing weight goes on the narrow hidden channels; on the output it would cost d / f times as much.
     hidden = hidden * routing.weights.reshape(-1, 1).index_select(0, order).to(x.dtype)
     out = F.grouped_mm(hidden, down, offs=ends)
@@ -145,26 +176,35 @@ def aligned(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("rmse_edge::sparse_experts", mutates_args=())
 def sparse_experts(
-    x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int
+    x: Tensor,
+    logits: Tensor,
+    scores: Tensor,
+    active: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    top_k: int,
+    gate_cap: float,
+    up_cap: float,
 ) -> Tensor:
     """The routed experts as one operator, which every target lowers in its own way.
 
     Args:
         x: (N, d) normed rows.
-        logits: (N, E) float32 router logits.
-        bias: (E,) balancing bias, added for selection only.
+        logits: (N, E) float32, whose softmax weighs those that are selected.
+        scores: (N, E) float32, by which they are selected.
         active: (N,) bool; rows that have stopped may be skipped, and whatever is returned for them is ignored.
         gate_up: (E, 2f, d) with gate and up interleaved; down: (E, d, f).
+        gate_cap, up_cap: as in `swiglu`.
     Returns:
         (N, d).
     """
-    routing = select(logits, bias, top_k)
+    routing = chosen_by(logits, scores, top_k)
     compute = gathered_experts if x.shape[0] <= GATHER_ROWS else grouped_experts
-    return compute(x, routing, gate_up, down)
+    return compute(x, routing, gate_up, down, (gate_cap, up_cap))
 
 
 @sparse_experts.register_fake
-def _(x: Tensor, logits: Tensor, bias: Tensor, active: Tensor, gate_up: Tensor, down: Tensor, top_k: int) -> Tensor:
+def _(x, logits, scores, active, gate_up, down, top_k, gate_cap, up_cap):
     return torch.empty_like(x)
 
 
@@ -175,24 +215,41 @@ class SparseExperts(nn.Module):
     load: Tensor  # (E,) rows received since the last balance()
 
     def __init__(
-        self, d_model: int, *, n_experts: int, top_k: int, expert_width: int, shared_width: int, max_loops: int
+        self,
+        d_model: int,
+        *,
+        n_experts: int,
+        top_k: int,
+        expert_width: int,
+        shared_width: int | None = None,
+        max_loops: int | None = None,
+        scoring: Scoring = "softmax",
+        scale: float = 1.0,
+        caps: Caps = NO_CAPS,
     ) -> None:
         """
         Args:
             top_k: experts that compute a position, at most n_experts.
             expert_width: hidden channels of each routed expert.
-            shared_width: hidden channels of all shared experts together; 0: there are none.
-            max_loops: K, the trained depth.
+            shared_width: hidden channels of all shared experts together; None: the model has no tensors for any.
+            max_loops: K, the trained depth, of a router with a logit per loop and expert; None: it does not tell loops apart.
+            scoring: what the router makes of its logits.
+            scale: by which what the routed experts give is multiplied.
+            caps: as in `swiglu`.
         """
         super().__init__()
-        self.n_experts, self.top_k = n_experts, top_k
+        self.n_experts, self.top_k, self.scoring, self.scale, self.caps = n_experts, top_k, scoring, scale, caps
         self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.step_logits = nn.Parameter(torch.zeros(max_loops, n_experts))
+        self.tells_loops = max_loops is not None
+        if max_loops is not None:
+            self.step_logits = nn.Parameter(torch.zeros(max_loops, n_experts))
         self.register_buffer("balance_bias", torch.zeros(n_experts))
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * expert_width, d_model))
         self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, expert_width))
-        self.shared_gate_up_proj = nn.Linear(d_model, 2 * shared_width, bias=False)
-        self.shared_down_proj = nn.Linear(shared_width, d_model, bias=False)
+        self.shares = bool(shared_width)
+        if shared_width is not None:
+            self.shared_gate_up_proj = nn.Linear(d_model, 2 * shared_width, bias=False)
+            self.shared_down_proj = nn.Linear(shared_width, d_model, bias=False)
         # Rows each expert received since the last balance() call; kept out of checkpoints.
         self.register_buffer("load", torch.zeros(n_experts), persistent=False)
         # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order, zeros for those
@@ -204,7 +261,14 @@ class SparseExperts(nn.Module):
     def router_logits(self, x: Tensor, k: int | Tensor) -> Tensor:
         """(N, d) -> (N, E), always float32: a rounding of 1e-3 here flips which experts run."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.router.weight.float()) + table_row(self.step_logits, k).float()
+            logits = F.linear(x.float(), self.router.weight.float())
+            return logits + table_row(self.step_logits, k).float() if self.tells_loops else logits
+
+    def weighed(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What the router makes of its logits (N, E): those whose softmax weighs, and the scores that select, (N, E) each."""
+        if self.scoring == "sigmoid":
+            return F.logsigmoid(logits), torch.sigmoid(logits) + self.balance_bias
+        return logits, logits + self.balance_bias
 
     def forward(self, x: Tensor, k: int | Tensor, active: Tensor | None = None) -> Tensor:
         """(B, C, d) normed states of loop k -> (B, C, d); rows where `active` (B, C) is False may be skipped."""
@@ -213,10 +277,13 @@ class SparseExperts(nn.Module):
             return self._computed(rows, k, active).view(x.shape)
         logits = self.router_logits(rows, k)
         live = torch.ones_like(rows[:, 0], dtype=torch.bool) if active is None else active.reshape(-1)
-        routed = self.exported(rows, logits, live)
-        if not self.shared_down_proj.in_features:
+        routed = self._scaled(self.exported(rows, *self.weighed(logits), live))
+        if not self.shares:
             return routed.view(x.shape)  # zero wide: ONNX cannot reshape what is empty to an unknown number of rows
         return (routed + self._shared(rows)).view(x.shape)
+
+    def _scaled(self, routed: Tensor) -> Tensor:
+        return routed if self.scale == 1 else routed * self.scale
 
     def _computed(self, rows: Tensor, k: int | Tensor, active: Tensor | None) -> Tensor:
         """The eager pass over rows (N, d) -> (N, d). Outside of training, stopped rows are not computed: they get zeros."""
@@ -234,27 +301,30 @@ class SparseExperts(nn.Module):
         if self.listener is not None:
             self.listener(some, routing)
         compute = gathered_experts if some.shape[0] <= GATHER_ROWS else grouped_experts
-        found = compute(some, routing, self.gate_up_proj, self.down_proj) + self._shared(some)
+        found = self._scaled(compute(some, routing, self.gate_up_proj, self.down_proj, self.caps))
+        if self.shares:
+            found = found + self._shared(some)
         return found if live is None else torch.zeros_like(rows).index_copy_(0, live, found)
 
     def route(self, rows: Tensor, k: int | Tensor) -> Routing:
         """Which experts compute rows (N, d) in loop k."""
-        return select(self.router_logits(rows, k), self.balance_bias, self.top_k)
+        return chosen_by(*self.weighed(self.router_logits(rows, k)), self.top_k)
 
     def _shared(self, rows: Tensor) -> Tensor:
         return self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
 
-    def exported(self, rows: Tensor, logits: Tensor, active: Tensor) -> Tensor:
-        """The routed experts in a graph: rows (N, d), logits (N, E), active (N,) bool -> (N, d)."""
+    def exported(self, rows: Tensor, logits: Tensor, scores: Tensor, active: Tensor) -> Tensor:
+        """The routed experts in a graph: rows (N, d), logits and scores (N, E), active (N,) bool -> (N, d)."""
         weights = (self.gate_up_proj, self.down_proj)
-        return sparse_experts(rows, logits, self.balance_bias, active, *weights, self.top_k)
+        return sparse_experts(rows, logits, scores, active, *weights, self.top_k, *self.caps)
 
     def margin(self, routing: Routing) -> Tensor:
         """By how much the last expert that was selected leads the next one, (N,); infinite where all are selected."""
         top_k = self.top_k
         if top_k == self.n_experts:
             return torch.full_like(routing.logits[:, 0], torch.inf)
-        last, following = (routing.logits + self.balance_bias).topk(top_k + 1).values[:, -2:].unbind(-1)
+        scores = routing.logits.exp() if self.scoring == "sigmoid" else routing.logits
+        last, following = (scores + self.balance_bias).topk(top_k + 1).values[:, -2:].unbind(-1)
         return last - following
 
     @torch.no_grad()

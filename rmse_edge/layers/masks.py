@@ -21,15 +21,35 @@ def ring_mask(position: Tensor, n_valid: Tensor, count: int, window: int) -> Ten
     """
     row = torch.arange(count, device=position.device)
     valid = row < n_valid[:, None]  # (B, C)
-    last = position[:, None] - 1
-    slot = torch.arange(window, device=row.device)
-    # One window is added, so that nothing is negative: ExecuTorch's integer remainder takes the sign of C's there.
-    held = last - torch.remainder(last - slot + window, window)  # (B, W)
-    here = position[:, None] + row  # (B, C)
-    past = (held >= 0)[:, None] & (here[..., None] - held[:, None] < window)
+    past = _in_ring(position, count, ring_positions(position, window), window)
     distance = row[:, None] - row
     chunk = (distance >= 0) & (distance < window) & (valid[:, None] | (distance == 0))
     return _mask(torch.cat([past, chunk.expand(*past.shape[:2], chunk.shape[-1])], -1))
+
+
+def ring_positions(position: Tensor, slots: int) -> Tensor:
+    """The position whose row each slot of a ring holds before a call at `position` (B,): (B, S), negative where there is none."""
+    last = position[:, None] - 1
+    slot = torch.arange(slots, device=position.device)
+    # One ring is added, so that nothing is negative: ExecuTorch's integer remainder takes the sign of C's there.
+    return last - torch.remainder(last - slot + slots, slots)
+
+
+def ring_slots_mask(position: Tensor, count: int, slots: int, window: int) -> Tensor:
+    """What `ring_mask` says of the ring alone, (B, 1, C, S); it may have fewer slots than the window has positions, if a
+    text has not more.
+    """
+    return _mask(_in_ring(position, count, ring_positions(position, slots), window))
+
+
+def _in_ring(position: Tensor, count: int, held: Tensor, window: int) -> Tensor:
+    return (held >= 0)[:, None] & (distances(position, count, held) < window)
+
+
+def distances(position: Tensor, count: int, held: Tensor) -> Tensor:
+    """By how much the rows of a call at `position` (B,) are behind the positions `held` (B or 1, n): (B, C, n) int64."""
+    here = position[:, None] + torch.arange(count, device=position.device)  # (B, C)
+    return here[..., None] - held[:, None]
 
 
 def append_mask(position: Tensor, n_valid: Tensor, count: int, slots: Tensor) -> Tensor:

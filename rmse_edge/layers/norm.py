@@ -29,3 +29,9 @@ def unit(x: Tensor) -> Tensor:
 def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x over its root mean square, last axis."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def clipped(x: Tensor, longest: float) -> Tensor:
+    """x where it is no longer than `longest` (L2, last axis), otherwise scaled down to that."""
+    length = x.square().sum(-1, keepdim=True).sqrt()
+    return x * (longest / (length + 1e-6)).clamp(max=1.0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from rmse_edge.loop.contract import Append, StateSpec, Tensors, TensorSpec
 from rmse_edge.numbers import PREFIX, SLOTS, KvDtype
 
+from . import policy as of_policy
 from .cache import KeptKeysValues
 from .dense import Pair
 from .masks import causal_mask, slots_mask
-
-KvPolicy = Literal["propagate", "repeat", "all"]
+from .policy import KvPolicy
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,8 @@ class Stack(nn.Module):
 
     def carried(self, chunk: int, width: int) -> tuple[TensorSpec, ...]:
         """What its policy carries from iteration to iteration, beside h (1, C, width) and active."""
-        if self.policy == "repeat":
-            return tuple(TensorSpec(name, self.call(chunk)) for name in ("held_keys", "held_values"))
-        if self.policy == "all":
-            return (
-                TensorSpec("running", (1, chunk, width)),
-                TensorSpec("settled", (1, chunk), torch.bool),
-            )
-        return ()
+        held = (TensorSpec(name, self.call(chunk)) for name in ("held_keys", "held_values"))
+        return of_policy.carried(self.policy, chunk, width, held)
 
     # ------------------------------------------------------------------------------------------------ the loop's carry
 
@@ -195,27 +189,16 @@ class Stack(nn.Module):
         Args:
             valid: (B, C) bool, rows that are not padding.
         """
-        first = {"h": h, "active": valid}
-        if self.policy == "repeat":
-            held = self.nothing_held(h)
-            return first | {"held_keys": held, "held_values": held}
-        if self.policy == "all":
-            return first | {"running": h, "settled": torch.zeros_like(valid)}
-        return first
+        held = {"held_keys": (nothing := self.nothing_held(h)), "held_values": nothing}
+        return of_policy.first_carry(self.policy, h, valid, held)
 
     def nothing_held(self, like: Tensor) -> Tensor:
-        """Keys or values that no position has held yet, (B, L * G, C, hd), for states (B, C, d).
-
-        Zeros that are computed: a target would store those of a constant shape.
-        """
-        zero = (like[..., :1] * 0).unsqueeze(1)  # (B, 1, C, 1)
-        return zero.repeat(1, self.heads, 1, self.head_dim)
+        """Keys or values that no position has held yet, (B, L * G, C, hd), for states (B, C, d)."""
+        return of_policy.nothing(like, self.heads, self.head_dim)
 
     def entering(self, carry: Tensors) -> tuple[Tensor, Tensor]:
         """What the iteration begins with, (B, C, d), and which positions have not stopped, (B, C) bool."""
-        if self.policy == "all":
-            return carry["running"], carry["active"] & ~carry["settled"]
-        return carry["h"], carry["active"]
+        return of_policy.entering(self.policy, carry)
 
     def iterate(
         self, x: Tensor, k: int | Tensor, carry: Tensors, past: Tensors, fixed: Tensors, runs: Tensor
@@ -247,18 +230,8 @@ class Stack(nn.Module):
             stop: which of them stop now.
             pair: keys and values of the iteration.
         """
-        if (
-            self.policy == "all"
-        ):  # the loop goes on to its end for what later positions read; what the head reads is settled
-            return {
-                "h": h,
-                "active": carry["active"].clone(),
-                "running": after,
-                "settled": carry["settled"] | stop,
-                "depth": carry["depth"] + runs.to(torch.int64),
-            }
-        new = {"h": h, "active": runs & ~stop}
-        return new | {"held_keys": pair[0], "held_values": pair[1]} if self.policy == "repeat" else new
+        held = {"held_keys": pair[0], "held_values": pair[1]}
+        return of_policy.next_carry(self.policy, carry, h, after, runs, stop, held)
 
     # ------------------------------------------------------------------------------------------------ computation
 

@@ -11,9 +11,11 @@ from helpers import random_tokens
 from ouro_models import lively_ouro
 
 from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.ouro.config import OuroConfig
+from rmse_edge.arch.ouro.model import Ouro
 from rmse_edge.errors import ParityError
 from rmse_edge.export.gate.compare import LOGITS_TOLERANCE, compare
-from rmse_edge.export.gate.methods import rounded_once_more
+from rmse_edge.export.gate.methods import example_slots, rounded_once_more
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
@@ -61,3 +63,13 @@ def test_rounding_inputs_once_more_moves_every_float_by_one_rounding() -> None:
     assert (moved["tokens"] == np.arange(3)).all()
     relative = np.abs(moved["x"].astype(np.float64) / draw - 1)
     assert relative.min() > 0 and relative.max() < 2.0**-22 and moved["x"].dtype == np.float32
+
+
+def test_examples_of_large_models_have_few_slots() -> None:
+    """Several copies of the appended state are compared at once: that of Ouro-1.4B takes 1.5 MiB a slot."""
+    with torch.device("meta"):
+        large = Ouro(OuroConfig(max_position_embeddings=4096)).spec(64)
+        tiny = Ouro(OuroConfig(max_position_embeddings=80)).spec(64)
+    assert example_slots(large) == (128 << 20) // (4 * 24 * 16 * 128 * 4 * 2) == 85
+    assert example_slots(tiny) == 80
+    assert example_slots(lively_ouro().spec(64)) == 300

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.layers.experts import SparseExperts, best, best_partitioned, best_portable, gathered_experts, select
+from rmse_edge.layers.experts import (
+    NO_CAPS,
+    Caps,
+    SparseExperts,
+    best,
+    best_partitioned,
+    best_portable,
+    gathered_experts,
+    select,
+)
 from rmse_edge.layers.held import weights_of_codes, with_stored
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
@@ -22,6 +31,7 @@ from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 ort = later("onnxruntime")
+onnx_experts = later("rmse_edge.export.onnx.experts")
 onnx_lower = later("rmse_edge.export.onnx.lower")
 onnx_ops = later("rmse_edge.export.onnx.ops")
 onnx_quantize = later("rmse_edge.export.onnx.quantize")
@@ -73,21 +83,25 @@ def test_many_rows_are_selected_by_partition_where_that_tells_which() -> None:
 class Routed(nn.Module):
     """The operator alone, each expert with weights of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, caps: Caps) -> None:
         super().__init__()
+        self.caps = caps
         draw = torch.Generator().manual_seed(0)
         self.up = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH, D, generator=draw) * D**-0.5)
         self.down = nn.Parameter(torch.randn(EXPERTS, D, WIDTH, generator=draw) * WIDTH**-0.5)
 
     def forward(self, x: Tensor, logits: Tensor, active: Tensor) -> Tensor:
-        return torch.ops.rmse_edge.sparse_experts(x, logits, BIAS, active, self.up, self.down, TOP_K)
+        return torch.ops.rmse_edge.sparse_experts(
+            x, logits, logits + BIAS, active, self.up, self.down, TOP_K, *self.caps
+        )
 
 
+@pytest.mark.parametrize("caps", [NO_CAPS, (0.5, 0.7)], ids=["plain", "capped"])
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(("bits", "level"), [(32, 0), (8, 0), (8, 4), (4, 0), (4, 4)])
-def test_onnx_experts_are_those_of_pytorch(bits: int, level: int, compact: bool) -> None:
-    """`MoE` and `QMoE`, which have a rule of their own, compute the experts that the model selects."""
-    model = Routed().eval()
+def test_onnx_experts_are_those_of_pytorch(bits: int, level: int, compact: bool, caps: Caps) -> None:
+    """`MoE` and `QMoE`, which have a rule of their own, compute the experts that the model selects; so does a loop over them."""
+    model = Routed(caps).eval()
     tensors = {}
     if bits < 32:
         fmt = Format(bits, 32 if bits == 4 else None)
@@ -103,11 +117,13 @@ def test_onnx_experts_are_those_of_pytorch(bits: int, level: int, compact: bool)
     ).model_proto  # fmt: skip
     if tensors:
         onnx_quantize.use_integers(graph, tensors, weights_of_codes(traced), level)
+    onnx_experts.expand_expert_loops(graph)
+    assert caps == NO_CAPS or not any(node.op_type in ("MoE", "QMoE") for node in graph.graph.node)
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, dict(zip(("x", "logits", "active"), (t.numpy() for t in given))))
     routing = select(LOGITS, BIAS, TOP_K)
     assert routing.experts.sort().values.tolist() == CHOSEN
-    expected = gathered_experts(x, routing, model.up, model.down).detach()
+    expected = gathered_experts(x, routing, model.up, model.down, caps).detach()
     error = (torch.from_numpy(found) - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.max() < (0.03 if bits < 32 and level else 1e-5), error
 

@@ -65,7 +65,7 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         weights = (self.up_codes, self.up_scales, self.down_codes, self.down_scales)
-        return quantized_experts(x, logits, self.bias, self.active, *weights, TOP_K)
+        return quantized_experts(x, logits, logits + self.bias, self.active, *weights, TOP_K, 0.0, 0.0)
 
 
 class Gathered(nn.Module):

@@ -1,7 +1,8 @@
 // Registers the experts as operators of the ExecuTorch runtime:
 //
-//   rmse_edge::sparse_experts.out       (x, logits, bias, active, gate_up, down, top_k, out)
-//   rmse_edge::quantized_experts.out    (x, logits, bias, active, gate_up codes, scales, down codes, scales, top_k, out)
+//   rmse_edge::sparse_experts.out       (x, logits, scores, active, gate_up, down, top_k, gate_cap, up_cap, out)
+//   rmse_edge::quantized_experts.out    (x, logits, scores, active, gate_up codes, scales, down codes, scales, top_k, gate_cap,
+//                                        up_cap, out)
 //
 // and gives hosts the C functions of operators.h.
 #include "operators.h"
@@ -54,10 +55,14 @@ bool read(const Tensor& codes, const Tensor* scales, int bits, rmse::ExpertWeigh
 void run(KernelRuntimeContext& context, Span<EValue*> args, bool quantized) {
   const EventTracerProfileOpScope timed(
       context.internal_event_tracer(), quantized ? "native_call_quantized_experts.out" : "native_call_sparse_experts.out");
+  if (args.size() != (quantized ? 13 : 11)) {  // `out` comes twice; other numbers are those of an older operator
+    context.fail(Error::InvalidProgram);
+    return;
+  }
   size_t next = 0;
   const Tensor& x = args[next++]->toTensor();
   const Tensor& logits = args[next++]->toTensor();
-  const Tensor& bias = args[next++]->toTensor();
+  const Tensor& scores = args[next++]->toTensor();
   const Tensor& active = args[next++]->toTensor();
   const Tensor& up = args[next++]->toTensor();
   const Tensor* up_scales = quantized ? &args[next++]->toTensor() : nullptr;
@@ -65,9 +70,11 @@ void run(KernelRuntimeContext& context, Span<EValue*> args, bool quantized) {
   const Tensor* down_scales = quantized ? &args[next++]->toTensor() : nullptr;
   rmse::ExpertShape shape;
   shape.top_k = args[next++]->toInt();
+  shape.gate_cap = static_cast<float>(args[next++]->toDouble());
+  shape.up_cap = static_cast<float>(args[next++]->toDouble());
   Tensor& out = args[next]->toTensor();
   rmse::ExpertWeights gate_up_weights, down_weights;
-  bool fits = is(x, ScalarType::Float, 2) && is(logits, ScalarType::Float, 2) && is(bias, ScalarType::Float, 1) &&
+  bool fits = is(x, ScalarType::Float, 2) && is(logits, ScalarType::Float, 2) && is(scores, ScalarType::Float, 2) &&
               is(active, ScalarType::Bool, 1) && is(out, ScalarType::Float, 2) && up.dim() == 3 && down.dim() == 3;
   if (fits) {
     shape.rows = x.size(0);
@@ -78,15 +85,15 @@ void run(KernelRuntimeContext& context, Span<EValue*> args, bool quantized) {
     fits = up.scalar_type() == down.scalar_type() && read(up, up_scales, shape.bits, gate_up_weights) &&
            read(down, down_scales, shape.bits, down_weights) && gate_up_weights.inputs == shape.width &&
            down_weights.outputs == shape.width && gate_up_weights.outputs == 2 * down_weights.inputs &&
-           up.size(0) == shape.experts && down.size(0) == shape.experts && bias.size(0) == shape.experts &&
-           logits.size(0) == shape.rows && active.size(0) == shape.rows && out.size(0) == shape.rows &&
+           up.size(0) == shape.experts && down.size(0) == shape.experts && scores.size(0) == shape.rows &&
+           scores.size(1) == shape.experts && logits.size(0) == shape.rows && active.size(0) == shape.rows && out.size(0) == shape.rows &&
            out.size(1) == shape.width && shape.top_k >= 1 && shape.top_k <= shape.experts;
   }
   if (!fits) {
     context.fail(Error::InvalidArgument);
     return;
   }
-  rmse::sparse_experts(shape, x.const_data_ptr<float>(), logits.const_data_ptr<float>(), bias.const_data_ptr<float>(),
+  rmse::sparse_experts(shape, x.const_data_ptr<float>(), logits.const_data_ptr<float>(), scores.const_data_ptr<float>(),
                        active.const_data_ptr<bool>(), gate_up_weights, down_weights, out.mutable_data_ptr<float>());
 }
 

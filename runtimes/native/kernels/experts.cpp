@@ -77,18 +77,18 @@ struct Pair {
   float weight;
 };
 
-void select(const ExpertShape& shape, int64_t row, const float* logits, const float* bias, std::vector<Pair>& pairs) {
+void select(const ExpertShape& shape, int64_t row, const float* logits, const float* scores, std::vector<Pair>& pairs) {
   // The best so far, best first. Few of the experts ever enter, so one pass costs little more than the comparisons.
   std::vector<std::pair<float, int64_t>> best;
   best.reserve(shape.top_k + 1);
   for (int64_t e = 0; e < shape.experts; ++e) {
-    const float biased = logits[e] + bias[e];
+    const float score = scores[e];
     const bool full = static_cast<int64_t>(best.size()) == shape.top_k;
-    if (full && !(biased > best.back().first)) continue;
+    if (full && !(score > best.back().first)) continue;
     if (full) best.pop_back();
     auto place = best.end();
-    while (place != best.begin() && std::prev(place)->first < biased) --place;
-    best.insert(place, {biased, e});
+    while (place != best.begin() && std::prev(place)->first < score) --place;
+    best.insert(place, {score, e});
   }
   float largest = logits[best[0].second];
   for (const auto& [_, e] : best) largest = std::max(largest, logits[e]);
@@ -99,6 +99,8 @@ void select(const ExpertShape& shape, int64_t row, const float* logits, const fl
     pairs.push_back({row, s, e, std::exp(logits[e] - largest) / sum});
   }
 }
+
+float capped(float x, float cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
 
 void multiply_float(const ExpertWeights& w, int64_t expert, const float* x, float* out) {
   const auto* weights = static_cast<const float*>(w.codes) + expert * w.outputs * w.inputs;
@@ -114,7 +116,7 @@ void multiply_integers(const ExpertWeights& w, int64_t expert, int bits, const R
 
 }  // namespace
 
-void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* bias, const bool* active,
+void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
                     const ExpertWeights& gate_up, const ExpertWeights& down, float* out) {
   const bool integers = shape.bits != 32;
   std::vector<Pair> pairs;
@@ -122,7 +124,7 @@ void sparse_experts(const ExpertShape& shape, const float* x, const float* logit
   RoundedRows wide(integers ? shape.rows : 0, shape.width, shape.bits);
   for (int64_t r = 0; r < shape.rows; ++r) {
     if (!active[r]) continue;
-    select(shape, r, logits + r * shape.experts, bias, pairs);
+    select(shape, r, logits + r * shape.experts, scores + r * shape.experts, pairs);
     if (integers) wide.round(r, x + r * shape.width);
   }
   // Rows that chose the same expert follow each other: its weights then come from the cache.
@@ -141,7 +143,7 @@ void sparse_experts(const ExpertShape& shape, const float* x, const float* logit
       }
       for (int64_t i = 0; i < down.inputs; ++i) {  // gate and up interleaved; written behind what is read
         const float gate = hidden[2 * i];
-        hidden[i] = gate / (1 + std::exp(-gate)) * hidden[2 * i + 1] * pair.weight;
+        hidden[i] = capped(gate, shape.gate_cap) / (1 + std::exp(-gate)) * capped(hidden[2 * i + 1], shape.up_cap) * pair.weight;
       }
       if (integers) {
         narrow.round(0, hidden.data());

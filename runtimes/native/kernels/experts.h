@@ -25,14 +25,16 @@ struct ExpertShape {
   int64_t experts = 0;  // E
   int64_t top_k = 0;
   int bits = 32;  // of a weight: 32, 8 or 4
+  // Where c > 0, c * tanh(x / c) takes the place of a gate or an up x; within the sigmoid of silu a gate stays what it is.
+  float gate_cap = 0;
+  float up_cap = 0;
 };
 
 // x (rows, d) -> out (rows, d): for every active row the softmax-weighted sum of the `top_k` experts with the largest
-// logits + bias (the lower index on ties); the weights are the softmax over their logits, without bias. Rows that are not
-// active become zero.
+// scores (the lower index on ties); the weights are the softmax over their logits. Rows that are not active become zero.
 //
 // int8 and int4: activations are rounded to int8 in blocks of 32, each with its own scale.
-void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* bias, const bool* active,
+void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
                     const ExpertWeights& gate_up, const ExpertWeights& down, float* out);
 
 // The instruction set that the products use here: "avx2", "dotprod", "neon" or "portable".
