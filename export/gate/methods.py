@@ -14,8 +14,11 @@ from rmse_edge.numbers import SLOTS
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays, Methods
 
-# What another order of rounding may change in a method is found by rounding its inputs once more. Random weights may double
-# a difference in every loop; so engines are allowed this many times what PyTorch itself is off by then, up to a limit.
+from .reference import vectors_moved
+
+# What another order of rounding may change in a method is found by rounding its inputs once more, and the norms of all layers
+# that they go through. Random weights may double a difference in every loop; so engines are allowed this many times what
+# PyTorch itself is off by then, up to a limit.
 ROUNDINGS, MOST = 4, 0.05
 # Slots of appended states that grow, at most and at least: the most there are may be far more than this takes to compare.
 EXAMPLE_SLOTS, FEWEST_SLOTS = 300, 64
@@ -103,7 +106,7 @@ def compare_methods(
     with `mean_square` its root mean square.
 
     Args:
-        tolerance: of a difference; more where rounding the inputs once more changes PyTorch's own results by more.
+        tolerance: of a difference; more where rounding once more changes PyTorch's own results by more.
     Raises:
         ParityError: naming the method, the tensor and the difference.
     """
@@ -118,7 +121,7 @@ def compare_methods(
         return float(np.abs(a - b).max() / max(1.0, np.abs(a).max()))
 
     def note(label: str, name: str, a: np.ndarray, b: np.ndarray, own: float = 0.0) -> None:
-        """`own`: what rounding the inputs once more changes in `a`."""
+        """`own`: what rounding once more changes in `a`."""
         difference, allowed = differ(a, b), max(tolerance, min(ROUNDINGS * own, MOST))
         worst[label] = max(worst.get(label, 0.0), difference)
         if not difference <= allowed:
@@ -134,7 +137,8 @@ def compare_methods(
         for name in spec.methods:
             given = feeds | results.get("loop", {}) | results.get("coda", {}) | dials
             expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
-            moved = reference.run(name, chunk, rounded_once_more(given) | dials)
+            with vectors_moved(program.model):
+                moved = reference.run(name, chunk, rounded_once_more(given) | dials)
             got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
             if name == "commit" and getattr(candidate, "rings", None):
                 # What the engine keeps is compared as a whole: what was to be written, and what was not.

@@ -9,7 +9,8 @@ both sides alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -117,23 +118,12 @@ class Reference:
         """What another order of rounding changes a logit by, about: the most that any of the first positions' changes where
         every weight of a norm, and every other vector of weights, is moved by a rounding of itself. 0: not to be found.
         """
-        vectors = (
-            [p for p in self.model.parameters() if p.dim() == 1] if isinstance(self.model, torch.nn.Module) else []
-        )
         tokens, full = torch.from_numpy(self._text[:ROUNDED]), self.scalars(self.info.full_depth)
-        if not vectors or not len(tokens):
+        if not len(tokens):
             return 0.0
-        before, kept = self.model.whole_text(tokens, full).logits, [p.detach().clone() for p in vectors]
-        draw = torch.Generator().manual_seed(0)
-        try:
-            with torch.no_grad():
-                for p in vectors:
-                    p.mul_(1 + (2 * torch.randint(0, 2, p.shape, generator=draw) - 1) * 2.0**-23)
+        before = self.model.whole_text(tokens, full).logits
+        with vectors_moved(self.model):
             return float((self.model.whole_text(tokens, full).logits - before).abs().max())
-        finally:
-            with torch.no_grad():
-                for p, value in zip(vectors, kept):
-                    p.copy_(value)
 
     def segments(self, tokens: np.ndarray) -> list[np.ndarray]:
         """The exit states (1, 64, d) of every whole segment of `tokens` at full depth: what a memory is taught."""
@@ -158,6 +148,24 @@ class Reference:
         """The dials as the model takes them."""
         arrays: Arrays = dials.arrays()
         return {name: torch.from_numpy(arrays[name]) for name in self.model.spec(1).dials}
+
+
+@contextmanager
+def vectors_moved(model: object) -> Iterator[None]:
+    """The model with every weight of a norm, and every other vector of weights, a rounding of itself away. These stand in all
+    of its layers, so this is about what another order of rounding in each of them does.
+    """
+    vectors = [p for p in model.parameters() if p.dim() == 1] if isinstance(model, torch.nn.Module) else []
+    kept, draw = [p.detach().clone() for p in vectors], torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in vectors:
+                p.mul_(1 + (2 * torch.randint(0, 2, p.shape, generator=draw) - 1) * 2.0**-23)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(vectors, kept):
+                p.copy_(value)
 
 
 def least_positions(info: ModelInfo) -> int:
