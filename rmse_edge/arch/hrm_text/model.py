@@ -143,18 +143,22 @@ class HrmText(ExitRules):
         stream, runs = core.entering(carry | both)
         found, pair = core.iterate(stream, k, carry, past, fixed, runs)
         after, low = found.chunk(2, -1)
-        h, low = (torch.where(runs.unsqueeze(-1), new, carry.get(n, new)) for n, new in (("h", after), ("low", low)))
+        h = torch.where(runs.unsqueeze(-1), after, carry["h"])
         logits = self.lm_head(h) if self.compares else None
         stop, new = self.judged(k, carry, stream[..., : self.width], after, runs, dials, logits)
-        new |= core.next_carry(carry, h, found, runs, stop, pair) | ({} if self._runs_on else {"low": low})
-        emitted = {"new_keys": pair[0], "new_values": pair[1]} | ({"new_low": low} if self._propagates else {})
+        new |= core.next_carry(carry, h, found, runs, stop, pair)
+        emitted = {"new_keys": pair[0], "new_values": pair[1]}
+        if not self._runs_on:
+            new["low"] = torch.where(runs.unsqueeze(-1), low, carry["low"])
+        if self._propagates:
+            emitted["new_low"] = new["low"]
         return new, emitted
 
     def head(self, h: Tensor) -> Tensors:
         return {"logits": self.lm_head(h)}
 
     def commit(self, tensors: Tensors) -> Tensors:
-        h = tensors["h"]  # what a loop is entered with is read by "propagate" alone
+        h = tensors["h"]  # what a loop would be entered with is read by "propagate" alone
         if self._propagates:
             low = tensors["new_low"].index_select(0, (tensors["iterations"] - 1).reshape(1)).squeeze(0)
             h = torch.cat([h, low], -1)
