@@ -243,7 +243,7 @@ def small_inkling() -> Inkling:
     model = Inkling(
         InklingConfig(
             vocab_size=68, unpadded_vocab_size=65, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=1, swa_head_dim=8,
+            num_key_value_heads=1, head_dim=16, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
             sliding_window_size=24, d_rel=4, rel_extent=40, log_scaling_n_floor=32,
             layer_types=(sliding, sliding, full, full), max_position_embeddings=512, moe_intermediate_size=32,
             n_routed_experts=6, num_experts_per_tok=2, route_scale=2.0, n_layers_per_attn_res_block=1,

@@ -182,11 +182,19 @@ class CallRows:
         heads = slice(first, first + rows.shape[1])
         rows = self.owner.rounded(self.kinds[name], rows, self.k, heads)
         if self.stopped_keep is not None and self.held is not None:
-            rows = torch.where(self.stopped_keep, rows, self.held[name][:, heads])
+            rows = torch.where(self.stopped_keep, rows, _part(self.held[name], heads))
         self.parts[name].append(rows)
         self.filled[name] = heads.stop
-        return rows, self.before[name][:, heads]
+        return rows, _part(self.before[name], heads)
 
     def rows(self, prefix: str) -> Tensors:
         """All that was kept, by PREFIXNAME, (B, heads, C, n)."""
-        return {f"{prefix}{name}": torch.cat(parts, 1) for name, parts in self.parts.items()}
+        return {
+            f"{prefix}{name}": parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            for name, parts in self.parts.items()
+        }
+
+
+def _part(rows: Tensor, heads: slice) -> Tensor:
+    """Some heads of rows; all of them without an operator, of which a graph would make a copy."""
+    return rows if rows.shape[1] == heads.stop - heads.start else rows[:, heads]

@@ -75,8 +75,9 @@ def call_specs(c: InklingConfig, chunk: int) -> tuple[TensorSpec, ...]:
 def of_call(c: InklingConfig, tensors: Tensors, count: int) -> Tensors:
     """What all layers are told of a call of `count` rows: masks, where biases are found, the order of rings, scales."""
     position, n_valid = tensors["position"], tensors["n_valid"]
-    row = torch.arange(count, device=position.device)
-    between = (row[:, None] - row).expand(position.shape[0], -1, -1)  # (B, C, C)
+    # From the position, which cancels: what does not depend on the call, a target would store for each kind of layers.
+    here = position[:, None] + torch.arange(count, device=position.device)
+    between = distances(position, count, here)  # (B, C, C)
     found: Tensors = {}
     for kind in dict.fromkeys(c.layer_types or ()):
         name, extent = KINDS[kind], c.head_sizes(kind).extent
