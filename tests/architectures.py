@@ -257,10 +257,9 @@ def small_inkling() -> Inkling:
                 p.normal_(std=0.3)
                 if "message" not in name:
                     p[..., 0] += 4.0
-            elif name.endswith("static_weight"):
-                p.normal_()
+            elif name.endswith("static_weight"):  # what lies further back is felt
+                p.normal_(std=2.0)
         model.model.embed_tokens.weight[:, 0] += 0.4
-        model.lm_head.weight *= 1.2
     return model
 
 
@@ -270,12 +269,15 @@ def decided_inkling() -> Inkling:
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("balance_bias"):
-                buffer.copy_(torch.arange(6.0) * 0.7)
+                buffer.copy_(torch.arange(6.0))
         for name, p in model.named_parameters():
             if name.endswith(("attention_input.query", "mlp_input.query", "final_input.query")):
                 p[..., 0] += 4.0
+            elif name.endswith(("static_weight", "message_gate_proj.weight")):
+                p *= 0.25
+        model.model.embed_tokens.weight[:, 0] += 0.6
         model.lm_head.weight.copy_(model.model.embed_tokens.weight[:65])
-        model.lm_head.weight *= 3.0
+        model.lm_head.weight *= 4.0
     return model
 
 

@@ -9,6 +9,7 @@ expert at a time; what is copied is read from memory twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -36,7 +37,7 @@ def expert_loop(node: NodeProto, up: Product, down: Product) -> NodeProto:
     prefix = node.output[0]
     nodes: list[NodeProto] = []
 
-    def do(kind: str, *inputs: str, **attributes: object) -> str:
+    def do(kind: str, *inputs: str, **attributes: Any) -> str:
         """Add a node; returns the name of its result."""
         result = f"{prefix}_{len(nodes)}"
         nodes.append(helper.make_node(kind, list(inputs), [result], **attributes))

@@ -148,8 +148,8 @@ def translations(compact: bool) -> dict[Any, Any]:
 
     def active_rows(x, logits, scores, active, gate_up, down, top_k: int, gate_cap: float, up_cap: float):
         rows = op.Transpose(op.NonZero(active), perm=[1, 0])  # (n, 1)
-        given = (op.GatherND(t, rows) for t in (x, logits, scores))
-        some = either(*given, gate_up, down, top_k, gate_cap, up_cap)
+        x_some, logits_some, scores_some = (op.GatherND(t, rows) for t in (x, logits, scores))
+        some = either(x_some, logits_some, scores_some, gate_up, down, top_k, gate_cap, up_cap)
         return op.ScatterND(x, rows, some)  # stopped rows get anything: their result is not read
 
     def rotary(x, cos, sin):

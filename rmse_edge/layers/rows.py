@@ -189,10 +189,7 @@ class CallRows:
 
     def rows(self, prefix: str) -> Tensors:
         """All that was kept, by PREFIXNAME, (B, heads, C, n)."""
-        return {
-            f"{prefix}{name}": parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            for name, parts in self.parts.items()
-        }
+        return {f"{prefix}{name}": torch.cat(parts, 1) for name, parts in self.parts.items()}
 
 
 def _part(rows: Tensor, heads: slice) -> Tensor:

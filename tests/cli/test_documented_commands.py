@@ -183,7 +183,7 @@ SLOW: dict[str, list[str]] = {
 EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"
 OTHER = "runs above, for another model"
 TRAINS = "training takes hours as documented; tests/cli/test_train_cli.py and test_train_resume.py run the verb"
-PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_ouro.py, test_dory.py, test_hrm_text.py and tests/quantize/test_streamed.py have small ones"
+PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_{ouro,dory,hrm_text,inkling}.py and tests/quantize/test_streamed.py have small ones"
 NOT_RUN: dict[str, str] = {
     "make demo": "tests/test_shipped.py does what it does",
     "make test": "this is it",
@@ -216,6 +216,9 @@ NOT_RUN: dict[str, str] = {
     "rmse-quantize -m HRM-Text-1B --quant int4 --method rtn": PUBLISHED,
     'rmse-run HRM-Text-1B -p "..."': PUBLISHED,
     'rmse-run Dory-4B-int4 --chat -p "..." --exit-cosine 0.01': PUBLISHED,
+    "rmse-quantize -m Inkling-2-Mini-bf16 --quant int4 --method rtn -o Inkling-2-Mini-int4": PUBLISHED,
+    'rmse-run Inkling-2-Mini-int4 -p "..." --exit-cosine 0.01': PUBLISHED,
+    "rmse-export -m Inkling-2-Mini-int4 --target executorch --max-seq-len 4096": PUBLISHED,
     "rmse-quantize -m Ouro-1.4B --quant int4 --method rtn": PUBLISHED,
     "rmse-export -m Ouro-1.4B-int4 --target executorch --max-seq-len 4096": PUBLISHED,
     "rmse-eval Ouro-1.4B-int4-executorch.rmse --text FILE --sweep": PUBLISHED,
