@@ -2,6 +2,7 @@
 # make runner     build the native runner of ExecuTorch packages
 # make test       lint, types and tests
 # make quick      the tests that need no export and no exporter: a minute or two
+# make nightly    the tests that say again of other models what make test says of some
 # make test-arm   the tests of the runner on ARM
 #
 # All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
@@ -27,7 +28,7 @@ ARM := build/native-aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test quick test-arm fuzz lint style types clean
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test quick nightly test-arm fuzz lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
@@ -35,6 +36,7 @@ help:
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + all tests"
 	@echo "make quick   the tests that need no export and no exporter: a minute or two"
+	@echo "make nightly the tests that make test leaves out"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
 	@echo "make lint    ruff, ruff format --check, mypy"
@@ -95,7 +97,11 @@ arm-tools: $(STAMP)
 
 # Two processes at a time. tests/conftest.py says which tests stay together, since they share exports, and which come first.
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not nightly"
+
+# What is said again of other models: packages of the suite that make test leaves out.
+nightly: $(STAMP)
+	$(BIN)/pytest -n 2 -m nightly
 
 # What is marked slow is left out, and files of nothing else are not even imported (tests/conftest.py).
 quick: $(STAMP)

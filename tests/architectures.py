@@ -52,6 +52,7 @@ from rmse_edge.text import TokenNumbers
 
 TARGETS = ("onnx", "executorch", "coreml")
 QUANTS = ("fp32", "int4")
+NOT_ONNX = ("executorch", "coreml")
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Case:
     text: Callable[[int], np.ndarray] | None = None
     # Of its packages. That of RMS-E in integers are tests/export/test_export_quantized.py and its neighbours.
     quants: tuple[str, ...] = QUANTS
-    # Targets of its packages in integers. How a weight is stored does not depend on the architecture, and the tower has
-    # every kind of state: what says no more than it need not be lowered again.
-    integers: tuple[str, ...] = TARGETS
+    # Targets whose packages in integers the nightly run makes, and not every change. How a weight is stored does not depend
+    # on the architecture: of what is dense and of what is sparse one of each is made always.
+    nightly: tuple[str, ...] = ()
     # Session fixtures of tests/conftest.py that have made a package already, by target and precision.
     made: Mapping[tuple[str, str], str] = field(default_factory=dict)
     # Models with a wrong rule, by what is wrong: the gate must catch each.
@@ -83,9 +84,9 @@ class Case:
     # For rmse-run and rmse-runner, so that they read a prompt as `whole_text` reads a text.
     run_flags: tuple[str, ...] = ()
 
-    def precisions(self, target: str) -> tuple[str, ...]:
-        """Of its packages of a target."""
-        return tuple(quant for quant in self.quants if quant == "fp32" or target in self.integers)
+    def is_nightly(self, target: str, quant: str) -> bool:
+        """Whether the nightly run makes this package, and not every change."""
+        return quant != "fp32" and target in self.nightly
 
     def ids(self, count: int) -> np.ndarray:
         """Tokens of the model's vocabulary, (count,) int64."""
@@ -306,13 +307,15 @@ CASES = (
         ToyRecurrent,
         RECURRENT,
         calm=decided_recurrent,
-        integers=("onnx",),
+        nightly=NOT_ONNX,
         made={("executorch", "fp32"): "toy_package"},
         wrong={"CountsPadding": RecurrentCountsPadding},
     ),
-    Case("toy", toy, TOY, threshold=0.5, integers=("onnx",)),
+    Case("toy", toy, TOY, threshold=0.5, nightly=NOT_ONNX),
     Case("puzzle", solver, PUZZLE),
-    Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True),
+    Case(
+        "huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True, nightly=NOT_ONNX
+    ),
     Case(
         "hrm_text",
         small_hrm_text,
@@ -321,8 +324,9 @@ CASES = (
         threshold=0.05,
         trains=True,
         run_flags=("--prefix", "none"),
+        nightly=NOT_ONNX,
     ),
-    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True),
+    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, nightly=NOT_ONNX),
     Case("inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05),
 )
 

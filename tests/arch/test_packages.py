@@ -45,16 +45,16 @@ from rmse_edge.runtimes.host.session import restore_session, save_session
 pytestmark = pytest.mark.slow
 
 
+def one(case: Case, target: str, quant: str) -> Any:
+    marks = [getattr(pytest.mark, target), *([pytest.mark.nightly] if case.is_nightly(target, quant) else [])]
+    return pytest.param((case, target, quant), id=f"{case.name}-{target}-{quant}", marks=marks)
+
+
 def packages(cases: tuple[Case, ...], *quants: str) -> Any:
     """One of `cases`, made for every target."""
     return pytest.mark.parametrize(
         "made",
-        [
-            pytest.param((case, target, quant), id=f"{case.name}-{target}-{quant}", marks=getattr(pytest.mark, target))
-            for target in TARGETS
-            for case in cases
-            for quant in quants or case.precisions(target)
-        ],
+        [one(case, target, quant) for target in TARGETS for case in cases for quant in quants or case.quants],
         indirect=True,
     )
 
@@ -264,11 +264,7 @@ def test_a_package_solves_boards_as_the_model_does(made: Made, capsys: pytest.Ca
 @pytest.mark.native
 @pytest.mark.parametrize(
     "made",
-    [
-        pytest.param((case, "executorch", quant), id=f"{case.name}-executorch-{quant}", marks=pytest.mark.executorch)
-        for case in CASES
-        for quant in case.precisions("executorch")
-    ],
+    [one(case, "executorch", quant) for case in CASES for quant in case.quants],
     indirect=True,
 )
 def test_the_runner_says_what_python_says(made: Made, runner: Path, tmp_path: Path) -> None:
