@@ -327,7 +327,10 @@ CASES = (
         nightly=NOT_ONNX,
     ),
     Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, nightly=NOT_ONNX),
-    Case("inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05),
+    # Its int4 package for Core ML, of random weights, has not passed the gate: docs/published-models.md.
+    Case(
+        "inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05, nightly=("coreml",)
+    ),
 )
 
 for _case in CASES:
