@@ -122,7 +122,6 @@ def _store_in_package(path: Path, measured: Measured, dials: Dials) -> None:
             if name != MANIFEST:
                 _same(path / name, folder / name)
         seal(folder, manifest | {"model": model, "exits": dataclasses.asdict(measured)})
-    Package.open(path)
 
 
 def _same(source: Path, target: Path) -> None:

@@ -113,9 +113,9 @@ class StoredTensors:
     def dtype(self) -> torch.dtype:
         """The widest floating type of its tensors; float32 where types of 16 bits are mixed."""
         found = set()
-        for name, path in self._files.items():
+        for path in set(self._files.values()):
             with _damage_of(path), safe_open(path, framework="pt", device="cpu") as file:
-                found.add(file.get_slice(name).get_dtype())
+                found |= {file.get_slice(name).get_dtype() for name in list(file.keys())}
         return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop() if len(found) == 1 else "", torch.float32)
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rmse_edge.layers.norm import rms
 from rmse_edge.loop.contract import Tensors
-from rmse_edge.loop.predictions import carry_after, change_stops, compares
+from rmse_edge.loop.predictions import carry_after, change_stops, compares, first_carry
 from rmse_edge.loop.stop import add_log_survival, cosine_stops, delta_stops, gate_stops
 
 
@@ -36,6 +36,11 @@ class ExitRules(nn.Module):
                 # A gate that starts at 1/K gives every loop a similar share of the exit distribution.
                 nn.init.zeros_(self.exit_gate.weight)
                 nn.init.constant_(self.exit_gate.bias, -log(max(config.trained_loops - 1, 1)))
+
+    def first_of_rules(self, x0: Tensor, vocab_size: int) -> Tensors:
+        """What the first carry has for the rules, of a call whose positions are those of x0 (B, C, d)."""
+        survival = {"log_survival": torch.zeros_like(x0[..., 0], dtype=torch.float32)} if self.config.gated else {}
+        return survival | first_carry(self.config.rules, x0, vocab_size)
 
     def gate(self, before: Tensor, after: Tensor) -> Tensor:
         """The exit gate's logit, (B, C), of the states (B, C, d) on both sides of a loop."""

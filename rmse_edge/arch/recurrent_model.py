@@ -10,10 +10,11 @@
 Source: Geiping et al. 2025, Scaling up Test-Time Compute with Latent Reasoning, arXiv 2502.05171, section 3. An architecture
 gives its layers, the first state, the injection and the norms around the coda.
 
-**Exit rules** are those of rmse_edge/arch/exits.py. Those that read predictions evaluate the coda and the head in every loop. There the coda of loop k reads, of all
-positions, the coda's keys and values of loop k, which are kept per loop like those of the core; a position that has stopped
-supplies those of its last loop. So a text gives the same numbers however it is cut into calls. The coda behind the loop has a
-cache of its own. Where the loops of the core share one set of slots, the coda's do, too: it is that behind the loop.
+**Exit rules** are those of rmse_edge/arch/exits.py. Those that read predictions evaluate the coda and the head in every loop.
+There the coda of loop k reads, of all positions, the coda's keys and values of loop k, which are kept per loop like those of
+the core; a position that has stopped supplies those of its last loop. So a text gives the same numbers however it is cut into
+calls. The coda behind the loop has a cache of its own. Where the loops of the core share one set of slots, the coda's do,
+too: it is that behind the loop.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from torch import Tensor
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import Pair
+from rmse_edge.layers.policy import of_all_loops
 from rmse_edge.layers.stack import Kinds, Stack, context, mask_specs, masks_of
-from rmse_edge.layers.trajectory import trajectory, whole_masks
+from rmse_edge.layers.trajectory import of_one_text, trajectory, whole_masks
 from rmse_edge.loop.contract import Append, InjectedHits, LoopSpec, StateSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.generator import starts
-from rmse_edge.loop.predictions import carried, first_carry
+from rmse_edge.loop.predictions import carried
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT
 
@@ -195,9 +197,7 @@ class RecurrentDepth(ExitRules, ABC):
         if self.compares and not core.shared and self.config.kv_policy != "all":
             held = coda.nothing_held(x0)
             carry |= {"held_exit_keys": held, "held_exit_values": held}
-        if self.config.gated:
-            carry["log_survival"] = torch.zeros_like(x0[..., 0], dtype=torch.float32)
-        carry |= first_carry(self.config.rules, x0, self.config.vocab_size)
+        carry |= self.first_of_rules(x0, self.config.vocab_size)
         return carry, masks_of(tensors, count, self.kinds)
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
@@ -250,10 +250,9 @@ class RecurrentDepth(ExitRules, ABC):
         entering = self.injected(h, tensors["x0"]) if core.policy == "propagate" else h
         found = core.filled(tensors, entering)
         if self.compares and not core.shared:
-            loops = torch.arange(self.config.max_loops, device=h.device)
-            last = torch.minimum(loops, tensors["iterations"] - 1)
             for which, name in enumerate(EXITS):
-                found[name] = coda.cache.to_cache(tensors[f"new_{name}"].index_select(0, last), which)
+                rows = of_all_loops(tensors[f"new_{name}"], tensors["iterations"], self.config.max_loops)
+                found[name] = coda.cache.to_cache(rows, which)
         return found
 
     # ------------------------------------------------------------------------------------------------------ TextModel
@@ -263,8 +262,11 @@ class RecurrentDepth(ExitRules, ABC):
 
     def told(self, count: int) -> Tensors:
         """What a host tells a call of the first `count` positions of a text, (1, count, ...) each: angles and noise."""
-        noise = starts(self.noise, 0, range(count), self.width)
-        return {name: torch.from_numpy(a)[None] for name, a in (*self.angles(np.arange(count)).items(), *noise.items())}
+        return self.angles_of(count) | of_one_text(starts(self.noise, 0, range(count), self.width))
+
+    def angles_of(self, count: int) -> Tensors:
+        """Of the first `count` positions of a text, (1, count, hd/2) each."""
+        return of_one_text(self.angles(np.arange(count)))
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -282,9 +284,11 @@ class RecurrentDepth(ExitRules, ABC):
         A model whose loops share one set of keys and values is read as one call.
         """
         batch, count = tokens.shape
-        kept = self.told(count)
         if self.training:
-            kept |= {n: torch.randn(batch, count, self.width) * deviation for n, deviation in self.noise.items()}
+            noise = {n: torch.randn(batch, count, self.width) * deviation for n, deviation in self.noise.items()}
+            kept = self.angles_of(count) | noise
+        else:
+            kept = self.told(count)
         fixed = {name: t.to(tokens.device) for name, t in kept.items()} | whole_masks(count, tokens.device, self.kinds)
         x0 = self.stacks.prelude(self.embedded(tokens), 0, fixed, None)[0]
         first = self.first_state({"x0": x0} | self.drawn(fixed))
@@ -304,7 +308,7 @@ class RecurrentDepth(ExitRules, ABC):
     def read_out(self, state: Tensor) -> Tensor:
         """Logits (B, T, V) of states (B, T, d) of a trajectory."""
         count = state.shape[1]
-        fixed = {name: t.to(state.device) for name, t in self.told(count).items()}
+        fixed = {name: t.to(state.device) for name, t in self.angles_of(count).items()}
         fixed |= whole_masks(count, state.device, self.kinds)
         return self.logits(self.out_of_coda(self.stacks.coda(self.into_coda(state), 0, fixed, None)[0]))
 

@@ -290,7 +290,6 @@ class Stack(nn.Module):
             entering: (B, C, d) what positions would enter a loop with that they did not run.
         """
         assert self.max_loops is not None
-        loops = torch.arange(self.max_loops, device=entering.device)
         new = [tensors[name] for name in ("new_keys", "new_values")]
         if self.shared:
             last = (tensors["iterations"] - 1).reshape(1)
@@ -302,6 +301,7 @@ class Stack(nn.Module):
                 layer.keys_values(layer.enter(entering), tensors[kind("cos")], tensors[kind("sin")])
                 for layer, kind in zip(self.layers, self.kinds)
             ]
+            loops = torch.arange(self.max_loops, device=entering.device)
             ran = (loops < tensors["iterations"]).view(-1, 1, 1, 1, 1)
             rest = [self._rounded_of_all(torch.cat(t, 1), which) for which, t in enumerate(zip(*own))]
             new = [torch.where(ran, t, other) for t, other in zip(new, rest)]
@@ -310,8 +310,7 @@ class Stack(nn.Module):
                     for k in range(int(tensors["iterations"]), self.max_loops):
                         self.cache.observer(t[k], which, k, None)
         else:
-            last = torch.minimum(loops, tensors["iterations"] - 1)
-            new = [t.index_select(0, last) for t in new]
+            new = [of_policy.of_all_loops(t, tensors["iterations"], self.max_loops) for t in new]
         return {name: self.cache.to_cache(t, which) for which, (name, t) in enumerate(zip(("keys", "values"), new))}
 
     def _rounded_of_all(self, x: Tensor, which: int) -> Tensor:

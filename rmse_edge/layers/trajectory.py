@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,8 +73,13 @@ def trajectory(
 def whole_masks(count: int, device: torch.device, kinds: Kinds = (FULL,)) -> Tensors:
     """The masks of a call of whole sequences of `count` positions with an empty past, for `Stack.forward`."""
     n_valid = torch.tensor([count], device=device)
-    return {
-        kind(name): causal_mask(n_valid, count, kind.window)
-        for kind in kinds
-        for name in ("slots_mask", "causal_mask")  # without a past the first is read by none
-    }
+    found: Tensors = {}
+    for kind in kinds:  # without a past the mask of the slots is read by none
+        mask = causal_mask(n_valid, count, kind.window)
+        found |= {kind("slots_mask"): mask, kind("causal_mask"): mask}
+    return found
+
+
+def of_one_text(given: Mapping[str, np.ndarray]) -> Tensors:
+    """What a host tells of the positions of a text, such as angles: (T, n) each -> (1, T, n)."""
+    return {name: torch.from_numpy(a)[None] for name, a in given.items()}

@@ -181,7 +181,7 @@ def test_the_shipped_recipe_reads_and_spells_out() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("steps=0", "changes: steps: got 0, expected a whole number from 1 to 1000000000"),
+        ("steps=-1", "changes: steps: got -1, expected a whole number from 0 to 1000000000"),
         ("steps=many", "changes: steps: got 'many', expected a whole number"),
         ("lr=0", "changes: lr: got 0, expected a number above 0"),
         ("lr=[1]", "changes: lr: got [1], expected a number above 0"),
@@ -190,7 +190,10 @@ def test_the_shipped_recipe_reads_and_spells_out() -> None:
         ("depths=[]", "changes: depths: got [], expected loops in 1..12, the depth that is trained"),
         ("accumulate=3", "changes: accumulate: got 3, expected a divisor of batch_size 8"),
         ("precision=fp8", "changes: precision: got 'fp8', expected one of auto, bf16, fp32"),
-        ("architecture=rnn", "changes: architecture: got 'rnn', expected one of gpt, ouro, rmse"),
+        (
+            "architecture=rnn",
+            "changes: architecture: got 'rnn', expected one of gpt, dory, hrm_text, huginn_raven, ouro, rmse",
+        ),
         ("speed=9", "changes: unknown key 'speed'; known keys are "),
         ("model.d_modle=64", "changes: model: unknown key 'd_modle'; known keys are "),
         ("model.window=8", "changes: model: window: got 8, expected at least 64"),

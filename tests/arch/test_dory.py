@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
+from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.export.gate.compare import compare_host
 from rmse_edge.layers.cache import caches_of, with_cache_dtype
 from rmse_edge.layers.rope import given_angles
-from rmse_edge.loop.contract import WholeText, check_spec
+from rmse_edge.loop.contract import check_spec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes import open_runtime
@@ -47,26 +48,6 @@ def golden(name: str, **changes: Any) -> Dory:
     model = Dory(config).eval()
     model.load_state_dict(load_checkpoint(GOLDEN / name).state_dict())
     return model
-
-
-def whole(model: Dory, tokens: Tensor, dials: Dials) -> WholeText:
-    scalars = {name: torch.from_numpy(a) for name, a in dials.arrays().items()}
-    return model.whole_text(tokens, {name: scalars[name] for name in model.spec(1).dials})
-
-
-def fed(model: Dory, tokens: np.ndarray, cut: tuple[int, ...], dials: Dials | None = None) -> tuple[Any, Any]:
-    """Logits and depth of a text in calls."""
-    runtime = TorchRuntime(model, "dory")
-    parts = [
-        runtime.feed(part, dials or runtime.info.dials) for part in np.split(tokens, np.cumsum(cut)[:-1]) if part.size
-    ]
-    return np.concatenate([p.logits for p in parts]), np.concatenate([p.depth for p in parts])
-
-
-def assert_close(got: Any, expected: Tensor, relative: float = 1e-5) -> None:
-    got = torch.as_tensor(got)
-    assert got.shape == expected.shape
-    assert float((got - expected).abs().max() / expected.abs().max()) < relative
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -312,15 +293,7 @@ ATTENTION, MLP = "backbone.layers.2", "backbone.layers.3"
 def test_wrong_tensors_are_one_line(
     damage: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "c"
-    shutil.copytree(GOLDEN / "grouped", folder)
-    tensors = load_file(GOLDEN / "grouped" / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder)
-    assert message in str(caught.value)
-    assert_one_line(str(caught.value))
+    assert_refused(GOLDEN / "grouped", damage, message, tmp_path / "c")
 
 
 def test_a_tensor_that_transformers_wrote_is_missing(tmp_path: Path) -> None:

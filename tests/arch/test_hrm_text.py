@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
-from safetensors.torch import load_file, save_file
+from published_code import assert_close, assert_refused, fed, whole
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rmse_edge.arch.hrm_text.config import HrmTextConfig
@@ -23,7 +24,7 @@ from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
 from rmse_edge.layers.cache import caches_of, with_cache_dtype
-from rmse_edge.loop.contract import WholeText, check_spec
+from rmse_edge.loop.contract import check_spec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
@@ -46,27 +47,6 @@ def golden(name: str, **changes: Any) -> HrmText:
     model = HrmText(config).eval()
     model.load_state_dict(load_checkpoint(GOLDEN / name).state_dict(), strict=False)
     return model
-
-
-def whole(model: HrmText, tokens: Tensor, dials: Dials, prefix: int = 0) -> WholeText:
-    scalars = {name: torch.from_numpy(a) for name, a in dials.arrays().items()}
-    return model.whole_text(tokens, {name: scalars[name] for name in model.spec(1).dials}, prefix=prefix)
-
-
-def fed(model: HrmText, tokens: np.ndarray, cut: tuple[int, ...], dials: Dials | None = None, prefix: int = 0) -> Any:
-    """Logits and depth of a text in calls, its prefix told to the first of them."""
-    runtime = TorchRuntime(model, "hrm")
-    found = []
-    for part in np.split(tokens, np.cumsum(cut)[:-1]):
-        told = {} if found else {"prefix": prefix}
-        found.append(runtime.feed(part, dials or runtime.info.dials, **told))
-    return np.concatenate([p.logits for p in found]), np.concatenate([p.depth for p in found])
-
-
-def assert_close(got: Any, expected: Tensor, relative: float = 1e-5) -> None:
-    got = torch.as_tensor(got)
-    assert got.shape == expected.shape
-    assert float((got - expected).abs().max() / expected.abs().max()) < relative
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -128,7 +108,7 @@ def test_logits_of_a_text_with_a_prefix(name: str, text: str) -> None:
         logits = expected[f"prefix.{text}"][row]
         assert float((logits - expected["logits"][0][row]).abs().max()) > 0.1
         np.testing.assert_allclose(fed(model, tokens.numpy(), cut, prefix=prefix)[0], logits, atol=1e-4)
-        np.testing.assert_allclose(whole(model, tokens, model.config.dials, prefix).logits, logits, atol=1e-4)
+        np.testing.assert_allclose(whole(model, tokens, model.config.dials, prefix=prefix).logits, logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", [0, 6])
@@ -185,7 +165,7 @@ def test_a_prefix_longer_than_a_call_is_refused_until_there_is_a_longer_call() -
     assert (
         longer.call_sizes() == (1, 64, 96) and TorchRuntime(longer, "hrm").info.fingerprint == runtime.info.fingerprint
     )
-    logits = whole(longer, text, longer.config.dials, 90).logits
+    logits = whole(longer, text, longer.config.dials, prefix=90).logits
     np.testing.assert_allclose(fed(longer, text.numpy(), (95, 5), prefix=90)[0], logits, atol=1e-4)
 
 
@@ -202,7 +182,7 @@ def test_exits_do_not_depend_on_how_a_text_is_cut(policy: str, dial: str, prefix
     dials = Dials(model.config.max_loops, **{dial: EXITS[dial]})
     depths: set[int] = set()
     for tokens in known("within")["input_ids"]:
-        expected = whole(model, tokens, dials, prefix)
+        expected = whole(model, tokens, dials, prefix=prefix)
         depths |= set(expected.depth.tolist())
         for cut in ((14,), (6, *[1] * 8), (5, 9)):
             logits, depth = fed(model, tokens.numpy(), cut, dials, prefix)
@@ -369,15 +349,7 @@ LAYER = "model.L_module.layers.1"
 def test_wrong_tensors_are_one_line(
     damage: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "c"
-    shutil.copytree(GOLDEN / "released", folder)
-    tensors = load_file(GOLDEN / "released" / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder)
-    assert message in str(caught.value)
-    assert_one_line(str(caught.value))
+    assert_refused(GOLDEN / "released", damage, message, tmp_path / "c")
 
 
 def test_a_file_that_counts_calls_alone_is_refused(tmp_path: Path) -> None:
@@ -430,7 +402,7 @@ def test_prefixes_of_a_batch() -> None:
     types = torch.stack([(here >= 20) & (here < 50), here < 80]).long()
     logits = model(tokens, attention_mask=mask, token_type_ids=types).logits
     for row, (first, prefix) in enumerate([(20, 30), (0, 80)]):
-        alone = whole(model.model, tokens[row, first:], model.model.config.dials, prefix).logits
+        alone = whole(model.model, tokens[row, first:], model.model.config.dials, prefix=prefix).logits
         np.testing.assert_allclose(logits[row, first:], alone, atol=1e-4)
     with pytest.raises(ArgumentError, match=r"^token_type_ids: got ones behind other types, expected them at the begi"):
         model(tokens, token_type_ids=1 - types)

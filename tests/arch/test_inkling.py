@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
+from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,11 +22,11 @@ from rmse_edge.arch.inkling2_loop_text.model import Inkling
 from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.arch.registry import read_config
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
-from rmse_edge.errors import CheckpointError, ConfigError
+from rmse_edge.errors import ConfigError
 from rmse_edge.layers.cache import caches_of, with_cache_dtype
 from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.layers.norm import rms
-from rmse_edge.loop.contract import Append, Ring, WholeText, check_spec
+from rmse_edge.loop.contract import Append, Ring, check_spec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
@@ -51,26 +51,6 @@ def golden(name: str, **changes: Any) -> Inkling:
     model = Inkling(config).eval()
     model.load_state_dict(load_checkpoint(GOLDEN / name).state_dict(), strict=False)
     return model
-
-
-def whole(model: Inkling, tokens: Tensor, dials: Dials) -> WholeText:
-    scalars = {name: torch.from_numpy(a) for name, a in dials.arrays().items()}
-    return model.whole_text(tokens, {name: scalars[name] for name in model.spec(1).dials})
-
-
-def fed(model: Inkling, tokens: np.ndarray, cut: tuple[int, ...], dials: Dials | None = None) -> tuple[Any, Any]:
-    """Logits and depth of a text in calls."""
-    runtime = TorchRuntime(model, "inkling2_loop_text")
-    parts = [
-        runtime.feed(part, dials or runtime.info.dials) for part in np.split(tokens, np.cumsum(cut)[:-1]) if part.size
-    ]
-    return np.concatenate([p.logits for p in parts]), np.concatenate([p.depth for p in parts])
-
-
-def assert_close(got: Any, expected: Tensor, relative: float = 1e-5) -> None:
-    got = torch.as_tensor(got)
-    assert got.shape == expected.shape
-    assert float((got - expected).abs().max() / expected.abs().max()) < relative
 
 
 def normed(blocks: Tensor, width: int) -> Tensor:
@@ -418,15 +398,7 @@ LAYER = "model.llm.layers.3"
 def test_wrong_tensors_are_one_line(
     damage: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "c"
-    shutil.copytree(GOLDEN / "grouped", folder)
-    tensors = load_file(GOLDEN / "grouped" / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder)
-    assert message in str(caught.value)
-    assert_one_line(str(caught.value))
+    assert_refused(GOLDEN / "grouped", damage, message, tmp_path / "c")
 
 
 def test_experts_are_stacked_one_by_one() -> None:

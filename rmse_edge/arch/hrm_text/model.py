@@ -42,10 +42,10 @@ from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.layers.stack import context, mask_specs, masks_of
-from rmse_edge.layers.trajectory import trajectory, whole_masks
+from rmse_edge.layers.trajectory import of_one_text, trajectory, whole_masks
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
-from rmse_edge.loop.predictions import carried, first_carry
+from rmse_edge.loop.predictions import carried
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT
 
@@ -129,9 +129,7 @@ class HrmText(ExitRules):
         low = self._first_low(x0)
         carry = self.model.core.first_carry(torch.cat([x0, low], -1), valid)
         carry |= {"h": x0} if self._runs_on else {"h": x0, "low": low}
-        if self.config.gated:
-            carry["log_survival"] = torch.zeros_like(x0[..., 0], dtype=torch.float32)
-        return carry | first_carry(self.config.rules, x0, self.config.vocab_size), masks_of(tensors, count)
+        return carry | self.first_of_rules(x0, self.config.vocab_size), masks_of(tensors, count)
 
     def _first_low(self, x0: Tensor) -> Tensor:
         """z_L of every position, (B, C, d). A sum: a target would store what is only repeated."""
@@ -174,11 +172,7 @@ class HrmText(ExitRules):
 
     def angles_of(self, count: int) -> Tensors:
         """Of the first `count` positions, (1, count, hd/2)."""
-        c = self.config
-        return {
-            name: torch.from_numpy(a)[None]
-            for name, a in given_angles(np.arange(count), c.head_dim, c.rope_theta).items()
-        }
+        return of_one_text(given_angles(np.arange(count), self.config.head_dim, self.config.rope_theta))
 
     # ------------------------------------------------------------------------------------------------------ training
 

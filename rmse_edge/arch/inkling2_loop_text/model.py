@@ -29,6 +29,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.arch.exits import ExitRules
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers import policy
 from rmse_edge.layers.convolution import ShortConvolution
@@ -39,8 +40,7 @@ from rmse_edge.layers.relative import RelativeBias
 from rmse_edge.layers.residual import BlockAttention
 from rmse_edge.layers.router_margins import RouterMargins
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
-from rmse_edge.loop.predictions import carried, carry_after, change_stops, compares, first_carry
-from rmse_edge.loop.stop import cosine_stops, delta_stops
+from rmse_edge.loop.predictions import carried
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT, SLOTS
 
@@ -84,15 +84,13 @@ class InklingModel(nn.Module):
         )
 
 
-class Inkling(nn.Module):
+class Inkling(ExitRules):
     """The model, as a `TextModel` for runtimes and exporters."""
 
     def __init__(self, config: InklingConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.blocks[1] * config.hidden_size)
         self.model = InklingModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.unpadded_vocab_size, bias=False)
-        self.compares = compares(config.rules)  # whether its rules read predictions
         if not self.lm_head.weight.is_meta:
             self.reset_parameters()
 
@@ -119,7 +117,7 @@ class Inkling(nn.Module):
         c, m, capacity = self.config, self.model, self.config.max_position_embeddings
         if not 1 <= chunk <= capacity:
             raise ConfigError(f"chunk: got {chunk}, expected 1..{capacity}, the positions of a call")
-        width, (entered, passed) = c.hidden_size, c.blocks
+        width, entered = c.hidden_size, c.blocks[0]
         context = tuple(TensorSpec(name, (1,), torch.int64) for name in ("position", "n_valid"))
         if c.attends_to_all:
             context += (TensorSpec(SLOTS, (capacity,), torch.int64, None, slots_axis=0),)
@@ -127,7 +125,7 @@ class Inkling(nn.Module):
         held = m.core.rows.specs(HELD, chunk)
         if exits is not None:
             held += exits.specs(HELD + EXIT, chunk)
-        h = TensorSpec("h", (1, chunk, passed * width))
+        h = TensorSpec("h", (1, chunk, self.width))
         return LoopSpec(
             chunk=chunk,
             max_loops=c.max_loops,
@@ -173,8 +171,8 @@ class Inkling(nn.Module):
         held = self.model.core.rows.nothing(HELD, x0)
         if self.compares:
             held |= self.model.coda.rows.nothing(HELD + EXIT, x0)
-        h = (x0[..., :1] * 0).repeat(1, 1, c.blocks[1] * c.hidden_size)  # computed, as `nothing` is
-        carry = policy.first_carry(c.kv_policy, h, valid, held) | first_carry(c.rules, x0, c.unpadded_vocab_size)
+        h = (x0[..., :1] * 0).repeat(1, 1, self.width)  # computed, as `nothing` is
+        carry = policy.first_carry(c.kv_policy, h, valid, held) | self.first_of_rules(x0, c.unpadded_vocab_size)
         return carry, of_call(c, tensors, count)
 
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
@@ -188,23 +186,16 @@ class Inkling(nn.Module):
         after = torch.cat(sources[len(x0) :], -1)
         h = torch.where(runs.unsqueeze(-1), after, carry["h"])
         emitted, holding = named(rows, core, "", NEW), named(rows, core, "", HELD)
-        rules = {name: dials[name] for name in c.rules}  # it may be given dials of others
-        new: Tensors = {}
-        stop = torch.zeros_like(runs)
-        if "exit_epsilon" in rules:
-            stop = stop | delta_stops(before, after, rules["exit_epsilon"])
-        if "exit_cosine" in rules:
-            stop = stop | cosine_stops(before, after, rules["exit_cosine"])
+        logits = None
         if self.compares:
             coda = self.model.coda
             seen = after if active is None else h
             kept = None if active is None else named(carry, coda, HELD + EXIT)
             y, of_coda = self._behind(x0, seen, past_of(coda, past, EXIT), fixed, active, kept)
-            new = carry_after(k, carry, self.logits(y))
-            stop = stop | change_stops(k, carry, new, rules)
+            logits = self.logits(y)
             emitted |= named(of_coda, coda, "", NEW + EXIT)
             holding |= named(of_coda, coda, "", HELD + EXIT)
-        stop = stop & (k + 1 >= dials["min_loops"])
+        stop, new = self.judged(k, carry, before, after, runs, dials, logits)
         return new | policy.next_carry(c.kv_policy, carry, h, after, runs, stop, holding), emitted
 
     def coda(self, tensors: Tensors) -> Tensors:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair, normal_by_fan_in
 from rmse_edge.layers.norm import RMSNorm
-from rmse_edge.layers.rope import rotary_angles
+from rmse_edge.layers.rope import given_angles
 from rmse_edge.layers.stack import Stack, context, mask_specs, masks_of
-from rmse_edge.layers.trajectory import trajectory, whole_masks
+from rmse_edge.layers.trajectory import of_one_text, trajectory, whole_masks
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.stop import add_log_survival, stops
@@ -155,10 +155,11 @@ class Ouro(nn.Module):
         return self.model.filled(tensors, tensors["h"])
 
     def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
-        c = self.config
-        angles = rotary_angles(np.arange(len(tokens)), c.head_width, c.rope_theta)
-        context = {name: torch.from_numpy(a)[None] for name, a in zip(("cos", "sin"), angles)}
-        return in_one_call(self, tokens, context, dials, hits)
+        return in_one_call(self, tokens, self.angles_of(len(tokens)), dials, hits)
+
+    def angles_of(self, count: int) -> Tensors:
+        """Of the first `count` positions of a text, (1, count, hd/2) each."""
+        return of_one_text(given_angles(np.arange(count), self.config.head_width, self.config.rope_theta))
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -184,8 +185,7 @@ class Ouro(nn.Module):
         """
         c, stack = self.config, self.model
         count, device = tokens.shape[1], tokens.device
-        angles = rotary_angles(np.arange(count), c.head_width, c.rope_theta)
-        fixed = {name: torch.from_numpy(a).to(device)[None] for name, a in zip(("cos", "sin"), angles)}
+        fixed = {name: t.to(device) for name, t in self.angles_of(count).items()}
         return trajectory(
             stack,
             self.prelude({"tokens": tokens})["x0"],
