@@ -147,6 +147,13 @@ def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: fl
     return normal if weight is None else normal * weight
 
 
+def _log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The converter's is the logarithm of a softmax, which float16 rounds to zero below 6e-8."""
+    x = x if dtype is None else x.to(dtype)
+    x = x - x.amax(dim, keepdim=True)
+    return x - x.exp().sum(dim, keepdim=True).log()
+
+
 # Operators of a traced program that the converter does not know, or makes too much of, in terms of others.
 DECOMPOSITIONS = {
     torch.ops.aten.where.self: _one_of_two,
@@ -155,6 +162,7 @@ DECOMPOSITIONS = {
     torch.ops.aten.log_sigmoid.default: lambda x: -F.relu(-x) - torch.log1p(torch.exp(-x.abs())),
     # The converter's own `inverse` adds 1e-4 to what it divides by.
     torch.ops.aten.reciprocal.default: lambda x: torch.ones_like(x) / x,
+    torch.ops.aten.log_softmax.int: _log_softmax,
     # A float is not compared with a bound that was written as an integer.
     torch.ops.aten.clamp_min.default: lambda x, least: torch.maximum(x, torch.full_like(x, least)),
     torch.ops.aten.clamp_max.default: lambda x, most: torch.minimum(x, torch.full_like(x, most)),

@@ -182,6 +182,30 @@ def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
     assert set(worst) == set(tables)
 
 
+class LogSoftmax(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(x, -1)
+
+
+def test_unlikely_tokens_keep_their_log_probability_in_half_precision(tmp_path: Path) -> None:
+    """e^-25 is no float16: its logarithm is wanted all the same, by exit rules that compare predictions."""
+    logits = torch.tensor([[0.0, -1.0, -17.0, -25.0]])
+    ct = later("coremltools")
+    with quiet(), coreml_lower.silenced_bars():
+        program = torch.export.export(LogSoftmax(), (logits,)).run_decompositions(coreml_ops.DECOMPOSITIONS)
+        ct.convert(
+            program,
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT16,
+            skip_model_load=True,
+        ).save(str(tmp_path / MODEL))
+    kinds = {op.kind for op in operations(ModelFile(tmp_path / MODEL).function("main"))}
+    assert "softmax" not in kinds and "exp" in kinds
+    interpreter = Interpreter(tmp_path / MODEL)
+    (found,) = interpreter.predict({"x": logits.numpy()}).values()
+    np.testing.assert_allclose(found, torch.log_softmax(logits, -1), rtol=2e-3)
+
+
 def test_preparing_leaves_the_model_alone() -> None:
     model = mixed_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
