@@ -111,6 +111,8 @@ def test_a_package_goes_on_from_a_session_of_pytorch_s(made: Made, tmp_path: Pat
     ours.feed(text[:half], dials)
     ours.info = theirs.info  # a session belongs to a model, and an integer model is named by the float one
     alike = [{name: a.dtype for name, a in r.tensors().items()} for r in (ours, theirs)]  # type: ignore[attr-defined]
+    kept = theirs.tensors()  # type: ignore[attr-defined]
+    assert {name: kept[name].dtype for name in theirs.info.state} == {n: s.dtype for n, s in theirs.info.state.items()}
     # Core ML's integer packages keep rings in float16, and go on from sessions of their own.
     save_session(ours if alike[0] == alike[1] else before, tmp_path / "s")  # type: ignore[arg-type]
     restore_session(theirs, tmp_path / "s")  # type: ignore[arg-type]
