@@ -52,7 +52,9 @@ from rmse_edge.text import TokenNumbers
 
 TARGETS = ("onnx", "executorch", "coreml")
 QUANTS = ("fp32", "int4")
-NOT_ONNX = ("executorch", "coreml")
+# Packages by target and precision, for `Case.always`.
+MOST = (*((target, "fp32") for target in TARGETS), ("onnx", "int4"))
+ONE = (("onnx", "fp32"),)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ class Case:
     text: Callable[[int], np.ndarray] | None = None
     # Of its packages. That of RMS-E in integers are tests/export/test_export_quantized.py and its neighbours.
     quants: tuple[str, ...] = QUANTS
-    # Targets whose packages in integers the nightly run makes, and not every change. How a weight is stored does not depend
-    # on the architecture: of what is dense and of what is sparse one of each is made always.
-    nightly: tuple[str, ...] = ()
+    # Of its packages those that every change makes, by target and precision; the nightly run makes the others. None: all. A
+    # target's lowering and how it stores a weight hang little on the architecture: the smallest ones have all of it.
+    always: tuple[tuple[str, str], ...] | None = None
     # Session fixtures of tests/conftest.py that have made a package already, by target and precision.
     made: Mapping[tuple[str, str], str] = field(default_factory=dict)
     # Models with a wrong rule, by what is wrong: the gate must catch each.
@@ -86,7 +88,7 @@ class Case:
 
     def is_nightly(self, target: str, quant: str) -> bool:
         """Whether the nightly run makes this package, and not every change."""
-        return quant != "fp32" and target in self.nightly
+        return self.always is not None and (target, quant) not in self.always
 
     def ids(self, count: int) -> np.ndarray:
         """Tokens of the model's vocabulary, (count,) int64."""
@@ -301,6 +303,7 @@ CASES = (
         "tower",
         tower,
         TOWER,
+        always=MOST,
         wrong={kind.__name__: wrong_tower(kind) for kind in (CountsPadding, ForgetsDeepLoops, LastKeysForAll)},
     ),
     Case(
@@ -308,15 +311,13 @@ CASES = (
         ToyRecurrent,
         RECURRENT,
         calm=decided_recurrent,
-        nightly=NOT_ONNX,
+        always=MOST,
         made={("executorch", "fp32"): "toy_package"},
         wrong={"CountsPadding": RecurrentCountsPadding},
     ),
-    Case("toy", toy, TOY, threshold=0.5, nightly=NOT_ONNX),
-    Case("puzzle", solver, PUZZLE),
-    Case(
-        "huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True, nightly=NOT_ONNX
-    ),
+    Case("toy", toy, TOY, threshold=0.5, always=MOST),
+    Case("puzzle", solver, PUZZLE, always=MOST),
+    Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True, always=ONE),
     Case(
         "hrm_text",
         small_hrm_text,
@@ -325,10 +326,10 @@ CASES = (
         threshold=0.05,
         trains=True,
         run_flags=("--prefix", "none"),
-        nightly=NOT_ONNX,
+        always=ONE,
     ),
-    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, nightly=NOT_ONNX),
-    Case("inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05, nightly=NOT_ONNX),
+    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, always=ONE),
+    Case("inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05, always=ONE),
 )
 
 for _case in CASES:
