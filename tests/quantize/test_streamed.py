@@ -102,7 +102,12 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("onnx", "executorch", "coreml")]
+    "target",
+    [
+        pytest.param("onnx", marks=pytest.mark.onnx),
+        pytest.param("executorch", marks=(pytest.mark.executorch, pytest.mark.nightly)),
+        pytest.param("coreml", marks=(pytest.mark.coreml, pytest.mark.nightly)),
+    ],
 )
 def test_a_package_of_a_lean_model_is_that_of_the_float_one(
     target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
