@@ -32,6 +32,12 @@ from rmse_edge.text import train_character_tokenizer
 RATES = {"titans": [-3.0, 1.0, -5.0], "atlas": [0.0, 0.0, -1.0, 3.0]}  # logits, as the memories' `learn` reads them
 ALPHABET = "\n" + "".join(chr(33 + i) for i in range(64))  # 65 characters, as tiny Shakespeare has
 SAMPLE_TOKENS = 2000
+# Targets as parameters: what a package says of ONNX at every change, of the others in the nightly run.
+ONNX_ALWAYS = (
+    pytest.param("onnx", marks=pytest.mark.onnx),
+    pytest.param("executorch", marks=(pytest.mark.executorch, pytest.mark.nightly)),
+    pytest.param("coreml", marks=(pytest.mark.coreml, pytest.mark.nightly)),
+)
 
 TINY = {
     "vocab_size": 65, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "window": 64, "max_loops": 4,

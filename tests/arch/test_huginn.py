@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import greedy, small_huginn
 from architectures import whole as whole_of
-from helpers import assert_one_line, random_tokens
+from helpers import ONNX_ALWAYS, assert_one_line, random_tokens
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -167,9 +167,7 @@ def test_greedy_tokens(known: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("onnx", "executorch", "coreml")]
-)
+@pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, known: dict[str, Tensor]) -> None:
     """From the given start that a package can have, which is zeros."""
     folder, package = tmp_path / "huginn", tmp_path / "huginn.rmse"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import argmax_of_whole_text, greedy, whole
-from helpers import assert_one_line, random_tokens
+from helpers import ONNX_ALWAYS, assert_one_line, random_tokens
 from ouro_models import GOLDEN, POLICIES, golden, lively_ouro, published, published_folder
 from safetensors.torch import load_file, save_file
 
@@ -87,9 +87,7 @@ def test_decode_says_what_the_published_cache_gives(name: str, threshold: float)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("onnx", "executorch", "coreml")]
-)
+@pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "ouro", kv_policy="all")
     package = tmp_path / "ouro.rmse"

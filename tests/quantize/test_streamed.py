@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import CASES, Case
 from conftest import made_package
-from helpers import random_tokens
+from helpers import ONNX_ALWAYS, random_tokens
 from ouro_models import lively_ouro
 from safetensors.torch import load_file, save_file
 
@@ -101,14 +101,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("onnx", marks=pytest.mark.onnx),
-        pytest.param("executorch", marks=(pytest.mark.executorch, pytest.mark.nightly)),
-        pytest.param("coreml", marks=(pytest.mark.coreml, pytest.mark.nightly)),
-    ],
-)
+@pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_a_package_of_a_lean_model_is_that_of_the_float_one(
     target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
