@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 import toy as toys
-from helpers import ALPHABET, QUICK_CALIBRATION, assert_one_line, calibration_text, mixed_model, write_checkpoint
+from helpers import (
+    ALPHABET,
+    QUICK_CALIBRATION,
+    assert_one_line,
+    calibration_text,
+    decided_text,
+    mixed_model,
+    write_checkpoint,
+)
 from torch import Tensor
 from toy import ARCH, Toy, ToyConfig, toy
 
@@ -144,7 +152,7 @@ def test_every_input_of_the_loop_is_heard() -> None:
 @torch.no_grad()
 def test_calls_hear_what_a_reader_of_the_architecture_hears(monkeypatch: pytest.MonkeyPatch) -> None:
     """RMS-E, whose own reader sees whole texts, through calls, rings of keys and stacks of experts: the same sums."""
-    model, blocks = mixed_model(), texts(3, 200)
+    model, blocks = mixed_model(), torch.from_numpy(decided_text(330))[None]
     names = [
         "block.attention.q_proj.weight",
         "block.experts.down_proj",
