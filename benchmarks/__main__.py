@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             # Behind the rounds: what is open keeps its files in memory, and no start would be cold.
             native = [name for name in (BASELINE, "rmse-runner") if name in args.contestants]
             if args.starts and native:
-                say(f"{model.name}, {threads} threads: first tokens")
+                say(f"{model.name}, threads {threads}: first tokens")
                 results.first += first_tokens(model, threads, native, args.starts, files, args.seconds)
     for threads in args.threads:
-        say(f"reading memory with {threads} threads")
+        say(f"reading memory with threads {threads}")
         results.bandwidth[threads] = bandwidth.measured(threads)
     if args.json:
         write_text(args.json, json.dumps(results.document(), indent=1) + "\n")

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rmse_edge.errors import UserError, first_line
+from rmse_edge.errors import UserError, first_line, quiet
 
 from . import llama
 from .child import ROOT
@@ -104,14 +104,12 @@ class Artifacts:
         return path
 
     def _random(self, name: str, config: Path, target: str) -> Path:
-        from rmse_edge.cli.bench import export_random
-
         path = self.folder / f"{name}-{target}-{digest(config.read_text(), project())}.rmse"
 
         def make() -> None:
             # Exporting leaves a large heap behind: in a process of its own.
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                pool.submit(export_random, config, path, "int4", target).result()
+                pool.submit(export_quietly, config, path, target).result()
 
         return self._made(path, make)
 
@@ -139,6 +137,14 @@ class Artifacts:
         except Exception as error:
             self._failures[name] = f"not built: {first_line(error)}"
             raise Missing(self._failures[name]) from error
+
+
+def export_quietly(config: Path, path: Path, target: str) -> None:
+    """`export_random` in int4; what PyTorch warns about models of few parts is its own business."""
+    from rmse_edge.cli.bench import export_random
+
+    with quiet():
+        export_random(config, path, "int4", target)
 
 
 def digest(*parts: str) -> str:

@@ -19,7 +19,7 @@ from rmse_edge.errors import UserError
 from .child import ROOT
 
 VERSION = "0.3.36"  # of llama-cpp-python, which brings the llama.cpp of its day
-PINS = (f"llama-cpp-python=={VERSION}", "gguf==GGUF", "numpy==NUMPY")
+PINS = (f"llama-cpp-python=={VERSION}", "gguf==0.19.0", "numpy==2.4.6")
 NO_AMX = ("-DGGML_AMX_TILE=OFF", "-DGGML_AMX_INT8=OFF", "-DGGML_AMX_BF16=OFF")
 NOT_BUILT = ("LLAVA_BUILD", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES")
 CMAKE_ARGS = " ".join(("-DGGML_NATIVE=ON", *NO_AMX, *(f"-D{part}=OFF" for part in NOT_BUILT)))

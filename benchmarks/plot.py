@@ -1,4 +1,4 @@
-"""The table as a picture: how many times as fast as llama.cpp, contestant by contestant. Needs matplotlib."""
+"""The table as a picture: tokens/s, and beside each bar how many times as fast as llama.cpp. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rmse_edge.files import new_file
 
 from .cells import Cell
 from .field import BASELINE
-from .report import Results, loops_of
+from .report import Results, in_order, loops_of
 
 
 def draw(results: Results, path: Path) -> None:
@@ -17,28 +17,29 @@ def draw(results: Results, path: Path) -> None:
 
     panels: dict[tuple[str, int, str], list[Cell]] = {}
     for cell in results.cells:
-        if cell.contestant != BASELINE:
-            panels.setdefault((cell.model, cell.threads, cell.test), []).append(cell)
+        panels.setdefault((cell.model, cell.threads, cell.test), []).append(cell)
     columns = min(2, len(panels)) or 1
     rows = -(-len(panels) // columns) or 1
-    figure = Figure(figsize=(7 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(7 * columns, 3.4 * rows), layout="constrained")
     for place, ((model, threads, test), cells) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
-        names = [f"{cell.contestant}, {loops_of(cell)}" for cell in cells]
-        ratios = [cell.ratio(results.cells) for cell in cells]
-        axes.barh(names, [ratio or 0.0 for ratio in ratios], color=["C0" if r else "none" for r in ratios])
-        for height, (cell, ratio) in enumerate(zip(cells, ratios)):
-            axes.text(
-                ratio or 0.0,
-                height,
-                f" {ratio:.2f}" if ratio else " failed" if cell.failed else " -",
-                va="center",
-                fontsize=7,
-            )
-        axes.axvline(1.0, color="grey", lw=1, ls=":")
-        axes.invert_yaxis()
-        axes.tick_params(labelsize=7)
+        cells = in_order(cells)
+        speeds = [cell.median or 0.0 for cell in cells]
+        axes.barh(range(len(cells)), speeds, color=["C1" if cell.contestant == BASELINE else "C0" for cell in cells])
+        for height, (cell, speed) in enumerate(zip(cells, speeds)):
+            axes.text(speed, height, f" {mark(cell, results)}", va="center", fontsize=7)
+        axes.set_yticks(range(len(cells)), [f"{cell.contestant}, {loops_of(cell)}" for cell in cells], fontsize=7)
         axes.set_title(f"{model}, {test}, threads: {threads}", fontsize=9)
-        axes.set_xlabel("times as fast as llama.cpp on the dense twin", fontsize=8)
+        axes.set_xlabel("tokens/s, and times as fast as llama.cpp on the dense twin", fontsize=8)
+        axes.set_xlim(0, 1.12 * max(speeds) or 1.0)
+        axes.invert_yaxis()
     with new_file(path) as part:
-        figure.savefig(part, dpi=150)
+        figure.savefig(part, dpi=120)
+
+
+def mark(cell: Cell, results: Results) -> str:
+    """What stands beside a bar."""
+    if cell.failed:
+        return "failed"
+    ratio = cell.ratio(results.cells)
+    return "" if ratio is None else f"{ratio:.2f} x"

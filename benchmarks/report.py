@@ -109,15 +109,15 @@ class Results:
 
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Test by test; within one all contestants at full depth, then at a third, then stopping by themselves."""
+    """Test by test; in each the dense twin, then all others at full depth, at a third, and stopping by themselves."""
     tests, names = list(dict.fromkeys(c.test for c in cells)), list(CONTESTANTS)
 
-    def place(cell: Cell) -> tuple[int, int, int, int]:
-        twin = cell.contestant in TWINS
-        by_itself = cell.loops is None and not twin
-        return tests.index(cell.test), by_itself, 0 if twin else -(cell.loops or 0), names.index(cell.contestant)
+    def place(cell: Cell) -> tuple[int, bool, int, int]:
+        looped = cell.contestant not in TWINS
+        depth = 0 if cell.loops is None else cell.loops  # of models that stop by themselves: behind all fixed depths
+        return tests.index(cell.test), looped, -depth if looped else 0, names.index(cell.contestant)
 
-    return sorted(cells, key=lambda c: (place(c)[0], c.contestant not in TWINS, *place(c)[1:]))
+    return sorted(cells, key=place)
 
 
 def loops_of(cell: Cell) -> str:

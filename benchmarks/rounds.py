@@ -53,11 +53,11 @@ def run_section(
     try:
         for name, side in sides.items():
             if side.start is not None:
-                say(f"{model.name}, {threads} threads: opening {name}")
+                say(f"{model.name}, threads {threads}: opening {name}")
                 log = files.folder / f"{model.name}-{threads}-{name}.log"
                 open_side(side, log, limit)
         for number in range(rounds + 1):
-            say(f"{model.name}, {threads} threads: " + (f"round {number} of {rounds}" if number else "warm-up"))
+            say(f"{model.name}, threads {threads}: " + (f"round {number} of {rounds}" if number else "warm-up"))
             for kind, count in tests.named():
                 for side in sides.values():
                     for cell in side.cells:
