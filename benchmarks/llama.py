@@ -1,8 +1,9 @@
 """llama.cpp's environment: a virtual environment of its own, made once, since its packages are none of ours.
 
-It is compiled here, for this machine, as a user of llama.cpp would; that takes some minutes. AMX is off: llama.cpp gives
-its tiles another path through memory, which fails where a machine announces them and the system or a hypervisor does not
-let them be used.
+It is compiled here, for this machine, as a user of llama.cpp would; that takes some minutes. AMX is off: where a machine
+announces its tiles and a hypervisor does not let them be used, the first prompt ends the process (SIGILL at `tilezero`).
+llama.cpp's own switches are not enough for that: beside GGML_NATIVE they change nothing, since the sources ask for what
+-march=native defines. So those macros are undefined, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PINS = (f"llama-cpp-python=={VERSION}", "gguf==0.19.0", "numpy==2.4.6")
 NO_AMX = ("-DGGML_AMX_TILE=OFF", "-DGGML_AMX_INT8=OFF", "-DGGML_AMX_BF16=OFF")
 NOT_BUILT = ("LLAVA_BUILD", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES")
 CMAKE_ARGS = " ".join(("-DGGML_NATIVE=ON", *NO_AMX, *(f"-D{part}=OFF" for part in NOT_BUILT)))
+NO_AMX_MACROS = " ".join(f"-U__AMX_{part}__" for part in ("TILE", "INT8", "BF16"))
 WHY_NO_AMX = "AMX is off: its tiles fail on machines that announce them and do not let them be used"
 ASK = "import gguf, json, llama_cpp; print(json.dumps(llama_cpp.__version__))"
 
@@ -44,7 +46,7 @@ def llama_python(given: Path | None, cache: Path, say: Callable[[str], object]) 
     install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-binary", "llama-cpp-python"]
     with log.open("w") as out:
         for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*install, *PINS]):
-            environment = os.environ | {"CMAKE_ARGS": CMAKE_ARGS}
+            environment = os.environ | {"CMAKE_ARGS": CMAKE_ARGS, "CFLAGS": NO_AMX_MACROS, "CXXFLAGS": NO_AMX_MACROS}
             if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode:
                 raise UserError(f"llama-cpp-python {VERSION} was not built; {log} says why")
     return python

@@ -52,7 +52,7 @@ class Results:
                 str(n): {f"{mb:g}": v for mb, v in rows.items()} for n, rows in self.bandwidth.items()
             },
             "contestants": self.facts,
-            "llama_cpp": {"version": llama.VERSION, "cmake": llama.CMAKE_ARGS, "why": llama.WHY_NO_AMX},
+            "llama_cpp": {"version": llama.VERSION, "cmake": llama.CMAKE_ARGS, "amx": self._amx()},
             "notes": self.notes,
         }
 
@@ -72,7 +72,7 @@ class Results:
             "x llama.cpp: the median of the ratios within each round, to llama.cpp on the model's dense twin",
             "GB/s of weights: those that decoding multiplied with, from memory or from a cache; each loop counts",
             "peak: resident memory of the contestant's own process, Python included where it runs in Python",
-            f"llama-cpp-python {llama.VERSION}; {llama.WHY_NO_AMX}",
+            f"llama-cpp-python {llama.VERSION}; {self._amx()}",
             *self.notes,
         ]
         return plain("\n\n".join(parts) + "\n\n" + "\n".join(f"- {note}" for note in notes))
@@ -91,6 +91,11 @@ class Results:
                 )
                 break
         return " ".join(said)
+
+    def _amx(self) -> str:
+        """Of the llama.cpp that ran, which may be one that was given."""
+        systems = [str(said["system"]) for said in self.facts.values() if "system" in said]
+        return "compiled with AMX" if any("AMX_INT8 = 1" in system for system in systems) else llama.WHY_NO_AMX
 
     def _row(self, cell: Cell) -> tuple[str, ...]:
         speed, spread, ratio = cell.median, cell.spread, cell.ratio(self.cells)

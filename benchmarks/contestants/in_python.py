@@ -40,9 +40,17 @@ class InPython:
 
 
 def compile_model(runtime: Any) -> None:
-    """torch.compile of every method; the host still asks after each loop whether a token is active."""
+    """torch.compile of every method; the host still asks after each loop whether a token is active.
+
+    Two parts of routed experts stay eager: the selection goes through NumPy, whose arrays fail a guard in inference mode,
+    and compiled code refuses a grouped product of float32, which eager PyTorch computes.
+    """
     import torch
 
+    from rmse_edge.layers import experts
+
+    for name in ("best_partitioned", "grouped_experts"):
+        setattr(experts, name, torch.compiler.disable(getattr(experts, name)))
     model = runtime.model
     for name in ("prelude", "begin", "step", "head", "commit"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
+LONGEST = 120  # characters of a reason: it stands in a table
 CONTEXT = 64  # tokens that are fed, untimed, before decoding: as rmse-bench does
 
 
@@ -40,8 +41,9 @@ class Contestant(Protocol):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong; its type, where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The beginning of what went wrong, one line; its type, where it says nothing. The log has all of it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
 
 
 def serve(start: Callable[[dict[str, Any]], Contestant]) -> None:
