@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import TINY, assert_one_line
 from paths import ROOT
 
-from benchmarks import options
+from benchmarks import llama, options
 from benchmarks.__main__ import main
 from benchmarks.artifacts import Artifacts, Missing
 from benchmarks.bandwidth import read_bandwidth
@@ -145,6 +147,33 @@ def test_what_is_not_built_is_said_once_and_stays_missing(tmp_path: Path):
         for _ in range(2):
             with pytest.raises(Missing, match=why):
                 start_of(name, MODEL, 1, Timed(), files)
+
+
+def test_llama_cpps_environment_is_made_once_pinned_and_without_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The commands, without running them: a venv and one install, and the next time nothing."""
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **rest: object) -> subprocess.CompletedProcess[str]:
+        ran.append((command, env))
+        if "venv" in command:
+            python = Path(command[-1]) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+            python.parent.mkdir(parents=True)
+            python.touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(llama.subprocess, "run", run)
+    monkeypatch.setattr(llama, "version_of", lambda python: llama.VERSION)
+    said: list[str] = []
+    found = [llama.llama_python(None, tmp_path, said.append) for _ in range(2)]
+    assert found[0] == found[1] and found[0].is_relative_to(tmp_path) and len(said) == 1 and "AMX is off" in said[0]
+    (made, _), (installed, environment) = ran
+    assert made[1:4] == ["-m", "venv", "--clear"]
+    assert installed[0] == str(found[0]) and "llama-cpp-python==0.3.36" in installed
+    assert all("==" in pin for pin in llama.PINS)
+    # CMake's switches do nothing beside GGML_NATIVE: the sources ask for the macros that -march=native defines.
+    assert "-DGGML_AMX_INT8=OFF" in environment["CMAKE_ARGS"].split()
+    assert {"-U__AMX_TILE__", "-U__AMX_INT8__", "-U__AMX_BF16__"} == set(environment["CFLAGS"].split())
+    assert environment["CXXFLAGS"] == environment["CFLAGS"]
 
 
 def test_a_section_runs_without_llama_cpp(tmp_path: Path):
