@@ -4,6 +4,7 @@
 # make quick      the tests that need no export and no exporter: a minute or two
 # make nightly    the tests that say again of other models what make test says of some
 # make test-arm   the tests of the runner on ARM
+# make benchmarks times looped models beside llama.cpp on a dense one; an hour or more
 #
 # All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
 # On Linux the default torch brings CUDA. For the smaller CPU build give the address of an index of CPU wheels, once:
@@ -28,7 +29,7 @@ ARM := build/native-aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test quick nightly test-arm fuzz lint style types clean
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test quick nightly test-arm fuzz benchmarks lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
@@ -39,6 +40,7 @@ help:
 	@echo "make nightly the tests that make test leaves out"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
+	@echo "make benchmarks  looped models beside llama.cpp on a dense one; an hour or more"
 	@echo "make lint    ruff, ruff format --check, mypy"
 	@echo "make clean   remove what was built; .venv stays"
 
@@ -114,6 +116,10 @@ test-arm: arm-tools
 fuzz: runner
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
+# An hour or more, most of it once: docs/benchmarks.md. One model alone: make benchmarks BENCHMARKS="--models dense -t 1"
+benchmarks: runner
+	$(BIN)/python -m benchmarks $(BENCHMARKS)
+
 lint: style types
 
 style: $(STAMP)
@@ -130,4 +136,4 @@ types: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find rmse_edge export runtimes quantize tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find rmse_edge export runtimes quantize benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,6 +99,8 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
         makefile = (ROOT / "Makefile").read_text()
         for name in () if "-C" in rest else targets:
             assert re.search(rf"^\.PHONY:.* {re.escape(name)}\b", makefile, re.MULTILINE), f"make {name}"
+        given = next((word.removeprefix("BENCHMARKS=") for word in rest if word.startswith("BENCHMARKS=")), "")
+        assert set(FLAG.findall(given)) <= {"--help", *script_flags(ROOT / "benchmarks" / "options.py")}
         return
     if program == "pip":
         for extra in re.findall(r"\[(\w+)\]", command):
@@ -188,6 +190,8 @@ NOT_RUN: dict[str, str] = {
     "make demo": "tests/test_shipped.py does what it does",
     "make test": "this is it",
     "make runner": "tests/runtimes/test_runner.py builds it",
+    "make benchmarks": "takes an hour and compiles llama.cpp; tests/benchmarks runs its parts on tiny models",
+    'make benchmarks BENCHMARKS="--models dense -t 1 -r 7 --json results.json --plot results.png"': "as above",
     "make fuzz": "takes hours; tests/cli/test_robustness.py runs a few of its cases",
     'rmse-run MODEL --chat --system "Be brief."': "the shipped model has no template; tests/cli/test_chat.py",
     "python docs/experiments/knowledge/recall.py": "runs above, at another size",

@@ -1,0 +1,115 @@
+"""What is compared: looped models, and for each the dense model of twelve layers that one would deploy instead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from .child import ROOT
+
+LAYERS, LOOPS = 12, 12  # of the twin, of the looped models: about equal FLOPs
+HEAD = 64  # channels of one head
+VOCABULARY = 4096  # of the twin
+WIDTHS = (256, 512, 768, 1024)
+CONFIGS = ROOT / "docs" / "benchmarks"
+SHIPPED = ROOT / "models" / "rmse-shakespeare"
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A dense model of the llama architecture."""
+
+    width: int  # channels of h
+    ffn: int  # channels within an FFN
+    heads: int
+    vocab: int = VOCABULARY
+    layers: int = LAYERS
+    context: int = 2048  # positions of a text, at most
+
+    @property
+    def name(self) -> str:
+        return f"twin-d{self.width}"
+
+    def shape(self) -> dict[str, int]:
+        return asdict(self)
+
+    def unrolled(self) -> dict[str, Any]:
+        """A config.json for this project: Ouro's block of as many layers, applied once, is the twin's unrolled graph.
+
+        Its layers are those of llama with two more norms each.
+        """
+        return {
+            "model_type": "ouro",
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "total_ut_steps": 1,
+            "max_position_embeddings": self.context,
+            "rope_theta": 10000.0,
+        }
+
+
+@dataclass(frozen=True)
+class Looped:
+    """A looped model: random weights by a configuration, or a checkpoint."""
+
+    name: str
+    config: dict[str, Any]
+    twin: Twin
+    checkpoint: Path | None = None  # a trained one, which stops by itself on its own text
+
+    @property
+    def loops(self) -> int:
+        return self.config["max_loops"]
+
+    def depths(self) -> tuple[int | None, ...]:
+        """Loops of the rows of its table: all, a third, and None where it stops by itself."""
+        fixed = (self.loops, max(1, self.loops // 3))
+        return (*dict.fromkeys(fixed), *((None,) if self.checkpoint else ()))
+
+
+def to_block(channels: float) -> int:
+    """The nearest multiple of 32, the weights of one group of int4."""
+    return max(32, round(channels / 32) * 32)
+
+
+def twin_of(width: int) -> Twin:
+    """At d 768: FFN 2048, 12 heads."""
+    return Twin(width, to_block(width * 8 / 3), width // HEAD)
+
+
+def moe(width: int) -> Looped:
+    """The block of docs/benchmarks/d768.json, at another width with all its sizes in proportion."""
+    config = json.loads((CONFIGS / "d768.json").read_text())
+    heads = width // HEAD
+    if width != config["d_model"]:
+        scale = width / config["d_model"]
+        config |= {
+            "d_model": width,
+            "n_heads": heads,
+            "n_kv_heads": gcd(heads, max(1, heads // 3)),
+            "expert_width": to_block(config["expert_width"] * scale),
+            "shared_width": to_block(config["shared_width"] * scale),
+        }
+    return Looped(f"moe-d{width}", config, twin_of(width))
+
+
+def dense(width: int) -> Looped:
+    """One layer of the twin's own shape, looped: docs/benchmarks/d768-dense.json."""
+    config, twin = json.loads((CONFIGS / "d768-dense.json").read_text()), twin_of(width)
+    heads = {"n_heads": twin.heads, "n_kv_heads": twin.heads}
+    config |= {"d_model": width, "expert_width": twin.ffn, **heads}
+    return Looped(f"dense-d{width}", config, twin)
+
+
+def shipped(folder: Path) -> Looped:
+    """A trained RMS-E model of this project, beside a twin of its own width and vocabulary."""
+    config = json.loads((folder / "config.json").read_text())
+    width = config["d_model"]
+    twin = Twin(width, to_block(width * 8 / 3), config["n_heads"], config["vocab_size"])
+    return Looped(folder.name, config, twin, folder)
