@@ -308,7 +308,7 @@ def test_the_python_of_the_readme_runs(
 @pytest.mark.parametrize(
     "command",
     # Three exports of tiny models: benchmarks of this kind are for people to read.
-    [pytest.param(c, marks=[pytest.mark.nightly] if "decode" in c else []) for c in SLOW],
+    [pytest.param(c, marks=[pytest.mark.nightly] if "experiments/executorch" in c else []) for c in SLOW],
 )
 def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
     """In a process of its own: it sets threads and logging for all of it."""
