@@ -307,7 +307,7 @@ def test_the_python_of_the_readme_runs(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    # Three exports of tiny models: benchmarks of this kind are for people to read.
+    # Exports of tiny models, a minute and more: benchmarks of this kind are for people to read.
     [pytest.param(c, marks=[pytest.mark.nightly] if "experiments/executorch" in c else []) for c in SLOW],
 )
 def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
