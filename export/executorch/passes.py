@@ -6,6 +6,7 @@ from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import ExportPass, PassResult
 from torch.fx import GraphModule
 
+PERMUTE = ops.edge.aten.permute_copy.default
 EXPAND = ops.edge.aten.expand_copy.default
 VIEW = ops.edge.aten.view_copy.default
 RESHAPES = (ops.edge.aten.squeeze_copy.dims, ops.edge.aten.squeeze_copy.dim, ops.edge.aten.unsqueeze_copy.default)
@@ -30,7 +31,8 @@ class DropIdleExpands(ExportPass):
 
 
 class ReshapesAsViews(ExportPass):
-    """Squeezes are copies at run time; views of static shapes are nothing at all. Other shapes stay as they are.
+    """Squeezes are copies at run time, as are permutations that only move axes of size 1; views of static shapes are nothing
+    at all. Other shapes stay as they are.
 
     Given:   y = unsqueeze(x, 0)
     Result:  y = view(x, y.shape)
@@ -39,7 +41,8 @@ class ReshapesAsViews(ExportPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         found = False
         for node in graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in RESHAPES and _is_static(node):
+            reshapes = node.op == "call_function" and (node.target in RESHAPES or _keeps_order(node))
+            if reshapes and _is_static(node):
                 node.target, node.args = VIEW, (node.args[0], [*_shape(node)])
                 found = True
         graph_module.recompile()
@@ -48,6 +51,15 @@ class ReshapesAsViews(ExportPass):
 
 def _shape(node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def _keeps_order(node) -> bool:
+    """Whether it is a permutation that leaves the axes longer than 1 in their order."""
+    if node.target != PERMUTE:
+        return False
+    sizes = tuple(node.args[0].meta["val"].shape)
+    longer = [axis % len(sizes) for axis in node.args[1] if sizes[axis] != 1]
+    return longer == sorted(longer)
 
 
 def _is_static(node) -> bool:
