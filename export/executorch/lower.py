@@ -55,7 +55,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
     options.progress("lowering to XNNPACK")
     with quiet():
-        partitioners = {name: [] if name.split("_")[0] in PLAIN else [XnnpackPartitioner()] for name in methods}
+        partitioners = {name: [XnnpackPartitioner()] if delegated(name, options) else [] for name in methods}
         try:
             edge = to_edge_transform_and_lower(
                 methods,
@@ -79,6 +79,14 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
         lowered.write_to_file(file)
     check_weights(path, options.tensors)
     return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+
+
+def delegated(name: str, options: LowerOptions) -> bool:
+    """Whether XNNPACK takes its parts of a method. Of a quantised model, little but sums is left for it: in calls of one row
+    these are done before a delegate has begun.
+    """
+    method, _, rows = name.rpartition("_")
+    return method not in PLAIN and not (options.tensors and rows == "1")
 
 
 def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:

@@ -21,6 +21,7 @@ OUT_VARIANTS = (
     "rms_norm.out(Tensor x, Tensor weight, float eps, *, Tensor(a!) out) -> Tensor(a!)",
     "gated.out(Tensor gate, Tensor up, *, Tensor(a!) out) -> Tensor(a!)",
     "swiglu.out(Tensor gate_up, *, Tensor(a!) out) -> Tensor(a!)",
+    "where_rows.out(Tensor condition, Tensor a, Tensor b, *, Tensor(a!) out) -> Tensor(a!)",
     "rotary.out(Tensor x, Tensor cos, Tensor sin, *, Tensor(a!) out) -> Tensor(a!)",
     "attention.out(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor? bias, Tensor? past_keys, "
     "Tensor? past_values, Tensor? past_mask, Tensor? past_bias, Tensor? sinks, *, Tensor(a!) out) -> Tensor(a!)",
@@ -126,6 +127,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
 @swiglu.register_fake
 def _(gate_up):
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@torch.library.custom_op("rmse_edge::where_rows", mutates_args=())
+def where_rows(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`torch.where` of a (..., n) and b with a condition (..., 1): whole rows are copied."""
+    return torch.where(condition, a, b)
+
+
+@where_rows.register_fake
+def _(condition, a, b):
+    return torch.empty_like(a)
 
 
 _library = torch.library.Library("rmse_edge", "FRAGMENT")

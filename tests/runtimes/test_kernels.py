@@ -14,7 +14,10 @@ from helpers import assert_one_line, require_executorch
 from later import later
 
 from rmse_edge.errors import UserError
+from rmse_edge.layers.attend import attention
+from rmse_edge.layers.attention import rotary
 from rmse_edge.layers.experts import NO_CAPS, gathered_experts, select
+from rmse_edge.layers.masks import MASKED
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes.engines import kernels
@@ -33,6 +36,9 @@ LINEAR = [
     (4, 64, 48, 32, 1), (4, 128, 37, 64, 1), (4, 96, 80, 32, 13), (4, 64, 5, 32, 3),
     (8, 64, 48, None, 1), (8, 50, 37, None, 1), (8, 96, 80, None, 13), (8, 33, 5, None, 3),
 ]  # fmt: skip
+# heads, groups, rows, slots, channels, whether there are biases and sinks; 0 slots: there is nothing before the call
+ATTENTION = [(6, 2, 1, 40, 64, False), (4, 4, 9, 33, 48, True), (4, 2, 17, 0, 32, False), (3, 1, 2, 16, 20, True)]
+PARTS = [("norm", 70), ("gated", 70), ("swiglu", 70), ("float", 70), ("rotary", 12), ("where", 33)]  # and a width
 WAYS = ("", "avx2", "neon", "portable")  # RMSE_PRODUCTS; those of another processor are plain C++
 
 
@@ -83,6 +89,41 @@ class Linear(torch.nn.Module):
         return operators.quantized_linear(x, self.codes, self.scales, self.bias, active, self.outputs)
 
 
+class Attends(torch.nn.Module):
+    """The attention operator alone, on the tensors among its arguments."""
+
+    def __init__(self, given: list[torch.Tensor | None]) -> None:
+        super().__init__()
+        self.there = [tensor is not None for tensor in given]
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        left = iter(tensors)
+        return attention(*(next(left) if there else None for there in self.there))
+
+
+class Part(torch.nn.Module):
+    """One of the smaller operators alone."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name, self.width = name, width
+        self.weight = torch.nn.Buffer(torch.randn(width, generator=torch.Generator().manual_seed(1)))
+        self.matrix = torch.nn.Buffer(torch.randn(37, width, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.name == "norm":
+            return operators.rms_norm(x, self.weight, 1e-6)
+        if self.name == "gated":
+            return operators.gated(x, y)
+        if self.name == "swiglu":
+            return operators.swiglu(x)
+        if self.name == "float":
+            return operators.float_linear(x, self.matrix, None)
+        if self.name == "rotary":
+            return rotary(x, *y[:, :1].chunk(2, -1))
+        return operators.where_rows(x[..., :1] > 0, x, y)
+
+
 def kernel_program(path: Path, module: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
     from executorch.exir import ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
@@ -100,6 +141,21 @@ def made_up(case: tuple[Any, ...]) -> tuple[torch.nn.Module, list[torch.Tensor]]
     if case in EXPERTS:
         inputs = [torch.randn(9, case[1], generator=draw), torch.randn(9, 12, generator=draw), torch.arange(9) % 3 != 1]
         return Experts(*case), inputs
+    if case in PARTS:
+        return Part(*case), [torch.randn(2, 3, 11, case[1], generator=draw) * 4 for _ in range(2)]
+    if case in ATTENTION:
+        heads, groups, rows, slots, dims, more = case
+        own = [torch.randn(1, groups, rows, dims, generator=draw) for _ in range(2)]
+        past = [torch.randn(1, groups, slots, dims, generator=draw) for _ in range(2)] if slots else [None, None]
+        # Some slots are seen by nobody, others by some, and padding sees itself alone.
+        behind = MASKED * ((torch.rand(rows, slots, generator=draw) < 0.3) | (torch.arange(slots) // 16 == 1)).float()
+        mask = MASKED * torch.ones(rows, rows).triu(1)
+        biases = [torch.randn(1, heads, rows, n, generator=draw) if more else None for n in (rows, slots)]
+        sinks = torch.randn(1, heads, rows, 1, generator=draw) if more else None
+        masks = [mask[None, None], behind[None, None] if slots else None]
+        query = torch.randn(1, heads, rows, dims, generator=draw)
+        given = [query, *own, masks[0], biases[0], *past, masks[1], biases[1] if slots else None, sinks]
+        return Attends(given), [tensor for tensor in given if tensor is not None]
     rows = case[-1]
     x = torch.randn(1, rows, case[1], generator=draw) * torch.logspace(-3, 3, rows)[:, None]
     return Linear(*case), [x] if rows == 1 else [x, torch.arange(rows)[None] % 3 != 1]
@@ -121,7 +177,9 @@ print(load_kernels().rmse_instruction_set().decode())
 def kernels_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[Any, ...], Any]]:
     """Every case through the runtime, with the processor's own instructions, with fewer of them, and in plain C++."""
     folder = tmp_path_factory.mktemp("kernels")
-    made = {case: (folder / f"{i}.pte", *made_up(case)) for i, case in enumerate([*EXPERTS, *LINEAR])}
+    made = {
+        case: (folder / f"{i}.pte", *made_up(case)) for i, case in enumerate([*EXPERTS, *LINEAR, *ATTENTION, *PARTS])
+    }
     for part in made.values():
         kernel_program(*part)
     found: dict[str, dict[tuple[Any, ...], Any]] = {}
@@ -177,7 +235,15 @@ def test_linear_layers_round_activations_and_nothing_else(kernels_run: dict[str,
     assert ((out - floats).norm(dim=-1) <= 0.015 * floats.norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("case", [*EXPERTS, *LINEAR])
+@pytest.mark.parametrize("case", [*ATTENTION, *PARTS])
+def test_float_operators_agree_with_pytorch(kernels_run: dict[str, dict[Any, Any]], case: Any) -> None:
+    out, module, inputs = kernels_run[""][case]
+    expected = module(*(given.double() for given in inputs)) if case in ATTENTION else module(*inputs)
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*EXPERTS, *LINEAR, *ATTENTION, *PARTS])
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_all_instruction_sets_give_the_same_bits(kernels_run: dict[str, dict[Any, Any]], way: str, case: Any) -> None:
     assert torch.equal(kernels_run[""][case][0], kernels_run[way][case][0])

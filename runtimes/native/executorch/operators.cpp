@@ -224,6 +224,25 @@ bool run_swiglu(Arguments args) {
   return true;
 }
 
+// Rows of a where the condition holds, of b elsewhere.
+bool run_where(Arguments args) {
+  const Tensor& condition = args.tensor();
+  const Tensor& a = args.tensor();
+  const Tensor& b = args.tensor();
+  Tensor& out = args.out();
+  const auto rows = static_cast<size_t>(condition.numel());
+  if (!is(condition, ScalarType::Bool) || a.scalar_type() != b.scalar_type() || out.scalar_type() != a.scalar_type() ||
+      a.nbytes() != b.nbytes() || out.nbytes() != a.nbytes() || rows == 0 || a.nbytes() % rows != 0) {
+    return false;
+  }
+  const size_t size = a.nbytes() / rows;
+  const bool* holds = condition.const_data_ptr<bool>();
+  const auto *first = static_cast<const char*>(a.const_data_ptr()), *second = static_cast<const char*>(b.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (size_t r = 0; r < rows; ++r) std::memcpy(to + r * size, (holds[r] ? first : second) + r * size, size);
+  return true;
+}
+
 // x (B, H, C, 2 n) turned by cos and sin (B or 1, 1, C, n): channel i with channel i + n.
 bool run_rotary(Arguments args) {
   const Tensor& x = args.tensor();
@@ -320,6 +339,7 @@ constexpr Operator kOperators[] = {
     {"rms_norm.out", 5, run_norm},
     {"gated.out", 4, run_gated},
     {"swiglu.out", 3, run_swiglu},
+    {"where_rows.out", 5, run_where},
     {"rotary.out", 5, run_rotary},
     {"attention.out", 12, run_attention},
 };

@@ -15,7 +15,11 @@ namespace {
 
 constexpr float kHidden = -5e3f;  // masks are -1e4 where nothing is seen
 
-RMSE_INLINE Lanes splat(float x) { return x - Lanes{}; }  // which is x, also of a negative zero
+RMSE_INLINE Lanes splat(float x) {
+  Lanes lanes;
+  for (auto& part : lanes.part) part = x - Lanes::Part{};  // which is x, also of a negative zero
+  return lanes;
+}
 
 // Sixteen keys (kLanes, dims) as (dims, kLanes).
 inline void transpose(const float* keys, int64_t dims, float* out) {
@@ -29,10 +33,10 @@ template <int R>
 RMSE_INLINE void scores_of(const float* query, int64_t dims, const float* transposed, float* scores, int64_t stride) {
   Lanes sums[R] = {};
   for (int64_t i = 0; i < dims; ++i) {
-    const Lanes key = load<Lanes>(transposed + i * kLanes);
+    const Lanes key = Lanes::at(transposed + i * kLanes);
     for (int r = 0; r < R; ++r) sums[r] += key * splat(query[r * dims + i]);
   }
-  for (int r = 0; r < R; ++r) std::memcpy(scores + r * stride, &sums[r], sizeof(Lanes));
+  for (int r = 0; r < R; ++r) sums[r].store(scores + r * stride);
 }
 
 // The products of all queries with the slots first .. first + count - 1 of a side.
@@ -85,16 +89,15 @@ void score(const AttentionRows& of, const AttentionSide& side, int64_t column, f
 
 // exp(score - largest) of a row in place; returns their sum.
 inline float weigh(float* scores, int64_t stride, const float* sink) {
-  Lanes most = load<Lanes>(scores);
-  for (int64_t i = kLanes; i < stride; i += kLanes) {
-    const Lanes next = load<Lanes>(scores + i);
-    most = next > most ? next : most;
-  }
-  float largest = sink == nullptr ? most[0] : *sink;
-  for (int l = 0; l < kLanes; ++l) largest = std::max(largest, most[l]);
+  Lanes most = Lanes::at(scores);
+  for (int64_t i = kLanes; i < stride; i += kLanes) most.raise(Lanes::at(scores + i));
+  float lanes[kLanes];
+  most.store(lanes);
+  float largest = sink == nullptr ? lanes[0] : *sink;
+  for (const float lane : lanes) largest = std::max(largest, lane);
   for (int64_t i = 0; i < stride; ++i) scores[i] = exponential(scores[i] - largest);
   Lanes sum = {};
-  for (int64_t i = 0; i < stride; i += kLanes) sum += load<Lanes>(scores + i);
+  for (int64_t i = 0; i < stride; i += kLanes) sum += Lanes::at(scores + i);
   return added_up(sum) + (sink == nullptr ? 0.0f : exponential(*sink - largest));
 }
 
@@ -108,12 +111,14 @@ RMSE_INLINE void gather_values(const AttentionRows& of, int64_t first, const flo
       for (int r = 0; r < R; ++r) any += weights[r * of.stride];
       if (any == 0) continue;
       for (int v = 0; v < V; ++v) {
-        const Lanes value = load<Lanes>(side.values + s * of.dims + first + v * kLanes);
+        const Lanes value = Lanes::at(side.values + s * of.dims + first + v * kLanes);
         for (int r = 0; r < R; ++r) sums[r][v] += value * splat(weights[r * of.stride]);
       }
     }
   }
-  for (int r = 0; r < R; ++r) std::memcpy(out + r * of.dims + first, sums[r], sizeof sums[r]);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) sums[r][v].store(out + r * of.dims + first + v * kLanes);
+  }
 }
 
 template <int R, int V>

@@ -3,7 +3,7 @@
 // Integer products are exact. A float sum has one order: of integers block by block, of floats over `kLanes` lanes, every
 // product and every sum rounded by itself (-ffp-contract=off). So all instruction sets give the same bits. Each is a type with
 //
-//   kWidth            outputs in a vector, a divisor of kTile
+//   kWidth            outputs in a vector, a divisor of kTile; also RMSE_WIDTH, defined before this is included
 //   kRows             rows that are multiplied together
 //   kVectors          vectors of a tile that one row is multiplied with together; of several rows it is one
 //   kFloatRows        the same of floats
@@ -71,6 +71,8 @@ inline void round_row(const float* x, int64_t inputs, int8_t* values, float* sca
 
 // ----------------------------------------------------------------------------------------------------- integers
 
+constexpr int64_t kAhead = 4096;  // bytes of codes, most of a tile
+
 template <int W>
 struct Vectors {
   typedef float Floats __attribute__((vector_size(W * 4)));
@@ -109,6 +111,9 @@ RMSE_INLINE void part_of_tile(const uint8_t* codes, const uint16_t* scales, cons
     Floats of_weights[V];
     for (int v = 0; v < V; ++v) of_weights[v] = widened<W>(scales + v * W);
     for (const int64_t end = b + weights.shared; b < end; ++b, codes += kBytes) {
+      if constexpr (R <= 2) {  // few rows wait for memory, and the processor looks no further ahead than a page
+        for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + kAhead + i);
+      }
       Ints sums[V][R];
       if constexpr (Bits == 4) {
         Set::template int4<V, R>(codes, x, b, sums);
@@ -174,12 +179,40 @@ void integer_product(const Matrix& weights, int64_t first, int64_t last, const R
 
 constexpr int kLanes = 16;  // of a float sum
 constexpr int kOutputs = 4;  // that are added up side by side
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+constexpr int64_t kNearestCache = 32 << 10;  // bytes
+
+// In vectors that the instruction set has: compilers take larger ones apart in memory.
+struct Lanes {
+  static constexpr int kParts = kLanes / RMSE_WIDTH;
+  using Part = Vectors<RMSE_WIDTH>::Floats;
+  Part part[kParts];
+
+  static RMSE_INLINE Lanes at(const float* from) {
+    Lanes lanes;
+    for (int i = 0; i < kParts; ++i) lanes.part[i] = load<Part>(from + i * RMSE_WIDTH);
+    return lanes;
+  }
+  RMSE_INLINE void store(float* to) const {
+    for (int i = 0; i < kParts; ++i) std::memcpy(to + i * RMSE_WIDTH, &part[i], sizeof(Part));
+  }
+  RMSE_INLINE friend Lanes operator*(Lanes a, const Lanes& b) {
+    for (int i = 0; i < kParts; ++i) a.part[i] *= b.part[i];
+    return a;
+  }
+  RMSE_INLINE Lanes& operator+=(const Lanes& other) {
+    for (int i = 0; i < kParts; ++i) part[i] += other.part[i];
+    return *this;
+  }
+  // The larger one of each lane; of a NaN, the other.
+  RMSE_INLINE void raise(const Lanes& other) {
+    for (int i = 0; i < kParts; ++i) part[i] = other.part[i] > part[i] ? other.part[i] : part[i];
+  }
+};
 
 // Halves onto halves: lanes l and l + 8, then l and l + 4, l + 2, l + 1.
 RMSE_INLINE float added_up(const Lanes& sum) {
   float lanes[kLanes];
-  std::memcpy(lanes, &sum, sizeof lanes);
+  sum.store(lanes);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
@@ -192,9 +225,9 @@ RMSE_INLINE void float_rows(const float* weights, int64_t inputs, const float* c
   Lanes sums[R][N] = {};
   for (int64_t i = 0; i < whole; i += kLanes) {
     Lanes w[N];
-    for (int n = 0; n < N; ++n) w[n] = load<Lanes>(weights + n * inputs + i);
+    for (int n = 0; n < N; ++n) w[n] = Lanes::at(weights + n * inputs + i);
     for (int r = 0; r < R; ++r) {
-      const Lanes v = load<Lanes>(x[r] + i);
+      const Lanes v = Lanes::at(x[r] + i);
       for (int n = 0; n < N; ++n) sums[r][n] += w[n] * v;
     }
   }
@@ -222,14 +255,19 @@ RMSE_INLINE void float_rows(const float* weights, int64_t outputs, int64_t input
 template <int R>
 void float_product(const float* weights, int64_t outputs, int64_t inputs, int64_t first, int64_t last, const float* x,
                    const RowPair* pairs, int64_t count, float* out) {
-  int64_t o = first;
-  for (; o + kOutputs <= last; o += kOutputs) {
-    int64_t r = 0;
-    for (; r + R <= count; r += R) float_rows<kOutputs, R>(weights, outputs, inputs, o, x, pairs + r, out);
-    for (; r < count; ++r) float_rows<kOutputs, 1>(weights, outputs, inputs, o, x, pairs + r, out);
-  }
-  for (; o < last; ++o) {
-    for (int64_t r = 0; r < count; ++r) float_rows<1, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+  // As many rows at a time as the nearest cache holds, while all weights pass by.
+  const int64_t panel = std::max<int64_t>(R, kNearestCache / (inputs * static_cast<int64_t>(sizeof(float))) / R * R);
+  for (const RowPair* end = pairs + count; pairs < end; pairs += panel) {
+    const int64_t rows = std::min<int64_t>(panel, end - pairs);
+    int64_t o = first;
+    for (; o + kOutputs <= last; o += kOutputs) {
+      int64_t r = 0;
+      for (; r + R <= rows; r += R) float_rows<kOutputs, R>(weights, outputs, inputs, o, x, pairs + r, out);
+      for (; r < rows; ++r) float_rows<kOutputs, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+    }
+    for (; o < last; ++o) {
+      for (int64_t r = 0; r < rows; ++r) float_rows<1, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+    }
   }
 }
 
@@ -256,7 +294,7 @@ inline void gated_row(const float* gate, const float* up, int64_t n, float* out)
 inline void norm_row(const float* x, const float* weight, float eps, int64_t n, float* out) {
   const int64_t whole = n / kLanes * kLanes;
   Lanes squares = {};
-  for (int64_t i = 0; i < whole; i += kLanes) squares += load<Lanes>(x + i) * load<Lanes>(x + i);
+  for (int64_t i = 0; i < whole; i += kLanes) squares += Lanes::at(x + i) * Lanes::at(x + i);
   float total = added_up(squares);
   for (int64_t i = whole; i < n; ++i) total += x[i] * x[i];
   const float factor = 1 / std::sqrt(total / static_cast<float>(n) + eps);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#define RMSE_WIDTH 4
 #include "products_of.h"
 
 #if defined(__aarch64__) && defined(__linux__)

@@ -14,6 +14,7 @@
 #pragma GCC target("avx2")
 #endif
 
+#define RMSE_WIDTH 8
 #include "products_of.h"
 
 namespace rmse {

@@ -14,6 +14,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
+#define RMSE_WIDTH 4
 #include "neon_products.h"
 
 namespace rmse {

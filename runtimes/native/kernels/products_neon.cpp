@@ -1,5 +1,6 @@
 // Products with the NEON that every AArch64 processor has.
 #if defined(__aarch64__)
+#define RMSE_WIDTH 4
 #include "neon_products.h"
 
 namespace rmse {

@@ -14,6 +14,7 @@
 #pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #endif
 
+#define RMSE_WIDTH 16
 #include "products_of.h"
 
 namespace rmse {
