@@ -25,9 +25,10 @@ from rmse_edge.export.program import LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.quantize import QuantizedTensor
 
-from .ops import check_format, prepare, stored_codes
+from .ops import check_format, prepare, signed
 from .options import ExecutorchOptions
 from .passes import EDGE_PASSES
+from .tiles import tiles_of
 
 PROGRAM = "program.pte"
 UNLIMITED = 2**31 - 1  # of get_max_context_len: a window and a memory hold any text
@@ -54,7 +55,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
     options.progress("lowering to XNNPACK")
     with quiet():
-        partitioners = {name: [] if name.split("_")[0] in PLAIN else [XnnpackPartitioner()] for name in methods}
+        partitioners = {name: [XnnpackPartitioner()] if delegated(name, options) else [] for name in methods}
         try:
             edge = to_edge_transform_and_lower(
                 methods,
@@ -78,6 +79,14 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
         lowered.write_to_file(file)
     check_weights(path, options.tensors)
     return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+
+
+def delegated(name: str, options: LowerOptions) -> bool:
+    """Whether XNNPACK takes its parts of a method. Of a quantised model, little but sums is left for it: in calls of one row
+    these are done before a delegate has begun.
+    """
+    method, _, rows = name.rpartition("_")
+    return method not in PLAIN and not (options.tensors and rows == "1")
 
 
 def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
@@ -110,21 +119,19 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for name, q in tensors.items():
-            for what, forms in (
-                ("integers", stored_codes_forms(q)),
-                ("scales", [q.scales, q.scales.to(torch.bfloat16)]),
-            ):
-                if all(content.find(_bytes(form)) < 0 for form in forms):
-                    raise ExportError(
-                        f"{name}: ExecuTorch did not store the {what} it was given; export with quant=fp32"
-                    )
+            forms = stored_forms(q)
+            if not any(all(content.find(_bytes(part)) >= 0 for part in form) for form in forms):
+                parts = zip(("integers", "scales"), zip(*forms))
+                missing = next((w for w, p in parts if all(content.find(_bytes(t)) < 0 for t in p)), "scales")
+                raise ExportError(
+                    f"{name}: ExecuTorch did not store the {missing} it was given; export with quant=fp32"
+                )
 
 
-def stored_codes_forms(q: QuantizedTensor) -> list[Tensor]:
-    """What a weight's codes may be stored as: for XNNPACK and the experts' kernels, or for looking up rows."""
-    if q.format.bits == 8:
-        return [stored_codes(q)]
-    return [stored_codes(q), (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]]
+def stored_forms(q: QuantizedTensor) -> list[tuple[Tensor, Tensor]]:
+    """The codes and scales that a weight may be stored as: for the kernels, or for looking up rows."""
+    rows = signed(q) if q.format.bits == 8 else (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]
+    return [tuple(tiles_of(q)), (rows, q.scales)]
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -10,6 +10,6 @@ from rmse_edge.export.targets import TargetOptions
 
 @dataclass(frozen=True)
 class ExecutorchOptions(TargetOptions):
-    """Options of the target ExecuTorch: XNNPACK rounds activations."""
+    """Options of the target ExecuTorch: the kernels round activations."""
 
     LEVELS: ClassVar[tuple[int, ...]] = (4,)

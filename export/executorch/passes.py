@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import ExportPass, PassResult
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from . import operators  # noqa: F401  (where_rows is known from then on)
+
+PERMUTE = ops.edge.aten.permute_copy.default
+WHERE = ops.edge.aten.where.self
+WHERE_ROWS = ops.edge.rmse_edge.where_rows.default
 EXPAND = ops.edge.aten.expand_copy.default
 VIEW = ops.edge.aten.view_copy.default
 RESHAPES = (ops.edge.aten.squeeze_copy.dims, ops.edge.aten.squeeze_copy.dim, ops.edge.aten.unsqueeze_copy.default)
@@ -30,7 +35,8 @@ class DropIdleExpands(ExportPass):
 
 
 class ReshapesAsViews(ExportPass):
-    """Squeezes are copies at run time; views of static shapes are nothing at all. Other shapes stay as they are.
+    """Squeezes are copies at run time, as are permutations that only move axes of size 1; views of static shapes are nothing
+    at all. Other shapes stay as they are.
 
     Given:   y = unsqueeze(x, 0)
     Result:  y = view(x, y.shape)
@@ -39,15 +45,53 @@ class ReshapesAsViews(ExportPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         found = False
         for node in graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in RESHAPES and _is_static(node):
+            reshapes = node.op == "call_function" and (node.target in RESHAPES or _keeps_order(node))
+            if reshapes and _is_static(node):
                 node.target, node.args = VIEW, (node.args[0], [*_shape(node)])
                 found = True
         graph_module.recompile()
         return PassResult(graph_module, found)
 
 
+class WholeRows(ExportPass):
+    """A condition for whole rows is asked once for each of them; the portable kernel looks at every number.
+
+    Given:   y = where(condition (..., 1), a (..., n), b (..., n))
+    Result:  y = rmse_edge::where_rows(condition, a, b)
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        found = False
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and node.target == WHERE and _is_by_rows(node):
+                node.target, found = WHERE_ROWS, True
+        graph_module.recompile()
+        return PassResult(graph_module, found)
+
+
+def _is_by_rows(node) -> bool:
+    """Whether the condition has the leading axes of both values, which are alike, and 1 for each of the others."""
+    if not all(isinstance(arg, Node) and _is_static(arg) for arg in node.args):
+        return False
+    condition, a, b = (_shape(arg) for arg in node.args)
+    types = {arg.meta["val"].dtype for arg in node.args[1:]}
+    if a != b or a != _shape(node) or len(condition) != len(a) or len(types) != 1:
+        return False
+    leading = next((i for i, (c, n) in enumerate(zip(condition, a)) if c != n), len(a))
+    return leading < len(a) and all(c == 1 for c in condition[leading:])
+
+
 def _shape(node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def _keeps_order(node) -> bool:
+    """Whether it is a permutation that leaves the axes longer than 1 in their order."""
+    if node.target != PERMUTE:
+        return False
+    sizes = tuple(node.args[0].meta["val"].shape)
+    longer = [axis % len(sizes) for axis in node.args[1] if sizes[axis] != 1]
+    return longer == sorted(longer)
 
 
 def _is_static(node) -> bool:
@@ -59,4 +103,4 @@ def _is_idle(node) -> bool:
     return [str(d) for d in _shape(node)] == [str(d) for d in _shape(node.args[0])]
 
 
-EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews()]
+EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews(), WholeRows()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rmse_edge.numbers import KvDtype
 
+from .attend import attend
 from .cache import KeptKeysValues, table_row
 from .norm import RMSNorm
 from .rope import inverse_frequencies
@@ -37,6 +38,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @rotary.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+# Keys or values: of all positions, or of those before a call, if there are any, and of the call.
+Seen = Tensor | tuple[Tensor | None, Tensor]
 
 
 class Attention(KeptKeysValues):
@@ -70,6 +75,7 @@ class Attention(KeptKeysValues):
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
         self.gate, self.step_dims = gate, step_dims
         self.rotary_operator = True  # in graphs; a target that has none of its own sets it to False
+        self.attention_operator = False  # in graphs; a target that has one of its own sets it to True
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=False)
         self.kv_proj = nn.Linear(d_model, 2 * n_kv_heads * head_dim, bias=False)
         self.gate_proj = nn.Linear(d_model, n_heads * (head_dim if gate == "elementwise" else 1), bias=False)
@@ -123,14 +129,20 @@ class Attention(KeptKeysValues):
         """`rotate`, in a graph as one operator."""
         return (rotary if torch.compiler.is_exporting() and self.rotary_operator else rotate)(x, cos, sin)
 
+    def seen(self, past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Seen, Seen]:
+        """Keys and values of what was before a call and of the call itself, as `forward` takes them."""
+        if torch.compiler.is_exporting() and self.attention_operator:
+            return tuple((None if past is None else past[i], own[i]) for i in range(2))  # type: ignore[return-value]
+        return own if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, own))  # type: ignore[return-value]
+
     def forward(
-        self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+        self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Seen, values: Seen, mask: Tensor
     ) -> Tensor:
         """Attend from x.
 
         Args:
             x: (B, C, d) normed states.
-            keys, values: (B, G, S, hd), every position that may be seen.
+            keys, values: (B, G, S, hd), every position that may be seen; or in two parts, for the operator.
             mask: (B or 1, 1, C, S), 0 where seen and `MASKED` elsewhere.
         Returns:
             (B, C, d).
@@ -139,7 +151,11 @@ class Attention(KeptKeysValues):
         groups, hd = self.n_kv_heads, self.head_dim
         query = self.q_norm(self.q_proj(x).view(batch, count, -1, hd)).transpose(1, 2)  # (B, H, C, hd)
         query = self.turn(query, *self.angles(k, cos, sin, 1.0))
-        if torch.compiler.is_exporting():
+        if isinstance(keys, tuple):
+            past = None if keys[0] is None else (keys[0], values[0])
+            slots = mask.shape[-1] - count
+            out = attend(query, (keys[1], values[1]), past, (mask[..., :slots], mask[..., slots:]), operator=True)
+        elif torch.compiler.is_exporting():
             # Heads of a group share their keys: fold them into the rows of one plain matmul instead of repeating K and V.
             rows = query.reshape(batch, groups, -1, hd)  # (B, G, H/G * C, hd)
             scores = torch.matmul(rows, keys.transpose(2, 3)) * hd**-0.5

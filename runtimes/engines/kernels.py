@@ -27,15 +27,24 @@ NATIVE = Path(__file__).parent.with_name("native")
 SOURCES = (
     "kernels/products.cpp",
     "kernels/products_avx2.cpp",
+    "kernels/products_vnni.cpp",
     "kernels/products_neon.cpp",
     "kernels/products_dotprod.cpp",
+    "kernels/linear.cpp",
     "kernels/experts.cpp",
+    "kernels/attention.cpp",
     "executorch/operators.cpp",
 )
 HEADERS = (
     "kernels/products.h",
+    "kernels/exponential.h",
     "kernels/matrix_product.h",
-    "kernels/neon_rows.h",
+    "kernels/products_of.h",
+    "kernels/attention.h",
+    "kernels/attention_rows.h",
+    "kernels/neon_products.h",
+    "kernels/rounded.h",
+    "kernels/linear.h",
     "kernels/experts.h",
     "executorch/operators.h",
 )

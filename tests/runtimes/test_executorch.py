@@ -37,11 +37,10 @@ from rmse_edge.export.pipeline import signatures
 from rmse_edge.export.program import tensors_json, trace
 from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.package import MANIFEST, SUMS, Package
-from rmse_edge.quantize import Format, Quantized, QuantizedTensor, QuantizeRequest, Scheme, quantize
+from rmse_edge.quantize import Format, Quantized, QuantizeRequest, Scheme, quantize
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.executorch import ExecutorchMethods, ExecutorchRuntime, load_program
-from rmse_edge.runtimes.engines.kernels import load_kernels
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.session import restore_session, save_session
 
@@ -90,18 +89,11 @@ def test_weights_are_there_once_and_as_integers(executorch_int4: Path, calm: Qua
     """Every method of both sizes shares them; what was quantised is nowhere as floats."""
     content = (executorch_int4 / "program.pte").read_bytes()
     for name, q in calm.tensors.items():
-        once = [
-            content.count(form)
-            for form in (executorch_ops.stored_codes(q).numpy().tobytes(), swapped(executorch_ops.stored_codes(q)))
-        ]
-        assert sum(once) == 1, name
+        forms = executorch_lower.stored_forms(q)
+        assert sum(content.count(codes.numpy().tobytes()) for codes, _ in forms) == 1, name
         assert q.dequantize().numpy().tobytes() not in content
     table = calm.model.get_parameter("block.experts.router.weight")
     assert content.count(table.detach().numpy().tobytes()) == 1
-
-
-def swapped(codes: torch.Tensor) -> bytes:
-    return ((codes << 4) | (codes >> 4)).numpy().tobytes()
 
 
 def test_a_file_with_other_integers_is_refused(executorch_int4: Path, calm: Quantized) -> None:
@@ -274,7 +266,7 @@ def test_what_the_target_cannot_do_is_one_line(
     assert not list(tmp_path.glob("*.rmse"))
 
 
-def test_groups_that_xnnpack_has_not_are_refused_before_quantising(
+def test_groups_that_the_kernels_have_not_are_refused_before_quantising(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = [
@@ -295,7 +287,7 @@ def test_groups_that_xnnpack_has_not_are_refused_before_quantising(
     assert not (tmp_path / "p.rmse").exists()
 
 
-def test_groups_that_xnnpack_has_not_are_refused() -> None:
+def test_groups_that_the_kernels_have_not_are_refused() -> None:
     model = mixed_model()
     made = quantize(model, QuantizeRequest(Scheme("int4", group_size=16), method="rtn"))
     with pytest.raises(ExportError) as caught:
@@ -388,32 +380,6 @@ def test_a_flipped_weight_byte_is_caught_before_the_runtime(executorch_package: 
         open_runtime(folder)
 
 
-def linear_program(path: Path, weight: QuantizedTensor) -> ExecutorchMethods:
-    """One quantised linear layer through XNNPACK."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    layer = torch.nn.Linear(64, 32, bias=False).eval()
-    layer.weight = torch.nn.Parameter(executorch_ops.torchao_weight(weight, dynamic=True), requires_grad=False)
-    exported = torch.export.export(layer, (torch.zeros(1, 64),), strict=False)
-    edge = to_edge_transform_and_lower({"head_1": exported}, partitioner=[XnnpackPartitioner()])
-    path.write_bytes(edge.to_executorch().buffer)
-    tensors = {"inputs": [{"name": "h", "shape": [1, 64], "dtype": "float32"}],
-               "outputs": [{"name": "logits", "shape": [1, 32], "dtype": "float32"}]}  # fmt: skip
-    return ExecutorchMethods(path, {"head_1": tensors}, max_loops=1)
-
-
-def test_two_packages_in_one_process_keep_their_own_weights(tmp_path: Path) -> None:
-    """XNNPACK's cache knows a weight by its codes: twice the scales must not find the first package's weights."""
-    once = round_to_nearest(torch.randn(32, 64), Format(8))
-    twice = type(once)(once.format, once.codes, 2 * once.scales)
-    x = {"h": np.ones((1, 64), np.float32)}
-    a, b = (
-        linear_program(tmp_path / f"{i}.pte", q).run("head", 1, x)["logits"].copy() for i, q in enumerate((once, twice))
-    )
-    np.testing.assert_allclose(b, 2 * a, rtol=1e-5)
-
-
 class Twins(torch.nn.Module):
     """Linear layers with the same codes: `once`, `twice` with twice the scales, `shifted` with a bias of its own."""
 
@@ -429,30 +395,25 @@ class Twins(torch.nn.Module):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_of_equal_codes_keep_their_own_scales_and_biases(tmp_path: Path, bits: int) -> None:
-    """In one delegate and in two methods of a program, while all of them share packed weights."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    """In two methods of a program, which stores what is the same once."""
+    from executorch.exir import to_edge
 
     once = round_to_nearest(torch.randn(32, 64), Format(bits, 32 if bits == 4 else None))
     twice = type(once)(once.format, once.codes, 2 * once.scales)
     tensors = {"once.weight": once, "twice.weight": twice, "shifted.weight": once}
     model = executorch_ops.prepare(Twins().eval(), LowerOptions(f"int{bits}", tensors))
     x = torch.randn(1, 64)
-    modules = {"all": model, "one": model.once, "two": model.twice, "three": model.shifted}
+    modules = {"all": model, "two": model.twice}
     exported = {name: torch.export.export(module, (x,), strict=False) for name, module in modules.items()}
-    partitioners = {name: [XnnpackPartitioner()] for name in exported}
-    program = to_edge_transform_and_lower(exported, partitioner=partitioners).to_executorch()
     path = tmp_path / "twins.pte"
-    path.write_bytes(program.buffer)
+    path.write_bytes(to_edge(exported).to_executorch().buffer)
     executorch_lower.check_weights(path, tensors)
+    assert path.read_bytes().count(executorch_lower.stored_forms(once)[0][0].numpy().tobytes()) == 1
     loaded = load_program(path)
-    load_kernels().rmse_share_packed_weights(1)
     methods = {name: loaded.load_method(name) for name in modules}
     plain = x @ once.dequantize().T
-    expected = [plain, 2 * plain, plain + 1]
-    for ours, theirs in zip(
-        [*methods["all"]([x]), *(methods[n]([x])[0] for n in ("one", "two", "three"))], 2 * expected
-    ):
+    expected = [plain, 2 * plain, plain + 1, 2 * plain]
+    for ours, theirs in zip([*methods["all"]([x]), methods["two"]([x])[0]], expected):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()  # activations are rounded to int8
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the routed experts, compiled and run by the ExecuTorch runtime: numbers, instruction sets, compilers."""
+"""The kernels of runtimes/native, compiled and run by the ExecuTorch runtime: numbers, instruction sets, compilers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,32 @@ from helpers import assert_one_line, require_executorch
 from later import later
 
 from rmse_edge.errors import UserError
+from rmse_edge.layers.attend import attention
+from rmse_edge.layers.attention import rotary
 from rmse_edge.layers.experts import NO_CAPS, gathered_experts, select
+from rmse_edge.layers.masks import MASKED
 from rmse_edge.quantize import Format
 from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes.engines import kernels
 
-executorch_ops = later("rmse_edge.export.executorch.ops")
+operators = later("rmse_edge.export.executorch.operators")
+tiles = later("rmse_edge.export.executorch.tiles")
 
 pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]
 
 require_executorch()
 
 # bits, width, expert width; the wider ones have soft caps
-KERNEL_CASES = [(32, 64, 32), (32, 96, 32), (8, 64, 32), (4, 64, 32), (4, 96, 64), (8, 160, 96)]
+EXPERTS = [(32, 64, 32), (32, 96, 32), (8, 64, 32), (4, 64, 32), (4, 96, 64), (8, 160, 96)]
+# bits, inputs, outputs, group, rows; of outputs that fill no tile, and of inputs that fill no block
+LINEAR = [
+    (4, 64, 48, 32, 1), (4, 128, 37, 64, 1), (4, 96, 80, 32, 13), (4, 64, 5, 32, 3),
+    (8, 64, 48, None, 1), (8, 50, 37, None, 1), (8, 96, 80, None, 13), (8, 33, 5, None, 3),
+]  # fmt: skip
+# heads, groups, rows, slots, channels, whether there are biases and sinks; 0 slots: there is nothing before the call
+ATTENTION = [(6, 2, 1, 40, 64, False), (4, 4, 9, 33, 48, True), (4, 2, 17, 0, 32, False), (3, 1, 2, 16, 20, True)]
+PARTS = [("norm", 70), ("gated", 70), ("swiglu", 70), ("float", 70), ("rotary", 12), ("where", 33)]  # and a width
+WAYS = ("", "avx2", "neon", "portable")  # RMSE_PRODUCTS; those of another processor are plain C++
 
 
 class Experts(torch.nn.Module):
@@ -40,12 +53,13 @@ class Experts(torch.nn.Module):
         self.bias = torch.nn.Buffer(self._random(12))
         if bits == 32:
             self.weights = [torch.nn.Buffer(self.up), torch.nn.Buffer(self.down)]
-            self.names = ("a", "b")
+            self.names, self.hidden = ("a", "b"), ()
         else:
             fmt = Format(bits, 32 if bits == 4 else None)
             both = [round_to_nearest(w, fmt) for w in (self.up, self.down)]
             self.up, self.down = (q.dequantize() for q in both)
-            self.weights = [t for q in both for t in (executorch_ops.stored_codes(q), q.scales.to(torch.bfloat16))]
+            self.weights = [t for q in both for t in tiles.tiles_of(q)]
+            self.hidden = (hidden,)
             self.names = ("a", "as_", "b", "bs")
         for name, weight in zip(self.names, self.weights):
             self.register_buffer(name, weight)
@@ -56,22 +70,95 @@ class Experts(torch.nn.Module):
     def forward(self, x: torch.Tensor, logits: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         weights = [getattr(self, name) for name in self.names]
         operator = torch.ops.rmse_edge.sparse_experts if self.bits == 32 else torch.ops.rmse_edge.quantized_experts
-        return operator(x, logits, logits + self.bias, active, *weights, 3, *self.caps)
+        return operator(x, logits, logits + self.bias, active, *weights, *self.hidden, 3, *self.caps)
 
 
-def kernel_program(folder: Path, case: tuple[int, int, int]) -> tuple[Path, Experts, list[torch.Tensor]]:
+class Linear(torch.nn.Module):
+    """A quantised linear layer alone, with rows that are not active where it has more than one."""
+
+    def __init__(self, bits: int, inputs: int, outputs: int, group: int | None, rows: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(bits + outputs)
+        self.q = round_to_nearest(torch.randn(outputs, inputs, generator=draw), Format(bits, group))
+        self.outputs = outputs
+        self.bias = torch.nn.Buffer(torch.randn(outputs, generator=draw)) if outputs % 2 else None
+        for name, tensor in tiles.tiles_of(self.q)._asdict().items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
+        return operators.quantized_linear(x, self.codes, self.scales, self.bias, active, self.outputs)
+
+
+class Attends(torch.nn.Module):
+    """The attention operator alone, on the tensors among its arguments."""
+
+    def __init__(self, given: list[torch.Tensor | None]) -> None:
+        super().__init__()
+        self.there = [tensor is not None for tensor in given]
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        left = iter(tensors)
+        return attention(*(next(left) if there else None for there in self.there))
+
+
+class Part(torch.nn.Module):
+    """One of the smaller operators alone."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name, self.width = name, width
+        self.weight = torch.nn.Buffer(torch.randn(width, generator=torch.Generator().manual_seed(1)))
+        self.matrix = torch.nn.Buffer(torch.randn(37, width, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.name == "norm":
+            return operators.rms_norm(x, self.weight, 1e-6)
+        if self.name == "gated":
+            return operators.gated(x, y)
+        if self.name == "swiglu":
+            return operators.swiglu(x)
+        if self.name == "float":
+            return operators.float_linear(x, self.matrix, None)
+        if self.name == "rotary":
+            return rotary(x, *y[:, :1].chunk(2, -1))
+        return operators.where_rows(x[..., :1] > 0, x, y)
+
+
+def kernel_program(path: Path, module: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
     from executorch.exir import ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
 
-    assert executorch_ops.OUT_VARIANTS  # which are known from its import on
-    module = Experts(*case).eval()
-    draw = torch.Generator().manual_seed(7)
-    inputs = [torch.randn(9, case[1], generator=draw), torch.randn(9, 12, generator=draw), torch.arange(9) % 3 != 1]
+    assert operators.OUT_VARIANTS  # which are known from its import on
     config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
-    program = to_edge(torch.export.export(module, tuple(inputs), strict=False)).to_executorch(config)
-    path = folder / f"{case[0]}-{case[1]}.pte"
+    program = to_edge(torch.export.export(module.eval(), tuple(inputs), strict=False)).to_executorch(config)
     path.write_bytes(program.buffer)
-    return path, module, inputs
+    torch.save(inputs, f"{path}.inputs")
+
+
+def made_up(case: tuple[Any, ...]) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """The module of a case, and what it is given."""
+    draw = torch.Generator().manual_seed(7)
+    if case in EXPERTS:
+        inputs = [torch.randn(9, case[1], generator=draw), torch.randn(9, 12, generator=draw), torch.arange(9) % 3 != 1]
+        return Experts(*case), inputs
+    if case in PARTS:
+        return Part(*case), [torch.randn(2, 3, 11, case[1], generator=draw) * 4 for _ in range(2)]
+    if case in ATTENTION:
+        heads, groups, rows, slots, dims, more = case
+        own = [torch.randn(1, groups, rows, dims, generator=draw) for _ in range(2)]
+        past = [torch.randn(1, groups, slots, dims, generator=draw) for _ in range(2)] if slots else [None, None]
+        # Some slots are seen by nobody, others by some, and padding sees itself alone.
+        behind = MASKED * ((torch.rand(rows, slots, generator=draw) < 0.3) | (torch.arange(slots) // 16 == 1)).float()
+        mask = MASKED * torch.ones(rows, rows).triu(1)
+        biases = [torch.randn(1, heads, rows, n, generator=draw) if more else None for n in (rows, slots)]
+        sinks = torch.randn(1, heads, rows, 1, generator=draw) if more else None
+        masks = [mask[None, None], behind[None, None] if slots else None]
+        query = torch.randn(1, heads, rows, dims, generator=draw)
+        given = [query, *own, masks[0], biases[0], *past, masks[1], biases[1] if slots else None, sinks]
+        return Attends(given), [tensor for tensor in given if tensor is not None]
+    rows = case[-1]
+    x = torch.randn(1, rows, case[1], generator=draw) * torch.logspace(-3, 3, rows)[:, None]
+    return Linear(*case), [x] if rows == 1 else [x, torch.arange(rows)[None] % 3 != 1]
 
 
 RUN_KERNEL = """
@@ -87,34 +174,36 @@ print(load_kernels().rmse_instruction_set().decode())
 
 
 @pytest.fixture(scope="module")
-def kernels_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[int, int, int], Any]]:
-    """Every case through the runtime, with the processor's own instructions and in plain C++."""
+def kernels_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[Any, ...], Any]]:
+    """Every case through the runtime, with the processor's own instructions, with fewer of them, and in plain C++."""
     folder = tmp_path_factory.mktemp("kernels")
-    made = {case: kernel_program(folder, case) for case in KERNEL_CASES}
-    for path, _, inputs in made.values():
-        torch.save(inputs, f"{path}.inputs")
-    found: dict[str, dict[tuple[int, int, int], Any]] = {}
-    for way in ("", "portable"):
+    made = {
+        case: (folder / f"{i}.pte", *made_up(case)) for i, case in enumerate([*EXPERTS, *LINEAR, *ATTENTION, *PARTS])
+    }
+    for part in made.values():
+        kernel_program(*part)
+    found: dict[str, dict[tuple[Any, ...], Any]] = {}
+    for way in WAYS:
         environment = os.environ | {"RMSE_PRODUCTS": way}
         command = [sys.executable, "-c", RUN_KERNEL, *(str(path) for path, _, _ in made.values())]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert way != "portable" or done.stdout.split()[-1] == "portable"
-        found[way] = {case: (torch.load(f"{path}.out"), made[case]) for case, (path, _, _) in made.items()}
+        assert way == "" or done.stdout.split()[-1] in (way, "portable")
+        found[way] = {case: (torch.load(f"{part[0]}.out"), *part[1:]) for case, part in made.items()}
     return found
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES)
+@pytest.mark.parametrize("case", EXPERTS)
 def test_kernels_agree_with_pytorch(kernels_run: dict[str, dict[Any, Any]], case: tuple[int, int, int]) -> None:
     """Selection with bias, weights without it, SwiGLU, stopped rows; int8 and int4 within what rounding activations does."""
-    out, (_, module, (x, logits, active)) = kernels_run[""][case]
+    out, module, (x, logits, active) = kernels_run[""][case]
     expected = gathered_experts(x, select(logits, module.bias, 3), module.up, module.down, module.caps)
     assert (out[~active] == 0).all()
     difference = (out - expected)[active].square().mean().sqrt() / expected[active].square().mean().sqrt()
     assert difference < (1e-6 if case[0] == 32 else 0.015)
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES)
+@pytest.mark.parametrize("case", EXPERTS)
 def test_the_operator_itself_computes_what_its_integers_stand_for(case: tuple[int, int, int]) -> None:
     """In PyTorch, with float activations."""
     module = Experts(*case).eval()
@@ -123,9 +212,41 @@ def test_the_operator_itself_computes_what_its_integers_stand_for(case: tuple[in
     torch.testing.assert_close(module(x, logits, torch.ones(5, dtype=torch.bool)), expected)
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES)
-def test_all_instruction_sets_give_the_same_bits(kernels_run: dict[str, dict[Any, Any]], case: Any) -> None:
-    assert torch.equal(kernels_run[""][case][0], kernels_run["portable"][case][0])
+def rounded_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., K) rounded to int8 in blocks of 32, times weight (N, K), in float64."""
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    values = (blocks * (127 / largest)).round().double() * (largest / 127).double()
+    return values.flatten(-2)[..., : x.shape[-1]] @ weight.double().T
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_linear_layers_round_activations_and_nothing_else(kernels_run: dict[str, dict[Any, Any]], case: Any) -> None:
+    out, module, (x, *rest) = kernels_run[""][case]
+    expected = rounded_product(x, module.q.dequantize())
+    if module.bias is not None:
+        expected = expected + module.bias
+    if rest:
+        assert (out[~rest[0]] == 0).all() and not rest[0].all()
+        expected = torch.where(rest[0].unsqueeze(-1), expected, 0.0)
+    difference = (out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-9)
+    assert out.shape == (*x.shape[:-1], case[2]) and (difference < 1e-6).all()
+    floats = module(x, *rest)
+    assert ((out - floats).norm(dim=-1) <= 0.015 * floats.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("case", [*ATTENTION, *PARTS])
+def test_float_operators_agree_with_pytorch(kernels_run: dict[str, dict[Any, Any]], case: Any) -> None:
+    out, module, inputs = kernels_run[""][case]
+    expected = module(*(given.double() for given in inputs)) if case in ATTENTION else module(*inputs)
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*EXPERTS, *LINEAR, *ATTENTION, *PARTS])
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_all_instruction_sets_give_the_same_bits(kernels_run: dict[str, dict[Any, Any]], way: str, case: Any) -> None:
+    assert torch.equal(kernels_run[""][case][0], kernels_run[way][case][0])
 
 
 def test_without_a_compiler_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,9 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
-from rmse_edge.export.executorch.ops import quantized_experts, torchao_weight
+from rmse_edge.export.executorch.operators import quantized_experts
+from rmse_edge.export.executorch.ops import torchao_rows
+from rmse_edge.export.executorch.tiles import tiles_of
 from rmse_edge.layers.experts import select
 from rmse_edge.quantize.tensors import Format, QuantizedTensor, round_to_nearest
 from rmse_edge.runtimes.engines.executorch import load_program, set_threads, start_engine
@@ -58,14 +60,15 @@ class Operator(nn.Module):
     def __init__(self, up: QuantizedTensor, down: QuantizedTensor, rows: int) -> None:
         super().__init__()
         for name, q in (("up", interleaved(up)), ("down", down)):
-            self.register_buffer(f"{name}_codes", q.packed())
-            self.register_buffer(f"{name}_scales", q.scales.to(torch.bfloat16))
+            for part, tensor in tiles_of(q)._asdict().items():
+                self.register_buffer(f"{name}_{part}", tensor)
+        self.width = down.shape[-1]
         self.register_buffer("bias", torch.zeros(EXPERTS))
         self.register_buffer("active", torch.ones(rows, dtype=torch.bool))
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         weights = (self.up_codes, self.up_scales, self.down_codes, self.down_scales)
-        return quantized_experts(x, logits, logits + self.bias, self.active, *weights, TOP_K, 0.0, 0.0)
+        return quantized_experts(x, logits, logits + self.bias, self.active, *weights, self.width, TOP_K, 0.0, 0.0)
 
 
 class Gathered(nn.Module):
@@ -101,7 +104,7 @@ def embedding(q: QuantizedTensor) -> nn.Embedding:
     flat = QuantizedTensor(q.format, q.codes.flatten(1), q.scales.flatten(1))
     with torch.device("meta"):
         module = nn.Embedding(*flat.shape)
-    module.weight = nn.Parameter(torchao_weight(flat, dynamic=False), requires_grad=False)
+    module.weight = nn.Parameter(torchao_rows(flat), requires_grad=False)
     return module
 
 
@@ -115,13 +118,23 @@ class Route(nn.Module):
         return routing.experts, routing.weights
 
 
+def rounding(weight: Tensor) -> Tensor:
+    """A weight of torchao's that XNNPACK multiplies with activations rounded to int8, row by row."""
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8TensorActivationQuantization,
+    )
+
+    weight.activation_quantization = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
+    return weight
+
+
 class Expert(nn.Module):
     def __init__(self, up: QuantizedTensor, down: QuantizedTensor, e: int) -> None:
         super().__init__()
         for name, q in (("up", up), ("down", down)):
             one = QuantizedTensor(q.format, q.codes[e].clone(), q.scales[e].clone())
             linear = nn.Linear(one.shape[1], one.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(torchao_weight(one, dynamic=True), requires_grad=False)
+            linear.weight = nn.Parameter(rounding(torchao_rows(one)), requires_grad=False)
             setattr(self, name, linear)
 
     def forward(self, x: Tensor) -> Tensor:

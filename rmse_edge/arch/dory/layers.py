@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmse_edge.arch.recurrent_model import Stacks
-from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair, attend
+from rmse_edge.layers.attend import attend
+from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair
 from rmse_edge.layers.norm import unit
 from rmse_edge.layers.stack import FULL, Kind, Stack
 
@@ -45,7 +46,8 @@ class UnitAttention(FullAttention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, own: Pair, past: Pair | None, masks: Pair) -> Tensor:
         query = unit(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, H, C, hd)
         scale = (self.sqk * self.query_scale).square().view(-1, 1, self.head_dim)
-        seen = attend(self._turned(query, cos, sin) * scale, own, past, masks).transpose(1, 2).flatten(2)
+        query = self._turned(query, cos, sin) * scale
+        seen = attend(query, own, past, masks, operator=self.attention_operator).transpose(1, 2).flatten(2)
         gate = torch.sigmoid(self.g_proj(x) * (self.s_gate * self.gate_scale).square())
         return self.o_proj(unit(seen * gate))
 

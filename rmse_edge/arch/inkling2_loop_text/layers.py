@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.layers.attend import attend
 from rmse_edge.layers.convolution import DynamicShortConvolution, ShortConvolution, ring_order
-from rmse_edge.layers.dense import attend
 from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.layers.masks import causal_mask, distances, ring_positions, ring_slots_mask, slots_mask
 from rmse_edge.layers.norm import RMSNorm, clipped, rms
@@ -149,6 +149,7 @@ class InklingAttention(nn.Module):
         super().__init__()
         heads, kv_heads, dims, extent = c.head_sizes(kind)
         self.kind, self.full = KINDS[kind], kind == "hybrid"
+        self.attention_operator = False  # in graphs; a target that has one of its own sets it to True
         self.longest, self.eps = c.qk_l2_clip_threshold, c.rms_norm_eps
         self.q_proj = QueryProjection(c, heads, dims)
         self.k_proj = RowsProjection(c, kv_heads, dims, self.full)
@@ -173,6 +174,7 @@ class InklingAttention(nn.Module):
             (fixed[kind("slots_mask")], fixed[kind("causal_mask")]),
             (biases[0], biases[1]),
             self.sink_proj(query).transpose(1, 2).unsqueeze(-1),
+            operator=self.attention_operator,
         )
         return self.o_proj(seen.transpose(1, 2).flatten(2), query)
 

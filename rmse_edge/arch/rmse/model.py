@@ -84,7 +84,7 @@ class Block(nn.Module):
         """
         x = self.attention_norm(u)
         keys, values = self.attention.keys_values(x, k, cos, sin)
-        seen = (keys, values) if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, (keys, values)))
+        seen = self.attention.seen(past, (keys, values))
         index = self.computed(active)
         if index is None:
             return self._rest(u, x, k, cos, sin, seen, mask, active, recall), keys, values

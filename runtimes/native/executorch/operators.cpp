@@ -1,18 +1,16 @@
-// Registers the experts as operators of the ExecuTorch runtime:
-//
-//   rmse_edge::sparse_experts.out       (x, logits, scores, active, gate_up, down, top_k, gate_cap, up_cap, out)
-//   rmse_edge::quantized_experts.out    (x, logits, scores, active, gate_up codes, scales, down codes, scales, top_k, gate_cap,
-//                                        up_cap, out)
-//
-// and gives hosts the C functions of operators.h.
+// Registers the kernels as operators of the ExecuTorch runtime (export/executorch/operators.py says what they mean), and gives
+// hosts the C functions of operators.h.
 #include "operators.h"
 
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <string>
+#include <utility>
 
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/backend/options.h>
@@ -20,9 +18,12 @@
 #include <executorch/runtime/core/event_tracer_hooks.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 #include <executorch/runtime/kernel/operator_registry.h>
+#include <executorch/runtime/kernel/thread_parallel_interface.h>
 #include <executorch/runtime/platform/platform.h>
 
+#include "../kernels/attention.h"
 #include "../kernels/experts.h"
+#include "../kernels/linear.h"
 
 namespace {
 
@@ -36,75 +37,335 @@ using executorch::runtime::Span;
 using executorch::runtime::internal::EventTracerProfileOpScope;
 
 bool is(const Tensor& t, ScalarType type, ssize_t dims) { return t.scalar_type() == type && t.dim() == dims; }
+bool is(const Tensor& t, ScalarType type) { return t.scalar_type() == type; }
 
-// The weights (E, outputs, inputs) of `codes`, or none where they and their scales (E, outputs, groups) do not fit.
-bool read(const Tensor& codes, const Tensor* scales, int bits, rmse::ExpertWeights& weights) {
-  weights.codes = codes.const_data_ptr();
-  weights.outputs = codes.size(1);
-  weights.inputs = bits == 4 ? 2 * codes.size(2) : codes.size(2);
-  if (scales == nullptr) return is(codes, ScalarType::Float, 3);
-  if (!is(*scales, ScalarType::BFloat16, 3) || scales->size(0) != codes.size(0) || scales->size(1) != codes.size(1) ||
-      scales->size(2) == 0 || !is(codes, bits == 4 ? ScalarType::Byte : ScalarType::Char, 3)) {
-    return false;
+// The arguments of a call, one after the other.
+class Arguments {
+ public:
+  explicit Arguments(Span<EValue*> args) : args_(args) {}
+
+  const Tensor& tensor() { return args_[next_++]->toTensor(); }
+  // Null where there is none.
+  const Tensor* optional() {
+    EValue* value = args_[next_++];
+    return value->isNone() ? nullptr : &value->toTensor();
   }
-  weights.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
-  weights.group = weights.inputs / scales->size(2);
-  return weights.group * scales->size(2) == weights.inputs && weights.group % 32 == 0;
+  int64_t integer() { return args_[next_++]->toInt(); }
+  float number() { return static_cast<float>(args_[next_++]->toDouble()); }
+  Tensor& out() { return args_[next_]->toTensor(); }
+
+ private:
+  Span<EValue*> args_;
+  size_t next_ = 0;
+};
+
+// The matrix of which `codes` (..., tiles, blocks, bytes) and `scales` (..., tiles, groups, kTile) have the tiles; false where
+// they do not fit.
+bool read(const Tensor& codes, const Tensor& scales, ssize_t dims, int64_t outputs, int64_t inputs, rmse::Matrix& matrix) {
+  if (!is(codes, ScalarType::Byte, dims) || !is(scales, ScalarType::BFloat16, dims)) return false;
+  matrix.codes = codes.const_data_ptr<uint8_t>();
+  matrix.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
+  matrix.outputs = outputs;
+  matrix.blocks = codes.size(dims - 2);
+  matrix.bits = static_cast<int>(codes.size(dims - 1) * 8 / (rmse::kTile * rmse::kBlock));
+  const int64_t groups = scales.size(dims - 2);
+  if (groups == 0 || matrix.blocks % groups != 0) return false;
+  matrix.shared = matrix.blocks / groups;
+  return (matrix.bits == 4 || matrix.bits == 8) && codes.size(dims - 1) == matrix.block_bytes() && outputs > 0 &&
+         codes.size(dims - 3) == matrix.tiles() && scales.size(dims - 3) == matrix.tiles() &&
+         scales.size(dims - 1) == rmse::kTile && matrix.blocks == (inputs + rmse::kBlock - 1) / rmse::kBlock &&
+         (dims == 3 || codes.size(0) == scales.size(0));
 }
 
-void run(KernelRuntimeContext& context, Span<EValue*> args, bool quantized) {
-  const EventTracerProfileOpScope timed(
-      context.internal_event_tracer(), quantized ? "native_call_quantized_experts.out" : "native_call_sparse_experts.out");
-  if (args.size() != (quantized ? 13 : 11)) {  // `out` comes twice; other numbers are those of an older operator
-    context.fail(Error::InvalidProgram);
-    return;
+bool run_linear(Arguments args) {
+  const Tensor& x = args.tensor();
+  const Tensor& codes = args.tensor();
+  const Tensor& scales = args.tensor();
+  const Tensor* bias = args.optional();
+  const Tensor* active = args.optional();
+  const int64_t outputs = args.integer();
+  Tensor& out = args.out();
+  if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || x.dim() == 0 || out.dim() != x.dim()) return false;
+  const int64_t inputs = x.size(x.dim() - 1);
+  if (inputs == 0) return false;
+  const int64_t rows = x.numel() / inputs;
+  rmse::Matrix weights;
+  if (!read(codes, scales, 3, outputs, inputs, weights) || out.numel() != rows * outputs ||
+      (bias != nullptr && !(is(*bias, ScalarType::Float, 1) && bias->size(0) == outputs)) ||
+      (active != nullptr && !(is(*active, ScalarType::Bool) && active->numel() == rows))) {
+    return false;
   }
-  size_t next = 0;
-  const Tensor& x = args[next++]->toTensor();
-  const Tensor& logits = args[next++]->toTensor();
-  const Tensor& scores = args[next++]->toTensor();
-  const Tensor& active = args[next++]->toTensor();
-  const Tensor& up = args[next++]->toTensor();
-  const Tensor* up_scales = quantized ? &args[next++]->toTensor() : nullptr;
-  const Tensor& down = args[next++]->toTensor();
-  const Tensor* down_scales = quantized ? &args[next++]->toTensor() : nullptr;
+  rmse::quantized_linear(weights, bias == nullptr ? nullptr : bias->const_data_ptr<float>(), x.const_data_ptr<float>(), rows,
+                         inputs, active == nullptr ? nullptr : active->const_data_ptr<bool>(), out.mutable_data_ptr<float>());
+  return true;
+}
+
+bool run_experts(Arguments args, bool quantized) {
+  const Tensor& x = args.tensor();
+  const Tensor& logits = args.tensor();
+  const Tensor& scores = args.tensor();
+  const Tensor& active = args.tensor();
+  const Tensor& up = args.tensor();
+  const Tensor* up_scales = quantized ? &args.tensor() : nullptr;
+  const Tensor& down = args.tensor();
+  const Tensor* down_scales = quantized ? &args.tensor() : nullptr;
+  if (!is(x, ScalarType::Float, 2) || !is(logits, ScalarType::Float, 2) || !is(scores, ScalarType::Float, 2) ||
+      !is(active, ScalarType::Bool, 1) || up.dim() != (quantized ? 4 : 3) || down.dim() != up.dim()) {
+    return false;
+  }
   rmse::ExpertShape shape;
-  shape.top_k = args[next++]->toInt();
-  shape.gate_cap = static_cast<float>(args[next++]->toDouble());
-  shape.up_cap = static_cast<float>(args[next++]->toDouble());
-  Tensor& out = args[next]->toTensor();
   rmse::ExpertWeights gate_up_weights, down_weights;
-  bool fits = is(x, ScalarType::Float, 2) && is(logits, ScalarType::Float, 2) && is(scores, ScalarType::Float, 2) &&
-              is(active, ScalarType::Bool, 1) && is(out, ScalarType::Float, 2) && up.dim() == 3 && down.dim() == 3;
-  if (fits) {
-    shape.rows = x.size(0);
-    shape.width = x.size(1);
-    shape.experts = logits.size(1);
-    // int4 codes are bytes of two, int8 codes signed bytes.
-    shape.bits = !quantized ? 32 : up.scalar_type() == ScalarType::Byte ? 4 : 8;
-    fits = up.scalar_type() == down.scalar_type() && read(up, up_scales, shape.bits, gate_up_weights) &&
-           read(down, down_scales, shape.bits, down_weights) && gate_up_weights.inputs == shape.width &&
-           down_weights.outputs == shape.width && gate_up_weights.outputs == 2 * down_weights.inputs &&
-           up.size(0) == shape.experts && down.size(0) == shape.experts && scores.size(0) == shape.rows &&
-           scores.size(1) == shape.experts && logits.size(0) == shape.rows && active.size(0) == shape.rows && out.size(0) == shape.rows &&
-           out.size(1) == shape.width && shape.top_k >= 1 && shape.top_k <= shape.experts;
+  shape.rows = x.size(0);
+  shape.width = x.size(1);
+  shape.experts = logits.size(1);
+  shape.integers = quantized;
+  const int64_t hidden = quantized ? args.integer() : down.size(2);
+  shape.top_k = args.integer();
+  shape.gate_cap = args.number();
+  shape.up_cap = args.number();
+  Tensor& out = args.out();
+  gate_up_weights.outputs = 2 * hidden;
+  gate_up_weights.inputs = down_weights.outputs = shape.width;
+  down_weights.inputs = hidden;
+  if (quantized) {
+    if (!read(up, *up_scales, 4, 2 * hidden, shape.width, gate_up_weights.first) ||
+        !read(down, *down_scales, 4, shape.width, hidden, down_weights.first)) {
+      return false;
+    }
+  } else {
+    if (!is(up, ScalarType::Float) || !is(down, ScalarType::Float) || up.size(1) != 2 * hidden || up.size(2) != shape.width ||
+        down.size(1) != shape.width) {
+      return false;
+    }
+    gate_up_weights.floats = up.const_data_ptr<float>();
+    down_weights.floats = down.const_data_ptr<float>();
   }
-  if (!fits) {
-    context.fail(Error::InvalidArgument);
-    return;
+  if (!is(out, ScalarType::Float, 2) || up.size(0) != shape.experts || down.size(0) != shape.experts ||
+      scores.size(0) != shape.rows || scores.size(1) != shape.experts || logits.size(0) != shape.rows ||
+      active.size(0) != shape.rows || out.size(0) != shape.rows || out.size(1) != shape.width || shape.top_k < 1 ||
+      shape.top_k > shape.experts) {
+    return false;
   }
   rmse::sparse_experts(shape, x.const_data_ptr<float>(), logits.const_data_ptr<float>(), scores.const_data_ptr<float>(),
                        active.const_data_ptr<bool>(), gate_up_weights, down_weights, out.mutable_data_ptr<float>());
+  return true;
 }
 
-const Kernel kKernels[] = {
-    Kernel("rmse_edge::sparse_experts.out",
-           [](KernelRuntimeContext& context, Span<EValue*> args) { run(context, args, false); }),
-    Kernel("rmse_edge::quantized_experts.out",
-           [](KernelRuntimeContext& context, Span<EValue*> args) { run(context, args, true); }),
+bool run_float_linear(Arguments args) {
+  const Tensor& x = args.tensor();
+  const Tensor& weight = args.tensor();
+  const Tensor* bias = args.optional();
+  Tensor& out = args.out();
+  if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || !is(weight, ScalarType::Float, 2) || x.dim() == 0 ||
+      x.size(x.dim() - 1) != weight.size(1) || weight.size(1) == 0) {
+    return false;
+  }
+  const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / inputs;
+  if (out.numel() != rows * outputs || (bias != nullptr && !(is(*bias, ScalarType::Float, 1) && bias->size(0) == outputs))) {
+    return false;
+  }
+  rmse::float_linear(weight.const_data_ptr<float>(), bias == nullptr ? nullptr : bias->const_data_ptr<float>(),
+                     x.const_data_ptr<float>(), rows, inputs, outputs, nullptr, out.mutable_data_ptr<float>());
+  return true;
+}
+
+// What is computed row by row: rows of x (..., n) by threads, where there is enough to do.
+template <typename Row>
+void each_row(int64_t rows, int64_t n, const Row& row) {
+  constexpr int64_t kSmallestTask = 1 << 14;
+  executorch::extension::parallel_for(0, rows, std::max<int64_t>(1, kSmallestTask / std::max<int64_t>(1, n)),
+                                      [&](int64_t first, int64_t last) {
+                                        for (int64_t r = first; r < last; ++r) row(r);
+                                      });
+}
+
+bool run_norm(Arguments args) {
+  const Tensor& x = args.tensor();
+  const Tensor& weight = args.tensor();
+  const float eps = args.number();
+  Tensor& out = args.out();
+  if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || !is(weight, ScalarType::Float, 1) || x.dim() == 0 ||
+      x.size(x.dim() - 1) != weight.numel() || weight.numel() == 0 || out.numel() != x.numel()) {
+    return false;
+  }
+  const int64_t n = weight.numel();
+  const float *from = x.const_data_ptr<float>(), *by = weight.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  each_row(x.numel() / n, n, [&](int64_t r) { rmse::products().norm(from + r * n, by, eps, n, to + r * n); });
+  return true;
+}
+
+bool run_gated(Arguments args) {
+  const Tensor& gate = args.tensor();
+  const Tensor& up = args.tensor();
+  Tensor& out = args.out();
+  if (!is(gate, ScalarType::Float) || !is(up, ScalarType::Float) || !is(out, ScalarType::Float) || gate.dim() == 0 ||
+      gate.numel() == 0 || up.numel() != gate.numel() || out.numel() != gate.numel()) {
+    return false;
+  }
+  const int64_t n = gate.size(gate.dim() - 1);
+  const float *a = gate.const_data_ptr<float>(), *b = up.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  each_row(gate.numel() / n, n, [&](int64_t r) { rmse::products().gated(a + r * n, b + r * n, n, to + r * n); });
+  return true;
+}
+
+bool run_swiglu(Arguments args) {
+  const Tensor& x = args.tensor();
+  Tensor& out = args.out();
+  if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || x.dim() == 0 || x.numel() == 0 ||
+      x.size(x.dim() - 1) % 2 != 0 || 2 * out.numel() != x.numel()) {
+    return false;
+  }
+  const int64_t n = x.size(x.dim() - 1) / 2;
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  each_row(x.numel() / (2 * n), n, [&](int64_t r) { rmse::products().swiglu(from + 2 * r * n, n, 0, 0, 1, to + r * n); });
+  return true;
+}
+
+// Rows of a where the condition holds, of b elsewhere.
+bool run_where(Arguments args) {
+  const Tensor& condition = args.tensor();
+  const Tensor& a = args.tensor();
+  const Tensor& b = args.tensor();
+  Tensor& out = args.out();
+  const auto rows = static_cast<size_t>(condition.numel());
+  if (!is(condition, ScalarType::Bool) || a.scalar_type() != b.scalar_type() || out.scalar_type() != a.scalar_type() ||
+      a.nbytes() != b.nbytes() || out.nbytes() != a.nbytes() || rows == 0 || a.nbytes() % rows != 0) {
+    return false;
+  }
+  const size_t size = a.nbytes() / rows;
+  const bool* holds = condition.const_data_ptr<bool>();
+  const auto *first = static_cast<const char*>(a.const_data_ptr()), *second = static_cast<const char*>(b.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (size_t r = 0; r < rows; ++r) std::memcpy(to + r * size, (holds[r] ? first : second) + r * size, size);
+  return true;
+}
+
+// x (B, H, C, 2 n) turned by cos and sin (B or 1, 1, C, n): channel i with channel i + n.
+bool run_rotary(Arguments args) {
+  const Tensor& x = args.tensor();
+  const Tensor& cos = args.tensor();
+  const Tensor& sin = args.tensor();
+  Tensor& out = args.out();
+  if (!is(x, ScalarType::Float, 4) || !is(cos, ScalarType::Float, 4) || !is(sin, ScalarType::Float, 4) ||
+      !is(out, ScalarType::Float, 4) || out.numel() != x.numel() || cos.numel() != sin.numel() || cos.size(1) != 1 ||
+      cos.size(2) != x.size(2) || 2 * cos.size(3) != x.size(3) || (cos.size(0) != 1 && cos.size(0) != x.size(0))) {
+    return false;
+  }
+  const int64_t heads = x.size(1), count = x.size(2), n = cos.size(3);
+  const bool own = cos.size(0) != 1;  // angles for each of the batch
+  const float *from = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  each_row(x.size(0) * heads * count, 2 * n, [&](int64_t r) {
+    const int64_t angle = ((own ? r / (heads * count) * count : 0) + r % count) * n;
+    const float* a = from + 2 * r * n;
+    float* turned = to + 2 * r * n;
+    for (int64_t i = 0; i < n; ++i) {
+      const float first = a[i], second = a[i + n];
+      turned[i] = first * c[angle + i] - second * s[angle + i];
+      turned[i + n] = second * c[angle + i] + first * s[angle + i];
+    }
+  });
+  return true;
+}
+
+// Keys, values, mask and bias of a side, each of which has so many slots; false where they do not fit.
+bool read(const rmse::AttentionShape& shape, const Tensor& keys, const Tensor& values, const Tensor& mask, const Tensor* bias,
+          rmse::AttentionSide& side) {
+  side.slots = keys.dim() == 4 ? keys.size(2) : 0;
+  const auto fits = [&](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
+    return is(t, ScalarType::Float, 4) && t.size(0) == a && t.size(1) == b && t.size(2) == c && t.size(3) == d;
+  };
+  side.keys = keys.const_data_ptr<float>();
+  side.values = values.const_data_ptr<float>();
+  side.mask = mask.const_data_ptr<float>();
+  side.bias = bias == nullptr ? nullptr : bias->const_data_ptr<float>();
+  return fits(keys, shape.batch, shape.groups, side.slots, shape.dims) &&
+         fits(values, shape.batch, shape.groups, side.slots, shape.dims) &&
+         fits(mask, shape.own_masks ? shape.batch : 1, 1, shape.count, side.slots) &&
+         (bias == nullptr || fits(*bias, shape.batch, shape.heads, shape.count, side.slots));
+}
+
+bool run_attention(Arguments args) {
+  const Tensor& query = args.tensor();
+  const Tensor& keys = args.tensor();
+  const Tensor& values = args.tensor();
+  const Tensor& mask = args.tensor();
+  const Tensor* bias = args.optional();
+  const Tensor* past_keys = args.optional();
+  const Tensor* past_values = args.optional();
+  const Tensor* past_mask = args.optional();
+  const Tensor* past_bias = args.optional();
+  const Tensor* sinks = args.optional();
+  Tensor& out = args.out();
+  if (!is(query, ScalarType::Float, 4) || !is(out, ScalarType::Float, 4) || out.numel() != query.numel() ||
+      query.numel() == 0 || !is(keys, ScalarType::Float, 4) || keys.size(1) == 0 || query.size(1) % keys.size(1) != 0 ||
+      !is(mask, ScalarType::Float, 4)) {
+    return false;
+  }
+  rmse::AttentionShape shape;
+  shape.batch = query.size(0);
+  shape.heads = query.size(1);
+  shape.groups = keys.size(1);
+  shape.count = query.size(2);
+  shape.dims = query.size(3);
+  shape.own_masks = mask.size(0) != 1;
+  rmse::AttentionSide past, own;
+  const bool behind = past_keys != nullptr;
+  if (!read(shape, keys, values, mask, bias, own) || behind != (past_values != nullptr) || behind != (past_mask != nullptr) ||
+      (behind && !read(shape, *past_keys, *past_values, *past_mask, past_bias, past)) ||
+      (sinks != nullptr && !(is(*sinks, ScalarType::Float) && sinks->numel() == query.numel() / shape.dims))) {
+    return false;
+  }
+  rmse::attention(shape, query.const_data_ptr<float>(), past, own, sinks == nullptr ? nullptr : sinks->const_data_ptr<float>(),
+                  out.mutable_data_ptr<float>());
+  return true;
+}
+
+// A kernel; `out` comes twice among its arguments, and other numbers of them are those of an older operator.
+struct Operator {
+  const char* name;
+  size_t arguments;
+  bool (*run)(Arguments);
 };
 
-[[maybe_unused]] const Error kRegistered = executorch::runtime::register_kernels({kKernels, 2});
+constexpr Operator kOperators[] = {
+    {"quantized_linear.out", 8, run_linear},
+    {"float_linear.out", 5, run_float_linear},
+    {"sparse_experts.out", 11, [](Arguments args) { return run_experts(args, false); }},
+    {"quantized_experts.out", 14, [](Arguments args) { return run_experts(args, true); }},
+    {"rms_norm.out", 5, run_norm},
+    {"gated.out", 4, run_gated},
+    {"swiglu.out", 3, run_swiglu},
+    {"where_rows.out", 5, run_where},
+    {"rotary.out", 5, run_rotary},
+    {"attention.out", 12, run_attention},
+};
+constexpr size_t kCount = std::size(kOperators);
+
+template <size_t I>
+void run(KernelRuntimeContext& context, Span<EValue*> args) {
+  constexpr const Operator& op = kOperators[I];
+  static const std::string label = std::string("native_call_") + op.name;
+  const EventTracerProfileOpScope timed(context.internal_event_tracer(), label.c_str());
+  if (args.size() != op.arguments) {
+    context.fail(Error::InvalidProgram);
+  } else if (!op.run(Arguments(args))) {
+    context.fail(Error::InvalidArgument);
+  }
+}
+
+// The registry keeps pointers to the names.
+template <size_t... I>
+Error register_all(std::index_sequence<I...>) {
+  static const std::string names[] = {std::string("rmse_edge::") + kOperators[I].name...};
+  static const Kernel kernels[] = {Kernel(names[I].c_str(), run<I>)...};
+  return executorch::runtime::register_kernels({kernels, kCount});
+}
+
+[[maybe_unused]] const Error kRegistered = register_all(std::make_index_sequence<kCount>());
 
 // The runtime's messages go nowhere, but for the last error: whoever reports a failure says why in one line.
 std::string& last_error() {
@@ -147,5 +408,5 @@ const char* rmse_last_error() { return last_error().c_str(); }
 
 void rmse_clear_error() { last_error().clear(); }
 
-const char* rmse_instruction_set() { return rmse::instruction_set(); }
+const char* rmse_instruction_set() { return rmse::products().name; }
 }

@@ -15,6 +15,6 @@ const char* rmse_last_error();
 // Forgets it: whoever is about to report a call's failure calls this before, and never quotes an old complaint.
 void rmse_clear_error();
 
-// The instruction set of the experts' products: "avx2", "dotprod", "neon" or "portable".
+// The instruction set of the products: "vnni", "avx2", "dotprod", "neon" or "portable".
 const char* rmse_instruction_set();
 }

@@ -1,22 +1,25 @@
 // The routed experts of one iteration: selection, SwiGLU experts in float32, int8 or int4, weighted sum.
 //
-// Weights are read where they lie, row by row, and only those of the chosen experts: in a mapped file, idle experts stay
-// out of memory. Integer products are exact and float sums run over eight fixed lanes, so all processors give the same
-// bits, except for the exponential of the C library.
+// Weights are read where they lie, and only those of the chosen experts: in a mapped file, idle experts stay out of memory.
+// Rows that chose the same expert are multiplied together. All processors give the same bits, except for caps: their tanh is
+// that of the C library.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "products.h"
+
 namespace rmse {
 
-// How the stacked weights (E, outputs, inputs) of all experts are stored.
+// The stacked weights (E, outputs, inputs) of all experts.
 struct ExpertWeights {
-  const void* codes = nullptr;        // float32; int8; or int4, two to a byte, the first in the low half, zero at 8
-  const uint16_t* scales = nullptr;   // bfloat16 (E, outputs, inputs / group); null for float32
+  const float* floats = nullptr;  // or
+  Matrix first;                   // the integers of the first expert; those of the others follow, each in tiles of its own
   int64_t outputs = 0;
   int64_t inputs = 0;
-  int64_t group = 0;  // inputs that share a scale
+
+  Matrix of(int64_t expert) const;
 };
 
 struct ExpertShape {
@@ -24,7 +27,7 @@ struct ExpertShape {
   int64_t width = 0;    // d of the rows
   int64_t experts = 0;  // E
   int64_t top_k = 0;
-  int bits = 32;  // of a weight: 32, 8 or 4
+  bool integers = false;
   // Where c > 0, c * tanh(x / c) takes the place of a gate or an up x; within the sigmoid of silu a gate stays what it is.
   float gate_cap = 0;
   float up_cap = 0;
@@ -33,11 +36,8 @@ struct ExpertShape {
 // x (rows, d) -> out (rows, d): for every active row the softmax-weighted sum of the `top_k` experts with the largest
 // scores (the lower index on ties); the weights are the softmax over their logits. Rows that are not active become zero.
 //
-// int8 and int4: activations are rounded to int8 in blocks of 32, each with its own scale.
+// Of integers: activations are rounded to int8 in blocks of kBlock.
 void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
                     const ExpertWeights& gate_up, const ExpertWeights& down, float* out);
-
-// The instruction set that the products use here: "avx2", "dotprod", "neon" or "portable".
-const char* instruction_set();
 
 }  // namespace rmse

@@ -1,27 +1,29 @@
-// The frame of all products, compiled once for every instruction set. Four rows of the matrix are taken side by side.
+// The frame of all products, compiled once for every instruction set.
 //
-// Integer products are exact; float sums run over eight lanes and are added up in one order, products and sums rounded one
-// by one (-ffp-contract=off). So all instruction sets give the same bits. An instruction set is a type with
+// Integer products are exact. A float sum has one order: of integers block by block, of floats over `kLanes` lanes, every
+// product and every sum rounded by itself (-ffp-contract=off). So all instruction sets give the same bits. Each is a type with
 //
-//   kBytes        of the codes of a block
-//   rows<N>(...)  sums[r][l] = sum over blocks b of (weight scale * activation scale) * (integer sum of lane l in block b)
+//   kWidth            outputs in a vector, a divisor of kTile; also RMSE_WIDTH, defined before this is included
+//   kRows             rows that are multiplied together
+//   kVectors          vectors of a tile that one row is multiplied with together; of several rows it is one
+//   kFloatRows        the same of floats
+//   kAttention        queries that attend together, in kColumns vectors of their results
+//   int4, int8<V, R>  sums[v][r] = sum over a block of (code - zero) * value, for V vectors of a tile and R rows
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
-#include <vector>
+#include <limits>
 
+#include "exponential.h"
 #include "products.h"
 
 #define RMSE_INLINE inline __attribute__((always_inline))
 
 namespace rmse {
 namespace {  // not shared: every file that includes this compiles it for another instruction set
-
-constexpr int kRows = 4;
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Four = float __attribute__((vector_size(4 * sizeof(float))));
-using Indices = int32_t __attribute__((vector_size(4 * sizeof(int32_t))));
 
 template <typename Vector>
 RMSE_INLINE Vector load(const void* from) {
@@ -30,98 +32,273 @@ RMSE_INLINE Vector load(const void* from) {
   return v;
 }
 
-RMSE_INLINE Four halves(const Lanes& sum) {
-  Four half[2];
-  std::memcpy(half, &sum, sizeof half);
-  return half[0] + half[1];
+// ----------------------------------------------------------------------------------------------------- rounding
+
+constexpr float kSmallest = 1e-30f;  // of a block's largest activation; below it 127 / x overflows, and nothing is lost
+
+// Returns the block's scale: NaN where there is a NaN or an infinity.
+inline float round_block(const float* x, int64_t count, int8_t* values, int32_t* sum) {
+  float filled[kBlock] = {};
+  if (count < kBlock) {
+    std::copy_n(x, count, filled);
+    x = filled;
+  }
+  uint32_t bits = 0;  // of the largest magnitude: without their sign, floats are in the order of their bits
+  for (int64_t i = 0; i < kBlock; ++i) bits = std::max(bits, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+  const float largest = std::bit_cast<float>(bits);
+  *sum = 0;
+  if (!(largest >= kSmallest && largest <= std::numeric_limits<float>::max())) {
+    std::fill_n(values, kBlock, int8_t{0});
+    return largest < kSmallest ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+  const float inverse = 127 / largest;
+  int32_t rounded[kBlock], total = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    // Adding 1.5 * 2^23 leaves no room for a fraction: the nearest integer, without a call for every number.
+    rounded[i] = static_cast<int32_t>((x[i] * inverse + 12582912.0f) - 12582912.0f);
+    total += rounded[i];
+  }
+  for (int64_t i = 0; i < kBlock; ++i) values[i] = static_cast<int8_t>(rounded[i]);
+  *sum = total;
+  return largest / 127;
 }
 
-RMSE_INLINE Four shuffle(const Four& a, const Four& b, const Indices& from) {
-#if defined(__clang__)
-  Four both;
-  for (int i = 0; i < 4; ++i) both[i] = from[i] < 4 ? a[from[i]] : b[from[i] - 4];
-  return both;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
+inline void round_row(const float* x, int64_t inputs, int8_t* values, float* scales, int32_t* sums) {
+  for (int64_t i = 0; i < inputs; i += kBlock) {
+    *scales++ = round_block(x + i, std::min(kBlock, inputs - i), values + i, sums++);
+  }
 }
 
-// Adds up the lanes of four rows: with h = low half + high half, (h0 + h2) + (h1 + h3).
-RMSE_INLINE void add_up(const Lanes (&sums)[kRows], float* out) {
-  const Four a = halves(sums[0]), b = halves(sums[1]), c = halves(sums[2]), d = halves(sums[3]);
-  const Four ab_low = shuffle(a, b, Indices{0, 4, 1, 5}), ab_high = shuffle(a, b, Indices{2, 6, 3, 7});
-  const Four cd_low = shuffle(c, d, Indices{0, 4, 1, 5}), cd_high = shuffle(c, d, Indices{2, 6, 3, 7});
-  const Four ab = ab_low + ab_high, cd = cd_low + cd_high;  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
-  const Four first = shuffle(ab, cd, Indices{0, 1, 4, 5}), second = shuffle(ab, cd, Indices{2, 3, 6, 7});
-  const Four total = first + second;
-  std::memcpy(out, &total, sizeof total);
+// ----------------------------------------------------------------------------------------------------- integers
+
+constexpr int64_t kAhead = 4096;  // bytes of codes, most of a tile
+
+template <int W>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(W * 4)));
+  typedef int32_t Ints __attribute__((vector_size(W * 4)));
+  typedef uint32_t Wide __attribute__((vector_size(W * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(W * 2)));
+};
+
+template <int W>
+RMSE_INLINE typename Vectors<W>::Floats widened(const uint16_t* bfloat16) {
+  using V = Vectors<W>;
+  const auto wide = __builtin_convertvector(load<typename V::Halves>(bfloat16), typename V::Wide) << 16;
+  return load<typename V::Floats>(&wide);
 }
 
-RMSE_INLINE void add_up(const Lanes (&sums)[1], float* out) {
-  const Four h = halves(sums[0]);
-  *out = (h[0] + h[2]) + (h[1] + h[3]);
+// Where R rows of activations are.
+template <int R>
+struct RowsAt {
+  const int8_t* values[R];
+  const float* scales[R];
+  const int32_t* sums[R];
+};
+
+// V vectors of a tile, from its output `lane` on, times R rows.
+template <typename Set, int Bits, int V, int R>
+RMSE_INLINE void part_of_tile(const uint8_t* codes, const uint16_t* scales, const Matrix& weights, int64_t lane,
+                              const RowsAt<R>& x, float* const (&out)[R], int64_t left) {
+  constexpr int W = Set::kWidth;
+  using Floats = typename Vectors<W>::Floats;
+  using Ints = typename Vectors<W>::Ints;
+  constexpr int64_t kBytes = kTile * kBlock * Bits / 8;
+  Floats totals[V][R] = {};
+  codes += 4 * lane;
+  scales += lane;
+  for (int64_t b = 0; b < weights.blocks; scales += kTile) {
+    Floats of_weights[V];
+    for (int v = 0; v < V; ++v) of_weights[v] = widened<W>(scales + v * W);
+    for (const int64_t end = b + weights.shared; b < end; ++b, codes += kBytes) {
+      if constexpr (R <= 2) {  // few rows wait for memory, and the processor looks no further ahead than a page
+        for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + kAhead + i);
+      }
+      Ints sums[V][R];
+      if constexpr (Bits == 4) {
+        Set::template int4<V, R>(codes, x, b, sums);
+      } else {
+        Set::template int8<V, R>(codes, x, b, sums);
+      }
+      for (int r = 0; r < R; ++r) {
+        const float of_x = x.scales[r][b];
+        for (int v = 0; v < V; ++v) totals[v][r] += __builtin_convertvector(sums[v][r], Floats) * (of_weights[v] * of_x);
+      }
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    const int64_t count = std::min<int64_t>(W, left - v * W);
+    if (count <= 0) break;
+    for (int r = 0; r < R; ++r) std::memcpy(out[r] + v * W, &totals[v][r], count * sizeof(float));
+  }
 }
 
-RMSE_INLINE float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
+template <typename Set, int Bits, int R>
+RMSE_INLINE void rows_of_tile(const Matrix& weights, int64_t tile, const RoundedRows& x, const RowPair* pairs, float* out) {
+  constexpr int V = R == 1 ? Set::kVectors : 1;
+  const int64_t groups = weights.blocks / weights.shared;
+  const uint8_t* codes = weights.codes + tile * weights.blocks * kTile * kBlock * Bits / 8;
+  const uint16_t* scales = weights.scales + tile * groups * kTile;
+  RowsAt<R> at;
+  for (int r = 0; r < R; ++r) {
+    at.values[r] = x.values + pairs[r].from * weights.blocks * kBlock;
+    at.scales[r] = x.scales + pairs[r].from * weights.blocks;
+    at.sums[r] = x.sums + pairs[r].from * weights.blocks;
+  }
+  for (int64_t lane = 0; lane < kTile; lane += V * Set::kWidth) {
+    const int64_t left = weights.outputs - tile * kTile - lane;
+    if (left <= 0) break;
+    float* to[R];
+    for (int r = 0; r < R; ++r) to[r] = out + pairs[r].to * weights.outputs + tile * kTile + lane;
+    part_of_tile<Set, Bits, V, R>(codes, scales, weights, lane, at, to, left);
+  }
 }
 
-// Scales of neighbouring rows, one for every block: groups of `shared` blocks have one.
-RMSE_INLINE void widen(const uint16_t* scales, int64_t count, int64_t shared, float* out) {
-  if (shared == 1) {
-    for (int64_t i = 0; i < count; ++i) out[i] = from_bfloat16(scales[i]);
+template <typename Set, int Bits>
+void tiles_of(const Matrix& weights, int64_t first, int64_t last, const RoundedRows& x, const RowPair* pairs, int64_t count,
+              float* out) {
+  // A tile's codes stay in the nearest cache for all rows.
+  for (int64_t tile = first; tile < last; ++tile) {
+    int64_t r = 0;
+    for (; r + Set::kRows <= count; r += Set::kRows) rows_of_tile<Set, Bits, Set::kRows>(weights, tile, x, pairs + r, out);
+    if constexpr (Set::kRows > 4) {
+      for (; r + 4 <= count; r += 4) rows_of_tile<Set, Bits, 4>(weights, tile, x, pairs + r, out);
+    }
+    for (; r + 2 <= count; r += 2) rows_of_tile<Set, Bits, 2>(weights, tile, x, pairs + r, out);
+    if (r < count) rows_of_tile<Set, Bits, 1>(weights, tile, x, pairs + r, out);
+  }
+}
+
+template <typename Set>
+void integer_product(const Matrix& weights, int64_t first, int64_t last, const RoundedRows& x, const RowPair* pairs,
+                     int64_t count, float* out) {
+  (weights.bits == 4 ? tiles_of<Set, 4> : tiles_of<Set, 8>)(weights, first, last, x, pairs, count, out);
+}
+
+// ------------------------------------------------------------------------------------------------------- floats
+
+constexpr int kLanes = 16;  // of a float sum
+constexpr int kOutputs = 4;  // that are added up side by side
+constexpr int64_t kNearestCache = 32 << 10;  // bytes
+
+// In vectors that the instruction set has: compilers take larger ones apart in memory.
+struct Lanes {
+  static constexpr int kParts = kLanes / RMSE_WIDTH;
+  using Part = Vectors<RMSE_WIDTH>::Floats;
+  Part part[kParts];
+
+  static RMSE_INLINE Lanes at(const float* from) {
+    Lanes lanes;
+    for (int i = 0; i < kParts; ++i) lanes.part[i] = load<Part>(from + i * RMSE_WIDTH);
+    return lanes;
+  }
+  RMSE_INLINE void store(float* to) const {
+    for (int i = 0; i < kParts; ++i) std::memcpy(to + i * RMSE_WIDTH, &part[i], sizeof(Part));
+  }
+  RMSE_INLINE friend Lanes operator*(Lanes a, const Lanes& b) {
+    for (int i = 0; i < kParts; ++i) a.part[i] *= b.part[i];
+    return a;
+  }
+  RMSE_INLINE Lanes& operator+=(const Lanes& other) {
+    for (int i = 0; i < kParts; ++i) part[i] += other.part[i];
+    return *this;
+  }
+  // The larger one of each lane; of a NaN, the other.
+  RMSE_INLINE void raise(const Lanes& other) {
+    for (int i = 0; i < kParts; ++i) part[i] = other.part[i] > part[i] ? other.part[i] : part[i];
+  }
+};
+
+// Halves onto halves: lanes l and l + 8, then l and l + 4, l + 2, l + 1.
+RMSE_INLINE float added_up(const Lanes& sum) {
+  float lanes[kLanes];
+  sum.store(lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
+}
+
+template <int N, int R>
+RMSE_INLINE void float_rows(const float* weights, int64_t inputs, const float* const (&x)[R], float* const (&out)[R]) {
+  const int64_t whole = inputs / kLanes * kLanes;
+  Lanes sums[R][N] = {};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    Lanes w[N];
+    for (int n = 0; n < N; ++n) w[n] = Lanes::at(weights + n * inputs + i);
+    for (int r = 0; r < R; ++r) {
+      const Lanes v = Lanes::at(x[r] + i);
+      for (int n = 0; n < N; ++n) sums[r][n] += w[n] * v;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
+      float total = added_up(sums[r][n]);
+      for (int64_t i = whole; i < inputs; ++i) total += weights[n * inputs + i] * x[r][i];
+      out[r][n] = total;
+    }
+  }
+}
+
+template <int N, int R>
+RMSE_INLINE void float_rows(const float* weights, int64_t outputs, int64_t inputs, int64_t o, const float* x,
+                            const RowPair* pairs, float* out) {
+  const float* from[R];
+  float* to[R];
+  for (int r = 0; r < R; ++r) {
+    from[r] = x + pairs[r].from * inputs;
+    to[r] = out + pairs[r].to * outputs + o;
+  }
+  float_rows<N, R>(weights + o * inputs, inputs, from, to);
+}
+
+template <int R>
+void float_product(const float* weights, int64_t outputs, int64_t inputs, int64_t first, int64_t last, const float* x,
+                   const RowPair* pairs, int64_t count, float* out) {
+  // As many rows at a time as the nearest cache holds, while all weights pass by.
+  const int64_t panel = std::max<int64_t>(R, kNearestCache / (inputs * static_cast<int64_t>(sizeof(float))) / R * R);
+  for (const RowPair* end = pairs + count; pairs < end; pairs += panel) {
+    const int64_t rows = std::min<int64_t>(panel, end - pairs);
+    int64_t o = first;
+    for (; o + kOutputs <= last; o += kOutputs) {
+      int64_t r = 0;
+      for (; r + R <= rows; r += R) float_rows<kOutputs, R>(weights, outputs, inputs, o, x, pairs + r, out);
+      for (; r < rows; ++r) float_rows<kOutputs, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+    }
+    for (; o < last; ++o) {
+      for (int64_t r = 0; r < rows; ++r) float_rows<1, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- swiglu
+
+inline void swiglu_row(const float* gate_up, int64_t n, float gate_cap, float up_cap, float factor, float* out) {
+  if (gate_cap > 0 || up_cap > 0) {
+    const auto capped = [](float x, float cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; };
+    for (int64_t i = 0; i < n; ++i) {
+      const float gate = gate_up[2 * i];
+      out[i] = capped(gate, gate_cap) * sigmoid(gate) * capped(gate_up[2 * i + 1], up_cap) * factor;
+    }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) std::fill_n(out + i * shared, shared, from_bfloat16(scales[i]));
+  for (int64_t i = 0; i < n; ++i) out[i] = gate_up[2 * i] * sigmoid(gate_up[2 * i]) * gate_up[2 * i + 1] * factor;
 }
 
-template <typename InstructionSet, int N>
-RMSE_INLINE void product_of_rows(const uint8_t* codes, const uint16_t* scales, int64_t blocks, int64_t shared,
-                                 const RoundedRow& x, float* widened, float* out) {
-  widen(scales, N * blocks / shared, shared, widened);
-  Lanes sums[N];
-  InstructionSet::template rows<N>(codes, widened, x, blocks, sums);
-  add_up(sums, out);
+inline void gated_row(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
-template <typename InstructionSet>
-void integer_product(const uint8_t* codes, const uint16_t* scales, int64_t outputs, int64_t inputs, int64_t group,
-                     const RoundedRow& x, float* out) {
-  const int64_t blocks = inputs / kBlock, shared = group / kBlock, groups = blocks / shared;
-  const int64_t bytes = blocks * InstructionSet::kBytes;
-  thread_local std::vector<float> kept;
-  kept.resize(std::max<size_t>(kept.size(), kRows * blocks));
-  float* widened = kept.data();
-  int64_t o = 0;
-  for (; o + kRows <= outputs; o += kRows) {
-    product_of_rows<InstructionSet, kRows>(codes + o * bytes, scales + o * groups, blocks, shared, x, widened, out + o);
-  }
-  for (; o < outputs; ++o) {
-    product_of_rows<InstructionSet, 1>(codes + o * bytes, scales + o * groups, blocks, shared, x, widened, out + o);
-  }
-}
+// --------------------------------------------------------------------------------------------------------- norm
 
-template <int N>
-RMSE_INLINE void float_rows(const float* weights, int64_t inputs, const float* x, float* out) {
-  const int64_t whole = inputs / kLanes * kLanes;
-  Lanes sums[N] = {};
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Lanes v = load<Lanes>(x + i);
-    for (int r = 0; r < N; ++r) sums[r] += load<Lanes>(weights + r * inputs + i) * v;
-  }
-  add_up(sums, out);
-  for (int r = 0; r < N; ++r) {
-    for (int64_t i = whole; i < inputs; ++i) out[r] += weights[r * inputs + i] * x[i];
-  }
-}
-
-inline void float_product(const float* weights, int64_t outputs, int64_t inputs, const float* x, float* out) {
-  int64_t o = 0;
-  for (; o + kRows <= outputs; o += kRows) float_rows<kRows>(weights + o * inputs, inputs, x, out + o);
-  for (; o < outputs; ++o) float_rows<1>(weights + o * inputs, inputs, x, out + o);
+inline void norm_row(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  const int64_t whole = n / kLanes * kLanes;
+  Lanes squares = {};
+  for (int64_t i = 0; i < whole; i += kLanes) squares += Lanes::at(x + i) * Lanes::at(x + i);
+  float total = added_up(squares);
+  for (int64_t i = whole; i < n; ++i) total += x[i] * x[i];
+  const float factor = 1 / std::sqrt(total / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "matrix_product.h"
+#define RMSE_WIDTH 4
+#include "products_of.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -14,70 +15,67 @@
 namespace rmse {
 namespace {
 
-inline int32_t four_products(const int8_t* a, const int8_t* b) {
-  return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
-}
+struct Portable {
+  static constexpr int kWidth = 4, kRows = 4, kVectors = 1, kFloatRows = 1, kAttention = 4, kColumns = 1;
+  using Ints = Vectors<kWidth>::Ints;
 
-struct PortableInt8 {
-  static constexpr int64_t kBytes = kBlock;
-
-  template <int N>
-  static void rows(const uint8_t* codes, const float* scales, const RoundedRow& x, int64_t blocks, Lanes (&sums)[N]) {
-    for (int r = 0; r < N; ++r) {
-      sums[r] = Lanes{};
-      for (int64_t b = 0; b < blocks; ++b) {
-        const auto* w = reinterpret_cast<const int8_t*>(codes + (r * blocks + b) * kBytes);
-        const float factor = scales[r * blocks + b] * x.scales[b];
-        for (int l = 0; l < kLanes; ++l) {
-          sums[r][l] += factor * static_cast<float>(four_products(w + 4 * l, x.values + b * kBlock + 4 * l));
+  template <int V, int R>
+  static void int4(const uint8_t* codes, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+    for (int r = 0; r < R; ++r) {
+      int32_t found[kWidth] = {};
+      for (int c = 0; c < 4; ++c) {
+        const int8_t* values = x.values[r] + b * kBlock + 8 * c;
+        for (int o = 0; o < kWidth; ++o) {
+          const uint8_t* w = codes + 4 * kTile * c + 4 * o;
+          for (int i = 0; i < 4; ++i) found[o] += (w[i] & 15) * values[i] + (w[i] >> 4) * values[i + 4];
         }
       }
+      for (int o = 0; o < kWidth; ++o) sums[0][r][o] = found[o] - 8 * x.sums[r][b];
+    }
+  }
+
+  template <int V, int R>
+  static void int8(const uint8_t* codes, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+    for (int r = 0; r < R; ++r) {
+      int32_t found[kWidth] = {};
+      for (int c = 0; c < 8; ++c) {
+        const int8_t* values = x.values[r] + b * kBlock + 4 * c;
+        for (int o = 0; o < kWidth; ++o) {
+          for (int i = 0; i < 4; ++i) found[o] += (codes[4 * kTile * c + 4 * o + i] - 128) * values[i];
+        }
+      }
+      for (int o = 0; o < kWidth; ++o) sums[0][r][o] = found[o];
     }
   }
 };
 
-struct PortableInt4 {
-  static constexpr int64_t kBytes = kBlock / 2;
-
-  template <int N>
-  static void rows(const uint8_t* codes, const float* scales, const RoundedRow& x, int64_t blocks, Lanes (&sums)[N]) {
-    for (int r = 0; r < N; ++r) {
-      sums[r] = Lanes{};
-      for (int64_t b = 0; b < blocks; ++b, codes += kBytes) {
-        int8_t w[kBlock];
-        for (int j = 0; j < kBytes; ++j) {
-          w[j] = static_cast<int8_t>(codes[j] & 15);
-          w[j + kBytes] = static_cast<int8_t>(codes[j] >> 4);
-        }
-        const float factor = scales[r * blocks + b] * x.scales[b];
-        for (int l = 0; l < kLanes; ++l) {
-          const int32_t sum = four_products(w + 4 * l, x.values + b * kBlock + 4 * l) - x.excess[b * kLanes + l];
-          sums[r][l] += factor * static_cast<float>(sum);
-        }
-      }
-    }
-  }
-};
-
+// By name, the best first.
 Products choose() {
   const char* wanted = std::getenv("RMSE_PRODUCTS");
-  if (wanted != nullptr && std::strcmp(wanted, "portable") == 0) return portable_products();
+  const auto may = [&](const char* name, bool can) {
+    return can && (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, name) == 0);
+  };
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") ? avx2_products() : portable_products();
-#elif defined(__aarch64__) && defined(__linux__)
-  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 ? dotprod_products() : neon_products();
+  const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (may("vnni", vnni)) return vnni_products();
+  if (may("avx2", __builtin_cpu_supports("avx2"))) return avx2_products();
 #elif defined(__aarch64__)
-  return dotprod_products();  // every Apple processor since the A11 has it
+#if defined(__linux__)
+  const bool dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else
-  return portable_products();
+  const bool dotprod = true;  // every Apple processor since the A11 has it
 #endif
+  if (may("dotprod", dotprod)) return dotprod_products();
+  if (may("neon", true)) return neon_products();
+#endif
+  static_cast<void>(may);
+  return portable_products();
 }
 
 }  // namespace
 
-Products portable_products() {
-  return {"portable", float_product, integer_product<PortableInt8>, integer_product<PortableInt4>};
-}
+Products portable_products() { return products_of<Portable>("portable"); }
 
 const Products& products() {
   static const Products chosen = choose();

@@ -3,8 +3,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
-#include <vector>
+#include <limits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
@@ -12,64 +14,75 @@
 #pragma GCC target("avx2")
 #endif
 
-#include "matrix_product.h"
+#define RMSE_WIDTH 8
+#include "products_of.h"
 
 namespace rmse {
 namespace {
 
 RMSE_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// Sums of two neighbouring products -> float sums of four, times the weights' scale and the activations'.
-RMSE_INLINE Lanes scaled(__m256i fours, const float* scale, __m256 of_x) {
-  return _mm256_mul_ps(_mm256_mul_ps(_mm256_broadcast_ss(scale), of_x), _mm256_cvtepi32_ps(fours));
-}
+// Four neighbouring values of a row, for every output.
+RMSE_INLINE __m256i fours(const int8_t* values) { return _mm256_set1_epi32(load<int32_t>(values)); }
 
-RMSE_INLINE __m256i fours_of(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+struct Avx2 {
+  static constexpr int kWidth = 8, kRows = 4, kVectors = 2, kFloatRows = 1, kAttention = 4, kColumns = 1;
+  using Ints = Vectors<kWidth>::Ints;
 
-struct Avx2Int4 {
-  static constexpr int64_t kBytes = kBlock / 2;
-
-  template <int N>
-  static RMSE_INLINE void rows(const uint8_t* codes, const float* scales, const RoundedRow& x, int64_t blocks,
-                               Lanes (&sums)[N]) {
-    const __m128i low = _mm_set1_epi8(15);
-    for (int r = 0; r < N; ++r) sums[r] = Lanes{};
-    for (int64_t b = 0; b < blocks; ++b) {
-      const __m256i v = load_bytes(x.values + b * kBlock), excess = load_bytes(x.excess + b * kLanes);
-      const __m256 of_x = _mm256_broadcast_ss(x.scales + b);
-      for (int r = 0; r < N; ++r) {
-        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (r * blocks + b) * kBytes));
-        const __m256i w = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(packed, 4), low), _mm_and_si128(packed, low));
-        const __m256i pairs = _mm256_maddubs_epi16(w, v);  // 2 * 15 * 127 fits 16 bits
-        sums[r] += scaled(_mm256_sub_epi32(fours_of(pairs), excess), scales + r * blocks + b, of_x);
+  template <int V, int R>
+  static RMSE_INLINE void int4(const uint8_t* codes, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i pairs[V][R];  // of products: 8 * 2 * 15 * 127 fits 16 bits
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) pairs[v][r] = _mm256_setzero_si256();
+    }
+    for (int c = 0; c < 4; ++c) {
+      for (int v = 0; v < V; ++v) {
+        const __m256i packed = load_bytes(codes + 4 * kTile * c + 4 * kWidth * v);
+        const __m256i first = _mm256_and_si256(packed, low);
+        const __m256i second = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+        for (int r = 0; r < R; ++r) {
+          const int8_t* values = x.values[r] + b * kBlock + 8 * c;
+          pairs[v][r] = _mm256_add_epi16(pairs[v][r], _mm256_maddubs_epi16(first, fours(values)));
+          pairs[v][r] = _mm256_add_epi16(pairs[v][r], _mm256_maddubs_epi16(second, fours(values + 4)));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const __m256i excess = _mm256_set1_epi32(8 * x.sums[r][b]);  // codes count from 8
+      for (int v = 0; v < V; ++v) {
+        const __m256i total = _mm256_madd_epi16(pairs[v][r], _mm256_set1_epi16(1));
+        sums[v][r] = reinterpret_cast<Ints>(_mm256_sub_epi32(total, excess));
       }
     }
   }
-};
 
-struct Avx2Int8 {
-  static constexpr int64_t kBytes = kBlock;
-
-  template <int N>
-  static RMSE_INLINE void rows(const uint8_t* codes, const float* scales, const RoundedRow& x, int64_t blocks,
-                               Lanes (&sums)[N]) {
-    for (int r = 0; r < N; ++r) sums[r] = Lanes{};
-    for (int64_t b = 0; b < blocks; ++b) {
-      const __m256i v = load_bytes(x.values + b * kBlock);
-      const __m256 of_x = _mm256_broadcast_ss(x.scales + b);
-      for (int r = 0; r < N; ++r) {
-        const __m256i w = load_bytes(codes + (r * blocks + b) * kBytes);
-        // |w| * (v with the sign of w): 2 * 128 * 127 fits 16 bits.
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w));
-        sums[r] += scaled(fours_of(pairs), scales + r * blocks + b, of_x);
+  template <int V, int R>
+  static RMSE_INLINE void int8(const uint8_t* codes, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+    __m256i found[V][R];
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) found[v][r] = _mm256_setzero_si256();
+    }
+    for (int c = 0; c < 8; ++c) {
+      for (int v = 0; v < V; ++v) {
+        const __m256i w = _mm256_xor_si256(load_bytes(codes + 4 * kTile * c + 4 * kWidth * v), _mm256_set1_epi8(-128));
+        const __m256i size = _mm256_abs_epi8(w);
+        for (int r = 0; r < R; ++r) {
+          // |w| * (values with the sign of w): 2 * 128 * 127 fits 16 bits.
+          const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(fours(x.values[r] + b * kBlock + 4 * c), w));
+          found[v][r] = _mm256_add_epi32(found[v][r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
       }
+    }
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) sums[v][r] = reinterpret_cast<Ints>(found[v][r]);
     }
   }
 };
 
 }  // namespace
 
-Products avx2_products() { return {"avx2", float_product, integer_product<Avx2Int8>, integer_product<Avx2Int4>}; }
+Products avx2_products() { return products_of<Avx2>("avx2"); }
 
 }  // namespace rmse
 

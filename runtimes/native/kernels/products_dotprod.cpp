@@ -3,8 +3,10 @@
 #include <arm_neon.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
-#include <vector>
+#include <limits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
@@ -12,20 +14,25 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
-#include "neon_rows.h"
+#define RMSE_WIDTH 4
+#include "neon_products.h"
 
 namespace rmse {
 namespace {
 
 struct DotProduct {
-  static RMSE_INLINE int32x4_t sums(int8x16_t a, int8x16_t b) { return vdotq_s32(vdupq_n_s32(0), a, b); }
+  struct OfInt8 {
+    int32x4_t sums = vdupq_n_s32(0);
+
+    RMSE_INLINE void add(int8x16_t a, int8x16_t b) { sums = vdotq_s32(sums, a, b); }
+    RMSE_INLINE int32x4_t total() const { return sums; }
+  };
+  using OfInt4 = OfInt8;
 };
 
 }  // namespace
 
-Products dotprod_products() {
-  return {"dotprod", float_product, integer_product<NeonInt8<DotProduct>>, integer_product<NeonInt4<DotProduct>>};
-}
+Products dotprod_products() { return products_of<Neon<DotProduct>>("dotprod"); }
 
 }  // namespace rmse
 
