@@ -131,7 +131,8 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
 def stored_forms(q: QuantizedTensor) -> list[tuple[Tensor, Tensor]]:
     """The codes and scales that a weight may be stored as: for the kernels, or for looking up rows."""
     rows = signed(q) if q.format.bits == 8 else (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]
-    return [tuple(tiles_of(q)), (rows, q.scales)]
+    codes, scales = tiles_of(q)
+    return [(codes, scales), (rows, q.scales)]
 
 
 def _bytes(tensor: Tensor) -> bytes:

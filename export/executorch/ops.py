@@ -6,6 +6,8 @@ Embeddings become torchao tensors, which trace to ExecuTorch's own operators. Fl
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -75,11 +77,14 @@ class QuantizedLinear(nn.Module):
 
     codes: Tensor  # see `Tiles`
     scales: Tensor
+    bias: Tensor | None
 
-    def __init__(self, q: QuantizedTensor, bias: Tensor | None) -> None:
+    def __init__(self, layer: nn.Linear, q: QuantizedTensor) -> None:
         super().__init__()
+        for name, value in vars(layer).items():  # a model may keep more there than a weight
+            self.__dict__[name] = copy.copy(value)
+        del self._parameters["weight"]
         self.outputs = q.shape[0]
-        self.bias = bias
         for name, tensor in tiles_of(q)._asdict().items():
             self.register_buffer(name, tensor)
 
@@ -161,7 +166,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
         owner = model.get_submodule(path)
         check_format(name, q.format, q.shape[-1], "matrix" if isinstance(owner, nn.Linear) else "rows")
         if isinstance(owner, nn.Linear):
-            model.set_submodule(path, QuantizedLinear(q, owner.bias))
+            model.set_submodule(path, QuantizedLinear(owner, q))
         else:
             setattr(owner, attribute, nn.Parameter(torchao_rows(q), requires_grad=False))
     if options.tensors:

@@ -6,6 +6,8 @@ follows Qiu et al. 2025 (Gated Attention for LLMs).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # Keys or values: of all positions, or of those before a call, if there are any, and of the call.
-Seen = Tensor | tuple[Tensor | None, Tensor]
+Seen = Any  # Tensor | tuple[Tensor | None, Tensor]
 
 
 class Attention(KeptKeysValues):
@@ -129,11 +131,11 @@ class Attention(KeptKeysValues):
         """`rotate`, in a graph as one operator."""
         return (rotary if torch.compiler.is_exporting() and self.rotary_operator else rotate)(x, cos, sin)
 
-    def seen(self, past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Seen, Seen]:
+    def seen(self, past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Seen, ...]:
         """Keys and values of what was before a call and of the call itself, as `forward` takes them."""
         if torch.compiler.is_exporting() and self.attention_operator:
-            return tuple((None if past is None else past[i], own[i]) for i in range(2))  # type: ignore[return-value]
-        return own if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, own))  # type: ignore[return-value]
+            return tuple((None if past is None else past[i], own[i]) for i in range(2))
+        return own if past is None else tuple(torch.cat([p, n], 2) for p, n in zip(past, own))
 
     def forward(
         self, x: Tensor, k: int | Tensor, cos: Tensor, sin: Tensor, keys: Seen, values: Seen, mask: Tensor
