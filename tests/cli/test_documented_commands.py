@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ALPHABET, TINY, random_tokens, require_executorch
+from helpers import ALPHABET, random_tokens, require_executorch
 from small_models import small_recipe
 
 from rmse_edge.cli.train import main as rmse_train
-from rmse_edge.runtimes.engines.kernels import executorch_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -178,7 +177,6 @@ SLOW: dict[str, list[str]] = {
     "python docs/experiments/executorch/experts.py [--sizes 192x32,768x128] [--rows 1,64]": [
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
-    "python docs/experiments/executorch/decode.py --rounds 7": ["--config", "tiny.json", "--hollow", "hollow.json", "--rounds", "1"],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
 }  # fmt: skip
 
@@ -241,7 +239,6 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
     "python docs/experiments/executorch/experts.py --sizes 768x128": "run below, at another size",
     "python docs/experiments/executorch/state.py": "run below, with sizes",
-    "python docs/experiments/executorch/decode.py --runner build/native/rmse-runner [--config docs/benchmarks/d768.json]": "run below, at another size",
     "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
@@ -315,12 +312,7 @@ def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
     require_executorch()
     _, script, *rest = words(command)
     rest = [word for word in rest if word == "runs/facts.rmse"] + SLOW[command]
-    if "decode" in script:
-        rest += ["--runner", str(require_runner())]
-        sizes = {**TINY, "model_type": "rmse", "d_model": 96}  # the head begins as the embedding / 32: with its codes
-        (tmp_path / "tiny.json").write_text(json.dumps(sizes))
-        (tmp_path / "hollow.json").write_text(json.dumps(sizes | {"n_experts": 8}))
-    elif "facts" in script:
+    if "facts" in script:
         recipe = json.loads((ROOT / "docs/experiments/facts/recipe.json").read_text())
         recipe |= {"steps": 2, "gate_steps": 1, "exit_steps": 1, "batch_size": 2, "warmup": 1, "eval_every": 1}
         (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -331,13 +323,3 @@ def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "|" in done.stdout or json.loads(done.stdout)["questions"] == 3
-
-
-def require_runner() -> Path:
-    """The native runner, if it is built or can be."""
-    if shutil.which("make") is None or shutil.which("g++") is None:
-        pytest.skip("needs make and g++")
-    folder = ROOT / "build" / "documented"
-    make = ["make", "-C", str(ROOT / "runtimes" / "native"), f"EXECUTORCH={executorch_folder()}", f"BUILD={folder}"]
-    subprocess.run(make, check=True, capture_output=True)
-    return folder / "rmse-runner"
