@@ -209,8 +209,8 @@ def export_package(
                 request.max_seq_len,
             )
             lowering = target.lower(program, folder, options)
-        # What a target keeps itself, in its own type.
-        kept = {name: dataclasses.replace(info.state[name], dtype="float16") for name in lowering.get("rings", ())}
+        own_types = lowering.pop("kept", {})
+        kept = {name: dataclasses.replace(info.state[name], dtype=dtype) for name, dtype in own_types.items()}
         info = dataclasses.replace(info, state=info.state | kept)
         manifest: dict[str, Any] = {
             "target": request.target,

@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from rmse_edge.cli.bench import opened, parse, prepare
-from rmse_edge.runtimes.measure.bench import WEIGHT_BYTES, weight_bytes_per_token
+from rmse_edge.runtimes.measure.bench import weight_bytes_per_token
 
+from .looped import facts_of
 from .protocol import serve
 
 
@@ -22,12 +23,7 @@ class InPython:
             compile_model(self.runtime)
         bench, *_ = prepare(self.runtime, None, None, args)
         self.rows = {(r.test, r.dials.max_loops if r.mode == "fixed" else None): r for r in bench.rows}
-        info = self.runtime.info
-        held = WEIGHT_BYTES[info.quant]
-        self.facts = {
-            "weights": {"loop": round(held * info.loop_weights), "once": round(held * info.once_weights)},
-            "parameters": info.parameters,
-        }
+        self.facts = facts_of(self.runtime.info)
 
     def measure(self, test: str, tokens: int, loops: int | None) -> dict[str, Any]:
         row = self.rows[f"{test}{tokens}", loops]

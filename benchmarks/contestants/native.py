@@ -11,8 +11,8 @@ from typing import Any
 
 from rmse_edge.package import Package
 from rmse_edge.runtimes.host.signatures import read_model
-from rmse_edge.runtimes.measure.bench import WEIGHT_BYTES
 
+from .looped import facts_of
 from .protocol import serve
 
 
@@ -23,11 +23,7 @@ class Native:
             self.command += ["--text", text]
         info = read_model(Package.open(package))
         self.full = info.max_loops
-        held = WEIGHT_BYTES[info.quant]
-        self.facts = {
-            "weights": {"loop": round(held * info.loop_weights), "once": round(held * info.once_weights)},
-            "parameters": info.parameters,
-        }
+        self.facts = facts_of(info)
 
     def measure(self, test: str, tokens: int, loops: int | None) -> dict[str, Any]:
         counts = {"pp": 0, "tg": 0} | {test: tokens}

@@ -65,7 +65,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
     Returns:
         "program": its name; "compute": what it is laid out for; "rings": of every state its shape and the part that is
-        used; "structure": what the checks counted.
+        used; "structure": what the checks counted; "kept": the type of every state, for the manifest's model.
     Raises:
         ExportError: Core ML has no form for a method, or the saved program fails its checks.
     """
@@ -99,7 +99,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
             ct.utils.save_multifunction(described, str(folder / MODEL))
     options.progress("checking the saved program")
     counted = check(folder / MODEL, wanted, options.tensors, program.model, halves)  # type: ignore[arg-type]
-    return {"program": MODEL, "compute": compute, "rings": rings, "structure": counted}
+    kept = dict.fromkeys(rings, "float16")
+    return {"program": MODEL, "compute": compute, "rings": rings, "structure": counted, "kept": kept}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """How the model becomes a program for ExecuTorch: quantised layers are operators of our own, whose kernels are in runtimes/native.
 
 They read weights where they lie in the mapped file, so that none is unpacked or copied and idle experts stay out of memory.
-Embeddings become torchao tensors, which trace to ExecuTorch's own operators. Float layers stay what they are, for XNNPACK.
+Embeddings become torchao tensors, which trace to ExecuTorch's own operators. The float layers of a quantised model are operators,
+too; a float model stays what it is, for XNNPACK.
 """
 
 from __future__ import annotations
@@ -151,12 +152,13 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     model = shared_copy(model)
     release(model)
     left = dict(options.tensors)
+    quantised = bool(left)
     for path, module in list(model.named_modules()):
         if hasattr(module, "attention_operator"):
-            module.attention_operator = bool(left)
+            module.attention_operator = quantised
         if isinstance(module, (Attention, FullAttention)):
-            module.rotary_operator = bool(left)
-        if isinstance(module, RMSNorm) and not left:
+            module.rotary_operator = quantised
+        if isinstance(module, RMSNorm) and not quantised:
             model.set_submodule(path, DelegatedNorm(module))
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
@@ -169,7 +171,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
             model.set_submodule(path, QuantizedLinear(owner, q))
         else:
             setattr(owner, attribute, nn.Parameter(torchao_rows(q), requires_grad=False))
-    if options.tensors:
+    if quantised:
         for module in model.modules():
             module.__class__ = NATIVE.get(type(module), type(module))
     return model

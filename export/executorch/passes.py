@@ -89,7 +89,7 @@ def _keeps_order(node) -> bool:
     """Whether it is a permutation that leaves the axes longer than 1 in their order."""
     if node.target != PERMUTE:
         return False
-    sizes = tuple(node.args[0].meta["val"].shape)
+    sizes = _shape(node.args[0])
     longer = [axis % len(sizes) for axis in node.args[1] if sizes[axis] != 1]
     return longer == sorted(longer)
 

@@ -24,30 +24,8 @@ from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import new_file
 
 NATIVE = Path(__file__).parent.with_name("native")
-SOURCES = (
-    "kernels/products.cpp",
-    "kernels/products_avx2.cpp",
-    "kernels/products_vnni.cpp",
-    "kernels/products_neon.cpp",
-    "kernels/products_dotprod.cpp",
-    "kernels/linear.cpp",
-    "kernels/experts.cpp",
-    "kernels/attention.cpp",
-    "executorch/operators.cpp",
-)
-HEADERS = (
-    "kernels/products.h",
-    "kernels/exponential.h",
-    "kernels/matrix_product.h",
-    "kernels/products_of.h",
-    "kernels/attention.h",
-    "kernels/attention_rows.h",
-    "kernels/neon_products.h",
-    "kernels/rounded.h",
-    "kernels/linear.h",
-    "kernels/experts.h",
-    "executorch/operators.h",
-)
+# All kernels, as the Makefile takes them, and the operators around them.
+FILES = sorted([*NATIVE.glob("kernels/*.cpp"), *NATIVE.glob("kernels/*.h"), *NATIVE.glob("executorch/operators.*")])
 # Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
 FLAGS = (
     "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS",
@@ -109,8 +87,8 @@ def compiled() -> Path:
     folder = executorch_folder()
     made_from = [importlib.metadata.version("executorch"), str(folder), platform.machine(), *FLAGS, *LIBRARIES]
     digest = hashlib.sha256("\n".join(made_from).encode())
-    for name in (*SOURCES, *HEADERS):
-        digest.update((NATIVE / name).read_bytes())
+    for file in FILES:
+        digest.update(file.read_bytes())
     path = cache_folder() / f"rmse-edge-kernels-{digest.hexdigest()[:16]}.so"
     if not path.is_file():
         compile_to(path, folder)
@@ -142,7 +120,7 @@ def compile_to(path: Path, folder: Path) -> None:
     command = [*compiler, *FLAGS]
     for where in (include, include / "executorch" / "runtime" / "core" / "portable_type" / "c10"):
         command += ["-isystem", str(where)]
-    command += [str(NATIVE / name) for name in SOURCES]
+    command += [str(file) for file in FILES if file.suffix == ".cpp"]
     command += [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-Wl,--no-as-needed"]
     command += [f"-l{name}" for name in LIBRARIES]
     print("rmse-edge: compiling the kernels for ExecuTorch packages (once)", file=sys.stderr)

@@ -165,7 +165,7 @@ bool run_float_linear(Arguments args) {
     return false;
   }
   rmse::float_linear(weight.const_data_ptr<float>(), bias == nullptr ? nullptr : bias->const_data_ptr<float>(),
-                     x.const_data_ptr<float>(), rows, inputs, outputs, nullptr, out.mutable_data_ptr<float>());
+                     x.const_data_ptr<float>(), rows, inputs, outputs, out.mutable_data_ptr<float>());
   return true;
 }
 

@@ -54,13 +54,12 @@ void quantized_linear(const Matrix& weights, const float* bias, const float* x, 
 }
 
 void float_linear(const float* weights, const float* bias, const float* x, int64_t rows, int64_t inputs, int64_t outputs,
-                  const bool* active, float* out) {
-  const std::vector<RowPair>& pairs = pairs_of(rows, active);
-  const auto count = static_cast<int64_t>(pairs.size());
-  parallel_for(0, outputs, grain(count * inputs), [&](int64_t first, int64_t last) {
-    products().floats(weights, outputs, inputs, first, last, x, pairs.data(), count, out);
+                  float* out) {
+  const std::vector<RowPair>& pairs = pairs_of(rows, nullptr);
+  parallel_for(0, outputs, grain(rows * inputs), [&](int64_t first, int64_t last) {
+    products().floats(weights, outputs, inputs, first, last, x, pairs.data(), rows, out);
   });
-  finish(bias, rows, outputs, active, out);
+  finish(bias, rows, outputs, nullptr, out);
 }
 
 }  // namespace rmse

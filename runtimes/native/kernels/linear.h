@@ -12,8 +12,8 @@ namespace rmse {
 void quantized_linear(const Matrix& weights, const float* bias, const float* x, int64_t rows, int64_t inputs,
                       const bool* active, float* out);
 
-// The same with weights (outputs, inputs) in float32, and nothing rounded.
+// The same of all rows, with weights (outputs, inputs) in float32, and nothing rounded.
 void float_linear(const float* weights, const float* bias, const float* x, int64_t rows, int64_t inputs, int64_t outputs,
-                  const bool* active, float* out);
+                  float* out);
 
 }  // namespace rmse
