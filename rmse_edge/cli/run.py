@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.chat import ChatTemplate
     from rmse_edge.runtimes import LoopRuntime
     from rmse_edge.runtimes.host.session import SessionError, restore_session, save_session
+    from rmse_edge.runtimes.host.tail import BEGINNING, Tail
     from rmse_edge.runtimes.text.conversation import Conversation
-    from rmse_edge.runtimes.text.generate import BEGINNING, Generation, Tail
+    from rmse_edge.runtimes.text.generate import Generation
     from rmse_edge.runtimes.text.sampling import Sampler, Sampling
     from rmse_edge.text import Tokenizer, TokenNumbers, check_ids
 

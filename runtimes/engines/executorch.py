@@ -20,10 +20,10 @@ from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.calls import Opened
 from rmse_edge.runtimes.host.signatures import check_engine, check_methods, read_methods, read_model, refusal
 from rmse_edge.runtimes.host.text import LoopRuntime
-from rmse_edge.runtimes.measure.machine import DONTNEED, release_mapped
 from rmse_edge.schema import Name
 
 from .kernels import bindings, load_kernels
+from .mapped import DONTNEED, release_mapped
 
 MOST_THREADS = 256
 # The engine's numbers of types.

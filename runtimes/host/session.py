@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 
 from rmse_edge.errors import UserError
 from rmse_edge.files import kind_of, new_file
-from rmse_edge.runtimes.text.generate import BEGINNING, Tail
 from rmse_edge.schema import Expected, Name, validated
 
 from .base import Arrays
+from .tail import BEGINNING, Tail
 from .text import LoopRuntime
 
 FORMAT = "rmse-edge session"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +10,6 @@ from time import perf_counter
 
 import numpy as np
 
-# Advice of madvise(2). PAGEOUT never drops what was written, but reads the file again when a page is wanted back; DONTNEED
-# leaves the pages in the system's cache, for mappings that nobody writes to.
-DONTNEED, PAGEOUT = 4, 21
 BUFFER = 128 << 20  # bytes of each of two arrays: far beyond the caches of phones and most desktops
 
 
@@ -28,27 +24,6 @@ def copy_bandwidth(threads: int = 1, nbytes: int = BUFFER, repeats: int = 5) -> 
             list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), parts))  # NumPy lets go of the GIL while copying
             seconds.append(perf_counter() - start)
     return 2 * nbytes / median(seconds[1:])
-
-
-def release_mapped(path: Path, advice: int = PAGEOUT) -> None:
-    """Give the pages of a file that this process has mapped back to the system.
-
-    They come back by themselves when they are read. For files that were read once, to be packed into memory: their pages
-    would otherwise count as resident until memory runs short. Linux 5.4 and later, Android; elsewhere nothing happens.
-    """
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    name = str(path.resolve())
-    for line in maps.read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5] == name:
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            libc.munlock(start, end - start)  # ExecuTorch locks what it maps
-            libc.madvise(start, end - start, advice)  # a refusal costs nothing but memory
 
 
 def resident_bytes() -> tuple[int | None, int | None]:

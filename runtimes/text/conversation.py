@@ -16,11 +16,12 @@ from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import Token
 from rmse_edge.runtimes.host.session import Resumed, SessionError
+from rmse_edge.runtimes.host.tail import BEGINNING, Tail
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import parse_json, validated
 from rmse_edge.text import Tokenizer
 
-from .generate import BEGINNING, Generation, Tail, TextStream
+from .generate import Generation, TextStream
 
 
 @dataclass(frozen=True)

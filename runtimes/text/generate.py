@@ -16,6 +16,7 @@ import numpy as np
 from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.host.base import Runtime
+from rmse_edge.runtimes.host.tail import BEGINNING, Tail
 
 from .sampling import Sampler
 
@@ -37,16 +38,6 @@ class Span(NamedTuple):
 
     text: str
     depth: int
-
-
-class Tail(NamedTuple):
-    """Where a stream of tokens stands in its text: all that another stream needs to go on from there."""
-
-    context: tuple[int, ...] = ()  # the tokens that became text last: decoders look at neighbours
-    open: tuple[int, ...] = ()  # the tokens after them, the beginning of a character
-
-
-BEGINNING = Tail()  # of a text
 
 
 class TextStream:

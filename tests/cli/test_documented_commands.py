@@ -106,8 +106,10 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
             assert extra in PROJECT["optional-dependencies"]
         return
     if program == "python":
-        assert (ROOT / rest[0]).is_file(), rest[0]
-        known = script_flags(ROOT / rest[0])
+        script = ROOT / rest[0]
+        script = script / "__main__.py" if script.is_dir() else script
+        assert script.is_file(), rest[0]
+        known = script_flags(script)
     elif program.endswith("rmse-runner"):
         source = "".join(p.read_text() for p in (ROOT / "runtimes" / "native" / "cli").glob("*.cpp"))
         known = set(re.findall(r'"(--?[a-z][a-z-]*)"', source))
@@ -239,8 +241,8 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
     "python docs/experiments/executorch/experts.py --sizes 768x128": "run below, at another size",
     "python docs/experiments/executorch/state.py": "run below, with sizes",
-    "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
-    "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
+    "python docs/mac_checklist rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
+    "python docs/mac_checklist PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",

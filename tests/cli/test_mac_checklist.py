@@ -1,4 +1,4 @@
-"""docs/mac_checklist.py from one end to the other, with stand-ins for Core ML: its classes over our interpreter."""
+"""docs/mac_checklist from one end to the other, with stand-ins for Core ML: its classes over our interpreter."""
 
 from __future__ import annotations
 
@@ -178,11 +178,12 @@ def compile_into(scratch: Path, model: str, destination_path: str | None = None)
 
 @pytest.fixture(scope="module")
 def checklist() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("mac_checklist", ROOT / "docs" / "mac_checklist.py")
+    """The script as a module, found beside its others as `python docs/mac_checklist` finds them."""
+    folder = ROOT / "docs" / "mac_checklist"
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("mac_checklist", folder / "__main__.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -198,6 +199,7 @@ def mac(checklist: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     }
     stand_in = SimpleNamespace(**{name: lambda value=value: value for name, value in answers.items()})
     monkeypatch.setattr(checklist, "platform", stand_in)
+    monkeypatch.setattr(sys.modules["facts"], "platform", stand_in)
     monkeypatch.setattr("rmse_edge.runtimes.engines.coreml.platform", stand_in)
     monkeypatch.setattr(ct.models, "CompiledMLModel", Compiled)
     monkeypatch.setattr(ct.models.utils, "compile_model", partial(compile_into, tmp_path))
@@ -229,8 +231,8 @@ def test_all_is_ok_on_every_compute_unit(
     checklist: ModuleType, mac: pytest.MonkeyPatch, coreml_int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A package with states: the whole report, on stdout and in the file, and every function loaded on every unit."""
-    mac.setattr(checklist, "EARLY", 10.0)  # timings of a test machine prove nothing
-    mac.setattr(checklist.Unit, "greedy", lambda self, dials: (float(2 - dials.exit_threshold), 1.0))
+    mac.setattr(sys.modules["checks"], "EARLY", 10.0)  # timings of a test machine prove nothing
+    mac.setattr(sys.modules["checks"].Unit, "greedy", lambda self, dials: (float(2 - dials.exit_threshold), 1.0))
     output = tmp_path / "report.md"
     assert checklist.main([str(coreml_int4), "-o", str(output), *FEW]) == 0
     printed = capsys.readouterr()
@@ -242,7 +244,7 @@ def test_all_is_ok_on_every_compute_unit(
     manifest = json.loads((coreml_int4 / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["model"]["fingerprint"] in section(printed.out, "package")
     assert "macOS: 15.1" in section(printed.out, "machine")
-    wanted = {(unit, name) for unit in checklist.UNITS.values() for name in manifest["methods"]}
+    wanted = {(unit, name) for unit in sys.modules["plan"].UNITS.values() for name in manifest["methods"]}
     assert set(Compiled.loaded) == wanted
     functions = section(printed.out, "gpu: functions against the interpreter")
     assert all(f"| {name} | 0.0e+00 | 0.0e+00 |" in functions for name in manifest["methods"])
@@ -293,8 +295,8 @@ def test_what_is_wrong_shows(
 ) -> None:
     """In one line of the report, and no check stops the others."""
     mac.setattr(ct.models, "CompiledMLModel", stand_in)
-    mac.setattr(checklist, "EARLY", 10.0)
-    mac.setattr(checklist.Unit, "greedy", lambda self, dials: (float(2 - dials.exit_threshold), 1.0))
+    mac.setattr(sys.modules["checks"], "EARLY", 10.0)
+    mac.setattr(sys.modules["checks"].Unit, "greedy", lambda self, dials: (float(2 - dials.exit_threshold), 1.0))
     assert checklist.main([str(coreml_int4), "--compute", "cpu", *FEW]) == 1
     found = verdicts(capsys.readouterr().out)
     assert list(found) == ["compiling", *(f"cpu: {check}" for check in CHECKS)]
@@ -306,8 +308,8 @@ def test_what_is_wrong_shows(
 def test_a_loop_that_does_not_stop_early_shows(
     checklist: ModuleType, mac: pytest.MonkeyPatch, coreml_int4: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    mac.setattr(checklist, "timed", lambda call, repeats: [1.0] * repeats)
-    mac.setattr(checklist.Unit, "greedy", lambda self, dials: (10.0, 1.5))
+    mac.setattr(sys.modules["checks"], "timed", lambda call, repeats: [1.0] * repeats)
+    mac.setattr(sys.modules["checks"].Unit, "greedy", lambda self, dials: (10.0, 1.5))
     assert checklist.main([str(coreml_int4), "--compute", "ane", *FEW]) == 1
     found = verdicts(capsys.readouterr().out)
     assert "loop_1 stopped at 1 of 4 loops takes 1.00 of the full time" in found["ane: latency"]

@@ -12,7 +12,8 @@ import pytest
 from helpers import ALPHABET, mixed_model
 
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.text.generate import Generation, Span, Tail, TextStream
+from rmse_edge.runtimes.host.tail import Tail
+from rmse_edge.runtimes.text.generate import Generation, Span, TextStream
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

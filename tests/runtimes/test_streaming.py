@@ -15,7 +15,8 @@ from small_tokenizers import BOS, byte_fallback, byte_level, with_bos
 
 from rmse_edge.cli.run import main
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.text.generate import PATIENCE, Generation, Span, Tail, TextStream
+from rmse_edge.runtimes.host.tail import Tail
+from rmse_edge.runtimes.text.generate import PATIENCE, Generation, Span, TextStream
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.text import Tokenizer
 
