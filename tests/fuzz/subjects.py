@@ -101,9 +101,14 @@ def change_manifest(source: Path, rng: random.Random, folder: Path) -> Path:
 
 def package(source: Path, engine: str) -> Subject:
     def prepare() -> None:
-        from rmse_edge.runtimes import open_runtime, start_engine  # noqa: F401
+        from rmse_edge.runtimes import start_engine
 
-        if engine != "executorch":  # its threads do not live through a fork
+        if engine == "executorch":  # its threads, which begin with the first program, do not live through a fork
+            import rmse_edge.runtimes.engines.executorch  # noqa: F401
+            from rmse_edge.runtimes.engines.kernels import load_kernels
+
+            load_kernels()
+        else:
             start_engine(engine)
 
     def use(folder: Path) -> None:
