@@ -30,6 +30,7 @@ from rmse_edge.loop.contract import Append, Ring, check_spec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+from rmse_edge.train.recipe import Recipe
 
 GOLDEN = ROOT / "tests" / "data" / "inkling2_loop"
 MODELS = ("grouped", "long", "once", "deep")
@@ -160,14 +161,22 @@ def golden_without_profiles(name: str, stored: dict[str, Tensor], changes: dict[
 
 # --------------------------------------------------------------------------------------------------------------- exits
 
-EXITS = {"exit_epsilon": 0.25, "exit_cosine": 0.03, "exit_kl": 0.005, "exit_entropy_change": 0.02, "exit_steady": 1}
+EXITS = {
+    "exit_threshold": 0.6,
+    "exit_epsilon": 0.25,
+    "exit_cosine": 0.03,
+    "exit_kl": 0.005,
+    "exit_entropy_change": 0.02,
+    "exit_steady": 1,
+}
 
 
 @pytest.mark.parametrize("dial", EXITS)
 @pytest.mark.parametrize("policy", ["repeat", "all"])
 @pytest.mark.parametrize("name", ["deep", "long"])
 def test_exits_do_not_depend_on_how_a_text_is_cut(name: str, policy: str, dial: str) -> None:
-    model = golden(name, exit_rules=UNTRAINED, kv_policy=policy)
+    model = golden(name, exit_rules=("gate", *UNTRAINED), kv_policy=policy)
+    torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
     dials = Dials(model.config.max_loops, **{dial: EXITS[dial]})
     depths: set[int] = set()
     for tokens in known(name)["input_ids"]:
@@ -296,7 +305,10 @@ def seeing(folder: Path) -> Path:
 
 
 def test_the_text_model_of_one_that_also_sees(tmp_path: Path) -> None:
+    """A gate is trained for that, too."""
     model, text = load_checkpoint(seeing(tmp_path / "c")), load_checkpoint(GOLDEN / "long")
+    recipe = Recipe.of_gate(tmp_path / "c")
+    assert recipe.architecture == "inkling2_loop_text" and recipe.model_config().gated
     assert model.config == text.config and model.config.model_type == "inkling2_loop_text"
     assert all(torch.equal(tensor, text.state_dict()[name]) for name, tensor in model.state_dict().items())
     save_checkpoint(model, tmp_path / "again")
@@ -336,6 +348,13 @@ def test_keys_by_their_other_names() -> None:
     assert InklingConfig.from_dict(values | other | {"loop_config": loop}) == config
     assert InklingConfig.from_dict(json.loads(config.to_json())) == config
     assert InklingConfig().layer_types == (*["hybrid_sliding"] * 5, "hybrid") * 4
+
+
+def test_a_smaller_vocabulary_has_no_rows_to_leave_out() -> None:
+    values = json.loads((GOLDEN / "grouped" / "config.json").read_text())
+    values.pop("unpadded_vocab_size", None)
+    assert InklingConfig.from_dict(values).unpadded_vocab_size == values["vocab_size"]
+    assert InklingConfig.from_dict({}).unpadded_vocab_size == InklingConfig.unpadded_vocab_size
 
 
 @pytest.mark.parametrize(

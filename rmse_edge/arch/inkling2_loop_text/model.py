@@ -33,7 +33,6 @@ from rmse_edge.arch.exits import ExitRules
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers import policy
 from rmse_edge.layers.convolution import ShortConvolution
-from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.experts import SparseExperts, soft_capped
 from rmse_edge.layers.norm import RMSNorm, rms
 from rmse_edge.layers.relative import RelativeBias
@@ -99,7 +98,7 @@ class Inkling(ExitRules):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights of variance 1 / inputs; queries that mix all blocks alike."""
-        normal_by_fan_in(self)
+        self.normal_weights()
         self.model.embed_tokens.weight.normal_(std=self.config.hidden_size**-0.5)
         for module in self.modules():
             if isinstance(module, SparseExperts):
