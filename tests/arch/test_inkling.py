@@ -171,9 +171,16 @@ EXITS = {
 }
 
 
-@pytest.mark.parametrize("dial", EXITS)
-@pytest.mark.parametrize("policy", ["repeat", "all"])
-@pytest.mark.parametrize("name", ["deep", "long"])
+@pytest.mark.parametrize(
+    ("name", "policy", "dial"),
+    [
+        (name, policy, dial)
+        for name in ("deep", "long")
+        for policy in ("repeat", "all")
+        for dial in EXITS
+        if name == "deep" or dial != "exit_threshold"  # the gate reads the state alone, which others have read
+    ],
+)
 def test_exits_do_not_depend_on_how_a_text_is_cut(name: str, policy: str, dial: str) -> None:
     model = golden(name, exit_rules=("gate", *UNTRAINED), kv_policy=policy)
     torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
