@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import decided_inkling
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
 from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rmse_edge.arch.identity import fingerprint
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.entry import parameters
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
@@ -28,6 +30,7 @@ from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.layers.norm import rms
 from rmse_edge.loop.contract import Append, Ring, check_spec
 from rmse_edge.loop.dials import Dials
+from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.train.recipe import Recipe
@@ -259,6 +262,28 @@ def test_an_int8_cache_has_scales_of_all_that_is_kept() -> None:
     exact = whole(model, tokens, model.config.dials).logits
     off = (rounded - exact).abs()  # of a position here and there, another expert is chosen
     assert 1e-4 < float(off.median()) < float(off.mean()) < 0.05
+
+
+def test_an_int8_cache_of_a_quantised_model_reads_a_text_alike_however_it_is_cut(tmp_path: Path) -> None:
+    """Stored and read again. Keys and values take a byte, in rings and appended; inputs of convolutions stay float32."""
+    floats = decided_inkling().eval()
+    request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    save_quantized(quantize(floats, request, random_tokens(2048), fingerprint(floats)), tmp_path)
+    model, text = load_quantized(tmp_path).model, random_tokens(80)
+    for dials in (Dials(2), Dials(2, exit_threshold=0.6)):
+        expected = whole(model, torch.from_numpy(text), dials)
+        assert (len(set(expected.depth.tolist())) > 1) == dials.exits
+        for sizes in ((1,), (64,), (30, 41, 1)):
+            runtime, found = TorchRuntime(model, "inkling2_loop_text"), []
+            while (done := sum(len(f.depth) for f in found)) < len(text):
+                found.append(runtime.feed(text[done : done + sizes[len(found) % len(sizes)]], dials))
+            kept = {name: str(a.dtype) for name, a in runtime.tensors().items()}
+            assert kept == {n: "int8" if "keys" in n or "values" in n else "float32" for n in kept}
+            assert len(set(kept.values())) == 2
+            assert (np.concatenate([f.depth for f in found]) == expected.depth.numpy()).mean() > 0.95
+            # What is a millionth apart is now and then rounded to another integer, and by another expert computed.
+            off = np.abs(np.concatenate([f.logits for f in found]) - expected.logits.numpy()).max(-1)
+            assert np.median(off) < 1e-3 and off.mean() < 0.05
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
