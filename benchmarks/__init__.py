@@ -1,7 +1,7 @@
 """Looped models beside the dense model that one would deploy instead: `python -m benchmarks` (docs/benchmarks.md).
 
-shapes.py           the looped models, and the dense twin of each
-artifacts.py        their files: packages, the twin's GGUF
+shapes.py           the looped models, and what llama.cpp runs beside each: a dense twin, or the model itself
+artifacts.py        their files: packages, the GGUF of the twin or of HRM-Text
 llama.py            llama.cpp's environment: made once, pinned
 contestants/        what is timed, each in a process of its own, which protocol.py answers for
 field.py            which contestants take part, and how each is started

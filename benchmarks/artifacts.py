@@ -23,7 +23,7 @@ from rmse_edge.errors import UserError, first_line, quiet
 
 from . import llama
 from .child import ROOT
-from .shapes import Looped, Twin
+from .shapes import HrmText, Looped, Twin
 
 T = TypeVar("T")
 SOURCES = ("rmse_edge/**/*.py", "export/**/*.py", "quantize/**/*.py", "runtimes/**/*.py", "runtimes/native/kernels/*")
@@ -51,14 +51,14 @@ class Artifacts:
         """The Python of llama.cpp's environment."""
         return self._once("llama.cpp", lambda: llama.llama_python(self._llama, self.folder, self.say))
 
-    def gguf(self, twin: Twin) -> Path:
-        shape = twin.shape()
-        path = (
-            self.folder / f"{twin.name}-{digest(json.dumps(shape), source(str(ROOT / 'benchmarks/twin_gguf.py')))}.gguf"
-        )
+    def gguf(self, twin: Twin | HrmText) -> Path:
+        """What llama.cpp runs."""
+        shape, module = twin.shape(), "twin_gguf" if isinstance(twin, Twin) else "hrm_text_gguf"
+        made_by = (source(str(ROOT / "benchmarks" / f"{name}.py")) for name in dict.fromkeys(("twin_gguf", module)))
+        path = self.folder / f"{twin.name}-{digest(json.dumps(shape), *made_by)}.gguf"
         if not path.is_file():
             python = self.llama()
-            self._once(path.name, lambda: llama.write_twin(python, shape, path))
+            self._once(path.name, lambda: llama.write_gguf(python, module, shape, path))
         return path
 
     def runner(self) -> Path:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Artifacts, Missing
-from .shapes import Looped
+from .shapes import Looped, Twin
 
 BASELINE = "llama.cpp"
-# Name -> what it runs. Only the first two run the dense twin.
+# Name -> what it runs. The first two run what stands beside the looped model: a dense twin, or llama.cpp the model itself.
 CONTESTANTS = {
-    BASELINE: "llama.cpp, dense twin, Q4_0",
+    BASELINE: "llama.cpp, Q4_0",
     "unrolled": "ONNX Runtime, dense twin unrolled, int4",
     "rmse-runner": "rmse-runner, ExecuTorch package, int4",
     "onnx": "ONNX Runtime from Python, int4",
@@ -62,8 +62,12 @@ def start_of(name: str, model: Looped, threads: int, tests: Timed, files: Artifa
     if name == BASELINE:
         twin = files.gguf(model.twin)
         given: dict[str, Any] = {"model": str(twin), "threads": threads, "positions": rounded(tests.positions)}
+        if not isinstance(model.twin, Twin):  # whose weights are read several times
+            given["reads"] = model.twin.reads
         return Start(child(files.llama(), "llama_cpp", given), twin.stat().st_size)
     if name == "unrolled":
+        if not isinstance(model.twin, Twin):
+            raise Missing("there is no dense twin: llama.cpp runs the model itself")
         package = files.unrolled(model.twin)
         arguments = [str(package), "--ids", str(files.ids(model.twin.vocab, tests.positions))]
         return in_python(arguments, depths_of(name, model), threads, tests, size_of(package))

@@ -73,15 +73,15 @@ def version_of(python: Path) -> str | None:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def write_twin(python: Path, shape: dict[str, int], path: Path) -> None:
-    """The GGUF of a `Twin`.
+def write_gguf(python: Path, module: str, shape: dict[str, int], path: Path) -> None:
+    """The GGUF of a shape, by the program of this folder that writes its kind.
 
     Raises:
         UserError: it was not written.
     """
     part = path.with_suffix(".part")
-    command = [str(python), "-m", "benchmarks.twin_gguf", json.dumps(shape), str(part)]
+    command = [str(python), "-m", f"benchmarks.{module}", json.dumps(shape), str(part)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"the twin's GGUF was not written: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{path.name} was not written: {done.stderr.strip().splitlines()[-1]}")
     part.replace(path)

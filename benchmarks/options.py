@@ -21,9 +21,9 @@ from .artifacts import RUNNER
 from .child import ROOT
 from .field import CONTESTANTS, Timed
 from .llama import check_python
-from .shapes import SHIPPED, WIDTHS, Looped, dense, moe, shipped
+from .shapes import SHIPPED, WIDTHS, Looped, dense, hrm_text, moe, shipped
 
-MODELS = ("moe", "dense", "shipped")
+MODELS = ("moe", "dense", "shipped", "hrm-text")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = Parser(
         prog="python -m benchmarks",
-        description="Time looped models beside llama.cpp on a dense model of the same FLOPs, in turns.",
+        description="Time looped models beside llama.cpp on a dense model of the same FLOPs, or on the same model, in turns.",
     )
     parser.add_argument(
         "--models",
@@ -106,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_models(args: argparse.Namespace) -> tuple[list[Looped], list[str]]:
     """The models, and what is left out."""
-    makers = {"moe": moe, "dense": dense}
+    makers = {"moe": moe, "dense": dense, "hrm-text": hrm_text}
     widths = [int(width) for width in dict.fromkeys(args.widths)]
     found = [makers[kind](width) for width in widths for kind in dict.fromkeys(args.models) if kind in makers]
     notes = []

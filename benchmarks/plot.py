@@ -30,7 +30,7 @@ def draw(results: Results, path: Path) -> None:
             axes.text(speed, height, f" {mark(cell, results)}", va="center", fontsize=7)
         axes.set_yticks(range(len(cells)), [f"{cell.contestant}, {loops_of(cell)}" for cell in cells], fontsize=7)
         axes.set_title(f"{model}, {test}, threads: {threads}", fontsize=9)
-        axes.set_xlabel("tokens/s, and times as fast as llama.cpp on the dense twin", fontsize=8)
+        axes.set_xlabel("tokens/s, and times as fast as llama.cpp", fontsize=8)
         axes.set_xlim(0, 1.12 * max(speeds) or 1.0)
         axes.invert_yaxis()
     with new_file(path) as part:

@@ -16,7 +16,7 @@ from . import llama
 from .cells import Cell
 from .field import BASELINE, CONTESTANTS, TWINS
 from .first_token import FirstToken
-from .shapes import Looped
+from .shapes import Looped, Twin
 
 HEAD = (
     "contestant", "test", "loops", "tokens/s", "slowest to fastest", "x llama.cpp", "GB/s of weights", "peak MiB",
@@ -69,7 +69,7 @@ class Results:
         here = machine()
         notes = [
             f"{here['processor']}, {here['cores']} cores, {here['system']}; medians of {self.rounds} rounds after a warm-up",
-            "x llama.cpp: the median of the ratios within each round, to llama.cpp on the model's dense twin",
+            "x llama.cpp: the median of the ratios within each round, to llama.cpp on what stands below the heading",
             "GB/s of weights: those that decoding multiplied with, from memory or from a cache; each loop counts",
             "peak: resident memory of the contestant's own process, Python included where it runs in Python",
             f"llama-cpp-python {llama.VERSION}; {self._amx()}",
@@ -78,10 +78,7 @@ class Results:
         return plain("\n\n".join(parts) + "\n\n" + "\n".join(f"- {note}" for note in notes))
 
     def _about(self, name: str, threads: int) -> str:
-        twin = self.models[name].twin
-        said = [
-            f"Dense twin: {twin.layers} layers, d {twin.width}, FFN {twin.ffn}, {twin.heads} heads, vocabulary {twin.vocab}."
-        ]
+        said = [self.models[name].twin.about]
         for contestant in CONTESTANTS:
             weights = self.facts.get(f"{name}/{threads}/{contestant}", {}).get("weights")
             if weights and contestant not in TWINS and contestant not in ("eager", "compiled"):
@@ -102,7 +99,7 @@ class Results:
         return (
             CONTESTANTS[cell.contestant],
             cell.test,
-            loops_of(cell),
+            loops_of(cell, isinstance(self.models[cell.model].twin, Twin)),
             "-" if speed is None else f"{speed:.1f}",
             "-" if spread is None else f"{spread[0]:.1f} to {spread[1]:.1f}",
             "-" if ratio is None else f"{ratio:.2f}",
@@ -125,9 +122,10 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=place)
 
 
-def loops_of(cell: Cell) -> str:
+def loops_of(cell: Cell, twin: bool = True) -> str:
+    """`twin`: what stands beside the model is dense."""
     if cell.contestant in TWINS:
-        return "no loop"
+        return "no loop" if twin else "all"
     if cell.loops is not None:
         return str(cell.loops)
     return "by itself" if cell.mean_loops is None else f"by itself, {cell.mean_loops:.2f}"

@@ -1,4 +1,7 @@
-"""What is compared: looped models, and for each the dense model of twelve layers that one would deploy instead."""
+"""What is compared: looped models, and for each the dense model of twelve layers that one would deploy instead.
+
+HRM-Text is run by llama.cpp itself, so that has no dense model beside it.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,10 @@ class Twin:
     def name(self) -> str:
         return f"twin-d{self.width}"
 
+    @property
+    def about(self) -> str:
+        return f"Dense twin: {self.layers} layers, d {self.width}, FFN {self.ffn}, {self.heads} heads, vocabulary {self.vocab}."
+
     def shape(self) -> dict[str, int]:
         return asdict(self)
 
@@ -55,17 +62,72 @@ class Twin:
 
 
 @dataclass(frozen=True)
+class HrmText:
+    """HRM-Text in llama.cpp, all cycles: the same twelve calls of layers that the looped model makes."""
+
+    width: int  # channels of a state
+    ffn: int  # channels within an FFN
+    heads: int
+    vocab: int = VOCABULARY
+    layers: int = 2  # of each of the two stacks
+    cycles: int = 2
+    fast: int = 2  # calls of the fast stack in a cycle
+    context: int = 2048  # positions of a text, at most
+
+    @property
+    def name(self) -> str:
+        return f"hrm-text-d{self.width}"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"llama.cpp runs the model itself, all {self.cycles} cycles: two stacks of {self.layers} layers, d {self.width}, FFN "
+            f"{self.ffn}, {self.heads} heads, vocabulary {self.vocab}."
+        )
+
+    def shape(self) -> dict[str, int]:
+        return asdict(self)
+
+    @property
+    def calls(self) -> int:
+        """Of layers, for a token."""
+        return self.layers * self.cycles * (self.fast + 1)
+
+    @property
+    def reads(self) -> int:
+        """Bytes of Q4_0 weights that a token is multiplied with."""
+        layer = self.width * (5 * self.width + 3 * self.ffn)
+        return (self.calls * layer + self.vocab * self.width) * 18 // 32
+
+    def config(self) -> dict[str, Any]:
+        """A config.json for this project."""
+        return {
+            "model_type": "hrm_text",
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.ffn,
+            "num_layers_per_stack": self.layers,
+            "num_attention_heads": self.heads,
+            "head_dim": self.width // self.heads,
+            "H_cycles": self.cycles,
+            "L_cycles": self.fast,
+            "max_position_embeddings": self.context,
+            "exit_rules": ["delta"],
+        }
+
+
+@dataclass(frozen=True)
 class Looped:
     """A looped model: random weights by a configuration, or a checkpoint."""
 
     name: str
     config: dict[str, Any]
-    twin: Twin
+    twin: Twin | HrmText  # what llama.cpp runs
     checkpoint: Path | None = None  # a trained one, which stops by itself on its own text
 
     @property
     def loops(self) -> int:
-        return self.config["max_loops"]
+        return self.config["H_cycles" if isinstance(self.twin, HrmText) else "max_loops"]
 
     def depths(self) -> tuple[int | None, ...]:
         """Loops of the rows of its table: all, a third, and None where it stops by itself."""
@@ -105,6 +167,12 @@ def dense(width: int) -> Looped:
     heads = {"n_heads": twin.heads, "n_kv_heads": twin.heads}
     config |= {"d_model": width, "expert_width": twin.ffn, **heads}
     return Looped(f"dense-d{width}", config, twin)
+
+
+def hrm_text(width: int) -> Looped:
+    """At d 768: FFN 2048, 12 heads, as the twin."""
+    own = HrmText(width, to_block(width * 8 / 3), width // HEAD)
+    return Looped(own.name, own.config(), own)
 
 
 def shipped(folder: Path) -> Looped:

@@ -252,9 +252,10 @@ def small_inkling() -> Inkling:
             layer_types=(sliding, sliding, full, full), max_position_embeddings=512, moe_intermediate_size=32,
             n_routed_experts=6, num_experts_per_tok=2, route_scale=2.0, n_layers_per_attn_res_block=1,
             loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2,
-            untrained_loops=1, loop_gate_rank=8, exit_rules=("delta", "kl"), eos_token_id=None,
+            untrained_loops=1, loop_gate_rank=8, exit_rules=("gate", "delta", "kl"), eos_token_id=None,
         )
     )  # fmt: skip
+    with_lively_gate(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("_input.query"):  # layers read the token most of all, as in a trained model
@@ -330,7 +331,15 @@ CASES = (
         always=ONE,
     ),
     Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, always=ONE),
-    Case("inkling2_loop_text", small_inkling, calm=decided_inkling, rule="exit_kl", threshold=0.05, always=ONE),
+    Case(
+        "inkling2_loop_text",
+        small_inkling,
+        calm=decided_inkling,
+        rule="exit_kl",
+        threshold=0.05,
+        trains=True,
+        always=ONE,
+    ),
 )
 
 for _case in CASES:

@@ -1,4 +1,4 @@
-"""llama.cpp on the dense twin, through the functions that llama-cpp-python binds: nothing of Python's is timed but the calls.
+"""llama.cpp on the dense twin, or on a looped model that it knows, through the functions that llama-cpp-python binds: nothing of Python's is timed but the calls.
 
 A program of llama.cpp's environment. As in rmse-bench the last logits of a prompt are computed and all others left out,
 decoding is teacher-forced behind a context of `CONTEXT` tokens, and every repetition does the same work.
@@ -20,10 +20,11 @@ BATCH = 512  # tokens of a prompt that are computed at once: llama.cpp's own def
 
 
 class LlamaCpp:
-    def __init__(self, model: str, threads: int, positions: int) -> None:
+    def __init__(self, model: str, threads: int, positions: int, reads: int | None = None) -> None:
         """
         Args:
             positions: of the longest text.
+            reads: bytes of weights that a token is multiplied with; None: those of the file, once.
         """
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
@@ -39,7 +40,7 @@ class LlamaCpp:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         # One token reads a single row of the embedding, which is Q4_0: 18 bytes for 32 weights.
         embedding = self.vocabulary * llama_cpp.llama_model_n_embd(self.model) * 18 // 32
-        self.bytes = llama_cpp.llama_model_size(self.model) - embedding
+        self.bytes = reads or llama_cpp.llama_model_size(self.model) - embedding
         self.facts = {
             "weights": {"loop": 0, "once": self.bytes},
             "parameters": llama_cpp.llama_model_n_params(self.model),
@@ -90,7 +91,7 @@ llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
 
 
 def start(given: dict[str, Any]) -> LlamaCpp:
-    return LlamaCpp(given["model"], given["threads"], given["positions"])
+    return LlamaCpp(**given)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.norm import rms
 from rmse_edge.loop.contract import Tensors
 from rmse_edge.loop.predictions import carry_after, change_stops, compares, first_carry
@@ -32,10 +33,16 @@ class ExitRules(nn.Module):
         self.compares = compares(config.rules)  # whether its rules read predictions
         if config.gated:
             self.exit_gate = nn.Linear(width + 1, 1)
-            if not self.exit_gate.weight.is_meta:
-                # A gate that starts at 1/K gives every loop a similar share of the exit distribution.
-                nn.init.zeros_(self.exit_gate.weight)
-                nn.init.constant_(self.exit_gate.bias, -log(max(config.trained_loops - 1, 1)))
+
+    @torch.no_grad()
+    def normal_weights(self) -> None:
+        """Give every linear layer normal weights of variance 1 / inputs, but for the gate: it begins at 1/K, which gives every
+        loop a similar share of the exit distribution.
+        """
+        normal_by_fan_in(self)
+        if self.config.gated:
+            self.exit_gate.weight.zero_()
+            self.exit_gate.bias.fill_(-log(max(self.config.trained_loops - 1, 1)))
 
     def first_of_rules(self, x0: Tensor, vocab_size: int) -> Tensors:
         """What the first carry has for the rules, of a call whose positions are those of x0 (B, C, d)."""

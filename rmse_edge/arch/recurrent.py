@@ -97,6 +97,11 @@ def gate_weights(c: RecurrentConfig, width: int) -> int:
     return width + 1 if c.gated else 0
 
 
+def gate_parameters(c: RecurrentConfig, width: int) -> int:
+    """Trained numbers of the exit gate: its weights and its bias."""
+    return gate_weights(c, width) + 1 if c.gated else 0
+
+
 def stated(
     c: Any, rope_theta: float, width: int, parameters: int, further_thetas: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
@@ -106,7 +111,6 @@ def stated(
         c: a `RecurrentConfig` that is a `DenseConfig` as well.
         parameters: without the exit gate's.
     """
-    gate = gate_weights(c, width) + 1 if c.gated else 0
-    found = dense.stated(c, rope_theta, width, parameters + gate, further_thetas)
+    found = dense.stated(c, rope_theta, width, parameters + gate_parameters(c, width), further_thetas)
     found["rules"] = ("max_loops", "min_loops", *c.rules)
     return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}

@@ -115,7 +115,7 @@ class KeptRows(nn.Module):
     def of_call(
         self,
         k: int | Tensor,
-        past: Tensors,
+        past: Tensors | None,
         order: Mapping[int, Tensor],
         active: Tensor | None = None,
         held: Tensors | None = None,
@@ -124,13 +124,13 @@ class KeptRows(nn.Module):
 
         Args:
             k: the loop, from 0; 0 outside loops.
-            past: what hosts keep of the positions before the call, by NAME, of loop k.
+            past: what hosts keep of the positions before the call, by NAME, of loop k; None: there are none.
             order: by slots, of rings that are read in order: `ring_order`.
             active: (B, C) bool, positions that have not stopped; None: all.
             held: by NAME, of which stopped positions keep theirs.
         """
         before = {}
-        for kind in self.kinds:
+        for kind in self.kinds if past is not None else ():
             rows = past[kind.name]
             if kind.cache is not None:
                 rows = self._cache(kind).from_cache(rows, kind.which, k, torch.float32)
@@ -169,14 +169,14 @@ class CallRows:
         self.parts: dict[str, list[Tensor]] = {kind.name: [] for kind in owner.kinds}
         self.filled = dict.fromkeys(self.parts, 0)
 
-    def add(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Keep the next heads of a kind.
 
         Args:
             rows: (B, heads, C, n), of positions that have stopped whatever they may be.
         Returns:
             (the rows that are kept: rounded, and of stopped positions those they hold; what was before the call,
-            (B, heads, slots, n)).
+            (B, heads, slots, n); None: nothing, of a kind that is not read in order, zeros of one that is).
         """
         first = self.filled[name]
         heads = slice(first, first + rows.shape[1])
@@ -185,7 +185,10 @@ class CallRows:
             rows = torch.where(self.stopped_keep, rows, _part(self.held[name], heads))
         self.parts[name].append(rows)
         self.filled[name] = heads.stop
-        return rows, _part(self.before[name], heads)
+        if name in self.before:
+            return rows, _part(self.before[name], heads)
+        kind = self.kinds[name]
+        return rows, rows.new_zeros(*rows.shape[:2], kind.ring or 0, rows.shape[3]) if kind.ordered else None
 
     def rows(self, prefix: str) -> Tensors:
         """All that was kept, by PREFIXNAME, (B, heads, C, n)."""

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from rmse_edge.arch.registry import arch_of
-from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import start_from
 from rmse_edge.errors import ArgumentError, CheckpointError, UserError, first_line
 from rmse_edge.files import new_file
+from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.schema import check_value, parse_json
 
 from .gpt import GPT, GPTConfig
@@ -208,12 +208,18 @@ class Trainer:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def balance(self, stage: str) -> float | None:
-        """Balance the experts by the loads of all processes; the share that stayed idle, None where none was counted."""
-        if not isinstance(self.model, RMSE) or stage == "gate":  # the gate is trained with the model in eval mode
+        """Balance the experts of every layer by the loads of all processes, which have added up over the loops of the step.
+
+        Returns:
+            The share of experts that stayed idle, mean of the layers; None where none was counted.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, SparseExperts)]
+        if not layers or stage == "gate":  # the gate is trained with the model in eval mode
             return None
-        experts = self.model.block.experts
-        self.parallel.sum_(experts.load)
-        return experts.balance(self.recipe.balance_rate if stage == "loops" else 0.0)
+        for experts in layers:
+            self.parallel.sum_(experts.load)
+        rate = self.recipe.balance_rate if stage == "loops" else 0.0
+        return sum(experts.balance(rate) for experts in layers) / len(layers)
 
     @torch.no_grad()
     def update_average(self) -> None:

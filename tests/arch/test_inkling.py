@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import decided_inkling
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
 from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rmse_edge.arch.identity import fingerprint
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.entry import parameters
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
@@ -28,8 +30,10 @@ from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.layers.norm import rms
 from rmse_edge.loop.contract import Append, Ring, check_spec
 from rmse_edge.loop.dials import Dials
+from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, save_quantized
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+from rmse_edge.train.recipe import Recipe
 
 GOLDEN = ROOT / "tests" / "data" / "inkling2_loop"
 MODELS = ("grouped", "long", "once", "deep")
@@ -160,14 +164,29 @@ def golden_without_profiles(name: str, stored: dict[str, Tensor], changes: dict[
 
 # --------------------------------------------------------------------------------------------------------------- exits
 
-EXITS = {"exit_epsilon": 0.25, "exit_cosine": 0.03, "exit_kl": 0.005, "exit_entropy_change": 0.02, "exit_steady": 1}
+EXITS = {
+    "exit_threshold": 0.6,
+    "exit_epsilon": 0.25,
+    "exit_cosine": 0.03,
+    "exit_kl": 0.005,
+    "exit_entropy_change": 0.02,
+    "exit_steady": 1,
+}
 
 
-@pytest.mark.parametrize("dial", EXITS)
-@pytest.mark.parametrize("policy", ["repeat", "all"])
-@pytest.mark.parametrize("name", ["deep", "long"])
+@pytest.mark.parametrize(
+    ("name", "policy", "dial"),
+    [
+        (name, policy, dial)
+        for name in ("deep", "long")
+        for policy in ("repeat", "all")
+        for dial in EXITS
+        if name == "deep" or dial != "exit_threshold"  # the gate reads the state alone, which others have read
+    ],
+)
 def test_exits_do_not_depend_on_how_a_text_is_cut(name: str, policy: str, dial: str) -> None:
-    model = golden(name, exit_rules=UNTRAINED, kv_policy=policy)
+    model = golden(name, exit_rules=("gate", *UNTRAINED), kv_policy=policy)
+    torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
     dials = Dials(model.config.max_loops, **{dial: EXITS[dial]})
     depths: set[int] = set()
     for tokens in known(name)["input_ids"]:
@@ -245,6 +264,28 @@ def test_an_int8_cache_has_scales_of_all_that_is_kept() -> None:
     assert 1e-4 < float(off.median()) < float(off.mean()) < 0.05
 
 
+def test_an_int8_cache_of_a_quantised_model_reads_a_text_alike_however_it_is_cut(tmp_path: Path) -> None:
+    """Stored and read again. Keys and values take a byte, in rings and appended; inputs of convolutions stay float32."""
+    floats = decided_inkling().eval()
+    request = QuantizeRequest(Scheme("int8"), method="rtn", kv="int8", calibration_tokens=512, evaluation_tokens=0)
+    save_quantized(quantize(floats, request, random_tokens(2048), fingerprint(floats)), tmp_path)
+    model, text = load_quantized(tmp_path).model, random_tokens(80)
+    for dials in (Dials(2), Dials(2, exit_threshold=0.6)):
+        expected = whole(model, torch.from_numpy(text), dials)
+        assert (len(set(expected.depth.tolist())) > 1) == dials.exits
+        for sizes in ((1,), (64,), (30, 41, 1)):
+            runtime, found = TorchRuntime(model, "inkling2_loop_text"), []
+            while (done := sum(len(f.depth) for f in found)) < len(text):
+                found.append(runtime.feed(text[done : done + sizes[len(found) % len(sizes)]], dials))
+            kept = {name: str(a.dtype) for name, a in runtime.tensors().items()}
+            assert kept == {n: "int8" if "keys" in n or "values" in n else "float32" for n in kept}
+            assert len(set(kept.values())) == 2
+            assert (np.concatenate([f.depth for f in found]) == expected.depth.numpy()).mean() > 0.95
+            # What is a millionth apart is now and then rounded to another integer, and by another expert computed.
+            off = np.abs(np.concatenate([f.logits for f in found]) - expected.logits.numpy()).max(-1)
+            assert np.median(off) < 1e-3 and off.mean() < 0.05
+
+
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
@@ -296,7 +337,10 @@ def seeing(folder: Path) -> Path:
 
 
 def test_the_text_model_of_one_that_also_sees(tmp_path: Path) -> None:
+    """A gate is trained for that, too."""
     model, text = load_checkpoint(seeing(tmp_path / "c")), load_checkpoint(GOLDEN / "long")
+    recipe = Recipe.of_gate(tmp_path / "c")
+    assert recipe.architecture == "inkling2_loop_text" and recipe.model_config().gated
     assert model.config == text.config and model.config.model_type == "inkling2_loop_text"
     assert all(torch.equal(tensor, text.state_dict()[name]) for name, tensor in model.state_dict().items())
     save_checkpoint(model, tmp_path / "again")
@@ -336,6 +380,13 @@ def test_keys_by_their_other_names() -> None:
     assert InklingConfig.from_dict(values | other | {"loop_config": loop}) == config
     assert InklingConfig.from_dict(json.loads(config.to_json())) == config
     assert InklingConfig().layer_types == (*["hybrid_sliding"] * 5, "hybrid") * 4
+
+
+def test_a_smaller_vocabulary_has_no_rows_to_leave_out() -> None:
+    values = json.loads((GOLDEN / "grouped" / "config.json").read_text())
+    values.pop("unpadded_vocab_size", None)
+    assert InklingConfig.from_dict(values).unpadded_vocab_size == values["vocab_size"]
+    assert InklingConfig.from_dict({}).unpadded_vocab_size == InklingConfig.unpadded_vocab_size
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,11 @@ from benchmarks.first_token import LEFT, FirstToken, cached_part, drop_cached
 from benchmarks.plot import draw
 from benchmarks.report import Results, loops_of
 from benchmarks.rounds import run_section
-from benchmarks.shapes import SHIPPED, WIDTHS, Looped, Twin, dense, moe, shipped, twin_of
+from benchmarks.shapes import SHIPPED, WIDTHS, HrmText, Looped, Twin, dense, hrm_text, moe, shipped, twin_of
+from rmse_edge.arch.hrm_text.config import HrmTextConfig
+from rmse_edge.arch.hrm_text.entry import calls as hrm_calls
+from rmse_edge.arch.hrm_text.entry import loop_weights as hrm_loop_weights
+from rmse_edge.arch.hrm_text.entry import once_weights as hrm_once_weights
 from rmse_edge.arch.ouro.config import OuroConfig
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.costs import parameters
@@ -66,6 +70,23 @@ def test_a_dense_loop_has_a_twelfth_of_the_twins_weights():
     assert parameters(config) - 2 * twin.vocab * twin.width == pytest.approx(layer, rel=0.1), (
         "and what is injected in each loop"
     )
+
+
+def test_hrm_text_makes_as_many_calls_of_layers_as_the_twin_has():
+    """llama.cpp reads the same weights as the looped model, each stack's as often as it is called."""
+    model = hrm_text(768)
+    config = HrmTextConfig.from_dict(model.config)
+    assert model.depths() == (2, 1) and hrm_calls(config) * config.H_cycles == twin_of(768).layers
+    assert isinstance(model.twin, HrmText)
+    weights = config.H_cycles * hrm_loop_weights(config) + hrm_once_weights(config)
+    assert model.twin.reads == weights * 18 / 32
+    text = Results(1, [Cell(model.name, 1, BASELINE, "tg1", None)], models={model.name: model}).markdown()
+    assert "llama.cpp runs the model itself, all 2 cycles" in text and " all |" in text
+
+
+def test_hrm_text_has_no_twin_to_unroll(tmp_path: Path):
+    with pytest.raises(Missing, match="there is no dense twin"):
+        start_of("unrolled", hrm_text(256), 1, Timed(), artifacts(tmp_path))
 
 
 def test_the_shipped_model_stops_by_itself_beside_a_twin_of_its_width():
@@ -198,14 +219,14 @@ def test_a_section_runs_without_llama_cpp(tmp_path: Path):
 def test_without_the_trained_model_it_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(options, "SHIPPED", ROOT / "models" / "gone")
     models, notes = options.chosen_models(options.parse(["--widths", "256"]))
-    assert [model.name for model in models] == ["moe-d256", "dense-d256"]
+    assert [model.name for model in models] == ["moe-d256", "dense-d256", "hrm-text-d256"]
     assert notes == ["left out: the trained model, models/gone is not here"]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--models", "huge"], "--models: got 'huge', expected some of moe, dense, shipped"),
+        (["--models", "huge"], "--models: got 'huge', expected some of moe, dense, shipped, hrm-text"),
         (["--widths", "100"], "--widths: got '100', expected some of 256, 512, 768, 1024"),
         (["--contestants", "vllm"], "--contestants: got 'vllm', expected some of llama.cpp, unrolled"),
         (["--threads", "0"], "--threads: got '0', expected a whole number of at least 1"),

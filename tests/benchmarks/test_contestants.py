@@ -17,7 +17,7 @@ from benchmarks.field import BASELINE, Timed, child
 from benchmarks.first_token import first_tokens
 from benchmarks.llama import VERSION, version_of
 from benchmarks.rounds import run_section
-from benchmarks.shapes import Looped, Twin
+from benchmarks.shapes import HrmText, Looped, Twin
 
 MADE_UP = """
 import os, sys, time
@@ -179,6 +179,16 @@ def test_llama_cpp_runs_a_twin(tmp_path: Path):
     assert facts[BASELINE]["parameters"] == matrices + 5 * 64
     cold, warm = first_tokens(model, 1, [BASELINE], 1, files, 300)
     assert warm.failed is None and (cold.seconds or "no cold start" in (cold.failed or ""))
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_hrm_text(tmp_path: Path):
+    """Its stacks several times, from a file that has each once."""
+    files = Artifacts(tmp_path / "cache", llama_python(), tmp_path / "no-runner", print)
+    own = HrmText(64, 96, 2, 65, layers=1)
+    cells, facts = run_section(Looped("tiny", own.config(), own), 1, [BASELINE], Timed(70, 4), 1, files, 300, print)
+    assert [cell.failed for cell in cells] == [None, None]
+    assert facts[BASELINE]["parameters"] == 2 * 65 * 64 + 2 * (5 * 64 * 64 + 3 * 64 * 96) + 64  # and what L begins with
 
 
 def test_random_tokens_are_of_the_vocabulary(tmp_path: Path):

@@ -158,6 +158,9 @@ RUN: dict[str, list[str]] = {
     "rmse-train --text shakespeare.txt --recipe docs/experiments/dory/recipe.json -o runs/dory": [
         "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "block_size=64",
     ],
+    "rmse-train --text shakespeare.txt --recipe docs/experiments/inkling/recipe.json -o runs/inkling": [
+        "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "block_size=64",
+    ],
     "rmse-train --text shakespeare.txt --stage gate --init runs/dory -o runs/gated": [
         "--set", "gate_steps=2", "--set", "eval_blocks=2", "--set", "block_size=64",
     ],
@@ -198,6 +201,12 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --rule exit-kl=0.003,0.01,0.03,0.1": OTHER,
     "python docs/experiments/exits/policies.py runs/dory --text shakespeare.txt --blocks 24 --rule exit-epsilon=0.05,0.1,0.2,0.3": OTHER,
     "python docs/experiments/exits/policies.py runs/gated --text shakespeare.txt --blocks 24 --rule exit-threshold=0.2,0.3,0.5,0.9": OTHER,
+    "python docs/experiments/exits/policies.py runs/inkling --text shakespeare.txt --blocks 24 --rule exit-epsilon=0.3,0.45,0.6": OTHER,
+    "python docs/experiments/exits/policies.py runs/inkling-gated --text shakespeare.txt --blocks 24 --rule exit-threshold=0.3,0.9": OTHER,
+    "rmse-eval runs/inkling --text shakespeare.txt --split validation --block 256 --max-tokens 6144 --sweep --rule exit-kl=0.01,0.03,0.1": OTHER,
+    "rmse-train --text shakespeare.txt --stage gate --init runs/inkling -o runs/inkling-gated": OTHER,
+    "rmse-export -m runs/inkling": EXPORTS,
+    "rmse-bench inkling-onnx.rmse --ids FILE -p 256 -n 64 -d 3,2,1 -r 3 -t 1 --exit-epsilon 0.6": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m runs/gated": EXPORTS,
     "rmse-bench gated-onnx.rmse --ids FILE -p 256 -n 64 -d 4,2,1 -r 3 -t 1 --exit-epsilon 0.2": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,

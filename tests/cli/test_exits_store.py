@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import small_dory
+from architectures import small_dory, small_inkling
 from helpers import assert_one_line, write_checkpoint
 from ouro_models import lively_ouro
 from paths import ROOT
@@ -50,8 +50,9 @@ def folder_of(model: Any, path: Path, checkpoint: Path) -> Path:
         (None, "exit-threshold=0.3,0.9", "exit_threshold"),
         (lively_ouro, "exit-threshold=0.3,0.9", "early_exit_threshold"),
         (small_dory, "exit-kl=0.01,0.3", "exit_kl"),
+        (small_inkling, "exit-epsilon=0.9,0.95", "exit_epsilon"),
     ],
-    ids=["rmse", "ouro", "dory"],
+    ids=["rmse", "ouro", "dory", "inkling"],
 )
 def test_the_default_of_a_checkpoint(
     build: Any, rule: str, field: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

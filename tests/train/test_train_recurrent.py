@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from architectures import small_dory, small_hrm_text, small_huginn
+from architectures import small_dory, small_hrm_text, small_huginn, small_inkling
 from helpers import assert_one_line, random_tokens
 from safetensors.torch import load_file
+from small_models import text_source
+from torch import Tensor
 
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.train import main as rmse_train
+from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.reading import stop_of
+from rmse_edge.loop.whole import in_one_call
+from rmse_edge.losses import token_loss
+from rmse_edge.train.recipe import Recipe
+from rmse_edge.train.trainer import Trainer
 
 DORY = {
     "architecture": "dory",
@@ -44,6 +52,19 @@ HRM_TEXT = DORY | {
     },
 }  # fmt: skip
 
+INKLING = DORY | {
+    "architecture": "inkling2_loop_text",
+    "model": {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 16, "sliding_window_size": 16, "d_rel": 4,
+        "rel_extent": 24, "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid"], "moe_intermediate_size": 32,
+        "n_routed_experts": 6, "num_experts_per_tok": 2, "route_scale": 2.0, "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 3, "loop_gate_rank": 8,
+        "max_position_embeddings": 128, "eos_token_id": None, "exit_rules": ["delta"],
+    },
+}  # fmt: skip
+ALL = (small_dory, small_huginn, small_hrm_text, small_inkling)
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
@@ -58,7 +79,7 @@ def recipe_file(folder: Path, recipe: dict[str, Any], **changes: object) -> Path
     return path
 
 
-@pytest.mark.parametrize(("build", "change"), [(small_dory, 0.3), (small_huginn, 0.75), (small_hrm_text, 0.4)])
+@pytest.mark.parametrize(("build", "change"), [*zip(ALL, (0.3, 0.75, 0.4, 0.95))])
 @pytest.mark.parametrize("rule", ["", "exit_epsilon", "exit_threshold"])
 def test_a_trajectory_says_what_the_model_says_of_a_text(build: Any, change: float, rule: str) -> None:
     model, tokens = build().eval(), torch.from_numpy(random_tokens(80))
@@ -74,11 +95,44 @@ def test_a_trajectory_says_what_the_model_says_of_a_text(build: Any, change: flo
     assert len(states) == (1 if dials.exits else dials.max_loops) and gates.shape == (dials.max_loops, 1, 80)
     assert torch.equal(depth[0], expected.depth)
     assert (len(set(depth[0].tolist())) > 1) == dials.exits
-    np.testing.assert_allclose(states[-1][0], expected.h, atol=1e-5)
+    np.testing.assert_allclose(states[-1][0, :, -model.width :], expected.h, atol=2e-5)
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", [DORY, HUGINN, HRM_TEXT], ids=["dory", "huginn", "hrm_text"])
+@pytest.mark.parametrize("build", ALL)
+def test_gradients_are_those_of_the_whole_forward_pass(build: Any) -> None:
+    """Of the calls that hosts make: `whole_text` is made of these, but for its `no_grad`."""
+    model, tokens = build(), torch.from_numpy(random_tokens(49))
+    dials = Dials(model.config.trained_loops)
+    scalars = {name: torch.from_numpy(value) for name, value in dials.arrays().items()}
+    told = getattr(model, "told", getattr(model, "angles_of", lambda count: {}))
+    context = told(48) | {"prefix": torch.tensor([0])}  # which those that have none do not read
+
+    def of_trajectory() -> Tensor:
+        states, _, _ = model.eval().trajectory(tokens[None, :-1], every=False)
+        return token_loss(model.read_out(states[-1])[0], tokens[1:]).mean()
+
+    def of_calls() -> Tensor:
+        return token_loss(in_one_call.__wrapped__(model, tokens[:-1], context, scalars).logits, tokens[1:]).mean()
+
+    found = []
+    for loss in (of_trajectory, of_calls):
+        model.zero_grad()
+        loss().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if not name.startswith("exit_gate.")})
+    for name, gradient in found[1].items():
+        assert gradient is not None and gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_a_gate_begins_alike_in_every_loop(build: Any) -> None:
+    model = type(build())(build().config)
+    share = torch.sigmoid(model.gate(torch.zeros(1, 5, model.width), torch.randn(1, 5, model.width)))
+    torch.testing.assert_close(share, torch.full((1, 5), 1 / model.config.trained_loops))
+
+
+@pytest.mark.parametrize("recipe", [DORY, HUGINN, HRM_TEXT, INKLING], ids=["dory", "huginn", "hrm_text", "inkling"])
 def test_trained_without_a_gate_which_comes_last(recipe: dict[str, Any], text: Path, tmp_path: Path) -> None:
     flags = ["--text", str(text), "--recipe", str(recipe_file(tmp_path, recipe)), "-o", str(tmp_path / "run")]
     assert rmse_train(flags) == 0
@@ -107,6 +161,42 @@ def test_the_gate_of_a_checkpoint_in_float32_leaves_it_as_exact(text: Path, tmp_
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "gated"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"exit_gate.weight", "exit_gate.bias"}
+
+
+def test_experts_of_every_layer_are_balanced(tmp_path: Path) -> None:
+    """By what all loops of a step have sent them. The bias only chooses, and is kept with the weights."""
+    recipe = Recipe.from_dict(INKLING | {"model": INKLING["model"] | {"vocab_size": 37}, "balance_rate": 0.25})
+    trainer = Trainer(recipe, text_source(random_tokens(2000, vocab=37), 32), tmp_path)
+    layers = [module for module in trainer.model.modules() if isinstance(module, SparseExperts)]
+    loads = []
+    for layer in layers:  # the first expert is chosen by all
+        layer.balance_bias[0] = 1.0
+    balance = trainer.balance
+    trainer.balance = lambda stage: loads.extend(layer.load.clone() for layer in layers) or balance(stage)  # type: ignore[func-returns-value]
+    row = trainer.train_step()
+    assert len(layers) == 4 and 0 <= row["idle_experts"] < 1
+    for i, (layer, load) in enumerate(zip(layers, loads)):
+        looped = recipe.model["loop_layer_index_start"] <= i < recipe.model["loop_layer_index_end"]
+        assert load.sum() == 4 * 32 * 2 * (row["loops"] if looped else 1)  # sequences, positions, experts of a position
+        assert load[0] > load.mean() and float(layer.balance_bias[0]) == 0.75
+        assert torch.equal(layer.balance_bias[1:], 0.25 * torch.sign(load.mean() - load[1:]))
+        assert not layer.load.any()
+    assert trainer.balance("gate") is None
+
+
+def test_where_the_processor_has_bfloat16_it_is_used() -> None:
+    """Experts are given rows of that type there, and have float32 weights."""
+    model, tokens = small_inkling(), torch.from_numpy(random_tokens(65))[None]
+    losses = []
+    for autocast in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        model.zero_grad()
+        with autocast:
+            states, _, _ = model.trajectory(tokens[:, :-1], every=False)
+            loss = token_loss(model.read_out(states[-1]), tokens[:, 1:]).mean()
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if not n.startswith("exit_gate."))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
 @pytest.mark.parametrize(

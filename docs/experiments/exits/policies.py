@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.evaluate import rule_and_values
+from rmse_edge.errors import ConfigError
 from rmse_edge.info import State
 from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.layers.stack import KvPolicy
@@ -35,10 +36,17 @@ from rmse_edge.quantize.reader import text_length
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 
 
-def with_policy(model: Any, policy: str) -> Any:
-    twin = type(model)(dataclasses.replace(model.config, kv_policy=policy)).eval()
-    twin.load_state_dict(model.state_dict())
-    return twin
+def with_policies(model: Any) -> dict[str, Any]:
+    """The model with each policy that its architecture has."""
+    found = {}
+    for policy in get_args(KvPolicy):
+        try:
+            config = dataclasses.replace(model.config, kv_policy=policy)
+        except ConfigError:
+            continue
+        found[policy] = type(model)(config).eval()
+        found[policy].load_state_dict(model.state_dict())
+    return found
 
 
 def token_bytes(model: Any) -> int:
@@ -97,7 +105,7 @@ def main() -> None:
     print(f"| rule | policy | {columns}\n|---|---|---|---|---|---|---|")
     for depth in range(1, loops):
         row(f"fixed depth {depth} | ", model, Dials(depth))
-    models = {policy: with_policy(model, policy) for policy in get_args(KvPolicy)}
+    models = with_policies(model)
     for value in values:
         for policy, chosen in models.items():
             row(f"{label} {value} | {policy}", chosen, Dials(loops, **{rule: value}))

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
-from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.norm import unit
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import InjectedHits, Tensors, WholeText
@@ -57,7 +56,7 @@ class Dory(RecurrentDepth):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights whose rows are of about norm 1. Learned scales have their first values already."""
-        normal_by_fan_in(self)
+        self.normal_weights()
         self.backbone.embeddings.weight.normal_(std=self.config.hidden_size**-0.5)
 
     # ------------------------------------------------------------------------------------------------ its own parts

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from rmse_edge.arch.exits import ExitRules
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.layers.stack import context, mask_specs, masks_of
 from rmse_edge.layers.trajectory import of_one_text, trajectory, whole_masks
@@ -68,7 +67,7 @@ class HrmText(ExitRules):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fan-in scaled normal weights; embeddings that are of size 1 once they are scaled."""
-        normal_by_fan_in(self)
+        self.normal_weights()
         self.model.embed_tokens.weight.normal_(std=1 / self.config.embedding_scale)
 
     # ----------------------------------------------------------------------------------------------------- LoopModel

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
-from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import Tensors
 
@@ -57,7 +56,7 @@ class Huginn(RecurrentDepth):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fan-in scaled normal weights; embeddings that are of size 1 once they are scaled."""
-        normal_by_fan_in(self)
+        self.normal_weights()
         self.transformer.wte.weight.normal_(std=self.config.n_embd**-0.5)
 
     # ------------------------------------------------------------------------------------------------ its own parts

@@ -109,6 +109,9 @@ class InklingConfig(RecurrentConfig):
         for key, field, value in others:
             if found.setdefault(field, value) != value:
                 raise ConfigError(f"{where}: {key}: got {value!r}, but {field} is {found[field]!r}; keep one of them")
+        size = found.get("vocab_size")
+        if isinstance(size, int) and "unpadded_vocab_size" not in found:  # a smaller table has no rows to leave out
+            found["unpadded_vocab_size"] = min(size, cls.unpadded_vocab_size)
         return super().from_dict(found, where)
 
     def __post_init__(self) -> None:
@@ -131,7 +134,6 @@ class InklingConfig(RecurrentConfig):
         policy = '"repeat" or "all": what a layer keeps is no projection of a state that positions stop with'
         self.require(self.kv_policy != "propagate", "kv_policy", policy)
         self.check_loops()
-        self.require(not self.gated, "exit_rules", "no gate: this architecture has none yet")
         self.check_tokens()
 
     def _check_layers(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rmse_edge.arch import recurrent
 from rmse_edge.arch.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 from rmse_edge.info import TextInfo
@@ -44,7 +45,13 @@ def loop_weights(c: InklingConfig) -> int:
     """Weights that a position reads in one iteration."""
     from rmse_edge.loop.predictions import compares
 
-    return _of_section(c, 1) + (behind(c) if compares(c.rules) else 0)
+    gate = recurrent.gate_weights(c, width(c))
+    return _of_section(c, 1) + gate + (behind(c) if compares(c.rules) else 0)
+
+
+def width(c: InklingConfig) -> int:
+    """Channels of a state: the blocks of a pass side by side."""
+    return c.blocks[1] * c.hidden_size
 
 
 def once_weights(c: InklingConfig) -> int:
@@ -53,7 +60,7 @@ def once_weights(c: InklingConfig) -> int:
 
 
 def parameters(c: InklingConfig) -> int:
-    """Trained numbers of the model that `c` describes."""
+    """Trained numbers of the model that `c` describes, the exit gate left out."""
     assert c.layer_types is not None
     d, size = c.hidden_size, c.conv_kernel_size
     found = (c.vocab_size + c.unpadded_vocab_size) * d + 3 * d  # the tables, two norms, the last mixture
@@ -82,8 +89,8 @@ def parts(model: Inkling) -> dict[str, Any]:
 def stated(c: InklingConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "max_loops": c.max_loops,
-        "width": c.blocks[1] * c.hidden_size,
-        "parameters": parameters(c),
+        "width": width(c),
+        "parameters": parameters(c) + recurrent.gate_parameters(c, width(c)),
         "rules": ("max_loops", "min_loops", *c.rules),
         "text.vocab_size": c.unpadded_vocab_size,
         "text.rotary_dims": 0,
@@ -133,6 +140,7 @@ def table(c: InklingConfig) -> QuantTable:
             "*.mlp.router.weight",
             "*.mlp.balance_bias",
             "*.kv_scales",
+            "exit_gate.*",
         ),
         experts=("*.mlp.gate_up_proj", "*.mlp.down_proj"),
         once=tuple(f"model.layers.{i}.*" for i in range(c.loop_layer_index_start)),
@@ -145,9 +153,12 @@ ARCH = Arch(
     InklingConfig,
     build,
     parts,
+    additions=recurrent.ADDITIONS,
     settings=InklingConfig.settings,
     stored=stored,
     unread=UNREAD,
     quantization=table,
+    trains=True,
+    gate_bias=recurrent.gate_bias,
     stated=stated,
 )

@@ -74,24 +74,31 @@ def call_specs(c: InklingConfig, chunk: int) -> tuple[TensorSpec, ...]:
 
 def of_call(c: InklingConfig, tensors: Tensors, count: int) -> Tensors:
     """What all layers are told of a call of `count` rows: masks, where biases are found, the order of rings, scales."""
+    position = tensors["position"]
+    found = of_rows(c, tensors, count)
+    for kind in dict.fromkeys(c.layer_types or ()):
+        name, extent = KINDS[kind], c.head_sizes(kind).extent
+        if kind == "hybrid":
+            held = tensors[SLOTS].unsqueeze(0)
+            found[name("slots_mask")] = slots_mask(position, count, tensors[SLOTS])
+        else:
+            held = ring_positions(position, ring_of(c))
+            found[name("slots_mask")] = ring_slots_mask(position, count, ring_of(c), c.sliding_window_size)
+        found[name("slots_index")] = bias_index(distances(position, count, held), extent)
+    return found | {ORDER: ring_order(position, c.conv_kernel_size - 1)}
+
+
+def of_rows(c: InklingConfig, tensors: Tensors, count: int) -> Tensors:
+    """What `of_call` says of the call itself: all that layers are told where there is nothing before it."""
     position, n_valid = tensors["position"], tensors["n_valid"]
     # From the position, which cancels: what does not depend on the call, a target would store for each kind of layers.
     here = position[:, None] + torch.arange(count, device=position.device)
     between = distances(position, count, here)  # (B, C, C)
     found: Tensors = {}
     for kind in dict.fromkeys(c.layer_types or ()):
-        name, extent = KINDS[kind], c.head_sizes(kind).extent
-        if kind == "hybrid":
-            held = tensors[SLOTS].unsqueeze(0)
-            found[name("slots_mask")] = slots_mask(position, count, tensors[SLOTS])
-            found[name("causal_mask")] = causal_mask(n_valid, count)
-        else:
-            held, window = ring_positions(position, ring_of(c)), c.sliding_window_size
-            found[name("slots_mask")] = ring_slots_mask(position, count, ring_of(c), window)
-            found[name("causal_mask")] = causal_mask(n_valid, count, window)
-        found[name("slots_index")] = bias_index(distances(position, count, held), extent)
-        found[name("causal_index")] = bias_index(between, extent)
-    found[ORDER] = ring_order(position, c.conv_kernel_size - 1)
+        name, window = KINDS[kind], None if kind == "hybrid" else c.sliding_window_size
+        found[name("causal_mask")] = causal_mask(n_valid, count, window)
+        found[name("causal_index")] = bias_index(between, c.head_sizes(kind).extent)
     if c.attends_to_all:
         found[LOG_SCALE] = log_scale(position, count, c.log_scaling_n_floor, c.log_scaling_alpha)
     return found
@@ -127,6 +134,7 @@ class RowsProjection(nn.Module):
     def forward(self, x: Tensor, rows: CallRows, name: str) -> Tensor:
         """(B, G, C, hd); its inputs are kept as `name`."""
         own, past = rows.add(name, self.linear(x).unflatten(-1, (-1, self.dims)).transpose(1, 2))
+        assert past is not None
         return self.sconv(own, past, x)
 
 
@@ -165,14 +173,16 @@ class InklingAttention(nn.Module):
         values = rms(self.v_proj(value, rows, kind("inputs")), self.eps)
         keys, past_keys = rows.add(kind("keys"), keys)
         values, past_values = rows.add(kind("values"), values)
-        indices = fixed[kind("slots_index")], fixed[kind("causal_index")]
-        biases = self.relative_position_bias(query, indices, scale)
+        past = None if past_keys is None or past_values is None else (past_keys, past_values)
+        sides = ("causal",) if past is None else ("slots", "causal")
+        masks = [fixed[kind(f"{side}_mask")] for side in sides]
+        biases = self.relative_position_bias(query, tuple(fixed[kind(f"{side}_index")] for side in sides), scale)
         seen = attend(
             self.q_proj(query, scale),
             (keys, values),
-            (past_keys, past_values),
-            (fixed[kind("slots_mask")], fixed[kind("causal_mask")]),
-            (biases[0], biases[1]),
+            past,
+            (masks[0], masks[-1]),  # without a past the first of them is read by none
+            (biases[0], biases[-1]),
             self.sink_proj(query).transpose(1, 2).unsqueeze(-1),
             operator=self.attention_operator,
         )
@@ -259,6 +269,7 @@ class InklingLayer(nn.Module):
 
     def _convolved(self, convolution: ShortConvolution, x: Tensor, rows: CallRows) -> Tensor:
         own, past = rows.add(CONVOLVED, x.unsqueeze(1))
+        assert past is not None
         return convolution(own, past, x).squeeze(1)
 
 
@@ -290,7 +301,7 @@ class InklingStack(nn.Module):
         x: Tensor | None,
         sources: list[Tensor],
         k: int | Tensor,
-        past: Tensors,
+        past: Tensors | None,
         fixed: Tensors,
         messages: Messages | None = None,
         active: Tensor | None = None,
@@ -301,14 +312,14 @@ class InklingStack(nn.Module):
         Args:
             x, sources, messages: as in `InklingLayer.forward`.
             k: the loop, from 0; 0 outside loops.
-            past: what is kept of the positions before the call, by name.
-            fixed: `of_call`.
+            past: what is kept of the positions before the call, by name; None: there are none.
+            fixed: `of_call`; without a past `of_rows`.
             active: (B, C) bool, positions that have not stopped; None: all.
             held: by name, of which stopped positions keep theirs.
         Returns:
             (sources behind the last layer, the rows of the call by name).
         """
-        order = {self.config.conv_kernel_size - 1: fixed[ORDER]}
+        order = {} if past is None else {self.config.conv_kernel_size - 1: fixed[ORDER]}
         rows = self.rows.of_call(k, past, order, active, held)
         for layer in self.layers:
             x, sources = layer(x, sources, k, rows, fixed, messages)

@@ -33,19 +33,20 @@ from rmse_edge.arch.exits import ExitRules
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers import policy
 from rmse_edge.layers.convolution import ShortConvolution
-from rmse_edge.layers.dense import normal_by_fan_in
 from rmse_edge.layers.experts import SparseExperts, soft_capped
 from rmse_edge.layers.norm import RMSNorm, rms
 from rmse_edge.layers.relative import RelativeBias
 from rmse_edge.layers.residual import BlockAttention
 from rmse_edge.layers.router_margins import RouterMargins
+from rmse_edge.layers.trajectory import trajectory_of
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
+from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.predictions import carried
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT, SLOTS
 
 from .config import InklingConfig
-from .layers import InklingLayer, InklingStack, Messages, call_specs, of_call
+from .layers import InklingLayer, InklingStack, Messages, call_specs, of_call, of_rows
 
 NEW, HELD, EXIT = (
     "new_",
@@ -85,7 +86,7 @@ class InklingModel(nn.Module):
 
 
 class Inkling(ExitRules):
-    """The model, as a `TextModel` for runtimes and exporters."""
+    """The model, as a `TextModel` for runtimes and exporters and as a trajectory of states for training."""
 
     def __init__(self, config: InklingConfig) -> None:
         super().__init__(config, config.blocks[1] * config.hidden_size)
@@ -97,7 +98,7 @@ class Inkling(ExitRules):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights of variance 1 / inputs; queries that mix all blocks alike."""
-        normal_by_fan_in(self)
+        self.normal_weights()
         self.model.embed_tokens.weight.normal_(std=self.config.hidden_size**-0.5)
         for module in self.modules():
             if isinstance(module, SparseExperts):
@@ -141,6 +142,7 @@ class Inkling(ExitRules):
             h=h,
             active=TensorSpec("active", (1, chunk), torch.bool),
             carry=(
+                *((TensorSpec("log_survival", (1, chunk)),) if c.gated else ()),
                 *policy.carried(c.kv_policy, chunk, h.shape[-1], held),
                 *carried(c.rules, chunk, c.unpadded_vocab_size),
             ),
@@ -226,7 +228,7 @@ class Inkling(ExitRules):
         self,
         x0: list[Tensor],
         h: Tensor,
-        past: Tensors,
+        past: Tensors | None,
         fixed: Tensors,
         active: Tensor | None = None,
         held: Tensors | None = None,
@@ -245,6 +247,55 @@ class Inkling(ExitRules):
         with RouterMargins(self) as margins:
             found = in_one_call(self, tokens, {}, dials, hits, lambda *_: margins.take(len(tokens)))
             return replace(found, margin=torch.minimum(found.margin, margins.take(len(tokens))))  # of the coda
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def trajectory(
+        self,
+        tokens: Tensor,
+        loops: int | None = None,
+        stop: Stop | None = None,
+        every: bool = True,
+        watcher: Watcher | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """All states of whole sequences from an empty past; arguments and result as of `HasTrajectory` and, in detail, of
+        `Ouro.trajectory`. A state is x0 and h side by side, (B, T, n), since the layers behind the loop read both; gate and
+        `stop` are given h alone.
+        """
+        m, count = self.model, tokens.shape[1]
+        fixed = self._of_sequences(tokens)
+        x = m.embed_tokens(tokens)
+        x0 = m.prelude(x, [rms(x)], 0, None, fixed)[0]
+
+        def iterate(h: Tensor, k: int, active: Tensor | None, held: Tensors | None) -> tuple[Tensor, Tensors]:
+            messages = Messages(self._split(h), m.message_input, torch.ones_like(h[0, 0, 0])) if k else None
+            kept = None if held is None else named(held, m.core, HELD)
+            sources, rows = m.core(None, x0, k, None, fixed, messages, active, kept)
+            return torch.cat(sources[len(x0) :], -1), named(rows, m.core, "", HELD)
+
+        first = x.new_zeros(len(tokens), count, self.width)
+        states, gates, depth = trajectory_of(
+            iterate,
+            self.config.kv_policy,
+            first,
+            m.core.rows.nothing(HELD, first),
+            self.config.trained_loops if loops is None else loops,
+            gate=self.gate if self.config.gated else None,
+            stop=stop,
+            every=every,
+            watcher=watcher,
+        )
+        return [torch.cat([*x0, h], -1) for h in states], gates, depth
+
+    def read_out(self, state: Tensor) -> Tensor:
+        """Logits (B, T, V) of states (B, T, n) of a trajectory."""
+        x0, h = state[..., : -self.width], state[..., -self.width :]
+        return self.logits(self._behind(self._split(x0), h, None, self._of_sequences(state))[0])
+
+    def _of_sequences(self, rows: Tensor) -> Tensors:
+        """What layers are told of whole sequences, whose positions are those of `rows` (B, T, ...)."""
+        position = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        return of_rows(self.config, {"position": position, "n_valid": position[:1] + rows.shape[1]}, rows.shape[1])
 
 
 def past_of(stack: InklingStack, tensors: Tensors, prefix: str = "") -> Tensors:
