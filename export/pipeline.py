@@ -42,6 +42,7 @@ from .gate.board import board_gate
 from .gate.compare import POSITIONS, compare_host, compared, computed_ahead, gate
 from .gate.reference import LEAST_POSITIONS, Reference
 from .program import LoopProgram, Signature, method_names, signature, tensors_json, trace
+from .repeated import done_once
 from .targets import QUANTIZATIONS, LowerOptions, Target, TargetOptions, get_target
 
 SAMPLE = "sample.txt"
@@ -198,7 +199,7 @@ def export_package(
         if request.check and info.board is None:
             ahead = stack.enter_context(aside(lambda: computed_ahead(proof.reference, proof.longest), idle))
         traced = target.prepare(model, options) if target.prepare else model
-        with collection_paused():
+        with collection_paused(), done_once():
             program = trace(
                 traced,  # type: ignore[arg-type]
                 model.call_sizes(),
@@ -312,7 +313,7 @@ class Proof:
             alone = None
             if not exact and not (whole is not None and float_cache):
                 self.stage("parity of the host")
-                alone = compare_host(with_cache_dtype(reference.model, "float32"), tokens)
+                alone = compare_host(with_cache_dtype(reference.model, "float32"), tokens, reference)
             package = self.sealed(manifest)
             candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
             try:
