@@ -8,6 +8,8 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from rmse_edge.arch.ouro.config import OuroConfig
+
 from .child import ROOT
 
 LAYERS, LOOPS = 12, 12  # of the twin, of the looped models: about equal FLOPs
@@ -15,6 +17,7 @@ HEAD = 64  # channels of one head
 VOCABULARY = 4096  # of the twin
 WIDTHS = (256, 512, 768, 1024)
 CONFIGS = ROOT / "docs" / "benchmarks"
+OURO = "ouro-1.4b"
 SHIPPED = ROOT / "models" / "rmse-shakespeare"
 
 
@@ -32,6 +35,12 @@ class Twin:
     @property
     def name(self) -> str:
         return f"twin-d{self.width}"
+
+    @property
+    def parameters(self) -> int:
+        """Of its matrices."""
+        layer = 4 * self.width**2 + 3 * self.width * self.ffn
+        return self.layers * layer + 2 * self.vocab * self.width
 
     def shape(self) -> dict[str, int]:
         return asdict(self)
@@ -62,10 +71,12 @@ class Looped:
     config: dict[str, Any]
     twin: Twin
     checkpoint: Path | None = None  # a trained one, which stops by itself on its own text
+    # Of a published model, by its name in docs/experiments/random_checkpoint.py: weights are drawn and rounded one by one.
+    shape: str | None = None
 
     @property
     def loops(self) -> int:
-        return self.config["max_loops"]
+        return self.config.get("max_loops") or self.config["total_ut_steps"]
 
     def depths(self) -> tuple[int | None, ...]:
         """Loops of the rows of its table: all, a third, and None where it stops by itself."""
@@ -105,6 +116,14 @@ def dense(width: int) -> Looped:
     heads = {"n_heads": twin.heads, "n_kv_heads": twin.heads}
     config |= {"d_model": width, "expert_width": twin.ffn, **heads}
     return Looped(f"dense-d{width}", config, twin)
+
+
+def ouro() -> Looped:
+    """Ouro-1.4B. Its twin has its 24 layers once for each of the 4 loops: what llama.cpp builds of a looped model."""
+    c = OuroConfig()
+    layers = c.num_hidden_layers * c.total_ut_steps
+    twin = Twin(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size, layers)
+    return Looped(OURO, {"model_type": c.model_type, **c.to_dict()}, twin, shape=OURO)
 
 
 def shipped(folder: Path) -> Looped:

@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
+BLOCK, BYTES = gguf.GGML_QUANT_SIZES[Q4_0]  # weights, and what they take with their scale
+SPREAD = 4.6  # deviation of the integers -8 to 7, if all are alike
 
 
 def write_twin(shape: dict[str, Any], path: str, seed: int = 0) -> None:
@@ -38,28 +40,39 @@ def write_twin(shape: dict[str, Any], path: str, seed: int = 0) -> None:
     writer.add_tokenizer_model("none")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
 
-    def matrix(name: str, rows: int, columns: int) -> None:
-        weights = random.standard_normal((rows, columns), np.float32) * columns**-0.5
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weights, Q4_0), raw_dtype=Q4_0)
-
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-
-    matrix("token_embd", vocab, width)
+    sizes: dict[str, tuple[int, int]] = {}  # of matrices, rows and columns
+    norms = ["output_norm"]
+    sizes["token_embd"] = vocab, width
     for layer in range(shape["layers"]):
-        norm(f"blk.{layer}.attn_norm")
-        for part in ("q", "k", "v", "output"):
-            matrix(f"blk.{layer}.attn_{part}", width, width)
-        norm(f"blk.{layer}.ffn_norm")
-        matrix(f"blk.{layer}.ffn_gate", ffn, width)
-        matrix(f"blk.{layer}.ffn_up", ffn, width)
-        matrix(f"blk.{layer}.ffn_down", width, ffn)
-    norm("output_norm")
-    matrix("output", vocab, width)
+        norms += [f"blk.{layer}.attn_norm", f"blk.{layer}.ffn_norm"]
+        sizes |= {f"blk.{layer}.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
+        sizes |= {f"blk.{layer}.ffn_{part}": (ffn, width) for part in ("gate", "up")}
+        sizes[f"blk.{layer}.ffn_down"] = width, ffn
+    sizes["output"] = vocab, width
+    for name, (rows, columns) in sizes.items():
+        packed = (rows, columns // BLOCK * BYTES)
+        writer.add_tensor_info(f"{name}.weight", packed, np.dtype(np.uint8), rows * packed[1], Q4_0)
+    for name in norms:
+        writer.add_tensor_info(f"{name}.weight", (width,), np.dtype(np.float32), 4 * width)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for rows, columns in sizes.values():
+        writer.write_tensor_data(drawn(random, rows, columns))
+    for _ in norms:
+        writer.write_tensor_data(np.ones(width, np.float32))
     writer.close()
+
+
+def drawn(random: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """A matrix as it is stored: of each block of 32 weights a scale and any 16 bytes, (rows, bytes) uint8.
+
+    The twin of a large model has billions of weights, which need not be floats first.
+    """
+    blocks = random.integers(0, 256, (rows, columns // BLOCK, BYTES), np.uint8)
+    scale = np.float16(columns**-0.5 / SPREAD)
+    blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 if __name__ == "__main__":
