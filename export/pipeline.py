@@ -35,6 +35,7 @@ from rmse_edge.quantize.parallel import aside, one_thread
 from rmse_edge.quantize.scheme import BITS, table_of
 from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
 from rmse_edge.runtimes.host.text import LoopRuntime
+from rmse_edge.shards import all_finite
 from rmse_edge.text import Tokenizer, read_text
 from rmse_edge.vocabulary import TOKENIZER_FILE
 
@@ -165,7 +166,7 @@ def export_package(
     """
     destination = Path(destination)
     for name, p in model.state_dict().items():
-        if p.is_floating_point() and not torch.isfinite(p).all():
+        if p.is_floating_point() and not all_finite(p):
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
     with writing(destination, request.overwrite) as folder, one_thread(model) as idle, ExitStack() as stack:
@@ -210,6 +211,9 @@ def export_package(
                 request.max_seq_len,
             )
             lowering = target.lower(program, folder, options)
+        # What was traced may have its weights in a form of the target's own. The gate does without, and needs room.
+        program, traced = program.without_traces(model), None
+        gc.collect()
         own_types = lowering.pop("kept", {})
         kept = {name: dataclasses.replace(info.state[name], dtype=dtype) for name, dtype in own_types.items()}
         info = dataclasses.replace(info, state=info.state | kept)

@@ -178,14 +178,17 @@ def full_range(weight: Tensor, fmt: Format, shrink: float = 1.0) -> tuple[Tensor
 
 def round_to_nearest(weight: Tensor, fmt: Format) -> QuantizedTensor:
     """Quantise without data: every weight (..., N, K) to the nearest code of its group's full range."""
-    parts = [quantize_with(rows, *full_range(rows.float(), fmt), fmt) for rows in in_blocks(weight)]
     groups = (*weight.shape[:-1], fmt.groups(weight.shape[-1]))
-    return QuantizedTensor(
-        fmt,
-        torch.cat([q.codes for q in parts]).view(weight.shape),
-        torch.cat([q.scales for q in parts]).view(groups),
-        None if fmt.symmetric else torch.cat([q.zeros for q in parts if q.zeros is not None]).view(groups),
-    )
+    codes, scales = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(groups)
+    zeros = None if fmt.symmetric else torch.empty(groups, dtype=torch.uint8)
+    start = 0
+    for rows in in_blocks(weight):
+        q = quantize_with(rows, *full_range(rows.float(), fmt), fmt)
+        here = slice(start, start := start + len(rows))
+        for whole, part in ((codes, q.codes), (scales, q.scales), (zeros, q.zeros)):
+            if whole is not None and part is not None:
+                whole.flatten(0, -2)[here] = part
+    return QuantizedTensor(fmt, codes, scales, zeros)
 
 
 def in_blocks(tensor: Tensor) -> tuple[Tensor, ...]:
