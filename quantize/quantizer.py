@@ -311,10 +311,11 @@ def report_of(
 def tensor_report(weight: Tensor, q: QuantizedTensor) -> dict[str, Any]:
     """Format and relative error |w - q| / |w| of one tensor; of stacked experts also the worst one's."""
     count = weight.shape[:-2].numel()
-    # Of every matrix (N, K) the squares of its error and of itself, block by block.
-    sums = [((got - rows).double().square().sum(), rows.double().square().sum())
+    # Of every matrix (N, K) the squares of its error and of itself, block by block. As Python's numbers: tensors of one number
+    # would lie between the memory of one block and the next, which could not be used again.
+    sums = [(float((got - rows).double().square().sum()), float(rows.double().square().sum()))
             for rows, got in zip(in_blocks(weight), q.blocks())]  # fmt: skip
-    error, size = torch.tensor(sums).view(count, -1, 2).sum(1).unbind(-1)
+    error, size = torch.tensor(sums, dtype=torch.float64).view(count, -1, 2).sum(1).unbind(-1)
     found = {
         "bits": q.format.bits,
         "group": q.format.group,

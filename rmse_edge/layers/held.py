@@ -103,18 +103,25 @@ def whole() -> bool:
     return torch.compiler.is_exporting() or torch.is_grad_enabled()
 
 
+def stored_of(module: nn.Module) -> Stored:
+    """The integers of its `weight`."""
+    stored = module._modules["stored_weight"]
+    assert isinstance(stored, Stored)
+    return stored
+
+
 class HeldLinear(nn.Linear):
     """A linear layer whose weight is held as integers."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if whole() else self._modules["stored_weight"].linear(input, self.bias)
+        return super().forward(input) if whole() else stored_of(self).linear(input, self.bias)
 
 
 class HeldEmbedding(nn.Embedding):
     """An embedding whose rows are held as integers."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if whole() else self._modules["stored_weight"].at(input)
+        return super().forward(input) if whole() else stored_of(self).at(input)
 
 
 READERS = {nn.Linear: HeldLinear, nn.Embedding: HeldEmbedding}
@@ -165,7 +172,7 @@ def release(model: nn.Module) -> None:
         names = [name for name, part in module._modules.items() if isinstance(part, Stored)]
         if not names:
             continue
-        module.__class__ = type(module)._plain  # type: ignore[assignment]
+        module.__class__ = vars(type(module))["_plain"]
         for name in names:
             del module._modules[name]
             module.register_parameter(name.removeprefix("stored_"), None)
