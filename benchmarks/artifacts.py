@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +28,8 @@ from .shapes import HrmText, Looped, Twin
 
 T = TypeVar("T")
 SOURCES = ("rmse_edge/**/*.py", "export/**/*.py", "quantize/**/*.py", "runtimes/**/*.py", "runtimes/native/kernels/*")
+RANDOM = ROOT / "docs" / "experiments" / "random_checkpoint.py"
+POSITIONS = 4096  # of a text of a large model, at most
 RUNNER = ROOT / "build" / "native" / "rmse-runner"
 
 
@@ -71,6 +74,8 @@ class Artifacts:
 
     def package(self, model: Looped, target: str) -> Path:
         """In int4: of random weights, or of the checkpoint, calibrated with its own sample and through the parity gate."""
+        if model.shape is not None:
+            return self._of_shape(model, model.shape, target)
         if model.checkpoint is None:
             return self._random(model.name, self.config(model), target)
         made_of = digest(source(str(model.checkpoint / "model.safetensors")), project())
@@ -84,6 +89,21 @@ class Artifacts:
                     "quantize", "-m", model.checkpoint, "-o", quantised, "--quant", "int4", "--calibrate", sample
                 )
             self._verb("export", "-m", quantised, "-o", path, "--target", target)
+
+        return self._made(path, make)
+
+    def _of_shape(self, model: Looped, shape: str, target: str) -> Path:
+        """Of a model that is too large to be made as floats, but on disk."""
+        made_of = digest(source(str(RANDOM)), project())
+        path, quantised = (self.folder / f"{model.name}-{what}-{made_of}" for what in (f"{target}.rmse", "int4"))
+
+        def make() -> None:
+            if not quantised.is_dir():
+                with TemporaryDirectory(dir=self.folder) as folder:
+                    floats = Path(folder) / model.name
+                    self._run(RANDOM, floats, "--shape", shape)
+                    self._verb("quantize", "-m", floats, "-o", quantised, "--quant", "int4", "--method", "rtn")
+            self._aside(export_integers, quantised, path, target)
 
         return self._made(path, make)
 
@@ -106,12 +126,12 @@ class Artifacts:
     def _random(self, name: str, config: Path, target: str) -> Path:
         path = self.folder / f"{name}-{target}-{digest(config.read_text(), project())}.rmse"
 
-        def make() -> None:
-            # Exporting leaves a large heap behind: in a process of its own.
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                pool.submit(export_quietly, config, path, target).result()
+        return self._made(path, lambda: self._aside(export_quietly, config, path, target))
 
-        return self._made(path, make)
+    def _aside(self, work: Callable[[Path, Path, str], None], *arguments: Path | str) -> None:
+        """In a process of its own: exporting leaves a large heap behind."""
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(work, *arguments).result()
 
     def _made(self, path: Path, make: Callable[[], object]) -> Path:
         if not path.is_dir():
@@ -120,7 +140,10 @@ class Artifacts:
         return path
 
     def _verb(self, verb: str, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", f"rmse_edge.cli.{verb}", *map(str, arguments)]
+        self._run("-m", f"rmse_edge.cli.{verb}", *arguments)
+
+    def _run(self, *arguments: str | Path) -> None:
+        command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(done.stderr.strip().splitlines()[-1])
@@ -145,6 +168,17 @@ def export_quietly(config: Path, path: Path, target: str) -> None:
 
     with quiet():
         export_random(config, path, "int4", target)
+
+
+def export_integers(folder: Path, path: Path, target: str) -> None:
+    """A quantised checkpoint of random weights, unchecked: there is nothing to be right about but the time."""
+    from rmse_edge.export.pipeline import ExportRequest, export_package
+    from rmse_edge.quantize import load_quantized
+
+    with quiet():
+        quantized = load_quantized(folder)
+        request = ExportRequest(target, quantized.quant, max_seq_len=POSITIONS, check=False)
+        export_package(quantized.model, path, request, quantized=quantized)
 
 
 def digest(*parts: str) -> str:

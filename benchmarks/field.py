@@ -23,6 +23,7 @@ CONTESTANTS = {
     "compiled": "PyTorch torch.compile, fp32",
 }
 TWINS = (BASELINE, "unrolled")
+MOST = 1_000_000_000  # parameters of a twin that is exported
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def start_of(name: str, model: Looped, threads: int, tests: Timed, files: Artifa
     if name == "unrolled":
         if not isinstance(model.twin, Twin):
             raise Missing("there is no dense twin: llama.cpp runs the model itself")
+        if model.twin.parameters > MOST:
+            raise Missing(f"the twin's graph is made of floats, {4 * model.twin.parameters / 1e9:.0f} GB of them")
         package = files.unrolled(model.twin)
         arguments = [str(package), "--ids", str(files.ids(model.twin.vocab, tests.positions))]
         return in_python(arguments, depths_of(name, model), threads, tests, size_of(package))

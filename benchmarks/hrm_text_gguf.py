@@ -11,8 +11,6 @@ import json
 import sys
 from typing import Any
 
-import numpy as np
-
 from .twin_gguf import RandomWriter
 
 ARCHITECTURE = "hrm_text"
@@ -32,7 +30,7 @@ def write_hrm_text(shape: dict[str, Any], path: str) -> None:
     writer.add_bool(f"{ARCHITECTURE}.hrm.prefix_lm", False)
     writer.matrix("token_embd", vocab, width)
     writer.matrix("output", vocab, width)
-    writer.add_tensor("hrm.z_l_init", writer.random.standard_normal(width).astype(np.float32))
+    writer.vector("hrm.z_l_init", lambda random: random.standard_normal(width), width)
     for layer in range(2 * layers):
         for part in ("q", "k", "v", "gate", "output"):
             writer.matrix(f"blk.{layer}.attn_{part}", width, width)

@@ -21,9 +21,10 @@ from .artifacts import RUNNER
 from .child import ROOT
 from .field import CONTESTANTS, Timed
 from .llama import check_python
-from .shapes import SHIPPED, WIDTHS, Looped, dense, hrm_text, moe, shipped
+from .shapes import OURO, SHIPPED, WIDTHS, Looped, dense, hrm_text, moe, ouro, shipped
 
-MODELS = ("moe", "dense", "shipped", "hrm-text")
+DEFAULT = ("moe", "dense", "shipped", "hrm-text")
+MODELS = (*DEFAULT, OURO)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,9 +39,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models",
         type=list_of(one_of(*MODELS)),
-        default=",".join(MODELS),
+        default=",".join(DEFAULT),
         metavar="M,M,...",
-        help="of " + ", ".join(MODELS),
+        help=f"of {', '.join(MODELS)} (default: all but {OURO}, which takes 8 GB of memory)",
     )
     parser.add_argument(
         "--widths", type=list_of(one_of(*map(str, WIDTHS))), default="768", metavar="N,N,...",
@@ -109,6 +110,7 @@ def chosen_models(args: argparse.Namespace) -> tuple[list[Looped], list[str]]:
     makers = {"moe": moe, "dense": dense, "hrm-text": hrm_text}
     widths = [int(width) for width in dict.fromkeys(args.widths)]
     found = [makers[kind](width) for width in widths for kind in dict.fromkeys(args.models) if kind in makers]
+    found += [ouro()] if OURO in args.models else []
     notes = []
     if "shipped" in args.models:
         if (SHIPPED / "model.safetensors").is_file():

@@ -11,6 +11,8 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from rmse_edge.arch.ouro.config import OuroConfig
+
 from .child import ROOT
 
 LAYERS, LOOPS = 12, 12  # of the twin, of the looped models: about equal FLOPs
@@ -18,6 +20,7 @@ HEAD = 64  # channels of one head
 VOCABULARY = 4096  # of the twin
 WIDTHS = (256, 512, 768, 1024)
 CONFIGS = ROOT / "docs" / "benchmarks"
+OURO = "ouro-1.4b"
 SHIPPED = ROOT / "models" / "rmse-shakespeare"
 
 
@@ -39,6 +42,12 @@ class Twin:
     @property
     def about(self) -> str:
         return f"Dense twin: {self.layers} layers, d {self.width}, FFN {self.ffn}, {self.heads} heads, vocabulary {self.vocab}."
+
+    @property
+    def parameters(self) -> int:
+        """Of its matrices."""
+        layer = 4 * self.width**2 + 3 * self.width * self.ffn
+        return self.layers * layer + 2 * self.vocab * self.width
 
     def shape(self) -> dict[str, int]:
         return asdict(self)
@@ -124,10 +133,13 @@ class Looped:
     config: dict[str, Any]
     twin: Twin | HrmText  # what llama.cpp runs
     checkpoint: Path | None = None  # a trained one, which stops by itself on its own text
+    # Of a published model, by its name in docs/experiments/random_checkpoint.py: weights are drawn and rounded one by one.
+    shape: str | None = None
 
     @property
     def loops(self) -> int:
-        return self.config["H_cycles" if isinstance(self.twin, HrmText) else "max_loops"]
+        names = ("H_cycles", "max_loops", "total_ut_steps")
+        return next(self.config[name] for name in names if name in self.config)
 
     def depths(self) -> tuple[int | None, ...]:
         """Loops of the rows of its table: all, a third, and None where it stops by itself."""
@@ -173,6 +185,14 @@ def hrm_text(width: int) -> Looped:
     """At d 768: FFN 2048, 12 heads, as the twin."""
     own = HrmText(width, to_block(width * 8 / 3), width // HEAD)
     return Looped(own.name, own.config(), own)
+
+
+def ouro() -> Looped:
+    """Ouro-1.4B. Its twin has its 24 layers once for each of the 4 loops: what llama.cpp builds of a looped model."""
+    c = OuroConfig()
+    layers = c.num_hidden_layers * c.total_ut_steps
+    twin = Twin(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size, layers)
+    return Looped(OURO, {"model_type": c.model_type, **c.to_dict()}, twin, shape=OURO)
 
 
 def shipped(folder: Path) -> Looped:

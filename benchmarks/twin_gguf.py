@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import gguf
 import numpy as np
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
+BLOCK, BYTES = gguf.GGML_QUANT_SIZES[Q4_0]  # weights, and what they take with their scale
+SPREAD = 4.6  # deviation of the integers -8 to 7, if all are alike
 
 
 class RandomWriter(gguf.GGUFWriter):
-    """A file that says what its shape is, and takes matrices of random weights."""
+    """A file that says what its shape is, and takes tensors of random weights, which are drawn when they are written."""
 
     def __init__(self, path: str, architecture: str, name: str, shape: dict[str, Any], blocks: int) -> None:
         """
@@ -27,7 +30,7 @@ class RandomWriter(gguf.GGUFWriter):
             blocks: layers that have keys and values of their own.
         """
         super().__init__(path, architecture)
-        self.random = np.random.default_rng(0)
+        self.draws: list[Callable[[np.random.Generator], np.ndarray]] = []
         self.add_name(name)
         self.add_context_length(shape["context"])
         self.add_embedding_length(shape["width"])
@@ -42,13 +45,26 @@ class RandomWriter(gguf.GGUFWriter):
         self.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
 
     def matrix(self, name: str, rows: int, columns: int) -> None:
-        weights = self.random.standard_normal((rows, columns), np.float32) * columns**-0.5
-        self.add_tensor(f"{name}.weight", gguf.quants.quantize(weights, Q4_0), raw_dtype=Q4_0)
+        """In Q4_0."""
+        packed = (rows, columns // BLOCK * BYTES)
+        self.add_tensor_info(f"{name}.weight", packed, np.dtype(np.uint8), rows * packed[1], Q4_0)
+        self.draws.append(lambda random: drawn(random, rows, columns))
 
-    def finish(self) -> None:
+    def vector(self, name: str, draw: Callable[[np.random.Generator], np.ndarray], size: int) -> None:
+        """In float32."""
+        self.add_tensor_info(name, (size,), np.dtype(np.float32), 4 * size)
+        self.draws.append(lambda random: draw(random).astype(np.float32))
+
+    def norm(self, name: str, width: int) -> None:
+        self.vector(f"{name}.weight", lambda random: np.ones(width), width)
+
+    def finish(self, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
         self.write_header_to_file()
         self.write_kv_data_to_file()
-        self.write_tensors_to_file()
+        self.write_ti_data_to_file()
+        for draw in self.draws:
+            self.write_tensor_data(draw(random))
         self.close()
 
 
@@ -59,23 +75,29 @@ def write_twin(shape: dict[str, Any], path: str) -> None:
     """
     width, ffn, vocab = shape["width"], shape["ffn"], shape["vocab"]
     writer = RandomWriter(path, "llama", f"dense twin, width {width}", shape, shape["layers"])
-    matrix = writer.matrix
-
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-
-    matrix("token_embd", vocab, width)
+    writer.matrix("token_embd", vocab, width)
     for layer in range(shape["layers"]):
-        norm(f"blk.{layer}.attn_norm")
+        writer.norm(f"blk.{layer}.attn_norm", width)
         for part in ("q", "k", "v", "output"):
-            matrix(f"blk.{layer}.attn_{part}", width, width)
-        norm(f"blk.{layer}.ffn_norm")
-        matrix(f"blk.{layer}.ffn_gate", ffn, width)
-        matrix(f"blk.{layer}.ffn_up", ffn, width)
-        matrix(f"blk.{layer}.ffn_down", width, ffn)
-    norm("output_norm")
-    matrix("output", vocab, width)
+            writer.matrix(f"blk.{layer}.attn_{part}", width, width)
+        writer.norm(f"blk.{layer}.ffn_norm", width)
+        writer.matrix(f"blk.{layer}.ffn_gate", ffn, width)
+        writer.matrix(f"blk.{layer}.ffn_up", ffn, width)
+        writer.matrix(f"blk.{layer}.ffn_down", width, ffn)
+    writer.norm("output_norm", width)
+    writer.matrix("output", vocab, width)
     writer.finish()
+
+
+def drawn(random: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """A matrix as it is stored: of each block of 32 weights a scale and any 16 bytes, (rows, bytes) uint8.
+
+    The twin of a large model has billions of weights, which need not be floats first.
+    """
+    blocks = random.integers(0, 256, (rows, columns // BLOCK, BYTES), np.uint8)
+    scale = np.float16(columns**-0.5 / SPREAD)
+    blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 if __name__ == "__main__":

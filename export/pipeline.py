@@ -35,6 +35,7 @@ from rmse_edge.quantize.parallel import aside, one_thread
 from rmse_edge.quantize.scheme import BITS, table_of
 from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
 from rmse_edge.runtimes.host.text import LoopRuntime
+from rmse_edge.shards import all_finite
 from rmse_edge.text import Tokenizer, read_text
 from rmse_edge.vocabulary import TOKENIZER_FILE
 
@@ -42,6 +43,7 @@ from .gate.board import board_gate
 from .gate.compare import POSITIONS, compare_host, compared, computed_ahead, gate
 from .gate.reference import LEAST_POSITIONS, Reference
 from .program import LoopProgram, Signature, method_names, signature, tensors_json, trace
+from .repeated import done_once
 from .targets import QUANTIZATIONS, LowerOptions, Target, TargetOptions, get_target
 
 SAMPLE = "sample.txt"
@@ -164,7 +166,7 @@ def export_package(
     """
     destination = Path(destination)
     for name, p in model.state_dict().items():
-        if p.is_floating_point() and not torch.isfinite(p).all():
+        if p.is_floating_point() and not all_finite(p):
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
     with writing(destination, request.overwrite) as folder, one_thread(model) as idle, ExitStack() as stack:
@@ -198,7 +200,7 @@ def export_package(
         if request.check and info.board is None:
             ahead = stack.enter_context(aside(lambda: computed_ahead(proof.reference, proof.longest), idle))
         traced = target.prepare(model, options) if target.prepare else model
-        with collection_paused():
+        with collection_paused(), done_once():
             program = trace(
                 traced,  # type: ignore[arg-type]
                 model.call_sizes(),
@@ -209,6 +211,9 @@ def export_package(
                 request.max_seq_len,
             )
             lowering = target.lower(program, folder, options)
+        # What was traced may have its weights in a form of the target's own. The gate does without, and needs room.
+        program, traced = program.without_traces(model), None
+        gc.collect()
         own_types = lowering.pop("kept", {})
         kept = {name: dataclasses.replace(info.state[name], dtype=dtype) for name, dtype in own_types.items()}
         info = dataclasses.replace(info, state=info.state | kept)
@@ -312,7 +317,7 @@ class Proof:
             alone = None
             if not exact and not (whole is not None and float_cache):
                 self.stage("parity of the host")
-                alone = compare_host(with_cache_dtype(reference.model, "float32"), tokens)
+                alone = compare_host(with_cache_dtype(reference.model, "float32"), tokens, reference)
             package = self.sealed(manifest)
             candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
             try:

@@ -229,7 +229,7 @@ class ExportedMethod:
     chunks: tuple[int, ...]
     takes: tuple[TensorSpec, ...]
     gives: tuple[TensorSpec, ...]
-    program: ExportedProgram
+    program: ExportedProgram  # see also `LoopProgram.without_traces`
 
     @property
     def label(self) -> str:
@@ -245,6 +245,16 @@ class LoopProgram:
     specs: dict[int, LoopSpec]  # chunk -> spec
     methods: tuple[ExportedMethod, ...]
     grows: bool = False  # the methods take any number of slots of the appended state
+
+    def without_traces(self, model: LoopModel) -> LoopProgram:
+        """What can be asked of it when it has been lowered; the graphs, and the weights that they hold, are gone.
+
+        Args:
+            model: that takes the place of the one that was traced, whose weights may be in a form of the target's own.
+        """
+        bare: Any = None
+        methods = tuple(dataclasses.replace(m, program=bare) for m in self.methods)
+        return dataclasses.replace(self, model=model, methods=methods)
 
     def method(self, name: str, chunk: int) -> ExportedMethod:
         return next(m for m in self.methods if m.name == name and chunk in m.chunks)

@@ -30,7 +30,7 @@ from .kv_scales import with_int8_cache
 from .qat import finetune
 from .reader import text_length, text_of
 from .scheme import METHODS, Scheme, table_of
-from .tensors import Format, QuantizedTensor, round_to_nearest
+from .tensors import Format, QuantizedTensor, in_blocks, round_to_nearest
 
 KV = get_args(KvDtype)
 KV_SCALES, FINETUNING = "scales of keys and values", "finetuning"
@@ -41,6 +41,7 @@ GATE_TOKENS = 8192  # that the exit gate is recalibrated on: every trial of a bi
 # A routed expert reads few positions, and needs all of the text.
 DENSE_SHARE, DENSE_TOKENS = 0.25, 8192
 LEAST_TOKENS = 512  # of a calibration: fewer say too little about 512 experts
+SMALLEST = 1e-24  # square of a norm that is divided by
 LEAST_TEXT = 1024  # tokens of a text that is split into calibration and evaluation
 
 
@@ -309,17 +310,20 @@ def report_of(
 
 def tensor_report(weight: Tensor, q: QuantizedTensor) -> dict[str, Any]:
     """Format and relative error |w - q| / |w| of one tensor; of stacked experts also the worst one's."""
-    error, size = q.dequantize() - weight, weight.norm().clamp_min(1e-12)
+    count = weight.shape[:-2].numel()
+    # Of every matrix (N, K) the squares of its error and of itself, block by block. As Python's numbers: tensors of one number
+    # would lie between the memory of one block and the next, which could not be used again.
+    sums = [(float((got - rows).double().square().sum()), float(rows.double().square().sum()))
+            for rows, got in zip(in_blocks(weight), q.blocks())]  # fmt: skip
+    error, size = torch.tensor(sums, dtype=torch.float64).view(count, -1, 2).sum(1).unbind(-1)
     found = {
         "bits": q.format.bits,
         "group": q.format.group,
         "symmetric": q.format.symmetric,
         "shape": list(weight.shape),
         "bytes": q.nbytes,
-        "relative_error": float(error.norm() / size),
+        "relative_error": float((error.sum() / size.sum().clamp_min(SMALLEST)).sqrt()),
     }
     if weight.dim() == 3:
-        found["worst_expert"] = float(
-            (error.flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1).clamp_min(1e-12)).max()
-        )
+        found["worst_expert"] = float((error / size.clamp_min(SMALLEST)).sqrt().max())
     return found

@@ -1,7 +1,7 @@
 """A checkpoint rounded tensor by tensor, for models that do not fit into memory as floats.
 
 Rounding to the nearest needs no text, and so no model: every weight is read, rounded and dropped before the next one. What is
-taken are the integers, and one weight as floats. `quantize` on the loaded model gives the same integers.
+taken are the packed integers, and one weight as floats. `quantize` on the loaded model gives the same integers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rmse_edge.shards import StoredTensors, weight_files
 from .quantizer import Quantized, QuantizeRequest, report_of, tensor_report
 from .scheme import table_of
 from .store import is_quantized_checkpoint
-from .tensors import QuantizedTensor, round_to_nearest
+from .tensors import PackedTensor, QuantizedTensor, round_to_nearest
 
 ROUNDING = "rounding"
 
@@ -63,8 +63,9 @@ def quantize_folder(folder: str | Path, request: QuantizeRequest, progress: Repo
         order = [tied.get(name, name) for name in names]
         for name, (of, weight) in zip(names, tensors_of(model, stored, order)):
             if of in formats and of not in tensors:
-                tensors[of] = round_to_nearest(weight, formats[of])
-                reports[of] = tensor_report(weight, tensors[of])
+                whole = round_to_nearest(weight, formats[of])
+                reports[of] = tensor_report(weight, whole)
+                tensors[of] = PackedTensor(whole.format, whole.codes, whole.scales, whole.zeros)
             elif of not in formats:
                 state[of].copy_(weight)
             note(1)

@@ -9,6 +9,7 @@ compute with the same weights. The product of a code and a scale is exact in flo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from rmse_edge.schema import Expected, check_fields
 
 CODE_BITS = (4, 8)
 TINY = 1e-12  # scale of a group of zeros
+BLOCK = 1 << 20  # weights that are rounded at once
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """The float32 weights (..., N, K) that these integers stand for."""
         return decode(grouped(self.codes.float(), self.format), self.scales, self.zeros, self.format).flatten(-2)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The float32 weights block by block, those of `in_blocks`."""
+        codes = in_blocks(self.codes)
+        rows = [len(block) for block in codes]
+        scales = self.scales.flatten(0, -2).split(rows)
+        zeros = [None] * len(rows) if self.zeros is None else self.zeros.flatten(0, -2).split(rows)
+        for block, scale, zero in zip(codes, scales, zeros):
+            yield decode(grouped(block.float(), self.format), scale, zero, self.format).flatten(-2)
 
     def packed(self) -> Tensor:
         """Codes as bytes (..., N, K * bits / 8), the first of two in the low half."""
@@ -167,7 +178,26 @@ def full_range(weight: Tensor, fmt: Format, shrink: float = 1.0) -> tuple[Tensor
 
 def round_to_nearest(weight: Tensor, fmt: Format) -> QuantizedTensor:
     """Quantise without data: every weight (..., N, K) to the nearest code of its group's full range."""
-    return quantize_with(weight, *full_range(weight.float(), fmt), fmt)
+    groups = (*weight.shape[:-1], fmt.groups(weight.shape[-1]))
+    codes, scales = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(groups)
+    zeros = None if fmt.symmetric else torch.empty(groups, dtype=torch.uint8)
+    start = 0
+    for rows in in_blocks(weight):
+        q = quantize_with(rows, *full_range(rows.float(), fmt), fmt)
+        here = slice(start, start := start + len(rows))
+        for whole, part in ((codes, q.codes), (scales, q.scales), (zeros, q.zeros)):
+            if whole is not None and part is not None:
+                whole.flatten(0, -2)[here] = part
+    return QuantizedTensor(fmt, codes, scales, zeros)
+
+
+def in_blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor (..., N, K) as blocks (n, K) of some of its rows, none of them of two matrices (N, K): what is computed of one
+    block after the other takes little beside the largest tensor of a model.
+    """
+    matrices = tensor.reshape(-1, *tensor.shape[-2:])
+    rows = max(1, BLOCK // max(1, tensor.shape[-1]))
+    return tuple(block for matrix in matrices for block in matrix.split(rows))
 
 
 def quantize_with(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> QuantizedTensor:

@@ -9,7 +9,7 @@ are no faster, several times slower as exported by default, and out of the host'
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from rmse_edge.errors import ExportError, first_line, quiet
-from rmse_edge.export.program import LoopProgram
+from rmse_edge.export.program import ExportedMethod, LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.quantize import QuantizedTensor
 
@@ -33,6 +33,11 @@ from .tiles import tiles_of
 PROGRAM = "program.pte"
 UNLIMITED = 2**31 - 1  # of get_max_context_len: a window and a memory hold any text
 PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate would only cost
+aten = torch.ops.aten
+PRODUCTS = frozenset((
+    aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.einsum.default,
+    aten.conv1d.default, aten.convolution.default, aten.scaled_dot_product_attention.default,
+))  # fmt: skip
 
 
 @target(
@@ -52,13 +57,13 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     Raises:
         ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
     """
-    methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
+    methods = {f"{method.name}_{method.chunks[0]}": method for method in program.methods}
     options.progress("lowering to XNNPACK")
     with quiet():
-        partitioners = {name: [XnnpackPartitioner()] if delegated(name, options) else [] for name in methods}
+        partitioners = {n: [XnnpackPartitioner()] if delegated(m, options) else [] for n, m in methods.items()}
         try:
             edge = to_edge_transform_and_lower(
-                methods,
+                {name: method.program for name, method in methods.items()},
                 transform_passes=EDGE_PASSES,
                 partitioner=partitioners,
                 constant_methods=metadata(program, options),
@@ -81,12 +86,15 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
 
 
-def delegated(name: str, options: LowerOptions) -> bool:
-    """Whether XNNPACK takes its parts of a method. Of a quantised model, little but sums is left for it: in calls of one row
-    these are done before a delegate has begun.
+def delegated(method: ExportedMethod, options: LowerOptions) -> bool:
+    """Whether XNNPACK takes its parts of a method. Of a quantised model these are products of floats, if any: what has none,
+    sums for the most part, the engine's own kernels do as fast, while every delegate is prepared by itself at export. In calls
+    of one row all is done before a delegate has begun.
     """
-    method, _, rows = name.rpartition("_")
-    return method not in PLAIN and not (options.tensors and rows == "1")
+    if method.name in PLAIN or not options.tensors:
+        return method.name not in PLAIN
+    multiplies = any(node.target in PRODUCTS for node in method.program.graph.nodes)
+    return multiplies and method.chunks != (1,)
 
 
 def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
@@ -118,25 +126,41 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
         ExportError: naming the weight.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        behind = 0
+
+        def find(part: Tensor) -> bool:
+            """Whether it is there. Weights lie in about the order in which a model has them: so behind the last one first."""
+            nonlocal behind
+            wanted = _bytes(part)
+            place = content.find(wanted, behind)
+            if place < 0:
+                place = content.find(wanted, 0, min(behind + len(wanted), len(content)))
+            if place >= 0:
+                behind = place + len(wanted)
+            return place >= 0
+
         for name, q in tensors.items():
-            forms = stored_forms(q)
-            if not any(all(content.find(_bytes(part)) >= 0 for part in form) for form in forms):
-                parts = zip(("integers", "scales"), zip(*forms))
-                missing = next((w for w, p in parts if all(content.find(_bytes(t)) < 0 for t in p)), "scales")
+            missing = "integers"
+            for codes, scales in stored_forms(q):
+                if find(codes):
+                    missing = "scales"
+                    if find(scales):
+                        break
+            else:
                 raise ExportError(
                     f"{name}: ExecuTorch did not store the {missing} it was given; export with quant=fp32"
                 )
 
 
-def stored_forms(q: QuantizedTensor) -> list[tuple[Tensor, Tensor]]:
+def stored_forms(q: QuantizedTensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The codes and scales that a weight may be stored as: for the kernels, or for looking up rows."""
+    yield tiles_of(q)
     rows = signed(q) if q.format.bits == 8 else (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]
-    codes, scales = tiles_of(q)
-    return [(codes, scales), (rows, q.scales)]
+    yield rows, q.scales
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
 
 
 def _delegates(program: ExportedProgram) -> int:

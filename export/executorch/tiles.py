@@ -31,12 +31,13 @@ def tiles_of(q: QuantizedTensor) -> Tiles:
     outputs, inputs = q.shape[-2:]
     rest = -outputs % TILE
     codes = F.pad(q.codes, (0, -inputs % BLOCK, 0, rest), value=q.format.middle)
-    codes = codes.unflatten(-1, (-1, 8, 4)).unflatten(-4, (-1, TILE))  # (..., tiles, TILE, blocks, 8, 4)
-    codes = codes.movedim(-4, -2)  # (..., tiles, blocks, 8, TILE, 4)
+    chunks = codes.contiguous().view(torch.int32)  # (..., N, chunks): 4 inputs are moved at once
     if q.format.bits == 4:
-        codes = codes[..., 0::2, :, :] | codes[..., 1::2, :, :] << 4
+        chunks = chunks[..., 0::2] | chunks[..., 1::2] << 4  # no code has a bit that would go into the next one
+    chunks = chunks.unflatten(-2, (-1, TILE)).transpose(-1, -2).contiguous()  # (..., tiles, chunks, TILE)
+    tiles = chunks.view(torch.uint8).unflatten(-2, (-1, BYTES[q.format.bits] // (4 * TILE))).flatten(-2)
     scales = F.pad(q.scales, (0, 0, 0, rest)).unflatten(-2, (-1, TILE)).transpose(-1, -2)
-    return Tiles(codes.flatten(-3).contiguous(), scales.to(torch.bfloat16).contiguous())
+    return Tiles(tiles, scales.to(torch.bfloat16).contiguous())
 
 
 def weight_of(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> Tensor:

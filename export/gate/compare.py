@@ -57,6 +57,7 @@ from .reference import (
     Course,
     Known,
     Reference,
+    affordable,
     conversation,
     least_positions,
     made_up_hits,
@@ -68,7 +69,6 @@ LOGITS_TOLERANCE = 1e-4
 UNDECIDED_SHARE = 0.01
 SAME_TOKEN, SAME_DEPTH, MEAN_DEPTH, KL = 0.98, 0.97, 0.02, 5e-3
 POSITIONS = {True: LEAST_POSITIONS, False: 2000}  # tokens compared per setting at most; by rule: exact, rounded
-PRODUCTS = 400_000_000_000  # multiplications of weights in one setting: a minute of one core, for the reference
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}  # relative; by rule: exact, rounded
 ACTIVATION_TOLERANCE = 0.1  # relative, root mean square: where activations are rounded to int8 as well
 SURPRISE = 0.05  # relative, by the rounded rule: positions that stop elsewhere are written otherwise
@@ -320,7 +320,7 @@ def computed_ahead(reference: Reference, tokens: np.ndarray) -> Known:
     return reference.known()
 
 
-def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:
+def compare_host(model: Any, tokens: np.ndarray, known: Reference | None = None) -> dict[str, Any]:
     """The host by itself: PyTorch's own methods, run by it, against the whole text, by the exact rule at full depth.
 
     What the rounded rule allows an engine would hide small faults of the host that runs it. So where packages are held
@@ -328,11 +328,12 @@ def compare_host(model: Any, tokens: np.ndarray) -> dict[str, Any]:
 
     Args:
         model: with keys and values in float32: what is a millionth apart is otherwise rounded apart here and there.
+        known: a reference, which need not be computed again if it is of this model.
     Raises:
         ParityError: they disagree; the message names the position.
     """
     candidate = TorchRuntime(model, "host")
-    reference = Reference(model, candidate.info)
+    reference = known if known is not None and known.model is model else Reference(model, candidate.info)
     tokens = compared(tokens, reference.info, True)
     try:
         report = compare(reference, candidate, tokens, reference.info.full_depth, True)
@@ -356,6 +357,5 @@ def compared(tokens: np.ndarray, info: ModelInfo, exact: bool, positions: int | 
     Of a large model fewer positions than the rule's are affordable: as many as `PRODUCTS` are enough for at full depth.
     """
     least = least_positions(info)
-    affordable = PRODUCTS // max(1, info.max_loops * info.loop_weights + info.once_weights)
-    count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact], affordable))
+    count = max(least, min(POSITIONS[exact], positions or POSITIONS[exact], affordable(info)))
     return tokens[:count] if len(tokens) >= least else np.resize(tokens, least)

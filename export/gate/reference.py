@@ -26,7 +26,8 @@ from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.calls import longest_prefix
 
 MARGIN = 1e-4  # below it the reference is undecided
-LEAST_POSITIONS = 256  # that are compared at any setting
+LEAST_POSITIONS = 256  # that are compared at any setting, of a model that is not too large
+PRODUCTS = 400_000_000_000  # multiplications of weights in one setting: a minute of one core, for the reference
 ROUNDED = 32  # of the first, on which `Reference.rounding` is found
 PREFIX_TOKENS = 24  # of texts that are compared with a prefix
 SINGLES = 32  # of them fed one by one: through the graphs that decode, over a segment's end
@@ -169,9 +170,16 @@ def vectors_moved(model: object) -> Iterator[None]:
 
 
 def least_positions(info: ModelInfo) -> int:
-    """Positions that must be compared for every part of a host to take part: its rings wrap, and a memory is read."""
+    """Positions that are compared at least: those that every part of a host needs to take part, so that its rings wrap and a
+    memory is read, and up to `LEAST_POSITIONS` where they are affordable.
+    """
     length = stretch(info)
-    return max(LEAST_POSITIONS, (-(-(info.window or 0) // length) + 2) * length)
+    return max(min(LEAST_POSITIONS, affordable(info)), (-(-max(info.window or 0, length) // length) + 2) * length)
+
+
+def affordable(info: ModelInfo) -> int:
+    """Positions for which `PRODUCTS` are enough at full depth."""
+    return PRODUCTS // max(1, info.max_loops * info.loop_weights + info.once_weights)
 
 
 def stretch(info: ModelInfo) -> int:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import table_row
+from .held import Stored
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
 GATHER_ROWS = 4
@@ -168,6 +169,19 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, 
     return out.index_select(0, position).view(rows, top_k, -1).sum(1)
 
 
+def held_experts(x: Tensor, routing: Routing, gate_up: Stored, down: Stored, caps: Caps = NO_CAPS) -> Tensor:
+    """For weights held as integers: one of the chosen experts after the other, so that one is decoded at a time, and those that
+    nobody has chosen never. (N, d) -> (N, d).
+    """
+    out = torch.zeros_like(x)
+    for expert in routing.experts.unique().tolist():
+        rows, places = (routing.experts == expert).nonzero(as_tuple=True)
+        hidden = swiglu(F.linear(x[rows], gate_up.at(expert)), caps)
+        hidden = hidden * routing.weights[rows, places].unsqueeze(-1).to(x.dtype)
+        out.index_add_(0, rows, F.linear(hidden, down.at(expert)))
+    return out
+
+
 def aligned(x: Tensor) -> Tensor:
     """`x` (..., n) as it is, or with zeros behind its last axis where `grouped_mm` would refuse its width."""
     missing = -x.shape[-1] % (ALIGNMENT // x.element_size())
@@ -300,12 +314,20 @@ class SparseExperts(nn.Module):
             self.load += torch.bincount(routing.experts.reshape(-1), minlength=self.n_experts)
         if self.listener is not None:
             self.listener(some, routing)
-        compute = gathered_experts if some.shape[0] <= GATHER_ROWS else grouped_experts
-        weights = (w if w.dtype == some.dtype else w.to(some.dtype) for w in (self.gate_up_proj, self.down_proj))
-        found = self._scaled(compute(some, routing, *weights, self.caps))  # under autocast rows may be of another type
+        found = self._scaled(self._routed(some, routing))
         if self.shares:
             found = found + self._shared(some)
         return found if live is None else torch.zeros_like(rows).index_copy_(0, live, found)
+
+    def _routed(self, rows: Tensor, routing: Routing) -> Tensor:
+        """What the chosen experts make of rows (N, d)."""
+        held = [self._modules.get(f"stored_{name}") for name in ("gate_up_proj", "down_proj")]
+        if isinstance(held[0], Stored) and isinstance(held[1], Stored) and not torch.is_grad_enabled():
+            return held_experts(rows, routing, held[0], held[1], self.caps)
+        compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts
+        # Under autocast rows may be of another type.
+        weights = (w if w.dtype == rows.dtype else w.to(rows.dtype) for w in (self.gate_up_proj, self.down_proj))
+        return compute(rows, routing, *weights, self.caps)
 
     def route(self, rows: Tensor, k: int | Tensor) -> Routing:
         """Which experts compute rows (N, d) in loop k."""

@@ -1,7 +1,8 @@
 """Weights that are held as their integers: an operator that says "this weight is stored as these".
 
 A model of which the float weights would take too much memory is loaded this way (`hold`), and decodes a weight whenever it
-is read. And before a quantised model is traced, every weight with integers becomes that operator (`with_stored`): in every
+is read: of a linear layer some rows at a time, which are in a core's cache when they are multiplied, of an embedding those
+that are looked up, of experts those that are chosen. And before a quantised model is traced, every weight with integers becomes that operator (`with_stored`): in every
 method, and in whatever way the model reads it, the graph then has
 
     w = rmse_edge::stored_weight(codes, scales, zeros, bits)
@@ -35,12 +36,17 @@ def _(codes, scales, zeros, bits):
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=torch.float32)
 
 
+BLOCK = 1 << 20  # weights that a linear layer decodes at once
+
 OPERATOR = torch.ops.rmse_edge.stored_weight.default  # as it stands in a traced graph
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
     """Codes (..., K) of bytes (..., K * bits / 8), which hold two of four bits each, the first in the low half."""
-    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    if bits == 8:
+        return packed
+    both = packed.to(torch.int16)  # 0x00HL -> 0x0H0L, two bytes in the order that they are wanted in
+    return (both << 4).bitwise_or_(both).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def decoded(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
@@ -76,6 +82,50 @@ class Stored(nn.Module):
     def forward(self) -> Tensor:
         return stored_weight(self.codes, self.scales, self.zeros, self.bits)
 
+    def at(self, index: Any) -> Tensor:
+        """The part of the weight that `index` picks from its axes but the last, float32."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return decoded(unpacked(self.codes[index], self.bits), self.scales[index], zeros, self.bits)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`F.linear` with this weight (N, K), without gradients: (..., K) -> (..., N)."""
+        outputs, inputs = self.shape
+        out = x.new_empty((*x.shape[:-1], outputs))
+        rows, found = x.reshape(-1, inputs), out.view(-1, outputs)
+        for start in range(0, outputs, step := max(1, BLOCK // inputs)):
+            here = slice(start, start + step)
+            torch.mm(rows, self.at(here).t(), out=found[:, here])
+        return out if bias is None else out.add_(bias)
+
+
+def whole() -> bool:
+    """Whether weights are to be read as a whole: by a tracer, which then sees one operator, and by gradients."""
+    return torch.compiler.is_exporting() or torch.is_grad_enabled()
+
+
+def stored_of(module: nn.Module) -> Stored:
+    """The integers of its `weight`."""
+    stored = module._modules["stored_weight"]
+    assert isinstance(stored, Stored)
+    return stored
+
+
+class HeldLinear(nn.Linear):
+    """A linear layer whose weight is held as integers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if whole() else stored_of(self).linear(input, self.bias)
+
+
+class HeldEmbedding(nn.Embedding):
+    """An embedding whose rows are held as integers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if whole() else stored_of(self).at(input)
+
+
+READERS = {nn.Linear: HeldLinear, nn.Embedding: HeldEmbedding}
+
 
 def with_stored(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) -> nn.Module:
     """A copy of `model` in which quantised weights are their integers; it shares all else.
@@ -96,7 +146,9 @@ def holds(model: nn.Module) -> bool:
 
 
 def hold(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) -> None:
-    """`with_stored` in place. Attributes that hold these weights keep their names: reading one calls a `Stored`."""
+    """`with_stored` in place. Attributes that hold these weights keep their names: reading one calls a `Stored`. Linear layers
+    and embeddings read theirs in parts.
+    """
     stored = {id(model.get_parameter(name)): Stored(name, q) for name, q in tensors.items()}
     stored |= {id(model.get_parameter(name)): stored[id(model.get_parameter(of))]
                for name, of in tied.items() if of in tensors}  # fmt: skip
@@ -108,7 +160,10 @@ def hold(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) 
             del module._parameters[attribute]
             module.add_module(f"stored_{attribute}", integers)
         kind = type(module)
-        module.__class__ = type(kind.__name__, (kind,), {attribute: _read(attribute) for attribute in held})
+        reader = next((own for base, own in READERS.items() if "weight" in held and isinstance(module, base)), None)
+        # The reader stands between a subclass and its base, so that what the one asks the other for is read in parts, too.
+        bases = (kind,) if reader is None else (reader,) if issubclass(reader, kind) else (kind, reader)
+        module.__class__ = type(kind.__name__, bases, {a: _read(a) for a in held} | {"_plain": kind})
 
 
 def release(model: nn.Module) -> None:
@@ -117,7 +172,7 @@ def release(model: nn.Module) -> None:
         names = [name for name, part in module._modules.items() if isinstance(part, Stored)]
         if not names:
             continue
-        module.__class__ = type(module).__mro__[1]
+        module.__class__ = vars(type(module))["_plain"]
         for name in names:
             del module._modules[name]
             module.register_parameter(name.removeprefix("stored_"), None)

@@ -216,6 +216,19 @@ def test_a_section_runs_without_llama_cpp(tmp_path: Path):
     assert any("warm-up" in line for line in said)
 
 
+def test_the_twin_of_ouro_multiplies_as_often(tmp_path: Path):
+    """By its layers once for each loop; too many for a graph that is made of floats."""
+    (model,), _ = options.chosen_models(options.parse(["--models", "ouro-1.4b"]))
+    c = OuroConfig()
+    assert model.loops == 4 and model.depths() == (4, 1)
+    layer = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size
+    once = 2 * c.vocab_size * c.hidden_size  # embedding and head
+    assert model.twin.parameters == model.loops * c.num_hidden_layers * layer + once
+    with pytest.raises(Missing, match="made of floats, 21 GB of them"):
+        start_of("unrolled", model, 1, Timed(), artifacts(tmp_path))
+    assert "ouro-1.4b" not in [m.name for m in options.chosen_models(options.parse([]))[0]]
+
+
 def test_without_the_trained_model_it_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(options, "SHIPPED", ROOT / "models" / "gone")
     models, notes = options.chosen_models(options.parse(["--widths", "256"]))
@@ -226,7 +239,7 @@ def test_without_the_trained_model_it_is_left_out_by_name(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--models", "huge"], "--models: got 'huge', expected some of moe, dense, shipped, hrm-text"),
+        (["--models", "huge"], "--models: got 'huge', expected some of moe, dense, shipped, hrm-text, ouro-1.4b"),
         (["--widths", "100"], "--widths: got '100', expected some of 256, 512, 768, 1024"),
         (["--contestants", "vllm"], "--contestants: got 'vllm', expected some of llama.cpp, unrolled"),
         (["--threads", "0"], "--threads: got '0', expected a whole number of at least 1"),

@@ -124,6 +124,12 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
 
 # ------------------------------------------------------------------------------------------------------ and they run
 
+SMALL_INKLING = {
+    "vocab_size": 70, "unpadded_vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1,
+    "swa_head_dim": 16, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "moe_intermediate_size": 16,
+}  # fmt: skip
+
 # In this order, in one folder; what is added makes them small.
 QUICK = ["--calibration-tokens", "512", "--evaluation-tokens", "128"]
 RUN: dict[str, list[str]] = {
@@ -170,7 +176,9 @@ RUN: dict[str, list[str]] = {
     "rmse-eval runs/gated --text FILE --sweep --rule exit-threshold --store": [
         "--max-tokens", "64", "--points", "2", "--budget", "1000",
     ],
-    "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": [],
+    "python docs/experiments/random_checkpoint.py FOLDER [--shape inkling-2-mini] [--set n_routed_experts=16] [--seed 0]": [
+        word for field, value in SMALL_INKLING.items() for word in ("--set", f"{field}={value}")
+    ],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
 
@@ -245,6 +253,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --recipe docs/experiments/recall/recipe.json -o runs/recall": TRAINS,
     "rmse-train --recipe docs/experiments/facts/recipe.json -o runs/facts": TRAINS,
     "python docs/experiments/quantization/measure.py --text shakespeare.txt --seeds 0,1,2": "runs above, for one variant",
+    "python docs/experiments/peak_memory.py COMMAND": "runs below",
     "python docs/experiments/quantization/agreement.py PACKAGE.rmse QUANTISED-CHECKPOINT --text shakespeare.txt": "compares as the parity gate does, with its functions; tests/export/test_parity.py",
     "python docs/experiments/quantization/speed.py BASE NEW --text shakespeare.txt [--rounds 3] [--seeds 0] [--threads N]": "needs two checkouts",
     "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
@@ -310,6 +319,25 @@ def test_the_python_of_the_readme_runs(
     found: dict[str, Any] = {}
     exec(compile(blocks[0], "README.md", "exec"), found)
     assert len(found["fed"].depth) == len("ROMEO:") and capsys.readouterr().out.startswith("[")
+
+
+HOLDS = """
+import subprocess, sys, time
+held = bytearray(100_000_000)
+if "child" not in sys.argv:
+    subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1], "child"], check=True)
+else:
+    time.sleep(2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_a_command_is_that_of_all_its_processes() -> None:
+    script = str(ROOT / "docs" / "experiments" / "peak_memory.py")
+    command = [sys.executable, script, sys.executable, "-c", HOLDS, HOLDS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"([\d.]+) GB anonymous, ([\d.]+) GB with mapped files", done.stderr)
+    assert found and 0.2 <= float(found[1]) <= float(found[2]) < 0.4
 
 
 @pytest.mark.slow

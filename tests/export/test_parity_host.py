@@ -21,7 +21,7 @@ from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ParityError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.gate.compare import adaptive_settings, compare, compare_host, compared, computed_ahead
-from rmse_edge.export.gate.reference import SINGLES, Reference, conversation, least_positions
+from rmse_edge.export.gate.reference import LEAST_POSITIONS, SINGLES, Reference, conversation, least_positions
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.cache import with_cache_dtype
 from rmse_edge.loop.contract import TextModel
@@ -417,4 +417,14 @@ def test_of_a_large_model_fewer_positions_are_compared(model: RMSE) -> None:
     large = dataclasses.replace(info, loop_weights=80_000_000, once_weights=400_000_000 - 80_000_000 * info.max_loops)
     assert len(compared(text, large, exact=False)) == 1000  # 4e11 multiplications
     larger = dataclasses.replace(large, loop_weights=10**9)
-    assert len(compared(text, larger, exact=False)) == len(compared(text, info, exact=True))
+    assert len(compared(text, larger, exact=False)) == len(compared(text, larger, exact=True)) == 3 * SEGMENT
+
+
+def test_the_fewest_positions_use_all_of_a_host(model: RMSE) -> None:
+    """Of a model so large that no more are affordable: a padded prompt, a whole call, single tokens over the end of another,
+    and a prompt behind them."""
+    info = dataclasses.replace(with_window(reference_of(model).info, SEGMENT), loop_weights=10**9)
+    count = least_positions(info)
+    first, last = conversation(count, info)
+    assert count < LEAST_POSITIONS
+    assert SEGMENT < first < 2 * SEGMENT < last < count and first % SEGMENT
