@@ -301,8 +301,8 @@ class SparseExperts(nn.Module):
         if self.listener is not None:
             self.listener(some, routing)
         compute = gathered_experts if some.shape[0] <= GATHER_ROWS else grouped_experts
-        weights = (w if w.dtype == some.dtype else w.to(some.dtype) for w in (self.gate_up_proj, self.down_proj))
-        found = self._scaled(compute(some, routing, *weights, self.caps))  # under autocast rows may be of another type
+        gate_up, down = (w.to(some.dtype) for w in (self.gate_up_proj, self.down_proj))  # another one under autocast
+        found = self._scaled(compute(some, routing, gate_up, down, self.caps))
         if self.shares:
             found = found + self._shared(some)
         return found if live is None else torch.zeros_like(rows).index_copy_(0, live, found)
