@@ -325,9 +325,8 @@ class SparseExperts(nn.Module):
         if isinstance(held[0], Stored) and isinstance(held[1], Stored) and not torch.is_grad_enabled():
             return held_experts(rows, routing, held[0], held[1], self.caps)
         compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts
-        # Under autocast rows may be of another type.
-        weights = (w if w.dtype == rows.dtype else w.to(rows.dtype) for w in (self.gate_up_proj, self.down_proj))
-        return compute(rows, routing, *weights, self.caps)
+        gate_up, down = (w.to(rows.dtype) for w in (self.gate_up_proj, self.down_proj))  # another one under autocast
+        return compute(rows, routing, gate_up, down, self.caps)
 
     def route(self, rows: Tensor, k: int | Tensor) -> Routing:
         """Which experts compute rows (N, d) in loop k."""

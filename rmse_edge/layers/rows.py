@@ -129,8 +129,10 @@ class KeptRows(nn.Module):
             active: (B, C) bool, positions that have not stopped; None: all.
             held: by NAME, of which stopped positions keep theirs.
         """
-        before = {}
-        for kind in self.kinds if past is not None else ():
+        before: Tensors = {}
+        if past is None:
+            return CallRows(self, k, before, active, held)
+        for kind in self.kinds:
             rows = past[kind.name]
             if kind.cache is not None:
                 rows = self._cache(kind).from_cache(rows, kind.which, k, torch.float32)
