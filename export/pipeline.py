@@ -34,6 +34,7 @@ from rmse_edge.quantize import Format, Quantized
 from rmse_edge.quantize.parallel import aside, one_thread
 from rmse_edge.quantize.scheme import BITS, table_of
 from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
+from rmse_edge.runtimes.engines.release import release_freed
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.shards import all_finite
 from rmse_edge.text import Tokenizer, read_text
@@ -213,7 +214,7 @@ def export_package(
             lowering = target.lower(program, folder, options)
         # What was traced may have its weights in a form of the target's own. The gate does without, and needs room.
         program, traced = program.without_traces(model), None
-        gc.collect()
+        release_freed()
         own_types = lowering.pop("kept", {})
         kept = {name: dataclasses.replace(info.state[name], dtype=dtype) for name, dtype in own_types.items()}
         info = dataclasses.replace(info, state=info.state | kept)
@@ -329,6 +330,7 @@ class Proof:
                 if whole is None:
                     raise
                 candidates.clear()  # an engine less in memory, as below
+                release_freed()
                 of_integers()  # where these fail, that is what there is to say
                 # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
                 raise ParityError(
@@ -337,6 +339,7 @@ class Proof:
                 ) from None
             named = [c.info.target for c in candidates[1:]]
             candidates.clear()  # an engine less in memory, while that of the integers runs here
+            release_freed()
             found = None if whole is None else of_integers()
         for file in set(twin["graphs"].values()) if twin is not None else ():
             (self.folder / file).unlink()

@@ -23,7 +23,7 @@ from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import Name
 
 from .kernels import bindings, load_kernels
-from .mapped import DONTNEED, release_mapped
+from .release import DONTNEED, release_mapped
 
 MOST_THREADS = 256
 # The engine's numbers of types.

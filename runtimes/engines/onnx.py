@@ -27,7 +27,7 @@ from rmse_edge.runtimes.host.signatures import (
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import Name
 
-from .mapped import release_mapped
+from .release import release_mapped
 
 # Arrays up to this many bytes are copied into a buffer that stays bound; binding costs more than the copy.
 COPY_BELOW = 16384

@@ -42,7 +42,7 @@ from rmse_edge.export.executorch.tiles import tiles_of
 from rmse_edge.layers.experts import select
 from rmse_edge.quantize.tensors import Format, QuantizedTensor, round_to_nearest
 from rmse_edge.runtimes.engines.executorch import load_program, set_threads, start_engine
-from rmse_edge.runtimes.engines.mapped import release_mapped
+from rmse_edge.runtimes.engines.release import release_mapped
 
 EXPERTS, TOP_K, INT4 = 512, 10, Format(4, 32)
 MB = 1e6

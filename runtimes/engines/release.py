@@ -1,8 +1,10 @@
-"""Pages of files that an engine has mapped."""
+"""Memory that goes back to the system: pages of files that an engine has mapped, and what was freed."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import sys
 from pathlib import Path
 
 # Advice of madvise(2). PAGEOUT never drops what was written, but reads the file again when a page is wanted back; DONTNEED
@@ -29,3 +31,12 @@ def release_mapped(path: Path, advice: int = PAGEOUT) -> None:
             start, end = (int(part, 16) for part in fields[0].split("-"))
             libc.munlock(start, end - start)  # ExecuTorch locks what it maps
             libc.madvise(start, end - start, advice)  # a refusal costs nothing but memory
+
+
+def release_freed() -> None:
+    """Give back what this process has freed. The C library keeps pages between others that are still taken: after a large model
+    was traced, or an engine has let go of its weights, gigabytes. With glibc; elsewhere objects are collected, and no more.
+    """
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
