@@ -9,7 +9,7 @@ from pathlib import Path
 from rmse_edge.files import new_file
 
 FIELDS = (
-    "step", "stage", "loops", "loss", "last_loss", "depth", "lr", "grad_norm", "idle_experts", "tokens_per_s", "val_loss", "solved"
+    "step", "stage", "loops", "loss", "last_loss", "depth", "lr", "grad_norm", "idle_experts", "solved", "tokens_per_s", "val_loss"
 )  # fmt: skip
 
 
