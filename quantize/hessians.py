@@ -138,6 +138,8 @@ class _Listener:
             UserError: there is another number of rows.
         """
         weight, active, count = self.row_weight, self.active, rows.numel()
+        if weight.shape == (rows[0], 1):  # one for everything that is computed of a board
+            weight = weight.expand(rows[:2])
         if rows[:2] == weight.shape:
             return weight.reshape(*weight.shape, *[1] * (len(rows) - 2)).expand(rows).reshape(-1)
         if count < weight.numel() and self.computed is not None:

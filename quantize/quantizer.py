@@ -19,9 +19,11 @@ from rmse_edge.errors import ArgumentError
 from rmse_edge.layers.cache import cache_dtype, caches_of, with_cache_dtype
 from rmse_edge.numbers import KvDtype
 from rmse_edge.progress import Report, Work, silent
+from rmse_edge.puzzles.sets import Boards
 from rmse_edge.shards import check_finite
 from rmse_edge.text import consecutive_blocks, random_blocks, split
 
+from .boards import compare_boards, split_boards
 from .compare import compare
 from .gate import recalibrate
 from .gptq import gptq
@@ -111,7 +113,7 @@ def blocks_of(ids: np.ndarray, length: int, request: QuantizeRequest) -> tuple[T
 def quantize(
     model: Any,
     request: QuantizeRequest,
-    ids: np.ndarray | None = None,
+    ids: np.ndarray | Boards | None = None,
     fingerprint: str = "",
     progress: Report = silent,
 ) -> Quantized:
@@ -119,7 +121,7 @@ def quantize(
 
     Args:
         ids: (n,) tokens of a text like those the model will read. The first 90 % calibrate, the rest evaluate. None:
-            weights are rounded to the nearest, and nothing is compared.
+            weights are rounded to the nearest, and nothing is compared. Of a model of boards: boards, alike.
         fingerprint: of `model`, kept with the result.
         progress: told what is being done and how far the whole is, from several threads.
     Raises:
@@ -131,8 +133,12 @@ def quantize(
         raise ArgumentError("ids", "is missing: a text like those the model will read (method=rtn rounds without one)")
     for name, p in model.state_dict().items():
         check_finite("the model", name, p)
-    calibration, held_out = None, None
-    if ids is not None:
+    calibration, held_out, boards = None, None, None
+    if isinstance(ids, Boards):
+        if request.qat_steps:
+            raise ArgumentError("qat_steps", f"got {request.qat_steps}, expected 0: a model of boards is not finetuned")
+        calibration, boards = split_boards(ids, request.calibration_tokens, request.seed)
+    elif ids is not None:
         last = text_of(model).vocab_size - 1
         if len(ids) and ids.max() > last:
             raise ArgumentError(
@@ -174,6 +180,8 @@ def quantize(
         "gate": None if moved is None else dataclasses.asdict(moved),
         "calibration_tokens": 0 if calibration is None else calibration.numel(),
     }
+    if boards is not None and request.evaluation_tokens:
+        report["evaluation"] = compare_boards(model, work, boards)
     if held_out is not None:
         report["evaluation"] = compare(model, work, held_out, done.start(COMPARING, held_out[:, 1:].numel()))
         if not math.isfinite(report["evaluation"]["full_depth"]["increase"]):

@@ -1,4 +1,4 @@
-"""Whole texts through any model, watched: by its architecture's own `Reader`, or by the calls that hosts make."""
+"""Whole texts and boards through any model, watched: by its architecture's own `Reader`, or as hosts give them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rmse_edge.loop.drive import run_loop
 from rmse_edge.loop.generator import starts
 from rmse_edge.numbers import SLOTS
 
+from .boards import BoardReader, board_of
 from .scheme import table_of
 
 LENGTH = 256  # positions of a calibration text, where the model does not say how many it was trained on
@@ -52,14 +53,16 @@ def text_length(model: Any) -> int:
 
 
 def reader_of(model: Any) -> Reader:
-    """What reads whole texts with this model.
+    """What reads whole texts, or boards, with this model.
 
     Raises:
-        UserError: it is no model of texts, or has a memory and no reader of its own.
+        UserError: it has a memory and no reader of its own.
     """
     arch = arch_of_model(model)
     if arch.reader is not None:
         return arch.reader(model)
+    if board_of(model) is not None:
+        return BoardReader(model)
     if model.spec(model.call_sizes()[0]).written:
         raise UserError(
             f"model_type {model.config.model_type}: writes a memory, and its architecture has no reader of its own; "

@@ -27,6 +27,7 @@ Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uin
 Form = tuple[tuple[int, ...], Dtype]  # shape and type
 Kind = Literal["ring", "append", "replace", "written"]
 Reader = Literal["prelude", "loop", "coda", "commit"]
+BoardKind = Literal["sudoku", "maze"]
 
 
 PAGE = 256  # slots by which a state that is appended to grows
@@ -111,6 +112,11 @@ class BoardInfo:
 
     cells: Count
     symbols: Count  # that a cell may hold
+    prefix: Some = 0  # vectors that stand before those of the cells in h
+    puzzles: Count = (
+        1  # that the model has vectors of; a host says which of them a board is of, where there are several
+    )
+    kind: BoardKind | None = None  # what the boards are, so that a host can read, print and check them; None: not known
 
 
 class Retrieval(TypedDict):

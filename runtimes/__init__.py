@@ -27,6 +27,7 @@ __all__ = [
     "Solved",
     "Surprise",
     "board_for",
+    "open_boards",
     "open_runtime",
     "other_runtimes",
     "runtime_for",
@@ -121,6 +122,38 @@ def open_runtime(
     Raises:
         UserError: the folder is neither, or the runtime does not fit it.
     """
+    package = _package_of(path, runtime, device)
+    if package is not None:
+        return runtime_for(package, threads)
+    from .engines.torch import TorchRuntime, set_threads
+
+    set_threads(threads)
+    return TorchRuntime.open(path, device)
+
+
+def open_boards(
+    path: str | Path, runtime: str | None = None, device: str = "cpu", threads: int | None = None
+) -> BoardRuntime:
+    """As `open_runtime`, of a model that fills in boards.
+
+    Raises:
+        UserError: as there, or it is a model of texts.
+    """
+    package = _package_of(path, runtime, device)
+    if package is not None:
+        return board_for(package, threads)
+    from .engines.torch import TorchBoards, set_threads
+
+    set_threads(threads)
+    return TorchBoards.open(path, device)
+
+
+def _package_of(path: str | Path, runtime: str | None, device: str) -> Package | None:
+    """The package of a folder, verified; None: it is to be run by PyTorch.
+
+    Raises:
+        UserError: see `open_runtime`.
+    """
     path = Path(path)
     if runtime is not None and runtime not in RUNTIMES:
         raise ArgumentError("runtime", f"got {runtime!r}, expected one of {', '.join(RUNTIMES)}")
@@ -134,10 +167,7 @@ def open_runtime(
             raise ArgumentError(
                 "device", f"the {package.target} runtime runs on the CPU; use a checkpoint folder", device
             )
-        return runtime_for(package, threads)
+        return package
     if runtime not in (None, "torch"):
         raise UserError(f"{path}: is not a package; runtime={runtime} needs one (make it with rmse-export)")
-    from .engines.torch import TorchRuntime, set_threads
-
-    set_threads(threads)
-    return TorchRuntime.open(path, device)
+    return None

@@ -34,6 +34,7 @@ from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_to
 
 from rmse_edge.arch.dory.config import DoryConfig
 from rmse_edge.arch.dory.model import Dory
+from rmse_edge.arch.hrm import HrmConfig
 from rmse_edge.arch.hrm_text.config import HrmTextConfig
 from rmse_edge.arch.hrm_text.model import HrmText
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
@@ -42,7 +43,9 @@ from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
 from rmse_edge.arch.recurrent import UNTRAINED
+from rmse_edge.arch.recursive_model import RecursiveSolver
 from rmse_edge.arch.registry import Arch, register
+from rmse_edge.arch.trm import TrmConfig
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize, save_quantized
@@ -287,6 +290,51 @@ def decided_inkling() -> Inkling:
     return model
 
 
+def small_trm() -> RecursiveSolver:
+    """An MLP over positions, and boards that stop at several depths."""
+    return lively_solver(
+        TrmConfig(
+            seq_len=16, vocab_size=6, hidden_size=32, num_heads=2, mlp_t=True, mlp_multiple=32, pos_encodings="none",
+            H_cycles=1, L_cycles=2, puzzle_emb_ndim=32, puzzle_emb_len=1, halt_max_steps=4, untrained_loops=1,
+        )
+    )  # fmt: skip
+
+
+def small_hrm() -> RecursiveSolver:
+    """Attention, two networks, and boards that stop at several depths."""
+    return lively_solver(
+        HrmConfig(
+            seq_len=16, vocab_size=6, hidden_size=32, num_heads=2, mlp_multiple=32, H_layers=1, L_layers=1,
+            puzzle_emb_ndim=32, halt_max_steps=4,
+        )
+    )  # fmt: skip
+
+
+def lively_solver(config: Any) -> RecursiveSolver:
+    torch.manual_seed(8)
+    model = RecursiveSolver(config)
+    with torch.no_grad():
+        model.q_head.bias.zero_()
+        model.q_head.weight.normal_(std=0.5)
+        model.lm_head.weight *= 3.0
+    return model
+
+
+def decided_solver(build: Callable[[], RecursiveSolver]) -> Callable[[], RecursiveSolver]:
+    """A model whose answer holds on to the cells it is given, as decided as a trained one."""
+
+    def made() -> RecursiveSolver:
+        model = build()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    p *= 0.2
+            model.lm_head.weight.copy_(model.embed_tokens.weight * 20.0)
+        return model
+
+    return made
+
+
 CASES = (
     Case(
         "rmse",
@@ -319,6 +367,8 @@ CASES = (
     ),
     Case("toy", toy, TOY, threshold=0.5, always=NO_COREML),
     Case("puzzle", solver, PUZZLE, always=MOST),
+    Case("trm", small_trm, calm=decided_solver(small_trm), threshold=0.5, trains=True, always=ONE),
+    Case("hrm", small_hrm, calm=decided_solver(small_hrm), threshold=0.5, trains=True, always=()),
     Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True, always=ONE),
     Case(
         "hrm_text",

@@ -30,7 +30,7 @@ FLOORS = (
     ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
     ("arch",),
-    ("layers",),
+    ("layers", "puzzles"),
     ("info",),
     ("loop",),
     ("chat", "losses", "package", "shards", "vocabulary"),

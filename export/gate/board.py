@@ -11,15 +11,16 @@ import torch
 
 from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram
-from rmse_edge.info import ModelInfo
+from rmse_edge.info import BoardInfo, ModelInfo
 from rmse_edge.loop.contract import LoopModel, Tensors
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
+from rmse_edge.puzzles.known import game_of_model
 from rmse_edge.runtimes.host.board import BoardRuntime
 
 from .methods import compare_methods
 
-BOARDS = 32  # made up, of any symbols
+BOARDS = 32  # made up
 TOLERANCE = {True: 1e-4, False: 5e-2}  # of the symbols' logits, relative; by rule: exact, rounded
 METHOD_TOLERANCE = {True: 1e-4, False: 1e-2}
 SAME_CELLS, SAME_DEPTH = 0.98, 0.97  # by the rounded rule, shares
@@ -41,6 +42,18 @@ def board_settings(info: ModelInfo, scores: np.ndarray) -> dict[str, Dials]:
     return settings
 
 
+def boards_of(board: BoardInfo) -> np.ndarray:
+    """(BOARDS, cells) boards with one answer each, of a kind that is known; otherwise any symbols.
+
+    A trained model has answers to the former alone: between two symbols for a cell of the latter it may be undecided.
+    """
+    draw = np.random.default_rng(0)
+    if board.kind is None:
+        return draw.integers(0, board.symbols, (BOARDS, board.cells))
+    game = game_of_model(board)
+    return np.stack([game.generate(draw)[0] for _ in range(BOARDS)])
+
+
 def board_gate(
     program: LoopProgram,
     model: Any,
@@ -57,7 +70,7 @@ def board_gate(
         ParityError: the package must not ship.
     """
     info, board = candidate.info, candidate.board
-    boards = np.random.default_rng(0).integers(0, board.symbols, (BOARDS, board.cells))
+    boards = boards_of(board)
     with torch.no_grad():
         scores = np.stack([model.scores(torch.from_numpy(b[None]), _scalars(info.full_depth)).numpy() for b in boards])
     report: dict[str, Any] = {"rule": "exact" if exact else "rounded", "settings": {}}

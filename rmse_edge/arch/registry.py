@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
 NO_ARCHITECTURES = set(  # files of this folder
-    "dense exits identity published quantization recurrent recurrent_model registry".split()
+    "dense exits identity published quantization recurrent recurrent_model recursive recursive_model registry".split()
 )
 _REGISTERED: dict[str, Arch] = {}
 on_register: list[Callable[[str], None]] = []  # told the name of whatever is registered from then on

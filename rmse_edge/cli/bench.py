@@ -24,6 +24,7 @@ from tqdm import tqdm
 from rmse_edge.errors import TextError, UserError
 
 from . import profiling, streaming
+from .boards import bench_boards
 from .common import (
     Parser,
     existing_file,
@@ -50,6 +51,8 @@ CHARACTERS = 32  # of a token, at most on average
 @verb("rmse-bench")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
+    if args.boards:
+        return bench_boards(args)
     forms: dict[str, Callable[[dict[str, Any]], str]] = {"md": as_markdown, "json": json.dumps, "csv": as_csv}
     with opened(args) as (runtimes, baseline):
         if args.profile:
@@ -111,6 +114,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="token ids instead of a text: an array of NumPy's (.npy), or numbers in a text file",
     )  # fmt: skip
     parser.add_argument(
+        "--boards", type=existing_file, metavar="FILE.csv",
+        help="instead, of models of boards: boards per second at full and adaptive depth, one and 32 at a time",
+    )  # fmt: skip
+    parser.add_argument(
         "--stream", type=positive_int, metavar="N", help="instead: feed N tokens in a row and report what stays flat"
     )
     parser.add_argument(
@@ -129,6 +136,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.ids and (args.text or args.config):
         raise UserError(
             f"--ids: what is read is given by {'--text' if args.text else '--config'}; leave one of them out"
+        )
+    if args.boards and (args.config or args.ids or args.text or args.profile or args.stream or args.output == "csv"):
+        raise UserError(
+            "--boards: takes packages or checkpoint folders, and gives md or json; leave the other flags out"
         )
     if args.quant != ["fp32"] and (args.model or args.runtime == "torch"):
         raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")

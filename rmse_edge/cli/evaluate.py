@@ -15,6 +15,7 @@ from tqdm import tqdm
 from rmse_edge.errors import TextError, UserError
 from rmse_edge.loop.dials import DIALS
 
+from .boards import evaluate_boards
 from .common import (
     Parser,
     existing_file,
@@ -38,6 +39,8 @@ POINTS = 10  # of a sweep
 @verb("rmse-eval")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
+    if args.boards:
+        return evaluate_boards(args)
     runtime = open_model(args)
     dials = chosen_dials(args, runtime.info)
     if args.no_memory:
@@ -79,11 +82,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ids", type=existing_file, metavar="FILE",
         help="token ids instead of a text: an array of NumPy's (.npy), or numbers in a text file",
     )  # fmt: skip
+    given.add_argument(
+        "--boards", type=existing_file, metavar="FILE.csv",
+        help="boards and their answers instead of a text, as Sudoku-Extreme and Maze-Hard are published",
+    )  # fmt: skip
     parser.add_argument(
         "--split", choices=("train", "validation", "all"), default="all", help="first 90 %%, last 10 %%, all"
     )
     parser.add_argument(
-        "--max-tokens", type=positive_int, metavar="N", help="score only the first N tokens of the split"
+        "--max-tokens", type=positive_int, metavar="N", help="score only the first N tokens of the split, or boards"
     )
     parser.add_argument(
         "--block", type=non_negative_int, default=0, metavar="N",
@@ -124,6 +131,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--rule says what --sweep varies; add --sweep")
     if args.store and not args.sweep:
         raise UserError("--store keeps what --sweep proposes; add --sweep")
+    if args.boards and (args.store or args.plot or args.block or args.no_memory):
+        raise UserError("--boards: --store, --plot, --block and --no-memory are for texts; leave them out")
     if args.store and args.ids:
         raise UserError("--store: needs a text, whose digest is kept; give --text instead of --ids")
     if args.store and args.max_loops:

@@ -43,7 +43,7 @@ def add_quantize_flags(p: Parser) -> None:
     group = p.add_argument_group("quantisation")
     group.add_argument(
         "--calibrate", type=existing_file, metavar="FILE",
-        help="UTF-8 text like those the model will read: 90 %% of it calibrate, the rest evaluates",
+        help="UTF-8 text like those the model will read, or a CSV of boards: 90 %% of it calibrate, the rest evaluates",
     )  # fmt: skip
     group.add_argument(
         "--method", choices=("gptq", "rtn"), default="gptq", help="rtn: round to the nearest, without data"
@@ -113,14 +113,19 @@ def quantized(
 
     from rmse_edge.arch.identity import fingerprint
     from rmse_edge.checkpoint import load_checkpoint
+    from rmse_edge.puzzles.known import game_of_model
+    from rmse_edge.puzzles.sets import Boards, read_boards
     from rmse_edge.quantize import can_stream, quantize, quantize_folder
+    from rmse_edge.quantize.boards import board_of
     from rmse_edge.text import Tokenizer, read_text
 
     if can_stream(request, args.calibrate):
         return quantize_folder(folder, request, progress)
     model = load_checkpoint(folder) if model is None else model
-    ids = None
-    if args.calibrate:
+    ids: np.ndarray | Boards | None = None
+    if args.calibrate and (board := board_of(model)) is not None:
+        ids = read_boards(args.calibrate, game_of_model(board))
+    elif args.calibrate:
         progress("reading the text", 0)
         ids = np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(args.calibrate)), np.int64)
     return quantize(model, request, ids, fingerprint(model), progress)
@@ -186,6 +191,8 @@ def tensor_table(report: dict[str, Any]) -> str:
 
 
 def evaluation_table(e: dict[str, Any]) -> str:
+    if "boards" in e:
+        return board_table(e)
     rows = []
     for name in ("full_depth", "adaptive"):
         if name not in e:
@@ -201,6 +208,19 @@ def evaluation_table(e: dict[str, Any]) -> str:
     head = ("", "perplexity, float", "quantised", "increase", "nats", "KL", "same top token", "mean loops")
     drift = ", ".join(f"{d:.3f}" for d in e["drift"])
     return f"{table(head, rows)}\n{e['tokens']:,} held-out tokens; drift of the states by loop: {drift}"
+
+
+def board_table(e: dict[str, Any]) -> str:
+    """What quantising cost on boards."""
+    rows = [
+        (f"{side}, {setting.replace('_', ' ')}", f"{s['solved']:.2%}", f"{s['cells']:.2%}", f"{s['mean_steps']:.2f}")
+        for setting in ("full_depth", "adaptive")
+        for side in ("float", "quantized")
+        for s in (e[side][setting],)
+    ]
+    drift = ", ".join(f"{d:.3f}" for d in e["drift"])
+    tail = f"{e['boards']:,} held-out boards, {e['same_steps']:.1%} of them in the same step; drift of the states by step: {drift}"
+    return f"{table(('', 'solved', 'cells right', 'mean steps'), rows)}\n{tail}"
 
 
 if __name__ == "__main__":

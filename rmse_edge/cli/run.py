@@ -1,4 +1,4 @@
-"""rmse-run: a package or a checkpoint writes text, token by token, each with the loops it needs."""
+"""rmse-run: a package or a checkpoint writes text, token by token, each with the loops it needs, or fills in boards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import check_file
 
+from .boards import run_boards
 from .chat import NO_QUESTION, talk
 from .common import INTERRUPTED, Parser, existing_path, list_of, non_negative_int, positive_int, verb
 from .display import DepthWriter, plain
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 @verb("rmse-run")
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse(argv)
+    if args.board is not None:
+        return run_boards(args)
 
     from rmse_edge.chat import ChatTemplate
     from rmse_edge.runtimes import LoopRuntime
@@ -116,6 +119,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompt-tokens", type=list_of(non_negative_int), default=[], metavar="N,N,...",
         help="token ids to continue instead of a text; without a tokenizer the new tokens are shown as ids, too",
     )  # fmt: skip
+    given.add_argument(
+        "--board", metavar="FILE", help="boards to fill in, as people write them; - for stdin (a model of boards)"
+    )
     parser.add_argument(
         "-n", "--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens to write at most"
     )
@@ -146,12 +152,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one document at the end")
     group.add_argument("--show-depth", action="store_true", help="mark every token with the loops it took")
+    group.add_argument(
+        "--show-steps", action="store_true", help="of --board: the board after every step, what changed marked"
+    )
     group.add_argument("--show-prompt", action="store_true", help="print the prompt before its continuation")
     group.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto",
         help="of --show-depth; without colour, runs of one depth stand in brackets: [ROM/5][EO/3]",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.show_steps and args.board is None:
+        raise UserError("--show-steps: shows the steps of a board; add --board")
+    if args.board is not None and args.chat:
+        raise UserError("--board: is no question; leave out --chat")
     if args.prompt_tokens and args.chat:
         raise UserError("--prompt-tokens: are no question; leave out --chat")
     if args.prefix == "all" and args.session and not args.chat:

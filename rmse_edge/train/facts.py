@@ -29,7 +29,7 @@ from rmse_edge.files import new_file
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.schema import check_fields
 
-from .sources import IGNORED, Batch, Part, Plural, Seed, Sized
+from .sources import IGNORED, Batch, Part, Plural, Seed, Sized, check_memory
 
 QUESTION, ANSWER, STOP = 0, 1, 2  # tokens; then first names, last names, relations, values, words
 ASKED = 5  # tokens from Q to A
@@ -67,6 +67,15 @@ class Facts:
     @property
     def vocab_size(self) -> int:
         return self.offsets["word"] + self.words
+
+    def check_model(self, config: Any) -> None:
+        check_memory("facts", self.vocab_size, config)
+        if not config.retrieval_slots:
+            raise ConfigError("model.retrieval_slots: got 0, the task facts needs at least 1")
+        if self.hits > config.retrieval_hits:
+            raise ConfigError(
+                f"task facts: hits: got {self.hits}, expected at most retrieval_hits ({config.retrieval_hits})"
+            )
 
     def vocabulary(self) -> list[str]:
         """A word for every token, so that the model can be talked to: "? Bada Kobo likes >" is answered by a noun."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from rmse_edge.files import new_file
 
 FIELDS = (
-    "step", "stage", "loops", "loss", "last_loss", "depth", "lr", "grad_norm", "idle_experts", "tokens_per_s", "val_loss"
+    "step", "stage", "loops", "loss", "last_loss", "depth", "lr", "grad_norm", "idle_experts", "solved", "tokens_per_s", "val_loss"
 )  # fmt: skip
 
 
@@ -45,8 +45,8 @@ def best_validation(rows: list[dict[str, str]]) -> tuple[int, float] | None:
     return (min(valued)[1], min(valued)[0]) if valued else None
 
 
-def draw(path: Path, picture: Path) -> None:
-    """Loss and mean depth over the steps, with the stages marked."""
+def draw(path: Path, picture: Path, loss: str = "next-token loss (nats)", depth: str = "mean depth (loops)") -> None:
+    """Loss and mean depth over the steps, with the stages marked; of boards, the share that was solved besides."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,9 +59,15 @@ def draw(path: Path, picture: Path) -> None:
     valued = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
     if valued:
         top.plot(*zip(*valued), "o-", ms=3, lw=1, label="validation, full depth, averaged weights")
-    top.set_ylabel("next-token loss (nats)")
+    top.set_ylabel(loss)
     bottom.plot(steps, smooth([float(r["depth"]) for r in rows]), lw=1, color="tab:green")
-    bottom.set_ylabel("mean depth (loops)")
+    bottom.set_ylabel(depth)
+    solved = [(int(r["step"]), float(r["solved"])) for r in rows if r.get("solved")]
+    if solved:
+        share = top.twinx()
+        share.plot([s for s, _ in solved], smooth([v for _, v in solved]), lw=1, color="tab:purple")
+        share.set_ylabel("boards solved when they halt (moving mean)", color="tab:purple", fontsize=8)
+        share.set_ylim(0, 1)
     bottom.set_xlabel("step")
     for before, after in pairwise(rows):
         if before["stage"] != after["stage"]:

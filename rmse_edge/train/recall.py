@@ -27,7 +27,7 @@ from rmse_edge.files import new_file
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.schema import check_fields
 
-from .sources import IGNORED, Batch, Part, Plural, Seed, Sized, require
+from .sources import IGNORED, Batch, Part, Plural, Seed, Sized, check_memory, require
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -50,6 +50,9 @@ class Recall:
     @property
     def vocab_size(self) -> int:
         return self.keys + self.values + self.noise
+
+    def check_model(self, config: Any) -> None:
+        check_memory("recall", self.vocab_size, config)
 
     @property
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from rmse_edge.arch.recursive import RecursiveConfig
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.checkpoint import read_config
 from rmse_edge.errors import ArgumentError, ConfigError
@@ -63,6 +64,7 @@ class Recipe:
     lr: Above = 2e-3
     warmup: SomeSteps = 100
     final_lr_share: Finite = 0.05
+    optimizer: Literal["adamw", "adam_atan2"] = "adamw"
     beta_1: Share = 0.9
     beta_2: Share = 0.98
     weight_decay: Finite = 0.1  # on matrices only
@@ -77,11 +79,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
-        if self.task is not None and self.architecture != "rmse":
-            raise ConfigError(f"task: got {self.task!r}, expected none for architecture {self.architecture}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size {self.batch_size}")
         config = self.model_config()
+        if self.task is not None and not isinstance(config, (RMSEConfig, RecursiveConfig)):
+            raise ConfigError(f"task: got {self.task!r}, expected none for architecture {self.architecture}")
+        if isinstance(config, RecursiveConfig):
+            self._check_boards()
         if isinstance(config, RMSEConfig) and config.memory != "none" and self.block < 2 * SEGMENT:
             raise ConfigError(
                 f"{'model.' * (self.block_size is None)}block_size: got {self.block}, expected at least {2 * SEGMENT}: a memory is read from the "
@@ -112,9 +116,20 @@ class Recipe:
             if getattr(self, name):
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0: {add}")
 
+    def _check_boards(self) -> None:
+        """Fail where a solver of boards is to learn what it cannot."""
+        if self.task is None:
+            raise ConfigError(
+                f"task: is missing, expected one of boards (sudoku or maze) for architecture {self.architecture}"
+            )
+        if self.accumulate > 1:
+            raise ConfigError(
+                f"accumulate: got {self.accumulate}, expected 1: rows keep their boards from step to step"
+            )
+
     def block_of(self, config: Any) -> int | None:
         """Positions of a training sequence of a model of this configuration."""
-        return self.block_size or getattr(config, "block_size", None)
+        return self.block_size or getattr(config, "block_size", None) or getattr(config, "seq_len", None)
 
     @property
     def block(self) -> int:
@@ -126,7 +141,7 @@ class Recipe:
     def model_config(self) -> Any:
         if self.architecture != "gpt":
             config = trainable(self.architecture, "architecture").from_dict(self.model, where="model")
-            if config.kv_dtype == "int8":
+            if getattr(config, "kv_dtype", None) == "int8":
                 raise ConfigError(
                     "model.kv_dtype: int8 needs scales that only calibration finds; use rmse-quantize --kv int8"
                 )

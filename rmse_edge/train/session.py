@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.chat import TEMPLATE_FILE, template_source
 from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
@@ -32,6 +31,7 @@ from rmse_edge.files import check_changes, check_file, write_text
 from rmse_edge.shards import INDEX_FILE, WEIGHTS_FILE
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer, word_tokenizer
 
+from .boards import BoardTask
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
@@ -120,9 +120,7 @@ def train_task(
     assert recipe.task is not None
     need_matplotlib()
     claim(out, recipe, resume)
-    config = recipe.model_config()
-    assert isinstance(config, RMSEConfig)
-    source = make_task(recipe.task, config)
+    source = make_task(recipe.task, recipe.model_config())
     trainer = Trainer(recipe, source, out, device, mode, None if resume else start)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = {TOKENIZER_FILE: word_tokenizer(words)} if (words := source.vocabulary()) else {}
@@ -131,13 +129,15 @@ def train_task(
         return None
     model = build_model(recipe)
     model.load_state_dict(weights)
-    assert isinstance(model, RMSE)
-    calibrate_surprise(model, source.calibration())
+    if (ordinary := source.calibration()) is not None:
+        calibrate_surprise(model, ordinary)
     rounded = save(model, out, recipe.dtype)
-    assert isinstance(rounded, RMSE)
-    draw(out / LOG_FILE, out / "curve.png")
+    if isinstance(source, BoardTask):
+        draw(out / LOG_FILE, out / "curve.png", "loss per cell (nats)", "mean steps to halt")
+    else:
+        draw(out / LOG_FILE, out / "curve.png")
     evaluation = {"task": recipe.task, **source.evaluate(rounded)}
-    source.draw_plot(evaluation, out / f"{recipe.task['name']}.png", model.config.window)
+    source.draw_plot(evaluation, out / f"{recipe.task['name']}.png", getattr(model.config, "window", 0))
     write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
     return evaluation
 

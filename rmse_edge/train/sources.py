@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ConfigError
 from rmse_edge.schema import Expected
 from rmse_edge.text import consecutive_blocks, random_blocks
@@ -46,6 +46,17 @@ class Source(Protocol):
         """At most `count` examples that training never draws."""
 
 
+@runtime_checkable
+class Supervises(Protocol):
+    """A source with an objective of its own, in place of that of next tokens."""
+
+    def objective(self, model: Any, recipe: Any) -> nn.Module:
+        """As `Objective` (rmse_edge/train/objective.py). Its buffers, those of `model` aside, are kept between steps."""
+
+    def lr_scales(self) -> dict[str, float]:
+        """How the names of parameters begin -> their learning rate beside the recipe's."""
+
+
 class Task(Source, Protocol):
     """A source that makes its examples up, and knows what to measure."""
 
@@ -54,10 +65,17 @@ class Task(Source, Protocol):
     def vocabulary(self) -> list[str]:
         """A word for every token, for the checkpoint's tokenizer; empty: it gets none."""
 
-    def calibration(self) -> Tensor:
-        """(n, T) tokens of the ordinary kind, by which the model learns how much surprise to expect."""
+    def check_model(self, config: Any) -> None:
+        """Fail where a model of this configuration cannot do the task.
 
-    def evaluate(self, model: RMSE) -> dict[str, Any]:
+        Raises:
+            ConfigError: names the field of the model.
+        """
+
+    def calibration(self) -> Tensor | None:
+        """(n, T) tokens of the ordinary kind, by which a memory learns how much surprise to expect; None: there is none."""
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
         """What the task measures on a trained model; JSON-able."""
 
     def draw_plot(self, result: dict[str, Any], picture: Path, window: int) -> None:
@@ -83,6 +101,20 @@ class TextSource:
     def validation(self, count: int) -> Batch:
         picks = np.linspace(0, len(self.blocks) - 1, min(count, len(self.blocks))).astype(int)
         return next_tokens(torch.from_numpy(self.blocks[picks]))
+
+
+def check_memory(name: str, vocab_size: int, config: Any) -> None:
+    """Fail where a model of this configuration cannot do the task `name`, which has so many tokens and needs a memory.
+
+    Raises:
+        ConfigError: names the field of the model.
+    """
+    if not isinstance(config, RMSEConfig):
+        raise ConfigError(f"architecture: got {config.model_type!r}, the task {name} needs {RMSEConfig.model_type}")
+    if vocab_size > config.vocab_size:
+        raise ConfigError(f"model.vocab_size: got {config.vocab_size}, the task {name} needs {vocab_size}")
+    if config.memory == "none":
+        raise ConfigError(f"model.memory: got 'none', the task {name} needs one (titans or atlas)")
 
 
 def require(task: object, name: str, ok: bool, expected: str) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ConfigError
 
+from .boards import MazeTask, SudokuTask
 from .facts import Facts
 from .recall import Recall
 from .sources import Task
 
-TASKS: dict[str, Any] = {"recall": Recall, "facts": Facts}
+TASKS: dict[str, Any] = {"recall": Recall, "facts": Facts, "sudoku": SudokuTask, "maze": MazeTask}
 
 
-def make_task(options: dict[str, Any], config: RMSEConfig) -> Task:
+def make_task(options: dict[str, Any], config: Any) -> Task:
     """The task that a recipe's `task` names, for a model of this configuration.
 
     Raises:
@@ -27,15 +27,5 @@ def make_task(options: dict[str, Any], config: RMSEConfig) -> Task:
         task = TASKS[name](**{k: v for k, v in options.items() if k != "name"})
     except (TypeError, ConfigError) as error:  # TypeError: an option that it does not have
         raise ConfigError(f"task {name}: {error}") from None
-    if task.vocab_size > config.vocab_size:
-        raise ConfigError(f"model.vocab_size: got {config.vocab_size}, the task {name} needs {task.vocab_size}")
-    if config.memory == "none":
-        raise ConfigError(f"model.memory: got 'none', the task {name} needs one (titans or atlas)")
-    if isinstance(task, Facts):
-        if not config.retrieval_slots:
-            raise ConfigError("model.retrieval_slots: got 0, the task facts needs at least 1")
-        if task.hits > config.retrieval_hits:
-            raise ConfigError(
-                f"task facts: hits: got {task.hits}, expected at most retrieval_hits ({config.retrieval_hits})"
-            )
+    task.check_model(config)
     return task

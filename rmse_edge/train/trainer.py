@@ -31,9 +31,10 @@ from .journal import Journal
 from .looped import gate_name
 from .losses import losses_by_depth
 from .objective import Objective, draw_thresholds
+from .optimizer import OPTIMIZERS
 from .parallel import Parallel
 from .recipe import Recipe
-from .sources import Batch, Source
+from .sources import Batch, Source, Supervises
 
 STATE_FILE = "training-state.pt"
 LOG_FILE = "log.csv"
@@ -92,7 +93,10 @@ class Trainer:
                 raise ArgumentError("start", "a plain GPT is trained from random weights")
             start_from(self.model, start)
         self.model.to(self.device)
-        self.objective = self.parallel.wrap(Objective(self.model, recipe))
+        own = source.objective(self.model, recipe) if isinstance(source, Supervises) else Objective(self.model, recipe)
+        if isinstance(source, Supervises) and self.parallel.world > 1:
+            raise UserError("the recipe's task keeps its boards from step to step and trains in one process")
+        self.objective = self.parallel.wrap(own.to(self.device))
         self.validation = source.validation(recipe.eval_blocks)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and bf16_is_native(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -127,15 +131,19 @@ class Trainer:
                 chosen[name] = p
         return chosen
 
-    def new_optimizer(self) -> torch.optim.AdamW:
-        recipe, trained = self.recipe, self.trained()
-        matrices = [p for n, p in trained.items() if p.dim() > 1 and "step_" not in n and "embed" not in n]
-        ids = {id(p) for p in matrices}
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": [p for p in trained.values() if id(p) not in ids], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(recipe.beta_1, recipe.beta_2))
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        scales = self.source.lr_scales() if isinstance(self.source, Supervises) else {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in self.trained().items():
+            matrix = p.dim() > 1 and "step_" not in name and "embed" not in name
+            scale = next((value for start, value in scales.items() if name.startswith(start)), 1.0)
+            groups.setdefault((recipe.weight_decay if matrix else 0.0, scale), []).append(p)
+        return OPTIMIZERS[recipe.optimizer](
+            [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()],
+            lr=recipe.lr,
+            betas=(recipe.beta_1, recipe.beta_2),
+        )
 
     def lr(self) -> float:
         """Warm-up then cosine in stage 1; the short stages decay linearly to zero."""
@@ -176,7 +184,7 @@ class Trainer:
         if not self.parallel.first:
             torch.manual_seed(hash((recipe.seed, self.step, self.parallel.rank)) % 2**31)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr()
+            group["lr"] = self.lr() * group["lr_scale"]
         self.objective.train(stage != "gate")
         done = min(1.0, self.step / max(1, recipe.steps))
         beta = recipe.entropy_weight + done * (recipe.final_entropy_weight - recipe.entropy_weight)
@@ -200,7 +208,7 @@ class Trainer:
         self.update_average()
         return dict(
             stage=stage, loops=loops, loss=totals[0].item(), last_loss=totals[1].item(), depth=totals[2].item(),
-            lr=self.lr(), grad_norm=norm, idle_experts=idle,
+            lr=self.lr(), grad_norm=norm, idle_experts=idle, solved=getattr(self.objective, "solved", None),
             tokens=recipe.batch_size * batches[0]["tokens"].shape[1],
         )  # fmt: skip
 
@@ -312,10 +320,15 @@ class Trainer:
             "average": self.parallel.gather(self.average),
             "best_weights": self.parallel.gather(self.best_weights),
             "optimizer": self.parallel.optimizer_state(self.model, self.optimizer),
+            "carried": self.carried(),
         }
         if self.parallel.first:
             write_state(state, self.out / STATE_FILE)
         self.parallel.barrier()
+
+    def carried(self) -> dict[str, Tensor]:
+        """What the objective keeps from step to step, by name."""
+        return {name: t for name, t in self.objective.named_buffers() if "model." not in name}
 
     def resume(self) -> None:
         """Continue from `out`.
@@ -349,6 +362,8 @@ class Trainer:
             self.average = self.parallel.like(self.model, state["average"]) or {}
             self.best_weights = self.parallel.like(self.model, state["best_weights"])
             self.parallel.load_optimizer(self.model, self.optimizer, state["optimizer"])
+            for name, tensor in self.carried().items():
+                tensor.copy_(state["carried"][name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever PyTorch makes of it
             raise CheckpointError(f"{path}: not the state of this model ({first_line(error)}); {fix}") from None
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from rmse_edge.arch.identity import model_info
 from rmse_edge.checkpoint import load_checkpoint
-from rmse_edge.errors import ArgumentError
+from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import LoopModel, LoopSpec
+from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.quantize import is_quantized_checkpoint, load_quantized
+from rmse_edge.runtimes.host.board import BoardRuntime, Solved, check_cells
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.shards import weight_files
@@ -90,6 +92,59 @@ class TorchRuntime(LoopRuntime):
         model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
         nbytes = sum(file.stat().st_size for file in weight_files(folder))
         return cls(model, folder.absolute().name, nbytes, device, source, folder)
+
+
+class TorchBoards(BoardRuntime):
+    """A checkpoint folder of a model that fills in boards, run by PyTorch: many boards at once, of which those that have
+    stopped leave the batch.
+    """
+
+    def __init__(self, model: Any, info: ModelInfo, device: str = "cpu") -> None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
+        self.model = model.to(device).eval()
+        super().__init__(info, TorchMethods(model, device))
+        self.largest_batch = None
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str = "cpu") -> TorchBoards:
+        """
+        Raises:
+            UserError: it is a model of texts, or no checkpoint.
+        """
+        folder = Path(folder)
+        quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
+        model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
+        nbytes = sum(file.stat().st_size for file in weight_files(folder))
+        info = model_info(model, folder.absolute().name, nbytes, source=source, folder=folder)
+        if info.board is None:
+            raise UserError(f"{folder}: is a model of texts; give it a prompt")
+        return cls(model, info, device)
+
+    @torch.inference_mode()
+    def solve_batch(self, boards: np.ndarray, dials: Dials, puzzle: int = 0) -> list[Solved]:
+        cells = np.stack([check_cells(board, self.board) for board in boards])
+        self.info.check(dials)
+        model, device = self.model, self.methods.device  # type: ignore[attr-defined]
+        spec = model.spec(self.board.cells)
+        tensors = {"board": torch.from_numpy(cells).to(device)} | self.puzzles(puzzle, len(cells), torch.full)
+        tensors |= model.prelude(tensors)
+        carry, invariants = model.begin(tensors)
+        fixed = {t.name: (tensors | invariants)[t.name] for t in (*spec.prelude, *spec.invariants)}
+        scalars = {name: torch.from_numpy(value) for name, value in dials.arrays().items() if name in spec.dials}
+        rows, answers = np.arange(len(cells)), [Solved(np.empty(0), np.empty(0), 0)] * len(cells)
+        for k in range(dials.max_loops):
+            carry, _ = model.step(torch.tensor(k), carry, {}, fixed, scalars)
+            going = carry["active"] if k + 1 < dials.max_loops else torch.zeros_like(carry["active"])
+            if not bool(going.all()):
+                logits = model.head(carry["h"][~going])["symbols"].cpu().numpy()
+                for row, own in zip(rows[~going.cpu().numpy()], logits):
+                    answers[row] = Solved(own, np.array([k + 1]), k + 1)
+                rows = rows[going.cpu().numpy()]
+                carry, fixed = ({n: t[going] for n, t in part.items()} for part in (carry, fixed))
+            if not len(rows):
+                break
+        return answers
 
 
 def set_threads(threads: int | None) -> None:

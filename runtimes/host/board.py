@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,25 +41,54 @@ class BoardRuntime:
             what = "is a model of texts" if info.board is None else "keeps something between calls"
             raise ValueError(f"{info.name}: {what}, which no board does")
         self.info, self.board, self.methods, self.loop = info, info.board, methods, loop
+        self.largest_batch: int | None = 1  # boards that are computed together; None: any number
 
-    def solve(self, cells: Sequence[int] | np.ndarray, dials: Dials) -> Solved:
+    def solve(self, cells: Sequence[int] | np.ndarray, dials: Dials, puzzle: int = 0) -> Solved:
         """Fill in one board.
 
         Args:
             cells: (cells,) symbols, as the model was trained to read them.
+            puzzle: which of `BoardInfo.puzzles` it is of.
         Raises:
-            UserError: the board has another size, or a cell holds no symbol of the model.
+            UserError: the board has another size, or a cell or the puzzle is none of the model's.
         """
         given = check_cells(cells, self.board)
         self.info.check(dials)
         chunk = self.board.cells
-        feeds: dict[str, Any] = {"board": given[None]} | dials.arrays()
+        feeds: dict[str, Any] = {"board": given[None]} | dials.arrays() | self.puzzles(puzzle, 1, np.full)
         feeds |= self.methods.run("prelude", chunk, feeds)
         feeds |= self.methods.run(self.loop, chunk, feeds)
         if "coda" in self.info.methods:
             feeds |= self.methods.run("coda", chunk, feeds)
         logits = self.methods.run("head", chunk, feeds)["symbols"]
         return Solved(np.array(logits[0]), np.array(feeds["depth"]), int(feeds["iterations"]))
+
+    def solve_batch(self, boards: np.ndarray, dials: Dials, puzzle: int = 0) -> list[Solved]:
+        """Fill in boards (n, cells), together where the engine takes several at once (`largest_batch`).
+
+        Raises:
+            UserError: as `solve`.
+        """
+        return [self.solve(board, dials, puzzle) for board in boards]
+
+    def steps(self, cells: Sequence[int] | np.ndarray, dials: Dials, puzzle: int = 0) -> Iterator[Solved]:
+        """The board after every iteration until it stops. Each is computed from the start, since an engine that has the loop
+        in its graph shows the last one alone.
+        """
+        deepest = self.solve(cells, dials, puzzle)
+        for k in range(1, deepest.iterations):
+            yield self.solve(cells, replace(dials, max_loops=k, min_loops=min(k, dials.min_loops)), puzzle)
+        yield deepest
+
+    def puzzles(self, puzzle: int, count: int, full: Callable[..., Any]) -> dict[str, Any]:
+        """What says of `count` boards which puzzle they are of; nothing, where there is one.
+
+        Raises:
+            UserError: there is no such puzzle.
+        """
+        if not 0 <= puzzle < self.board.puzzles:
+            raise UserError(f"puzzle {puzzle} is none of the model's (0..{self.board.puzzles - 1})")
+        return {} if self.board.puzzles == 1 else {"puzzle": full((count,), puzzle)}
 
 
 def check_cells(cells: Sequence[int] | np.ndarray, board: BoardInfo) -> np.ndarray:

@@ -204,6 +204,7 @@ class Flow:
                 found |= {name: ((1, rows, pairs), "float32") for name in angles}
         if info.board is not None:
             found["board"] = ((1, info.board.cells), "int64")
+            found["puzzle"] = ((1,), "int64")
         if info.memory and info.segment is not None:
             found["segment"] = ((1, info.segment, self.width), "float32")
         if info.retrieval is not None:
@@ -239,7 +240,8 @@ class Flow:
             self.run(begins, have)
         else:
             self.host_loop(rows, have)
-        self.require(f"the loop of {rows} rows", {"h": ((1, rows, self.width), "float32"), "iterations": ((), "int64")})
+        held = rows + (self.info.board.prefix if self.info.board is not None else 0)
+        self.require(f"the loop of {rows} rows", {"h": ((1, held, self.width), "float32"), "iterations": ((), "int64")})
         if "depth" not in self.made or self.made["depth"][1] != "int64":
             self.refuse(f"methods.loop_{rows}.outputs", ", ".join(sorted(self.made)), "depth, int64, among them")
         if "coda" in self.info.methods:

@@ -24,7 +24,9 @@ class LoopRuntime:
 
     def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls, loop: str = "loop") -> None:
         if info.text is None:
-            raise UserError(f"{info.name}: fills in boards and reads no text (rmse_edge.runtimes.board_for runs it)")
+            raise UserError(
+                f"{info.name}: fills in boards and reads no text; give it boards (rmse-run MODEL --board FILE)"
+            )
         if info.kept_bytes() > LARGEST_STATE:
             raise UserError(
                 f"{info.name}: keeps {info.kept_bytes()} bytes between calls, for {info.window or info.capacity} positions and "

@@ -179,6 +179,14 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/random_checkpoint.py FOLDER [--shape inkling-2-mini] [--set n_routed_experts=16] [--seed 0]": [
         word for field, value in SMALL_INKLING.items() for word in ("--set", f"{field}={value}")
     ],
+    "rmse-run models/trm-sudoku --board board.txt --show-steps": [],
+    "rmse-eval models/trm-sudoku --boards models/trm-sudoku/test.csv --sweep": ["--max-tokens", "4"],
+    "rmse-data sudoku --size 6 --count 1500 --test 300 --seed 0 -o boards": ["--count", "24", "--test", "2"],
+    "rmse-train --recipe models/trm-sudoku/recipe.json -o runs/trm": [
+        "--set", "steps=2", "--set", "batch_size=4", "--set", "eval_blocks=2", "--set", "task.train=8",
+        "--set", "task.held_out=2", "--set", "task.test=2",
+    ],
+    "rmse-quantize -m runs/trm --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
 
@@ -197,6 +205,9 @@ EXPORTS = "the session's packages are exported by the same verb, and tests/test_
 OTHER = "runs above, for another model"
 TRAINS = "training takes hours as documented; tests/cli/test_train_cli.py and test_train_resume.py run the verb"
 PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_{ouro,dory,hrm_text,inkling}.py and tests/quantize/test_streamed.py have small ones"
+BOARDS_OF_PACKAGES = (
+    "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
+)
 NOT_RUN: dict[str, str] = {
     "make demo": "tests/test_shipped.py does what it does",
     "make test": "this is it",
@@ -244,6 +255,14 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m Ouro-1.4B-int4 --target executorch --max-seq-len 4096": PUBLISHED,
     "rmse-eval Ouro-1.4B-int4-executorch.rmse --text FILE --sweep": PUBLISHED,
     "rmse-export -m models/ouro-shakespeare": EXPORTS,
+    "rmse-export -m models/trm-sudoku": EXPORTS,
+    "rmse-export -m models/trm-sudoku --target executorch": EXPORTS,
+    "rmse-eval trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv --sweep": BOARDS_OF_PACKAGES,
+    "rmse-eval trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv --sweep": BOARDS_OF_PACKAGES,
+    "rmse-bench trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv -t 1": BOARDS_OF_PACKAGES,
+    "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv -t 1": BOARDS_OF_PACKAGES,
+    "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv": BOARDS_OF_PACKAGES,
+    "rmse-bench models/trm-sudoku --boards models/trm-sudoku/test.csv -t 1": "tests/cli/test_boards.py",
     'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",
     "rmse-train --text shakespeare.txt --recipe models/ouro-shakespeare/recipe.json -o runs/ouro": TRAINS,
     "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
@@ -283,6 +302,10 @@ def workplace(remembering: Path, remembering_package: Path, tmp_path_factory: py
     (folder / "rmse-shakespeare-onnx.rmse").symlink_to(remembering_package)
     shutil.copytree(remembering, folder / "models" / "rmse-shakespeare")
     (folder / "models" / "ouro-shakespeare").symlink_to(ROOT / "models" / "ouro-shakespeare")
+    (folder / "models" / "trm-sudoku").symlink_to(ROOT / "models" / "trm-sudoku")
+    (folder / "board.txt").write_text(
+        (ROOT / "models" / "trm-sudoku" / "test.csv").read_text().splitlines()[1].split(",")[1]
+    )
     shutil.copyfile(ROOT / "tests" / "data" / "ouro" / "config.json", folder / "config.json")
     recipe = json.loads(small_recipe(steps=3, gate_steps=1, exit_steps=1).to_json())
     del recipe["model"]["vocab_size"]

@@ -1,0 +1,167 @@
+"""Tasks of boards: Sudoku and mazes, made from a seed or read from CSV files, with what is measured on boards never seen."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmse_edge.arch.recursive import RecursiveConfig
+from rmse_edge.errors import ConfigError, UserError
+from rmse_edge.info import BoardKind
+from rmse_edge.puzzles.game import Game
+from rmse_edge.puzzles.known import game_of
+from rmse_edge.puzzles.measures import THRESHOLDS, table_of_depths, table_of_thresholds
+from rmse_edge.puzzles.sets import Boards, check_disjoint, made, read_boards
+from rmse_edge.schema import check_fields
+
+from .recipe import Recipe
+from .sources import Batch, Seed, Sized, require
+from .supervision import DeepSupervision
+
+TRAIN_FILE, TEST_FILE = "train.csv", "test.csv"
+
+
+@dataclass
+class BoardTask:
+    """Boards with one answer each."""
+
+    kind: ClassVar[BoardKind]
+
+    size: Sized = 9
+    train: Sized = 1000  # boards
+    held_out: Sized = 128  # of them, for validation
+    test: Sized = 500
+    seed: int = 0  # of the boards
+    data: str | None = None  # a folder with train.csv and test.csv, in place of boards made here; all of them are read
+    augment: bool = True  # every board that is offered is a random symmetric form of one
+    puzzle_lr_scale: float = 1.0  # learning rate of the puzzle's own vectors beside the recipe's
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
+        try:
+            self.game: Game = game_of(self.kind, self.size**2)
+        except UserError as error:
+            raise ConfigError(str(error)) from None
+        require(self, "puzzle_lr_scale", self.puzzle_lr_scale > 0, "a number above 0")
+        if self.data is None:
+            boards, self.tested = made(self.game, self.train, self.test, self.seed)
+        else:
+            boards, self.tested = (read_boards(Path(self.data) / name, self.game) for name in (TRAIN_FILE, TEST_FILE))
+            check_disjoint(self.game, boards, self.tested, self.data)
+        require(self, "held_out", self.held_out < len(boards), f"fewer than the {len(boards)} training boards")
+        self.held = boards.part(slice(0, self.held_out))
+        self.boards = boards.part(slice(self.held_out, None))
+        digest = hashlib.sha256()
+        for part in (self.boards, self.held, self.tested):
+            digest.update(part.given.astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.game.symbols
+
+    def check_model(self, config: Any) -> None:
+        """Fail where a model of this configuration solves no such boards.
+
+        Raises:
+            ConfigError: names the field of the model.
+        """
+        if not isinstance(config, RecursiveConfig):
+            raise ConfigError(
+                f"architecture: got {config.model_type!r}, the task {self.kind} needs a solver of boards (trm or hrm)"
+            )
+        wanted = {"seq_len": self.size**2, "vocab_size": self.vocab_size, "puzzle": self.kind}
+        for name, value in wanted.items():
+            if getattr(config, name) != value:
+                raise ConfigError(f"model.{name}: got {getattr(config, name)!r}, the task {self.kind} needs {value!r}")
+
+    def batch(self, count: int, seed: Seed) -> Batch:
+        draw = np.random.default_rng(seed)
+        rows = draw.integers(0, len(self.boards), count)
+        given, answer = self.boards.given[rows], self.boards.answer[rows]
+        if self.augment:
+            given, answer = self.game.augmented(given, answer, draw)
+        return {"tokens": torch.from_numpy(given), "targets": torch.from_numpy(answer)}
+
+    def validation(self, count: int) -> Batch:
+        held = self.held.part(slice(0, count))
+        return {"tokens": torch.from_numpy(held.given), "targets": torch.from_numpy(held.answer)}
+
+    def objective(self, model: Any, recipe: Recipe) -> DeepSupervision:
+        return DeepSupervision(model, recipe)
+
+    def lr_scales(self) -> dict[str, float]:
+        """How the names of parameters begin -> their learning rate beside the recipe's."""
+        return {"puzzle_emb.": self.puzzle_lr_scale}
+
+    def vocabulary(self) -> list[str]:
+        return []
+
+    def calibration(self) -> Tensor | None:
+        return None
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Boards never seen: solved at every depth, and with halting at several thresholds."""
+        exact, cells, score = trajectories(model, self.tested)
+        return {
+            "boards": len(self.tested),
+            "by_depth": table_of_depths(exact, cells),
+            "by_threshold": table_of_thresholds(exact, score, (*THRESHOLDS, 1.0)),
+        }
+
+    def draw_plot(self, result: dict[str, Any], picture: Path, window: int) -> None:
+        """Boards solved by depth, and with halting against the mean steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        from rmse_edge.files import new_file
+
+        figure, axis = plt.subplots(figsize=(7, 4))
+        depths = result["by_depth"]
+        axis.plot([d["steps"] for d in depths], [100 * d["solved"] for d in depths], "o-", ms=3, label="fixed steps")
+        halting = sorted(result["by_threshold"], key=lambda row: row["mean_steps"])
+        axis.plot([t["mean_steps"] for t in halting], [100 * t["solved"] for t in halting], "s-", ms=4, label="halting")
+        axis.set_xlabel("mean steps")
+        axis.set_ylabel("test boards solved (%)")
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        with new_file(picture) as part:
+            figure.savefig(part, dpi=110)
+        plt.close(figure)
+
+
+@dataclass
+class SudokuTask(BoardTask):
+    kind = "sudoku"
+
+
+@dataclass
+class MazeTask(BoardTask):
+    kind = "maze"
+
+
+@torch.no_grad()
+def trajectories(model: Any, boards: Boards, batch: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """After every step, (K, n) each: whether all cells are right, the share that is, and the halting score."""
+    model.eval()
+    found = []
+    for first in range(0, len(boards), batch):
+        part = boards.part(slice(first, first + batch))
+        x = model.embed(torch.from_numpy(part.given))
+        z_h, z_l = model.first(x)
+        rows = []
+        for _ in range(model.config.halt_max_steps):
+            z_h, z_l = model.refine(x, z_h, z_l)
+            right = (model.head(z_h)["symbols"].argmax(-1).numpy() == part.answer).mean(1)
+            rows.append((right == 1, right, model.halting_score(z_h).double().numpy()))
+        found.append([np.stack(column) for column in zip(*rows)])
+    exact, cells, score = (np.concatenate(parts, 1) for parts in zip(*found))
+    return exact, cells, score
