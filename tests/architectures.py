@@ -12,7 +12,7 @@ the suite and the parity gate hold everything else against.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -245,20 +245,19 @@ def decided_hrm_text() -> HrmText:
 
 def small_inkling() -> Inkling:
     """Layers of both kinds in the loop, two blocks in a pass, a window that texts are longer than, and one untrained pass."""
-    torch.manual_seed(7)
     sliding, full = "hybrid_sliding", "hybrid"
-    model = Inkling(
-        InklingConfig(
-            vocab_size=68, unpadded_vocab_size=65, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=16, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
-            sliding_window_size=24, d_rel=4, rel_extent=40, log_scaling_n_floor=32,
-            layer_types=(sliding, sliding, full, full), max_position_embeddings=512, moe_intermediate_size=32,
-            n_routed_experts=6, num_experts_per_tok=2, route_scale=2.0, n_layers_per_attn_res_block=1,
-            loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2,
-            untrained_loops=1, loop_gate_rank=8, exit_rules=("gate", "delta", "kl"), eos_token_id=None,
-        )
+    config = InklingConfig(
+        vocab_size=68, unpadded_vocab_size=65, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
+        sliding_window_size=24, d_rel=4, rel_extent=40, log_scaling_n_floor=32,
+        layer_types=(sliding, sliding, full, full), max_position_embeddings=512, moe_intermediate_size=32,
+        n_routed_experts=6, num_experts_per_tok=2, route_scale=2.0, n_layers_per_attn_res_block=1,
+        loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2,
+        untrained_loops=1, loop_gate_rank=8, exit_rules=("gate", "delta", "kl"), eos_token_id=None,
     )  # fmt: skip
-    with_lively_gate(model)
+    model = Inkling(config)
+    torch.manual_seed(7)  # weights with which every fault of a host is felt: a gate, which would draw first, comes last
+    model.load_state_dict(Inkling(replace(config, exit_rules=("delta", "kl"))).state_dict(), strict=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("_input.query"):  # layers read the token most of all, as in a trained model
@@ -268,7 +267,7 @@ def small_inkling() -> Inkling:
             elif name.endswith("static_weight"):  # what lies further back is felt
                 p.normal_(std=2.0)
         model.model.embed_tokens.weight[:, 0] += 0.4
-    return model
+    return with_lively_gate(model)
 
 
 def decided_inkling() -> Inkling:

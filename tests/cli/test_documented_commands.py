@@ -225,7 +225,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-eval runs/inkling --text shakespeare.txt --split validation --block 256 --max-tokens 6144 --sweep --rule exit-kl=0.01,0.03,0.1": OTHER,
     "rmse-train --text shakespeare.txt --stage gate --init runs/inkling -o runs/inkling-gated": OTHER,
     "rmse-export -m runs/inkling": EXPORTS,
-    "rmse-bench inkling-onnx.rmse --ids FILE -p 256 -n 64 -d 3,2,1 -r 3 -t 1 --exit-epsilon 0.6": "tests/runtimes/test_bench.py; its model is trained above",
+    "rmse-bench inkling-onnx.rmse --ids FILE -p 256 -n 64 -d 3,2,1 -r 9 -t 1 --exit-epsilon 0.6": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m runs/gated": EXPORTS,
     "rmse-bench gated-onnx.rmse --ids FILE -p 256 -n 64 -d 4,2,1 -r 3 -t 1 --exit-epsilon 0.2": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
