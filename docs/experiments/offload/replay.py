@@ -243,7 +243,9 @@ def main() -> None:
                     slots = int(budget * count)
                     rates.append(replay(make(count, loops, slots), accesses, slots)[0])
                 print(f"| {name} | " + " | ".join(f"{100 * r:.1f}" for r in rates) + " |")
-        print(f"\n{file.stem}: guesses of loop k + 1, in %\n\n| guess | of it right | of what is needed |\n|---|---|---|")
+        print(
+            f"\n{file.stem}: guesses of loop k + 1, in %\n\n| guess | of it right | of what is needed |\n|---|---|---|"
+        )
         for name, precision, recall in guesses(trace):
             print(f"| {name} | {100 * precision:.1f} | {100 * recall:.1f} |")
 
