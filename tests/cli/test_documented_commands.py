@@ -167,6 +167,13 @@ RUN: dict[str, list[str]] = {
     ],
     "python docs/experiments/ouro/random_checkpoint.py FOLDER [--config config.json] [--seed 0]": [],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
+    "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o exits.npz": [
+        "--tokens", "128",
+    ],
+    "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o full.npz --exit-threshold 1": [
+        "--tokens", "128",
+    ],
+    "python docs/experiments/offload/replay.py exits.npz full.npz": [],
 }  # fmt: skip
 
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.
@@ -239,6 +246,11 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/executorch/experts.py --sizes 192x32": "run below, at another size",
     "python docs/experiments/executorch/experts.py --sizes 768x128": "run below, at another size",
     "python docs/experiments/executorch/state.py": "run below, with sizes",
+    'build/native/rmse-runner PACKAGE --prompt "ROMEO:" --expert-ram 300M --stats': "tests/runtimes/test_offload.py",
+    "python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 6496 -o wide.rmse": "a gigabyte; tests/runtimes/test_offload.py widens a tiny package",
+    'python docs/experiments/offload/limit.py 300M build/native/rmse-runner wide.rmse -p "ROMEO:" --expert-ram 200M': "tests/runtimes/test_offload.py limits another program",
+    "python docs/experiments/offload/pressure.py wide.rmse --text shakespeare.txt": "a gigabyte, for half an hour; tests/runtimes/test_offload.py runs what it runs",
+    "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
     "python docs/mac_checklist.py rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/mac_checklist.py PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",

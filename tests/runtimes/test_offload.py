@@ -164,6 +164,15 @@ def test_a_file_that_changes(program: Path, tmp_path: Path, event: str) -> None:
     assert done.stderr == f"{path}: was written to while it was in use; export the package again\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that no byte can be read of")
+def test_a_file_that_cannot_be_read(program: Path) -> None:
+    done = subprocess.run(
+        [program, "read", "/proc/self/mem", "9", "100%", "1", "2"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "/proc/self/mem: its experts cannot be read (Input/output error)\n"
+
+
 def test_a_file_that_is_replaced_or_gone(program: Path, tmp_path: Path) -> None:
     """What was opened stays what it was; another process that reads it may be killed."""
     path = tmp_path / "experts"
@@ -266,6 +275,36 @@ def test_a_package_that_changes_underneath(int4: Runner, executorch_int4: Path, 
     with pytest.raises(UserError, match="was written to while it was in use") as refused:
         runtime.feed([2], Dials(1), logits="last")
     assert_one_line(str(refused.value))
+
+
+@pytest.mark.executorch
+@pytest.mark.nightly
+def test_wider_experts_say_the_same(int4: Runner, runner: Path, executorch_int4: Path, tmp_path: Path) -> None:
+    """The model that runs are measured with: more to read and to multiply, the same depths and, but for rounding, logits."""
+    wide, script = tmp_path / "wide.rmse", LIMIT.with_name("widen.py")
+    words = [sys.executable, script, executorch_int4, "--width", "96", "-o", wide]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens = random_tokens(sum(PARTS), 3, FEW)
+    expected, depth = int4.feed(tokens, tmp_path / "logits")
+    found, own = Runner([runner], wide).feed(tokens, tmp_path / "logits", "--expert-ram", "30%")
+    assert np.array_equal(own, depth) and np.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.executorch
+@pytest.mark.parametrize("flags", [(), ("--expert-ram", "30%")], ids=["mapped", "budget"])
+def test_a_program_that_becomes_shorter_under_a_runner(
+    runner: Path, executorch_int4: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """What is mapped cannot be read any more, either: one line, whatever is touched first."""
+    folder = shutil.copytree(executorch_int4, tmp_path / "own.rmse")
+    command = [runner, folder, "--prompt-tokens", "1", "-n", "100000000", "-t", "1", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.read(1)
+    os.truncate(folder / "program.pte", 1000)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2 and said.startswith(b"rmse-runner: error: ") and b"export the package again" in said
+    assert_one_line(said.decode())
 
 
 @pytest.mark.parametrize("target", ["onnx", "coreml"])

@@ -4,8 +4,11 @@
 
 Every row is a run of rmse-runner that reads 64 tokens in one call and writes others one by one, in rounds: a row of one round is
 followed by the same row of the next only after all others had their turn. The rows under a hard limit run in a cgroup of their own
-(limit.py), where everything counts: weights, code, cached pages. All rows must write the same tokens at the same depths. Last, what
-the disk gives when pieces of an expert's size are read in any order, none of them cached.
+(limit.py), where everything counts: weights, code, cached pages. All rows must write the same tokens at the same depths.
+
+Beside the speed stands the processor time per token that is written, of all threads: what a run costs that writes many, less what one
+costs that writes one. It says what a budget costs where other work takes the processors away, and readers find none idle. Last, what the
+disk gives when pieces of an expert's size are read in any order, none of them cached.
 """
 
 from __future__ import annotations
@@ -28,6 +31,11 @@ from rmse_edge.text import Tokenizer, read_text, split
 
 ROWS = 64  # tokens of the prompt
 PIECE = 1 << 20  # bytes of a read that the disk is timed with
+HEAD = (
+    *("experts", "limit", "threads", "loops", "decoding, of mapped without limit", "64 rows, of the same"),
+    *("processor time per token, of the same", "hits", "MiB read per token", "waiting, ms per token"),
+    *("experts in memory, MiB", "memory at most, MiB"),
+)
 
 
 @dataclass
@@ -38,33 +46,33 @@ class Row:
     threads: int
     full: bool  # no exits
     documents: list[dict[str, Any]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of processors, per token
     peaks: list[int] = field(default_factory=list)
     failed: str = ""
 
     def run(self, runner: Path, package: Path, prompt: str, count: int) -> None:
-        words = [
-            str(runner),
-            str(package),
-            "--prompt-tokens",
-            prompt,
-            "-n",
-            str(count),
-            "--temperature",
-            "0",
-            "--ignore-eos",
-        ]
+        words = [str(runner), str(package), "--prompt-tokens", prompt, "--temperature", "0", "--ignore-eos"]
         words += ["-t", str(self.threads), "-o", "json", *(["--exit-threshold", "1"] if self.full else [])]
         words += ["--expert-ram", self.budget] if self.budget else []
+        _, little = self._run([*words, "-n", "1"])
+        said, much = self._run([*words, "-n", str(count)])
+        if not self.failed:
+            self.documents.append(json.loads(said))
+            self.seconds.append((much - little) / (count - 1))
+
+    def _run(self, words: list[str]) -> tuple[str, float]:
+        """What it said, and the seconds of processors that it took."""
+        before = os.times()
         if self.limit is None:
             done = subprocess.run(words, capture_output=True, text=True)
         else:
             with Limited(size(self.limit)) as group:
                 done = subprocess.run(group.command(*words), capture_output=True, text=True)
                 self.peaks.append(group.peak())
+        after = os.times()
         if done.returncode:
             self.failed = done.stderr.strip() or f"ended by signal {-done.returncode}"
-        else:
-            self.documents.append(json.loads(done.stdout))
+        return done.stdout, after.children_user + after.children_system - before.children_user - before.children_system
 
     def figure(self, name: str) -> float:
         return median(document[name] for document in self.documents)
@@ -129,8 +137,7 @@ def main() -> None:
                 row.failed = f"no cgroup: {reason}"
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    print("| experts | limit | threads | loops | decoding, of mapped without limit | 64 rows, of the same | hits | MiB read per "
-          "token | waiting, ms per token | experts in memory, MiB | memory at most, MiB |\n" + "|---" * 11 + "|")  # fmt: skip
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
     rate = disk_rate(args.package / "program.pte")
     notes = []
     for row in rows:
@@ -140,13 +147,14 @@ def main() -> None:
         what = f"{row.budget} in memory" if row.budget else "mapped"
         head = f"| {what} | {row.limit or ''} | {row.threads} | {'all' if row.full else 'exits'} | "
         if row.failed or not row.documents:
-            print(head + f"{row.failed} |" + " |" * 6)
+            print(head + f"{row.failed} |" + " |" * (len(HEAD) - 5))
             continue
         same = all(d[name] == base.documents[0][name] for d in row.documents for name in ("tokens", "depth"))
         hits, resident = row.expert("hit_rate"), row.expert("resident_expert_bytes")
         cells = [
             f"{row.figure('tokens_per_s') / base.figure('tokens_per_s'):.2f}",
             f"{row.figure('prompt_tokens_per_s') / base.figure('prompt_tokens_per_s'):.2f}",
+            f"{median(row.seconds) / median(base.seconds):.2f}",
             cell(None if hits is None else 100 * hits, "{:.0f} %"),
             cell(row.expert("mib_read_per_token"), "{:.1f}"),
             cell(row.expert("stall_ms_per_token"), "{:.1f}"),

@@ -76,6 +76,7 @@ def facts(experts: np.ndarray, depth: np.ndarray, count: int) -> str:
     loop_share = (used[:, 1:] & used[:, :-1]).sum(-1)[both].mean() / top
     token_share = (used[1:] & used[:-1]).sum(-1)[ran[1:] & ran[:-1]].mean() / top
     distinct = used.any(1).sum(-1).mean()
+    of_calls = np.mean([used[start : start + ROWS].any((0, 1)).sum() for start in range(0, len(used), ROWS)])
     load = np.sort(used.sum((0, 1)))[::-1]
     quarter = load[: count // 4].sum() / load.sum()
     per_loop = []
@@ -87,7 +88,7 @@ def facts(experts: np.ndarray, depth: np.ndarray, count: int) -> str:
         f"{len(experts)} tokens, {depth.mean():.2f} loops on average\n"
         f"of a loop's {top} experts, the loop before used {100 * loop_share:.1f} %, "
         f"the token before in the same loop {100 * token_share:.1f} %\n"
-        f"{distinct:.1f} different experts per token\n"
+        f"{distinct:.1f} different experts per token, {of_calls:.1f} of {count} per call of {ROWS}\n"
         f"the {count // 4} busiest of {count} experts take {100 * quarter:.1f} % of all uses, the busiest of each loop "
         f"{100 * min(per_loop):.1f} to {100 * max(per_loop):.1f} % of that loop's"
     )

@@ -126,11 +126,9 @@ class Expected(Policy):
         return self.FADE**ahead @ self.uses + 1e-9 * self.weight * self.last / max(1, self.now)
 
 
-class ExpectedSlow(Expected):
-    HALF = 1024.0
-
-
 class ExpectedFlat(Expected):
+    """The same, by more tokens and farther ahead."""
+
     HALF, FADE = 256.0, 0.95
 
 
@@ -154,7 +152,6 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "segmented by loop": Segmented,
     "last token's cycle": Cycle,
     "expected": Expected,
-    "expected, slow": ExpectedSlow,
     "expected, flat": ExpectedFlat,
 }
 
@@ -240,7 +237,7 @@ def main() -> None:
             for name, make in (POLICIES | {"optimum": lambda *a, of=accesses: Optimum(*a, of)}).items():
                 rates = []
                 for budget in BUDGETS:
-                    slots = int(budget * count)
+                    slots = max(1, int(budget * count))
                     rates.append(replay(make(count, loops, slots), accesses, slots)[0])
                 print(f"| {name} | " + " | ".join(f"{100 * r:.1f}" for r in rates) + " |")
         print(

@@ -1,6 +1,6 @@
 """A package with a gigabyte of int4 experts that routes, stops and writes like the trained one that it is made from.
 
-    python docs/experiments/offload/widen.py rmse-shakespeare-int4-executorch.rmse --width 6496 -o wide.rmse
+    python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 6496 -o wide.rmse
 
 Every expert keeps its trained channels, and gets random ones besides: their gates and ups are random codes with the trained scales, and
 what comes down from them counts 2^-40 of what a trained channel counts. They are read and multiplied like any other, and change no

@@ -73,7 +73,11 @@ struct Room {
   Rounded rounded;
 };
 
-Matrix placed(Matrix matrix, const uint8_t* codes, const uint16_t* scales) {
+// The integers of an expert, which are at `codes` and `scales`, or behind the first one's; nothing of floats.
+Matrix integers_of(const ExpertWeights& w, int64_t expert, bool elsewhere, const uint8_t* codes, const uint16_t* scales) {
+  if (w.floats != nullptr) return {};
+  if (!elsewhere) return w.of(expert);
+  Matrix matrix = w.first;
   matrix.codes = codes;
   matrix.scales = scales;
   return matrix;
@@ -93,8 +97,11 @@ void compute(const ExpertShape& shape, const Choice* begin, const Choice* end, c
   };
   float* both = grow(room.gate_up, count * gate_up.outputs);
   float* hidden = grow(room.hidden, count * narrow);
-  const Matrix of_gate_up = at ? placed(gate_up.first, at->gate_up_codes, at->gate_up_scales) : gate_up.of(begin->expert);
-  const Matrix of_down = at ? placed(down.first, at->down_codes, at->down_scales) : down.of(begin->expert);
+  const ExpertAt none = {};
+  const ExpertAt& place = at == nullptr ? none : *at;
+  const bool elsewhere = at != nullptr;
+  const Matrix of_gate_up = integers_of(gate_up, begin->expert, elsewhere, place.gate_up_codes, place.gate_up_scales);
+  const Matrix of_down = integers_of(down, begin->expert, elsewhere, place.down_codes, place.down_scales);
   multiply(gate_up, begin->expert, of_gate_up, shared, x, rounded.rows(), room.pairs, both);
   if (shape.integers) room.rounded.resize(count, narrow);
   for (int64_t i = 0; i < count; ++i) {
