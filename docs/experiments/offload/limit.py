@@ -2,8 +2,8 @@
 
     python docs/experiments/offload/limit.py 300M build/native/rmse-runner wide.rmse -p "ROMEO:" --expert-ram 200M
 
-The last line on stderr says how much the command took at most. Ends as the command does; with 77 where no cgroup can be made here,
-and says why.
+What the system has cached of a file before does not count: its pages belong to whoever read them first. The last line on stderr says
+how much the command took at most. Ends as the command does; with 77 where no cgroup can be made here, and says why.
 """
 
 from __future__ import annotations
