@@ -1,9 +1,10 @@
 """Run a command under a hard limit of memory, in a cgroup of its own, v1 or v2: everything counts, cached pages of files too.
 
-    python docs/experiments/offload/limit.py 300M build/native/rmse-runner wide.rmse -p "ROMEO:" --expert-ram 200M
+    sudo python docs/experiments/offload/limit.py 300M build/native/rmse-runner wide.rmse -p "ROMEO:" --expert-ram 200M
 
-What the system has cached of a file before does not count: its pages belong to whoever read them first. The last line on stderr says
-how much the command took at most. Ends as the command does; with 77 where no cgroup can be made here, and says why.
+What the system has cached of a file before would not count, since its pages belong to whoever read them first: of a package that the
+command names, it is dropped. The last line on stderr says how much the command took at most. Ends as the command does; with 77
+where no cgroup can be made here, and says why.
 """
 
 from __future__ import annotations
@@ -62,6 +63,14 @@ class Limited:
         (self.folder / name).write_text(str(value))
 
 
+def forget(folder: Path) -> None:
+    """Drop what the system has cached of the files of a folder."""
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
 def within(v1: Path) -> Path:
     """The cgroup that this process is in, so that what limits it goes on to do so."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -79,6 +88,8 @@ def size(text: str) -> int:
 
 def main() -> int:
     limit, *words = sys.argv[1:]
+    for package in (Path(word) for word in words if word.endswith(".rmse")):
+        forget(package)
     try:
         with Limited(size(limit)) as group:
             code = subprocess.run(group.command(*words)).returncode

@@ -25,7 +25,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from limit import Limited, NoCgroup, size
+from limit import Limited, NoCgroup, forget, size
 
 from rmse_edge.text import Tokenizer, read_text, split
 
@@ -66,7 +66,7 @@ class Row:
         if self.limit is None:
             done = subprocess.run(words, capture_output=True, text=True)
         else:
-            forget(Path(words[1]) / "program.pte")
+            forget(Path(words[1]))
             with Limited(size(self.limit)) as group:
                 done = subprocess.run(group.command(*words), capture_output=True, text=True)
                 self.peaks.append(group.peak())
@@ -96,24 +96,18 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return found
 
 
-def forget(path: Path) -> None:
-    """Drop what the system has cached of a file: it would count for whoever read it first."""
-    file = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(file)
-
-
 def disk_rate(path: Path, count: int = 128) -> float:
     """Bytes per second of pieces that are not cached, in any order."""
-    forget(path)
+    forget(path.parent)
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        pieces = random.Random(0).sample(range(path.stat().st_size // PIECE), count)
+        there = path.stat().st_size // PIECE
+        pieces = random.Random(0).sample(range(there), min(count, there))
         start = perf_counter()
         for piece in pieces:
             os.pread(file, PIECE, piece * PIECE)
-        return count * PIECE / (perf_counter() - start)
+        return len(pieces) * PIECE / (perf_counter() - start)
     finally:
         os.close(file)
 
