@@ -62,17 +62,29 @@ def board_for(package: Package, threads: int | None = None, engine: str | None =
     return BoardRuntime(found.info, found.methods, found.loop)
 
 
+def no_budget(target: str) -> ArgumentError:
+    """docs/offload.md says why."""
+    return ArgumentError(
+        "expert_ram", f"the {target} runtime keeps no budget; export the model for executorch, whose packages do"
+    )
+
+
 def no_runtime(package: Package) -> PackageError:
     known = ", ".join(name for name in RUNTIMES if name != "torch")
     return PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
 
 
-def runtime_for(package: Package, threads: int | None = None) -> Runtime:
+def runtime_for(package: Package, threads: int | None = None, expert_ram: str | None = None) -> Runtime:
     """The runtime of a verified package of a model of texts.
 
+    Args:
+        expert_ram: memory that experts may take, see `open_runtime`.
     Raises:
         PackageError: no runtime here runs its target.
+        ArgumentError: `expert_ram` of a package that keeps no budget.
     """
+    if expert_ram is not None and package.target != "executorch":
+        raise no_budget(package.target)
     if package.target == "onnx":
         from .engines.onnx import OnnxRuntime
 
@@ -80,7 +92,7 @@ def runtime_for(package: Package, threads: int | None = None) -> Runtime:
     if package.target == "executorch":
         from .engines.executorch import ExecutorchRuntime
 
-        return ExecutorchRuntime(package, threads)
+        return ExecutorchRuntime(package, threads, expert_ram=expert_ram)
     if package.target == "coreml":
         from .engines.coreml import CoremlRuntime
 
@@ -111,7 +123,11 @@ def start_engine(target: str) -> None:
 
 
 def open_runtime(
-    path: str | Path, runtime: str | None = None, device: str = "cpu", threads: int | None = None
+    path: str | Path,
+    runtime: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    expert_ram: str | None = None,
 ) -> Runtime:
     """The runtime for a package folder or a checkpoint folder.
 
@@ -119,12 +135,16 @@ def open_runtime(
         runtime: "torch", "onnx", "executorch" or "coreml"; by default whatever the folder was made for.
         device: "cpu" or "cuda", for the torch runtime.
         threads: threads of one call; by default the engine's own choice.
+        expert_ram: memory that the experts of an ExecuTorch package may take: a size (`300M`), a share of them (`25%`) or `auto`,
+            what the system leaves free; by default the system decides.
     Raises:
         UserError: the folder is neither, or the runtime does not fit it.
     """
     package = _package_of(path, runtime, device)
     if package is not None:
-        return runtime_for(package, threads)
+        return runtime_for(package, threads, expert_ram)
+    if expert_ram is not None:
+        raise no_budget("torch")
     from .engines.torch import TorchRuntime, set_threads
 
     set_threads(threads)

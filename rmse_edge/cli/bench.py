@@ -36,7 +36,7 @@ from .common import (
     random_model,
     verb,
 )
-from .display import bars, plain, table
+from .display import bars, offload_lines, plain, table
 from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
 
 if TYPE_CHECKING:
@@ -370,10 +370,16 @@ def as_markdown(d: dict[str, Any]) -> str:
         f"memory bandwidth {d['memory_gb_per_s']:.1f} GB/s (copying, threads: {d['memory_threads']}); "
         "looped weights may come faster, from the cache",
         *memory_lines(d),
+        *(line for row in d["rows"] if "expert_ram" in row for line in of_budget(row)),
         f"{d['model']} on {d['runtime']}, {d['quant']}, {d['parameters']:,} parameters, {d['repetitions']} repetitions",
         *(f"note: {note}" for note in d["notes"]),
     ]
     return plain("\n".join(lines))
+
+
+def of_budget(row: dict[str, Any]) -> list[str]:
+    """What --expert-ram did in a row of the table."""
+    return ["", f"{row['test']}, {row['mode']}, at most {row['max_loops']} loops", *offload_lines(row["expert_ram"])]
 
 
 def memory_lines(d: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes.text.generate import Span
@@ -75,6 +75,26 @@ def bars(histogram: Sequence[int], width: int = 40) -> list[str]:
     return [
         f"{k:>3} loops {count / total:>6.1%} {block * math.ceil(width * count / top)}".rstrip()
         for k, count in enumerate(histogram[:deepest], 1)
+    ]
+
+
+def offload_lines(figures: dict[str, Any]) -> list[str]:
+    """What --expert-ram did, as rmse-runner says it."""
+
+    def percent(rate: float | None) -> str:
+        return "-" if rate is None else f"{100 * rate:.0f}%"
+
+    resident, total, budget = (
+        figures[name] / 2**20 for name in ("resident_expert_bytes", "expert_bytes", "budget_bytes")
+    )
+    loops = (f"{k}:{percent(rate)}" for k, rate in enumerate(figures["hit_rate_per_loop"], 1))
+    return [
+        f"experts: {resident:.1f} of {total:.1f} MiB in memory, at most {budget:.1f}; "
+        f"{percent(figures['hit_rate'])} were there when they were needed",
+        f"read per token: {figures['mib_read_per_token']:.2f} MiB, waited for {figures['stall_ms_per_token']:.2f} ms; "
+        f"read ahead {figures['prefetched']} experts, used {figures['prefetched_used']}, in vain "
+        f"{figures['prefetched_wasted']} so far",
+        f"there when needed, by loops: {' '.join(loops)}",
     ]
 
 

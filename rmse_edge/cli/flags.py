@@ -24,13 +24,17 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-t", "--threads", type=positive_int, metavar="N", help="threads (default: the engine's own choice)"
     )
+    group.add_argument(
+        "--expert-ram", metavar="SIZE|N%|auto",
+        help="of ExecuTorch packages: keep so much of the experts in memory, read the others when they are needed",
+    )  # fmt: skip
 
 
 def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
     """The runtime that the flags ask for, on `args.model` or another folder."""
     from rmse_edge.runtimes import open_runtime
 
-    return open_runtime(path or args.model, args.runtime, args.device, args.threads)
+    return open_runtime(path or args.model, args.runtime, args.device, args.threads, args.expert_ram)
 
 
 def add_dial_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from rmse_edge.files import check_file
 from .boards import run_boards
 from .chat import NO_QUESTION, talk
 from .common import INTERRUPTED, Parser, existing_path, list_of, non_negative_int, positive_int, verb
-from .display import DepthWriter, plain
+from .display import DepthWriter, offload_lines, plain
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_runtime_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one document at the end")
+    group.add_argument("--stats", action="store_true", help="with --expert-ram: what it read and what it waited for")
     group.add_argument("--show-depth", action="store_true", help="mark every token with the loops it took")
     group.add_argument(
         "--show-steps", action="store_true", help="of --board: the board after every step, what changed marked"
@@ -165,6 +166,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--show-steps: shows the steps of a board; add --board")
     if args.board is not None and args.chat:
         raise UserError("--board: is no question; leave out --chat")
+    if args.stats and args.expert_ram is None:
+        raise UserError("--stats: needs --expert-ram")
     if args.prompt_tokens and args.chat:
         raise UserError("--prompt-tokens: are no question; leave out --chat")
     if args.prefix == "all" and args.session and not args.chat:
@@ -290,6 +293,8 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
             "dials": vars(generation.dials),
             "sampling": vars(generation.sampler.sampling),
         }
+        if args.expert_ram is not None:
+            document["expert_ram"] = expert_figures(generation)
         print(json.dumps(document), flush=True)
         return
     if args.show_depth or not generation.text.endswith("\n"):
@@ -300,7 +305,16 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
         counts = (f"{k}:{count}" for k, count in enumerate(statistics["histogram"], 1) if count)
         lines.append(f"tokens by loops: {' '.join(counts)}")
     lines += retrieval_lines(statistics)
+    if args.stats:
+        lines += offload_lines(expert_figures(generation))
     print("\n".join(lines), file=sys.stderr)
+
+
+def expert_figures(generation: Generation) -> dict[str, Any]:
+    """What --expert-ram did for the tokens of this text."""
+    figures = generation.runtime.expert_figures(len(generation.prompt) + max(0, len(generation.tokens) - 1))
+    assert figures is not None
+    return figures
 
 
 def retrieval_lines(s: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rmse_edge.errors import ArgumentError, PackageError
 from rmse_edge.files import digest_file
+from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import AGAIN, Package
 from rmse_edge.runtimes.host.base import Arrays
@@ -23,6 +24,7 @@ from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import Name
 
 from .kernels import bindings, load_kernels
+from .offload import Offload
 from .release import DONTNEED, release_mapped
 
 MOST_THREADS = 256
@@ -100,6 +102,7 @@ class ExecutorchMethods:
         self._known = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
         self._methods: dict[str, Any] = {}
         self._stacks: dict[int, dict[str, Tensor]] = {}  # chunk -> the emits of all iterations
+        self.offload: Offload | None = None  # None: experts are read where they are mapped
 
     def load(self, name: str) -> Any:
         """The engine's method METHOD_ROWS.
@@ -157,7 +160,12 @@ class ExecutorchMethods:
     def _call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run METHOD_ROWS on checked tensors."""
         inputs = [given[t["name"]] for t in self.tensors[name]["inputs"]]
-        outputs = _ask(self.path, f"run {name}", partial(self.load(name), inputs))
+        try:
+            outputs = _ask(self.path, f"run {name}", partial(self.load(name), inputs))
+        except PackageError:
+            if self.offload is not None and (problem := self.offload.problem()):
+                raise PackageError(problem) from None
+            raise
         return dict(zip((t["name"] for t in self.tensors[name]["outputs"]), outputs))
 
     def _loop(self, chunk: int, feeds: Arrays) -> Arrays:
@@ -173,10 +181,14 @@ class ExecutorchMethods:
         given = self._given(name, feeds | begun | first | start)
 
         def step(tensors: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+            if self.offload is not None:
+                self.offload.loop(k)
             return self._call(name, given | tensors | {"k": torch.tensor(k)})
 
         stacks = self._stack(chunk)
         carry, k = drive_steps(step, first, rows, stacks, int(feeds["max_loops"]))
+        if self.offload is not None:
+            self.offload.loop(-1)
         result = {"h": carry["h"], "depth": carry["depth"], "iterations": torch.tensor(k)} | stacks
         return {n: value.numpy() for n, value in result.items()}
 
@@ -220,9 +232,29 @@ def opened(package: Package, threads: int | None = None, profile: bool = False) 
 class ExecutorchRuntime(LoopRuntime):
     """A model of texts exported with `--target executorch`."""
 
-    def __init__(self, package: Package, threads: int | None = None, profile: bool = False) -> None:
+    def __init__(
+        self, package: Package, threads: int | None = None, profile: bool = False, expert_ram: str | None = None
+    ) -> None:
+        """
+        Args:
+            expert_ram: memory that experts may take, see `Offload.begin`; None: as much as the system leaves mapped.
+        """
         self.package = package
         super().__init__(*opened(package, threads, profile))
+        self._offload: Offload | None = None
+        if expert_ram is not None:
+            assert isinstance(self.methods, ExecutorchMethods)
+            self._offload = self.methods.offload = Offload(self.methods.path)
+            self.feed([0], self.info.check(Dials(1)), logits="last")  # says where the experts are
+            self.reset()
+            self._offload.begin(expert_ram)
+
+    def expert_figures(self, tokens: int) -> dict[str, Any] | None:
+        return None if self._offload is None else self._offload.figures(tokens)
+
+    def clear_expert_figures(self) -> None:
+        if self._offload is not None:
+            self._offload.clear()
 
 
 def set_threads(threads: int | None) -> None:

@@ -24,8 +24,9 @@ from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import new_file
 
 NATIVE = Path(__file__).parent.with_name("native")
-# All kernels, as the Makefile takes them, and the operators around them.
-FILES = sorted([*NATIVE.glob("kernels/*.cpp"), *NATIVE.glob("kernels/*.h"), *NATIVE.glob("executorch/operators.*")])
+# All kernels, as the Makefile takes them, what bounds the memory of experts, and the operators around them.
+PARTS = ("kernels/*.cpp", "kernels/*.h", "offload/*.cpp", "offload/*.h", "executorch/operators.*", "core/errors.h")
+FILES = sorted(file for part in PARTS for file in NATIVE.glob(part))
 # Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
 FLAGS = (
     "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-DC10_USING_CUSTOM_GENERATED_MACROS",

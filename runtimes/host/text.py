@@ -73,6 +73,13 @@ class LoopRuntime:
         self._position = 0
         self.whole = True
 
+    def expert_figures(self, tokens: int) -> dict[str, Any] | None:
+        """What a budget for experts did since `clear_expert_figures`, per token of so many; None: there is no budget."""
+        return None
+
+    def clear_expert_figures(self) -> None:
+        """Begin them anew."""
+
     def tensors(self) -> Arrays:
         """All that is kept between calls, but for the position; views where that is possible. See `Calls.tensors`."""
         return self.calls.tensors(self._position) | self.retrieved

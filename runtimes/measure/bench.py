@@ -67,6 +67,7 @@ class Row:
     speeds: list[float] = field(default_factory=list)
     depth: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the timed positions
     iterations: list[int] = field(default_factory=list)  # of the timed calls
+    expert_ram: dict[str, Any] | None = None  # of the last repetition, see `Runtime.expert_figures`
 
     def summary(self) -> dict[str, Any]:
         """Under stable names; `mean_iterations` is per call, where the deepest position decides."""
@@ -76,7 +77,8 @@ class Row:
         if not len(self.depth):
             return known | {"ms": speed}
         known |= {"mean_loops": float(self.depth.mean()), "mean_iterations": float(np.mean(self.iterations))}
-        return known | {"tok_per_s": speed}
+        budget = {} if self.expert_ram is None else {"expert_ram": self.expert_ram}
+        return known | {"tok_per_s": speed} | budget
 
 
 def third(full: int) -> int:
@@ -144,10 +146,12 @@ class Bench:
     def _prefill(self, row: Row) -> float:
         """Tokens per second of one prompt."""
         self.runtime.reset()
+        self.runtime.clear_expert_figures()
         start = perf_counter()
         fed = self.runtime.feed(self.ids[: self.settings.prompt], row.dials, logits="last")
         seconds = perf_counter() - start
         row.depth, row.iterations = fed.depth, fed.iterations
+        row.expert_ram = self.runtime.expert_figures(self.settings.prompt)
         return self.settings.prompt / seconds
 
     def _decode(self, row: Row) -> float:
@@ -157,11 +161,13 @@ class Bench:
         if context:
             self.runtime.feed(self.ids[:context], row.dials, logits="last")
         tokens = self.ids[context : context + self.settings.generate]
+        self.runtime.clear_expert_figures()
         start = perf_counter()
         fed = [self.runtime.feed(tokens[i : i + 1], row.dials, logits="last") for i in range(len(tokens))]
         seconds = perf_counter() - start
         row.depth = np.concatenate([f.depth for f in fed])
         row.iterations = [f.iterations[0] for f in fed]
+        row.expert_ram = self.runtime.expert_figures(len(tokens))
         return len(tokens) / seconds
 
     def _loop(self, chunk: int, row: Row) -> float:

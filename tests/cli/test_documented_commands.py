@@ -188,6 +188,13 @@ RUN: dict[str, list[str]] = {
     ],
     "rmse-quantize -m runs/trm --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
+    "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o exits.npz": [
+        "--tokens", "128",
+    ],
+    "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o full.npz --exit-threshold 1": [
+        "--tokens", "128",
+    ],
+    "python docs/experiments/offload/replay.py exits.npz full.npz": [],
 }  # fmt: skip
 
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.
@@ -280,6 +287,10 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/executorch/state.py": "run below, with sizes",
     "python docs/mac_checklist rmse-shakespeare-coreml.rmse -o report.md": "tests/cli/test_mac_checklist.py",
     "python docs/mac_checklist PACKAGE.rmse -o report.md": "tests/cli/test_mac_checklist.py",
+    'build/native/rmse-runner PACKAGE --prompt "ROMEO:" --expert-ram 300M --stats': "tests/runtimes/test_offload.py",
+    "python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 6496 -o wide.rmse": "a gigabyte; tests/runtimes/test_offload.py widens a tiny package",
+    "python docs/experiments/offload/pressure.py wide.rmse --text shakespeare.txt": "a gigabyte, for half an hour; tests/runtimes/test_offload.py runs what it runs",
+    "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",

@@ -95,6 +95,7 @@ struct Row {
   int64_t count;                                                                 // tokens, or rows of a loop call
   std::vector<double> speeds = {};
   std::vector<int64_t> depth = {}, iterations = {};  // of the timed positions, of the timed calls
+  Document expert_ram = {};                          // of the last repetition; null without --expert-ram
 
   bool adaptive() const { return mode == "adaptive"; }
 
@@ -106,18 +107,26 @@ struct Row {
     }
     result[depth.empty() ? "ms" : "tok_per_s"] =
         Document::object({{"mean", mean(speeds)}, {"sd", deviation(speeds)}, {"median", median(speeds)}});
+    if (!expert_ram.is_null()) result["expert_ram"] = expert_ram;
     return result;
   }
 };
 
+// What --expert-ram does is counted from here on.
+void clear_figures(Model& model) {
+  if (Offload* offload = offload_of(model.engine())) offload->clear_figures();
+}
+
 // Tokens per second of one prompt.
 double prefill(Model& model, const std::vector<int64_t>& ids, int64_t count, Row& row) {
   model.reset();
+  clear_figures(model);
   const auto start = Clock::now();
   Fed fed = model.feed(std::span(ids).first(count), row.dials);
   const double seconds = seconds_since(start);
   row.depth = std::move(fed.depth);
   row.iterations = std::move(fed.iterations);
+  row.expert_ram = offload_document(model, count);
   return count / seconds;
 }
 
@@ -127,13 +136,16 @@ double decode(Model& model, const std::vector<int64_t>& ids, int64_t count, Row&
   model.feed(std::span(ids).first(kContext), row.dials);
   row.depth.clear();
   row.iterations.clear();
+  clear_figures(model);
   const auto start = Clock::now();
   for (int64_t i = 0; i < count; ++i) {
     const Fed fed = model.feed(std::span(ids).subspan(kContext + i, 1), row.dials);
     row.depth.push_back(fed.depth[0]);
     row.iterations.push_back(fed.iterations[0]);
   }
-  return count / seconds_since(start);
+  const double seconds = seconds_since(start);
+  row.expert_ram = offload_document(model, count);
+  return count / seconds;
 }
 
 // Milliseconds of one loop, averaged over as many as fill `kLoopSeconds`.
@@ -281,7 +293,7 @@ std::string bench(const Options& options) {
   const std::optional<Dials> adaptive = made_up || !dials.exits() ? std::nullopt : std::optional(dials);
   std::vector<Row> rows = token_rows(options, info, adaptive), loops = loop_rows(options, info);
   const std::vector<int64_t> ids = read_ids(package, options);
-  Model model(package, open_executorch(package, options.packed_weights));
+  Model model(package, open_executorch(package, options.packed_weights, options.expert_ram));
   // One warm-up and then the repetitions, round robin over all rows: drift of the machine meets all alike.
   for (int64_t repetition = 0; repetition <= options.repetitions; ++repetition) {
     for (std::vector<Row>* kind : {&rows, &loops}) {

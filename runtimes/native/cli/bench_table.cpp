@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "document.h"
+
 namespace rmse {
 namespace {
 
@@ -117,6 +119,11 @@ std::string markdown(const Document& d) {
     const double percent = 100 * d.at("work_skipped").get<double>();
     text += format("adaptive exit skips %.1f%% of the iterations of full depth:\n", percent);
     text += bars(d.at("histogram"));
+  }
+  for (const Document& row : d.at("rows")) {
+    if (!row.contains("expert_ram")) continue;
+    text.append("\n").append(row.at("test").get<std::string>()).append(", ").append(row.at("mode").get<std::string>());
+    text.append(", at most ").append(row.at("max_loops").dump()).append(" loops\n").append(offload_lines(row.at("expert_ram")));
   }
   text += format("memory bandwidth %.1f GB/s", d.at("memory_gb_per_s").get<double>()) + " (copying, threads: " +
           d.at("memory_threads").dump() + "); looped weights may come faster, from the cache\n" + memory_lines(d);

@@ -123,6 +123,8 @@ std::vector<Flag> common_flags(Options& o) {
        [&](const std::string& v) { o.threads = thread_count(v); }},
       {"--packed-weights", "", "FILE", "a cache, made if it is not there: the weights as the engine packs them",
        [&](const std::string& v) { o.packed_weights = v; }},
+      {"--expert-ram", "", "SIZE|N%|auto", "keep so much of the experts in memory, read the others when they are needed",
+       [&](const std::string& v) { o.expert_ram = ExpertBudget::parse(v); }},
       {"--help", "-h", "", "show this", [&](const std::string&) { o.help = true; }},
   };
   flags.insert(flags.end(), others.begin(), others.end());
@@ -153,6 +155,8 @@ std::vector<Flag> run_flags(Options& o) {
       {"--no-memory", "", "", "leave the neural memory blank", [&](const std::string&) { o.no_memory = true; }},
       {"--show-depth", "", "", "mark every token with the loops it took: [ROM/5][EO/3]",
        [&](const std::string&) { o.show_depth = true; }},
+      {"--stats", "", "", "with --expert-ram: what it read and what it waited for",
+       [&](const std::string&) { o.stats = true; }},
       {"--output", "-o", "text|json", "json: one document at the end",
        [&](const std::string& v) { choose(o.output, v, "text", "json"); }},
       {"--logits", "", "FILE", "only feed --prompt-tokens: float32 logits to FILE, depths to stdout",

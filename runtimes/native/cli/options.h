@@ -9,6 +9,7 @@
 
 #include "../core/package.h"
 #include "../core/sampler.h"
+#include "../offload/budget.h"
 
 namespace rmse {
 
@@ -19,6 +20,7 @@ struct Options {
   int64_t threads = 0;  // 0: the engine's own choice
   std::string output;   // text, md or json
   std::string packed_weights;
+  std::optional<ExpertBudget> expert_ram;  // none: experts are read where the system has mapped them
   std::vector<int64_t> prompt_tokens;
   std::optional<int64_t> max_loops, min_loops;
   std::map<std::string, double> exits;  // thresholds of exit rules, by their dials
@@ -33,6 +35,7 @@ struct Options {
   bool ignore_eos = false;
   bool no_memory = false;
   bool show_depth = false;
+  bool stats = false;
   std::string logits;  // file
   std::vector<int64_t> parts;  // with it: how many tokens are fed at a time
 

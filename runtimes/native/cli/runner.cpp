@@ -144,6 +144,7 @@ struct Generation {
 
   void run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials, Writer& writer);
   Document statistics(int64_t full) const;
+  int64_t fed() const { return std::ssize(prompt) + std::max<int64_t>(0, std::ssize(tokens) - 1); }  // tokens
 };
 
 void Generation::run(Model& model, const Tokenizer& tokenizer, const Options& options, const Dials& dials,
@@ -295,7 +296,7 @@ int write_logits(const Options& options) {
   const Package package = Package::open(options.package, kExecutorch);
   const Dials dials = options.dials(package.info());
   check_memory(options, package.info());
-  Model model(package, open_executorch(package, options.packed_weights));
+  Model model(package, open_executorch(package, options.packed_weights, options.expert_ram));
   if (options.no_memory) model.leave_memory_blank();
   model.set_noise_seed(options.sampling.seed);
   std::span<const int64_t> tokens = options.prompt_tokens;
@@ -313,6 +314,9 @@ int write_logits(const Options& options) {
   file.write(reinterpret_cast<const char*>(logits.data()), logits.size() * sizeof(float));
   if (!file.flush()) throw std::runtime_error(options.logits + ": cannot be written");
   std::puts(depths.c_str());
+  if (options.stats) {
+    std::fputs(offload_lines(offload_document(model, std::ssize(options.prompt_tokens))).c_str(), stderr);
+  }
   return 0;
 }
 
@@ -336,7 +340,7 @@ int generate(const Options& options) {
   generation.prompt = options.prompt_tokens.empty() ? tokenizer.encode(text) : options.prompt_tokens;
   if (generation.prompt.empty()) generation.prompt = begin_of_text(package.info());
   Writer writer(options);
-  Model model(package, open_executorch(package, options.packed_weights));
+  Model model(package, open_executorch(package, options.packed_weights, options.expert_ram));
   if (options.no_memory) model.leave_memory_blank();
   model.set_noise_seed(options.sampling.seed);
   struct sigaction once = {};  // Ctrl-C ends the text; a second one the program
@@ -345,22 +349,40 @@ int generate(const Options& options) {
   sigaction(SIGINT, &once, nullptr);
   generation.run(model, tokenizer, options, dials, writer);
   if (options.output == "json") {
-    std::puts(dump(document(generation, writer.text(), text, model, dials, options.sampling)).c_str());
+    Document result = document(generation, writer.text(), text, model, dials, options.sampling);
+    if (options.expert_ram) result["expert_ram"] = offload_document(model, generation.fed());
+    std::puts(dump(result).c_str());
   } else {
     writer.close();
     if (options.show_depth || !writer.text().ends_with('\n')) std::puts("");
     std::fflush(stdout);
     print_statistics(generation.statistics(model.info().max_loops), options.show_depth);
+    if (options.stats) std::fputs(offload_lines(offload_document(model, generation.fed())).c_str(), stderr);
   }
   return generation.finish_reason == "interrupted" ? kInterrupted : 0;
 }
 
+// The mapped parts of a program, read where they lie, cannot be read any more: the file is shorter than it was, or its disk is
+// gone. The system says so by a signal, after which nothing can be computed.
+void report_lost_pages(const std::string& package) {
+  static std::string line;
+  line = "rmse-runner: error: " + package + ": a file became shorter or unreadable while it was in use; export the package again\n";
+  struct sigaction lost = {};
+  lost.sa_handler = [](int) {
+    [[maybe_unused]] const auto written = write(STDERR_FILENO, line.data(), line.size());
+    _exit(kUserError);
+  };
+  sigaction(SIGBUS, &lost, nullptr);
+}
+
 int run(int argc, char** argv) {
   const Options options = Options::parse(argc, argv);
+  if (options.stats && !options.expert_ram) throw std::runtime_error("--stats: needs --expert-ram");
   if (options.help) {
     std::fputs(Options::usage().c_str(), stdout);
     return 0;
   }
+  report_lost_pages(options.package);
   start_executorch(options.threads);
   if (!options.logits.empty()) return write_logits(options);
   if (!options.bench) return generate(options);

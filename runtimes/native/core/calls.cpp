@@ -35,7 +35,7 @@ std::unique_ptr<Method> load_method(Engine& engine, const ModelInfo& info, const
 
 // That all of it fits together, `check_signatures` has found out.
 Calls::Calls(Engine& engine, const ModelInfo& info, int64_t rows, const Buffers& shared)
-    : info_(info), rows_(rows), shared_(shared), host_(given_tensors(info, rows)) {
+    : engine_(engine), info_(info), rows_(rows), shared_(shared), host_(given_tensors(info, rows)) {
   prelude_ = load_method(engine, info, "prelude", rows);
   begin_ = load_method(engine, info, "begin", rows);
   step_ = load_method(engine, info, "step", rows);
@@ -186,9 +186,11 @@ int64_t Calls::loop() {
       step_->read(c.input, (k % 2 == 0 ? c.x : c.next)->data());
       step_->write(c.output, (k % 2 == 0 ? c.next : c.x)->data());
     }
+    engine_.at_loop(k);
     step_->run();
     ++k;
   }
+  engine_.at_loop(-1);
   if (k % 2 == 1) {  // the methods behind the loop read X
     for (const Carried& c : carried_) c.x->copy(*c.next);
   }

@@ -70,6 +70,7 @@ class Calls {
   void fill_angles(int64_t position);
   void fill_noise(int64_t position, uint64_t seed);
 
+  Engine& engine_;
   const ModelInfo& info_;
   int64_t rows_;
   const Buffers& shared_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -50,6 +51,11 @@ class Engine {
   virtual std::unique_ptr<Method> load(const std::string& method, const MethodSpec& spec) = 0;
   // All methods are loaded: what was only needed for that may go.
   virtual void finish_loading() {}
+  // Whether it has to see a token pass through the model before it can be used; what comes out is thrown away.
+  virtual bool wants_trial() const { return false; }
+  virtual void finish_trial() {}
+  // Which iteration the methods that run next are of; -1: they are outside of the loop.
+  virtual void at_loop(int64_t) {}
 
   const std::string& program() const { return program_; }  // the path of its file
   [[noreturn]] void refuse(const std::string& what) const {

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -61,6 +62,13 @@ Model::Model(const Package& package, std::unique_ptr<Engine> engine)
   if (info_.remembers()) make_memory();
   engine_->finish_loading();
   reset();
+  if (engine_->wants_trial()) run_trial();
+}
+
+void Model::run_trial() {
+  feed(std::array<int64_t, 1>{0}, Dials());
+  reset();
+  engine_->finish_trial();
 }
 
 void Model::make_shared() {

@@ -32,6 +32,7 @@ class Model {
   Model(const Model&) = delete;
 
   const ModelInfo& info() const { return info_; }
+  Engine& engine() { return *engine_; }
   int64_t position() const { return position_; }  // tokens fed since `reset`
   size_t state_bytes() const;                     // kept between calls; grows with the text where something is appended
   void leave_memory_blank() { remember_ = false; }
@@ -47,6 +48,7 @@ class Model {
  private:
   void make_shared();
   void make_memory();
+  void run_trial();
   void check(std::span<const int64_t> tokens) const;
   void check_prefix(int64_t prefix, int64_t count) const;
   void set(const Dials& dials);

@@ -99,8 +99,10 @@ Module& ask(Module& module) {
 
 class ExecutorchMethod final : public Method {
  public:
-  ExecutorchMethod(const std::string& program, Module& module, const std::string& name, const MethodSpec& spec)
-      : Method(program, name, spec), module_(module) {
+  // `offload`: of the engine; null: experts are read where they are mapped.
+  ExecutorchMethod(const std::string& program, Module& module, const Offload* offload, const std::string& name,
+                   const MethodSpec& spec)
+      : Method(program, name, spec), module_(module), offload_(offload) {
     std::transform(spec.inputs.begin(), spec.inputs.end(), std::back_inserter(inputs_), holder);
     std::transform(spec.outputs.begin(), spec.outputs.end(), std::back_inserter(outputs_), holder);
     bound_.resize(outputs_.size());
@@ -125,6 +127,7 @@ class ExecutorchMethod final : public Method {
 
   void run() override {
     const auto given = ask(module_).execute(name());
+    if (!given.ok() && offload_ != nullptr && !offload_->problem().empty()) throw std::runtime_error(offload_->problem());
     if (!given.ok()) refuse(with_complaint("failed"));
     // What a model gives under two names is one value of the program, and lies where it was bound to last.
     for (size_t i = 0; i < bound_.size(); ++i) {
@@ -139,6 +142,7 @@ class ExecutorchMethod final : public Method {
   }
 
   Module& module_;
+  const Offload* offload_;
   std::vector<TensorPtr> inputs_, outputs_;  // a shape and where the data is
   std::vector<std::byte*> bound_;            // where results are to be
 };
@@ -147,8 +151,10 @@ class ExecutorchMethod final : public Method {
 
 class ExecutorchEngine final : public Engine {
  public:
-  ExecutorchEngine(const Package& package, const std::string& packed_weights)
+  ExecutorchEngine(const Package& package, const std::string& packed_weights, const std::optional<ExpertBudget>& expert_ram)
       : Engine(checked_program(package.program())),
+        budget_(expert_ram),
+        offload_(expert_ram ? std::make_unique<Offload>(program()) : nullptr),
         packed_weights_(packed_weights, package.program_digest()),
         // Methods run one after the other: they can have one piece of working memory between them.
         module_(program(), Module::LoadMode::Mmap, nullptr, nullptr, nullptr, /*share_memory_arenas=*/true) {
@@ -191,7 +197,7 @@ class ExecutorchEngine final : public Engine {
 
   std::unique_ptr<Method> load(const std::string& method, const MethodSpec& spec) override {
     if (ask(module_).load_method(method) != Error::Ok) refuse(with_complaint("executorch cannot load " + method));
-    return std::make_unique<ExecutorchMethod>(program(), module_, method, spec);
+    return std::make_unique<ExecutorchMethod>(program(), module_, offload_.get(), method, spec);
   }
 
   void finish_loading() override {
@@ -199,7 +205,19 @@ class ExecutorchEngine final : public Engine {
     release_mapped(program());
   }
 
+  bool wants_trial() const override { return offload_ != nullptr; }
+
+  void finish_trial() override { offload_->begin(*budget_); }
+
+  void at_loop(int64_t k) override {
+    if (offload_ != nullptr) offload_->set_loop(k);
+  }
+
+  Offload* offload() { return offload_.get(); }
+
  private:
+  std::optional<ExpertBudget> budget_;
+  std::unique_ptr<Offload> offload_;  // outlives the module, whose operators ask it
   PackedWeights packed_weights_;
   Module module_;
 };
@@ -214,8 +232,14 @@ void start_executorch(int64_t threads) {
   }
 }
 
-std::unique_ptr<Engine> open_executorch(const Package& package, const std::string& packed_weights) {
-  return std::make_unique<ExecutorchEngine>(package, packed_weights);
+std::unique_ptr<Engine> open_executorch(const Package& package, const std::string& packed_weights,
+                                        const std::optional<ExpertBudget>& expert_ram) {
+  return std::make_unique<ExecutorchEngine>(package, packed_weights, expert_ram);
+}
+
+Offload* offload_of(Engine& engine) {
+  const auto own = dynamic_cast<ExecutorchEngine*>(&engine);
+  return own == nullptr ? nullptr : own->offload();
 }
 
 }  // namespace rmse

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <iterator>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -21,9 +23,11 @@
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 #include <executorch/runtime/platform/platform.h>
 
+#include "../core/errors.h"
 #include "../kernels/attention.h"
 #include "../kernels/experts.h"
 #include "../kernels/linear.h"
+#include "../offload/offload.h"
 
 namespace {
 
@@ -146,9 +150,22 @@ bool run_experts(Arguments args, bool quantized) {
       shape.top_k > shape.experts) {
     return false;
   }
-  rmse::sparse_experts(shape, x.const_data_ptr<float>(), logits.const_data_ptr<float>(), scores.const_data_ptr<float>(),
-                       active.const_data_ptr<bool>(), gate_up_weights, down_weights, out.mutable_data_ptr<float>());
-  return true;
+  rmse::Offload::Call offloaded;
+  if (quantized) {
+    const auto bytes = [&](const Tensor& t) { return t.nbytes() / static_cast<size_t>(shape.experts); };
+    const rmse::Offload::Mapped mapped = {
+        {up.const_data_ptr(), up_scales->const_data_ptr(), down.const_data_ptr(), down_scales->const_data_ptr()},
+        {bytes(up), bytes(*up_scales), bytes(down), bytes(*down_scales)}};
+    offloaded = rmse::Offload::call(shape, mapped, scores.const_data_ptr<float>(), active.const_data_ptr<bool>());
+  }
+  if (offloaded.failed) return false;
+  if (offloaded.skip) {
+    std::memset(out.mutable_data_ptr(), 0, out.nbytes());
+    return true;
+  }
+  return rmse::sparse_experts(shape, x.const_data_ptr<float>(), logits.const_data_ptr<float>(), scores.const_data_ptr<float>(),
+                              active.const_data_ptr<bool>(), gate_up_weights, down_weights, out.mutable_data_ptr<float>(),
+                              offloaded.source);
 }
 
 bool run_float_linear(Arguments args) {
@@ -367,6 +384,19 @@ Error register_all(std::index_sequence<I...>) {
 
 [[maybe_unused]] const Error kRegistered = register_all(std::make_index_sequence<kCount>());
 
+// What a function of --expert-ram last complained about, and what it last told.
+std::string& offload_error() {
+  static thread_local std::string message;
+  return message;
+}
+
+std::string& offload_text() {
+  static thread_local std::string text;
+  return text;
+}
+
+rmse::Offload* offload_at(void* handle) { return static_cast<rmse::Offload*>(handle); }
+
 // The runtime's messages go nowhere, but for the last error: whoever reports a failure says why in one line.
 std::string& last_error() {
   static thread_local std::string message;
@@ -407,6 +437,43 @@ void rmse_take_messages() {
 const char* rmse_last_error() { return last_error().c_str(); }
 
 void rmse_clear_error() { last_error().clear(); }
+
+void* rmse_offload_open(const char* program) {
+  try {
+    return new rmse::Offload(program);
+  } catch (const std::exception& error) {
+    offload_error() = error.what();
+    return nullptr;
+  }
+}
+
+int rmse_offload_begin(void* offload, const char* budget) {
+  try {
+    offload_at(offload)->begin(rmse::ExpertBudget::parse(budget));
+    return 0;
+  } catch (const std::invalid_argument& error) {
+    offload_error() = error.what();
+    return 1;
+  } catch (const rmse::ArgumentError& error) {
+    offload_error() = error.problem;
+    return 1;
+  } catch (const std::exception& error) {
+    offload_error() = error.what();
+    return 2;
+  }
+}
+
+void rmse_offload_loop(void* offload, int64_t loop) { offload_at(offload)->set_loop(loop); }
+
+const char* rmse_offload_problem(void* offload) { return (offload_text() = offload_at(offload)->problem()).c_str(); }
+
+const char* rmse_offload_figures(void* offload) { return (offload_text() = offload_at(offload)->figures()).c_str(); }
+
+void rmse_offload_clear(void* offload) { offload_at(offload)->clear_figures(); }
+
+void rmse_offload_close(void* offload) { delete offload_at(offload); }
+
+const char* rmse_offload_error() { return offload_error().c_str(); }
 
 const char* rmse_instruction_set() { return rmse::products().name; }
 }

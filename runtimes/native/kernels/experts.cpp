@@ -47,13 +47,13 @@ void select(const ExpertShape& shape, int64_t row, const float* logits, const fl
   }
 }
 
-// out[to] = the expert's weights * x[from]. Threads share the outputs where `shared`.
-void multiply(const ExpertWeights& w, int64_t expert, bool shared, const float* x, const RoundedRows& rounded,
-              const std::vector<RowPair>& pairs, float* out) {
+// out[to] = the expert's weights * x[from]: `integers`, or floats. Threads share the outputs where `shared`.
+void multiply(const ExpertWeights& w, int64_t expert, const Matrix& integers, bool shared, const float* x,
+              const RoundedRows& rounded, const std::vector<RowPair>& pairs, float* out) {
   const auto count = static_cast<int64_t>(pairs.size());
   const auto outputs = [&](int64_t first, int64_t last) {
     if (w.floats == nullptr) {
-      products().integers(w.of(expert), first / kTile, (last + kTile - 1) / kTile, rounded, pairs.data(), count, out);
+      products().integers(integers, first / kTile, (last + kTile - 1) / kTile, rounded, pairs.data(), count, out);
     } else {
       const float* weights = w.floats + expert * w.outputs * w.inputs;
       products().floats(weights, w.outputs, w.inputs, first, last, x, pairs.data(), count, out);
@@ -73,8 +73,18 @@ struct Room {
   Rounded rounded;
 };
 
-// Choices begin .. end - 1 are of one expert. results (row, slot, d).
-void compute(const ExpertShape& shape, const Choice* begin, const Choice* end, bool shared, const float* x,
+// The integers of an expert, which are at `codes` and `scales`, or behind the first one's; nothing of floats.
+Matrix integers_of(const ExpertWeights& w, int64_t expert, bool elsewhere, const uint8_t* codes, const uint16_t* scales) {
+  if (w.floats != nullptr) return {};
+  if (!elsewhere) return w.of(expert);
+  Matrix matrix = w.first;
+  matrix.codes = codes;
+  matrix.scales = scales;
+  return matrix;
+}
+
+// Choices begin .. end - 1 are of one expert, which is `at`, or lies behind the first one. results (row, slot, d).
+void compute(const ExpertShape& shape, const Choice* begin, const Choice* end, const ExpertAt* at, bool shared, const float* x,
              const Rounded& rounded, const ExpertWeights& gate_up, const ExpertWeights& down, float* results) {
   thread_local Room kept;
   Room& room = kept;  // of this thread, also where others fill it
@@ -87,7 +97,12 @@ void compute(const ExpertShape& shape, const Choice* begin, const Choice* end, b
   };
   float* both = grow(room.gate_up, count * gate_up.outputs);
   float* hidden = grow(room.hidden, count * narrow);
-  multiply(gate_up, begin->expert, shared, x, rounded.rows(), room.pairs, both);
+  const ExpertAt none = {};
+  const ExpertAt& place = at == nullptr ? none : *at;
+  const bool elsewhere = at != nullptr;
+  const Matrix of_gate_up = integers_of(gate_up, begin->expert, elsewhere, place.gate_up_codes, place.gate_up_scales);
+  const Matrix of_down = integers_of(down, begin->expert, elsewhere, place.down_codes, place.down_scales);
+  multiply(gate_up, begin->expert, of_gate_up, shared, x, rounded.rows(), room.pairs, both);
   if (shape.integers) room.rounded.resize(count, narrow);
   for (int64_t i = 0; i < count; ++i) {
     const Choice& choice = begin[i];
@@ -96,7 +111,7 @@ void compute(const ExpertShape& shape, const Choice* begin, const Choice* end, b
     if (shape.integers) room.rounded.round(i, row);
     room.pairs[i] = {i, choice.row * shape.top_k + choice.slot};
   }
-  multiply(down, begin->expert, shared, hidden, room.rounded.rows(), room.pairs, results);
+  multiply(down, begin->expert, of_down, shared, hidden, room.rounded.rows(), room.pairs, results);
 }
 
 }  // namespace
@@ -109,8 +124,8 @@ Matrix ExpertWeights::of(int64_t expert) const {
   return found;
 }
 
-void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
-                    const ExpertWeights& gate_up, const ExpertWeights& down, float* out) {
+bool sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
+                    const ExpertWeights& gate_up, const ExpertWeights& down, float* out, ExpertSource* source) {
   thread_local std::vector<Choice> choices;
   thread_local std::vector<float> kept;
   thread_local Rounded kept_rounded;
@@ -131,15 +146,36 @@ void sparse_experts(const ExpertShape& shape, const float* x, const float* logit
   begins.push_back(choices.data() + choices.size());
   kept.resize(std::max(kept.size(), static_cast<size_t>(shape.rows * shape.top_k * shape.width)));
   float* results = kept.data();
-  const auto experts = [&](int64_t first, int64_t last, bool shared) {
-    for (int64_t e = first; e < last; ++e) {
-      compute(shape, begins[e], begins[e + 1], shared, x, rounded, gate_up, down, results);
+  // Calls of `one(i, shared)` for i of 0 .. count - 1.
+  const auto each = [](size_t count, const auto& one) {
+    if (count < kManyExperts) {
+      for (size_t i = 0; i < count; ++i) one(i, true);
+    } else {
+      parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) one(i, false);
+      });
     }
   };
-  if (chosen < kManyExperts) {
-    experts(0, static_cast<int64_t>(chosen), true);
+  const auto expert = [&](size_t e, const ExpertAt* at, bool shared) {
+    compute(shape, begins[e], begins[e + 1], at, shared, x, rounded, gate_up, down, results);
+  };
+  if (source == nullptr) {
+    each(chosen, [&](size_t e, bool shared) { expert(e, nullptr, shared); });
   } else {
-    parallel_for(0, static_cast<int64_t>(chosen), 1, [&](int64_t first, int64_t last) { experts(first, last, false); });
+    thread_local std::vector<int64_t> kept_wanted;
+    std::vector<int64_t>& wanted = kept_wanted;
+    wanted.clear();
+    for (size_t e = 0; e < chosen; ++e) wanted.push_back(begins[e]->expert);
+    source->want(wanted);
+    for (size_t left = chosen; left > 0;) {
+      const std::span<const ExpertAt> given = source->next();
+      if (given.empty()) return false;
+      each(given.size(), [&](size_t i, bool shared) {
+        const auto place = std::lower_bound(wanted.begin(), wanted.end(), given[i].expert);
+        expert(place - wanted.begin(), &given[i], shared);
+      });
+      left -= given.size();
+    }
   }
   for (int64_t r = 0; r < shape.rows; ++r, out += shape.width) {
     std::fill(out, out + shape.width, 0.0f);
@@ -149,6 +185,7 @@ void sparse_experts(const ExpertShape& shape, const float* x, const float* logit
       for (int64_t i = 0; i < shape.width; ++i) out[i] += result[i];
     }
   }
+  return true;
 }
 
 }  // namespace rmse

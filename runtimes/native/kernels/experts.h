@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "products.h"
 
@@ -33,11 +34,31 @@ struct ExpertShape {
   float up_cap = 0;
 };
 
+// Where the integers of an expert are, that do not lie behind those of the first one.
+struct ExpertAt {
+  int64_t expert;
+  const uint8_t* gate_up_codes;
+  const uint16_t* gate_up_scales;
+  const uint8_t* down_codes;
+  const uint16_t* down_scales;
+};
+
+// Gives the experts of a call where not all of them are in memory.
+class ExpertSource {
+ public:
+  virtual ~ExpertSource() = default;
+  // What the call needs: each expert once, ascending.
+  virtual void want(std::span<const int64_t> experts) = 0;
+  // Some of these that were not given yet, in memory until the next call of this; none: all were given, or one cannot be had.
+  virtual std::span<const ExpertAt> next() = 0;
+};
+
 // x (rows, d) -> out (rows, d): for every active row the softmax-weighted sum of the `top_k` experts with the largest
 // scores (the lower index on ties); the weights are the softmax over their logits. Rows that are not active become zero.
 //
-// Of integers: activations are rounded to int8 in blocks of kBlock.
-void sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
-                    const ExpertWeights& gate_up, const ExpertWeights& down, float* out);
+// Of integers: activations are rounded to int8 in blocks of kBlock, and experts come from `source`, if there is one, in any order:
+// the results are the same. False where it does not give them all; `out` is then undefined.
+bool sparse_experts(const ExpertShape& shape, const float* x, const float* logits, const float* scores, const bool* active,
+                    const ExpertWeights& gate_up, const ExpertWeights& down, float* out, ExpertSource* source = nullptr);
 
 }  // namespace rmse
