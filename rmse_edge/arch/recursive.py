@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rmse_edge.errors import ConfigError
+from rmse_edge.errors import ConfigError, UserError
 from rmse_edge.info import BoardInfo, BoardKind
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import MAX_LOOPS, Count, Loops, Positive, Share, Some
+from rmse_edge.puzzles.known import game_of_model
 from rmse_edge.schema import check_fields
 
 from .published import PublishedConfig
@@ -81,6 +82,15 @@ class RecursiveConfig(PublishedConfig):
         self.require(self.untrained_loops <= most, "untrained_loops", f"at most {most}, {MAX_LOOPS} loops in all")
         if self.puzzle is None:
             object.__setattr__(self, "puzzle", PUBLISHED_BOARDS.get((self.seq_len, self.vocab_size)))
+        else:
+            self._check_game()
+
+    def _check_game(self) -> None:
+        """Fail where boards of this kind have other cells or symbols."""
+        try:
+            game_of_model(board_info(self))
+        except UserError as error:
+            raise ConfigError(f"puzzle: {error}") from None
 
     @property
     def prefix(self) -> int:

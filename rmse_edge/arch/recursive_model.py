@@ -36,6 +36,7 @@ from rmse_edge.layers.dense import FullAttention, GatedMLP
 from rmse_edge.layers.norm import rms
 from rmse_edge.layers.rope import rotary_angles
 from rmse_edge.loop.contract import LoopSpec, Tensors, TensorSpec
+from rmse_edge.puzzles.known import example_board
 
 from .recursive import RecursiveConfig, mlp_width
 
@@ -190,6 +191,8 @@ class RecursiveSolver(nn.Module):
             head=(TensorSpec("symbols", (1, chunk, c.vocab_size)),),
             dials=("max_loops", "min_loops", "exit_threshold"),
             ids={"board": c.vocab_size, "puzzle": c.num_puzzle_identifiers},
+            # Of a board without an answer a trained solver makes something else with every rounding.
+            examples={} if c.puzzle is None else {"board": example_board(c.puzzle, c.seq_len)},
         )
 
     def prelude(self, tensors: Tensors) -> Tensors:

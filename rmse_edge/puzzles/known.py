@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
+
 from rmse_edge.errors import UserError
 from rmse_edge.info import BoardInfo, BoardKind
 
@@ -34,3 +38,9 @@ def game_of_model(board: BoardInfo) -> Game:
     if game.symbols != board.symbols:
         raise UserError(f"a {game.kind} of {board.cells} cells has {game.symbols} symbols, the model {board.symbols}")
     return game
+
+
+@lru_cache(maxsize=8)
+def example_board(kind: BoardKind, cells: int) -> tuple[int, ...]:
+    """A board with one answer, always the same."""
+    return tuple(game_of(kind, cells).generate(np.random.default_rng(0))[0].tolist())

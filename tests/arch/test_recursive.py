@@ -199,6 +199,8 @@ def test_a_damaged_checkpoint_is_one_line(damage: Any, message: str, tmp_path: P
         (TrmConfig, {"no_ACT_continue": False}, "no_ACT_continue: got false, expected true"),
         (TrmConfig, {"separate_H": True}, "H_layers: got 0, expected at least 1, since separate_H is on"),
         (TrmConfig, {"puzzle_emb_ndim": 0}, "puzzle_emb_len: got 16, expected 0"),
+        (TrmConfig, {"puzzle": "maze"}, "puzzle: a maze of 81 cells has 6 symbols, the model 11"),
+        (TrmConfig, {"puzzle": "sudoku", "seq_len": 25}, "puzzle: size: got 5, expected one of 4, 6, 9"),
         (HrmConfig, {"H_layers": 0}, "H_layers: got 0, expected at least 1"),
         (HrmConfig, {"halt_max_steps": 65}, "halt_max_steps: got 65, expected a whole number from 1 to 64"),
         (HrmConfig, {"seq_lem": 81}, "unknown key 'seq_lem'"),

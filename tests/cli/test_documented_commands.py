@@ -180,7 +180,6 @@ RUN: dict[str, list[str]] = {
         word for field, value in SMALL_INKLING.items() for word in ("--set", f"{field}={value}")
     ],
     "rmse-run models/trm-sudoku --board board.txt --show-steps": [],
-    "rmse-eval models/trm-sudoku --boards models/trm-sudoku/test.csv --sweep": ["--max-tokens", "4"],
     "rmse-data sudoku --size 6 --count 1500 --test 300 --seed 0 -o boards": ["--count", "24", "--test", "2"],
     "rmse-train --recipe models/trm-sudoku/recipe.json -o runs/trm": [
         "--set", "steps=2", "--set", "batch_size=4", "--set", "eval_blocks=2", "--set", "task.train=8",
@@ -264,12 +263,8 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m models/ouro-shakespeare": EXPORTS,
     "rmse-export -m models/trm-sudoku": EXPORTS,
     "rmse-export -m models/trm-sudoku --target executorch": EXPORTS,
-    "rmse-eval trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv --sweep": BOARDS_OF_PACKAGES,
     "rmse-eval trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv --sweep": BOARDS_OF_PACKAGES,
-    "rmse-bench trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv -t 1": BOARDS_OF_PACKAGES,
-    "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv -t 1": BOARDS_OF_PACKAGES,
     "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv": BOARDS_OF_PACKAGES,
-    "rmse-bench models/trm-sudoku --boards models/trm-sudoku/test.csv -t 1": "tests/cli/test_boards.py",
     'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",
     "rmse-train --text shakespeare.txt --recipe models/ouro-shakespeare/recipe.json -o runs/ouro": TRAINS,
     "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
