@@ -95,7 +95,8 @@ class Artifacts:
     def _of_shape(self, model: Looped, shape: str, target: str) -> Path:
         """Of a model that is too large to be made as floats, but on disk."""
         made_of = digest(source(str(RANDOM)), project())
-        path, quantised = (self.folder / f"{model.name}-{what}-{made_of}" for what in (f"{target}.rmse", "int4"))
+        path = self.folder / f"{model.name}-{target}-{made_of}.rmse"
+        quantised = self.folder / f"{model.name}-int4-{made_of}"
 
         def make() -> None:
             if not quantised.is_dir():

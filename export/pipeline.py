@@ -301,8 +301,7 @@ class Proof:
         Args:
             twin: of a package that rounds activations, what its lowering says of graphs that do not.
         """
-        tokens, reference, target = self.tokens, self.reference, self.target
-        exact, float_cache = self.exact, self.float_cache
+        tokens, reference, float_cache = self.tokens, self.reference, self.float_cache
         whole = None if twin is None else self.sealed(manifest | {"lowering": twin})
 
         def integers(stage: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -316,39 +315,41 @@ class Proof:
                 return ahead() or integers(self.stage)
 
             alone = None
-            if not exact and not (whole is not None and float_cache):
+            if not self.exact and not (whole is not None and float_cache):
                 self.stage("parity of the host")
                 alone = compare_host(with_cache_dtype(reference.model, "float32"), tokens, reference)
-            package = self.sealed(manifest)
-            candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
+            failed = ""
             try:
-                reports = [
-                    gate(program, reference, c, tokens, exact, self.stage, self.rounded_activations, target.positions)
-                    for c in candidates
-                ]
+                report = self.of_engines(program, manifest)
             except ParityError as error:
                 if whole is None:
                     raise
-                candidates.clear()  # an engine less in memory, as below
-                release_freed()
-                of_integers()  # where these fail, that is what there is to say
+                failed = str(error)  # the error itself would keep an engine
+            release_freed()  # an engine less in memory, while that of the integers runs here
+            found = None if whole is None else of_integers()  # where these fail, that is what there is to say
+            if failed:
                 # The twin went through the very check that a package of level 0 goes through, on the graphs it has.
                 raise ParityError(
-                    f"{error}; without the rounding of activations to int8 the same integers pass: "
+                    f"{failed}; without the rounding of activations to int8 the same integers pass: "
                     "export with accuracy_level=0"
-                ) from None
-            named = [c.info.target for c in candidates[1:]]
-            candidates.clear()  # an engine less in memory, while that of the integers runs here
-            release_freed()
-            found = None if whole is None else of_integers()
+                )
         for file in set(twin["graphs"].values()) if twin is not None else ():
             (self.folder / file).unlink()
-        report = reports[0] | dict(zip(named, reports[1:]))
         if found is not None:
             report["integers"] = found
         if alone is not None:
             report["host"] = alone
         return report
+
+    def of_engines(self, program: LoopProgram, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Of the package as it is, on every engine that runs it; those behind the first by their names."""
+        package = self.sealed(manifest)
+        candidates = [candidate_of(package), *map(unlimited, other_runtimes(package))]
+        rounds, positions = self.rounded_activations, self.target.positions
+        reports = [
+            gate(program, self.reference, c, self.tokens, self.exact, self.stage, rounds, positions) for c in candidates
+        ]
+        return reports[0] | dict(zip((c.info.target for c in candidates[1:]), reports[1:]))
 
 
 @contextmanager
