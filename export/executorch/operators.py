@@ -17,14 +17,14 @@ from .tiles import weight_of
 OUT_VARIANTS = (
     "quantized_linear.out(Tensor x, Tensor codes, Tensor scales, Tensor? bias, Tensor? active, SymInt outputs, *, "
     "Tensor(a!) out) -> Tensor(a!)",
-    "float_linear.out(Tensor x, Tensor weight, Tensor? bias, *, Tensor(a!) out) -> Tensor(a!)",
-    "rms_norm.out(Tensor x, Tensor weight, float eps, *, Tensor(a!) out) -> Tensor(a!)",
+    "float_linear.out(Tensor x, Tensor weight, Tensor? bias, Tensor? active, *, Tensor(a!) out) -> Tensor(a!)",
+    "rms_norm.out(Tensor x, Tensor weight, float eps, Tensor? active, *, Tensor(a!) out) -> Tensor(a!)",
     "gated.out(Tensor gate, Tensor up, *, Tensor(a!) out) -> Tensor(a!)",
     "swiglu.out(Tensor gate_up, *, Tensor(a!) out) -> Tensor(a!)",
     "where_rows.out(Tensor condition, Tensor a, Tensor b, *, Tensor(a!) out) -> Tensor(a!)",
     "rotary.out(Tensor x, Tensor cos, Tensor sin, *, Tensor(a!) out) -> Tensor(a!)",
     "attention.out(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor? bias, Tensor? past_keys, "
-    "Tensor? past_values, Tensor? past_mask, Tensor? past_bias, Tensor? sinks, *, Tensor(a!) out) -> Tensor(a!)",
+    "Tensor? past_values, Tensor? past_mask, Tensor? past_bias, Tensor? sinks, Tensor? active, *, Tensor(a!) out) -> Tensor(a!)",
     "sparse_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up, Tensor down, SymInt top_k, "
     "float gate_cap, float up_cap, *, Tensor(a!) out) -> Tensor(a!)",
     "quantized_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up_codes, "
@@ -41,10 +41,17 @@ def quantized_linear(
 
     Args:
         codes, scales: see `Tiles`.
-        active: (...) bool; other rows become zero, and cost nothing.
+        active: bool, of as many rows each, one after the other; rows that are not become zero, and cost nothing.
     """
-    out = F.linear(x, weight_of(codes, scales, outputs, x.shape[-1]), bias)
-    return out if active is None else torch.where(active.unsqueeze(-1), out, 0.0)
+    return of_active(F.linear(x, weight_of(codes, scales, outputs, x.shape[-1]), bias), active)
+
+
+def of_active(out: Tensor, active: Tensor | None) -> Tensor:
+    """Zero in rows (..., n) that are not active, as `quantized_linear` has it."""
+    if active is None:
+        return out
+    rows = out.reshape(active.numel(), -1)
+    return torch.where(active.reshape(-1, 1), rows, 0.0).reshape(out.shape)
 
 
 @quantized_linear.register_fake
@@ -86,24 +93,24 @@ def _(
 
 
 @torch.library.custom_op("rmse_edge::float_linear", mutates_args=())
-def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`: (..., inputs) -> (..., outputs)."""
-    return F.linear(x, weight, bias)
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor | None) -> Tensor:
+    """`F.linear`: (..., inputs) -> (..., outputs); `active` as in `quantized_linear`."""
+    return of_active(F.linear(x, weight, bias), active)
 
 
 @float_linear.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, active):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("rmse_edge::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, active: Tensor | None) -> Tensor:
+    """x / rms(x) * weight over the last axis; `active` as in `quantized_linear`."""
+    return of_active(F.rms_norm(x, weight.shape, weight, eps), active)
 
 
 @rms_norm.register_fake
-def _(x, weight, eps):
+def _(x, weight, eps, active):
     return torch.empty_like(x)
 
 

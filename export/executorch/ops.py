@@ -53,14 +53,14 @@ class NativeNorm(RMSNorm):
     """A norm that traces to `rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, None)
 
 
 class NativeLinear(nn.Linear):
     """A float layer of a quantised model, which traces to `float_linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return float_linear(input, self.weight, self.bias)
+        return float_linear(input, self.weight, self.bias, None)
 
 
 class NativeMLP(GatedMLP):

@@ -6,12 +6,13 @@ from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import ExportPass, PassResult
 from torch.fx import GraphModule, Node
 
-from . import operators  # noqa: F401  (where_rows is known from then on)
+from .active import LeaveOutRows
 
 PERMUTE = ops.edge.aten.permute_copy.default
 WHERE = ops.edge.aten.where.self
 WHERE_ROWS = ops.edge.rmse_edge.where_rows.default
 EXPAND = ops.edge.aten.expand_copy.default
+POWER, PRODUCT = ops.edge.aten.pow.Tensor_Scalar, ops.edge.aten.mul.Tensor
 VIEW = ops.edge.aten.view_copy.default
 RESHAPES = (ops.edge.aten.squeeze_copy.dims, ops.edge.aten.squeeze_copy.dim, ops.edge.aten.unsqueeze_copy.default)
 
@@ -69,6 +70,22 @@ class WholeRows(ExportPass):
         return PassResult(graph_module, found)
 
 
+class SquaresAsProducts(ExportPass):
+    """The portable kernel asks the C library for every power.
+
+    Given:   y = pow(x, 2)
+    Result:  y = mul(x, x)
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        found = False
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and node.target == POWER and node.args[1] == 2 and _is_float(node):
+                node.target, node.args, found = PRODUCT, (node.args[0], node.args[0]), True
+        graph_module.recompile()
+        return PassResult(graph_module, found)
+
+
 def _is_by_rows(node) -> bool:
     """Whether the condition has the leading axes of both values, which are alike, and 1 for each of the others."""
     if not all(isinstance(arg, Node) and _is_static(arg) for arg in node.args):
@@ -98,9 +115,13 @@ def _is_static(node) -> bool:
     return all(isinstance(d, int) for d in _shape(node))
 
 
+def _is_float(node) -> bool:
+    return node.meta["val"].is_floating_point() and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+
+
 def _is_idle(node) -> bool:
     """Whether it has its argument's shape. Symbols are compared by name: to ask whether two are equal would make them so."""
     return [str(d) for d in _shape(node)] == [str(d) for d in _shape(node.args[0])]
 
 
-EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews(), WholeRows()]
+EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews(), WholeRows(), SquaresAsProducts(), LeaveOutRows()]

@@ -21,8 +21,29 @@ def attention(
     past_mask: Tensor | None,
     past_bias: Tensor | None,
     sinks: Tensor | None,
+    active: Tensor | None,
 ) -> Tensor:
-    """`attend` as one operator, for targets that have one: in a graph it is a dozen nodes otherwise, two of them large."""
+    """`attend` as one operator, for targets that have one: in a graph it is a dozen nodes otherwise, two of them large.
+
+    Args:
+        active: (C,) bool; what other queries find becomes zero, and costs nothing.
+    """
+    found = _whole(query, keys, values, mask, bias, past_keys, past_values, past_mask, past_bias, sinks)
+    return found if active is None else torch.where(active[:, None], found, 0.0)
+
+
+def _whole(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    past_keys: Tensor | None,
+    past_values: Tensor | None,
+    past_mask: Tensor | None,
+    past_bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
     if past_keys is None or past_values is None or past_mask is None:
         biases = None if bias is None else (bias, bias)
         return _composed(query, (keys, values), None, (mask, mask), biases, sinks).clone()
@@ -31,7 +52,7 @@ def attention(
 
 
 @attention.register_fake
-def _(query, keys, values, mask, bias, past_keys, past_values, past_mask, past_bias, sinks):
+def _(query, keys, values, mask, bias, past_keys, past_values, past_mask, past_bias, sinks, active):
     return torch.empty_like(query)
 
 
@@ -60,7 +81,7 @@ def attend(
     if exporting and operator:
         of_past, of_own = biases or (None, None)
         before = (None, None, None, None) if past is None else (*past, masks[0], of_past)
-        return attention(query, *own, masks[1], of_own, *before, sinks)
+        return attention(query, *own, masks[1], of_own, *before, sinks, None)
     return _composed(query, own, past, masks, biases, sinks)
 
 

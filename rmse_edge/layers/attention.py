@@ -123,7 +123,7 @@ class Attention(KeptKeysValues):
         """
         batch, count, _ = x.shape
         kv = self.kv_proj(x).view(batch, count, 2, self.n_kv_heads, self.head_dim)
-        keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, G, C, hd)
+        keys, values = (t.transpose(1, 2) for t in kv.unbind(2))  # (B, G, C, hd)
         keys = self.turn(self.k_norm(keys), *self.angles(k, cos, sin, -1.0))
         return self.rounded(keys, 0, k), self.rounded(values, 1, k)
 

@@ -1,5 +1,6 @@
 // runtimes/native/core alone, without ExecuTorch: its random numbers and tokens are those of tests/data/sampler.json, and
-// a package runs on an engine of ours. test_native_core.py compiles and starts it: native_core SAMPLER.JSON PACKAGE
+// a package runs on an engine of ours. test_native_core.py compiles and starts it: native_core SAMPLER.JSON PACKAGE, or
+// native_core sha256 FILE LENGTHS
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,6 +17,8 @@
 #include "core/model.h"
 #include "core/package.h"
 #include "core/sampler.h"
+#include "core/sha256.h"
+#include "core/sha256_blocks.h"
 #include "core/text.h"
 
 namespace rmse {
@@ -195,10 +198,25 @@ void check_engine(const std::string& folder, const Json& start) {
   expect("another target", refusal.ends_with("made for counting; this runner takes packages made for executorch"), true);
 }
 
+// Every way to a digest that this processor has: its name, then the digests of the file's first 0, 1, .. bytes, and of all.
+void print_digests(const std::string& path, int64_t lengths) {
+  const std::string bytes = read_file(path);
+  for (const Sha256Way& way : sha256_ways()) {
+    std::cout << way.name << "\n";
+    for (int64_t n = 0; n < lengths; ++n) std::cout << sha256_by(way.blocks, std::string_view(bytes).substr(0, n)) << "\n";
+    std::cout << sha256_by(way.blocks, bytes) << "\n";
+  }
+  std::cout << sha256_of_file(path) << "\n";
+}
+
 }  // namespace
 }  // namespace rmse
 
-int main(int, char** argv) {
+int main(int count, char** argv) {
+  if (count == 4) {
+    rmse::print_digests(argv[2], std::stoll(argv[3]));
+    return 0;
+  }
   const rmse::Json golden = rmse::parse_json(rmse::read_file(argv[1]));
   for (const auto& known : golden["words"]) rmse::check_words(known);
   for (const auto& known : golden["uniform"]) rmse::check_uniform(known);

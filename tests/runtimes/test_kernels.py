@@ -36,9 +36,16 @@ LINEAR = [
     (4, 64, 48, 32, 1), (4, 128, 37, 64, 1), (4, 96, 80, 32, 13), (4, 64, 5, 32, 3),
     (8, 64, 48, None, 1), (8, 50, 37, None, 1), (8, 96, 80, None, 13), (8, 33, 5, None, 3),
 ]  # fmt: skip
-# heads, groups, rows, slots, channels, whether there are biases and sinks; 0 slots: there is nothing before the call
-ATTENTION = [(6, 2, 1, 40, 64, False), (4, 4, 9, 33, 48, True), (4, 2, 17, 0, 32, False), (3, 1, 2, 16, 20, True)]
-PARTS = [("norm", 70), ("gated", 70), ("swiglu", 70), ("float", 70), ("rotary", 12), ("where", 33)]  # and a width
+# heads, groups, rows, slots, channels, whether there are biases and sinks; 0 slots: there is nothing before the call. In calls
+# of more than ten rows some are not active.
+ATTENTION = [
+    (6, 2, 1, 40, 64, False), (4, 4, 9, 33, 48, True), (4, 2, 17, 0, 32, False), (3, 1, 2, 16, 20, True),
+    (2, 2, 1, 70, 80, True), (4, 2, 1, 48, 32, False), (4, 2, 20, 33, 32, True),
+]  # fmt: skip
+PARTS = [
+    ("norm", 70), ("norm of some", 70), ("gated", 70), ("swiglu", 70), ("float", 70), ("float of some", 70),
+    ("rotary", 12), ("where", 33),
+]  # fmt: skip
 WAYS = ("", "avx2", "neon", "portable")  # RMSE_PRODUCTS; those of another processor are plain C++
 
 
@@ -111,14 +118,16 @@ class Part(torch.nn.Module):
         self.matrix = torch.nn.Buffer(torch.randn(37, width, generator=torch.Generator().manual_seed(2)))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if self.name == "norm":
-            return operators.rms_norm(x, self.weight, 1e-6)
+        if self.name.startswith("norm"):
+            return operators.rms_norm(x, self.weight, 1e-6, y[..., 0] > 0 if self.name.endswith("some") else None)
         if self.name == "gated":
             return operators.gated(x, y)
         if self.name == "swiglu":
             return operators.swiglu(x)
-        if self.name == "float":
-            return operators.float_linear(x, self.matrix, None)
+        if self.name.startswith("float"):  # a flag is of eleven rows
+            return operators.float_linear(
+                x, self.matrix, None, y[..., 0, 0] > 0 if self.name.endswith("some") else None
+            )
         if self.name == "rotary":
             return rotary(x, *y[:, :1].chunk(2, -1))
         return operators.where_rows(x[..., :1] > 0, x, y)
@@ -155,6 +164,7 @@ def made_up(case: tuple[Any, ...]) -> tuple[torch.nn.Module, list[torch.Tensor]]
         masks = [mask[None, None], behind[None, None] if slots else None]
         query = torch.randn(1, heads, rows, dims, generator=draw)
         given = [query, *own, masks[0], biases[0], *past, masks[1], biases[1] if slots else None, sinks]
+        given.append(torch.arange(rows) % 3 != 1 if rows > 10 else None)
         return Attends(given), [tensor for tensor in given if tensor is not None]
     rows = case[-1]
     x = torch.randn(1, rows, case[1], generator=draw) * torch.logspace(-3, 3, rows)[:, None]
@@ -238,7 +248,10 @@ def test_linear_layers_round_activations_and_nothing_else(kernels_run: dict[str,
 @pytest.mark.parametrize("case", [*ATTENTION, *PARTS])
 def test_float_operators_agree_with_pytorch(kernels_run: dict[str, dict[Any, Any]], case: Any) -> None:
     out, module, inputs = kernels_run[""][case]
-    expected = module(*(given.double() for given in inputs)) if case in ATTENTION else module(*inputs)
+    if case in ATTENTION:
+        expected = module(*(given.double() if given.is_floating_point() else given for given in inputs))
+    else:
+        expected = module(*inputs)
     assert out.shape == expected.shape
     torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
 

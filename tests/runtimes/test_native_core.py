@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -127,3 +128,19 @@ def test_other_numbers_are_noticed(program: Path, counting: Path, golden: Path, 
     golden.write_text(json.dumps(known))
     done = subprocess.run([program, golden, counting], capture_output=True, text=True)
     assert done.returncode == 1 and "expected" in done.stdout
+
+
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 3_000_001])
+def test_digests_are_those_of_python(program: Path, tmp_path: Path, size: int) -> None:
+    """By the instructions that this processor has for it, and in plain C++."""
+    content, lengths = np.random.default_rng(size).bytes(size), 201
+    file = tmp_path / "content"
+    file.write_bytes(content)
+    done = subprocess.run([program, "sha256", file, str(lengths)], capture_output=True, text=True, check=True)
+    *found, of_file = done.stdout.split()
+    expected = [hashlib.sha256(content[:n]).hexdigest() for n in (*range(lengths), size)]
+    ways = [found[i : i + 1 + len(expected)] for i in range(0, len(found), 1 + len(expected))]
+    assert [way[1:] for way in ways] == [expected] * len(ways) and ways[-1][0] == "plain"
+    assert of_file == expected[-1]
+    if "sha_ni" in Path("/proc/cpuinfo").read_text():
+        assert ways[0][0] == "x86"

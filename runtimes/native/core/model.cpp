@@ -118,8 +118,10 @@ size_t Model::state_bytes() const {
 
 void Model::reset() {
   grow(0);
-  // What slots hold is masked by position; zeroed all the same, to be reproducible.
-  for (auto& [_, buffer] : shared_) buffer.clear();
+  // What slots hold is masked by position; zeroed all the same, to be reproducible. What is new is zero.
+  if (position_ > 0) {
+    for (auto& [_, buffer] : shared_) buffer.clear();
+  }
   for (const auto& [name, state] : info_.state) {
     if (state.kind == StateKind::kWritten) shared_.at(name).copy(blank_.at(name));
   }

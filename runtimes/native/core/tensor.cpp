@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <iterator>
@@ -55,13 +56,18 @@ size_t TensorSpec::nbytes() const {
 Buffer::Buffer(const TensorSpec& spec)
     : spec_(spec),
       nbytes_(spec.nbytes()),
-      bytes_(new (std::align_val_t{kAlignment}) std::byte[nbytes_ + kSlack]()) {}
+      // Zeros from the system, which gives memory only where it is written: a ring is large, and a text may be short.
+      room_(static_cast<std::byte*>(std::calloc(nbytes_ + kSlack + kAlignment, 1))) {
+  if (room_ == nullptr) throw std::bad_alloc();
+  const auto address = reinterpret_cast<uintptr_t>(room_.get());
+  bytes_ = room_.get() + (kAlignment - address % kAlignment) % kAlignment;
+}
 
 size_t Buffer::outer() const {
   return std::accumulate(spec_.shape.begin(), spec_.shape.end() - 2, size_t{1}, std::multiplies<>());
 }
 
-void Buffer::Free::operator()(std::byte* bytes) const { operator delete[](bytes, std::align_val_t{kAlignment}); }
+void Buffer::Free::operator()(std::byte* room) const { std::free(room); }
 
 void Buffer::copy(const Buffer& other) { std::memcpy(data(), other.data(), nbytes_); }
 

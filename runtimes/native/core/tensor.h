@@ -42,7 +42,7 @@ class Buffer {
   const TensorSpec& spec() const { return spec_; }
   size_t nbytes() const { return nbytes_; }
   size_t outer() const;  // of slots in the last axis but one: how many times they are there
-  std::byte* data() const { return bytes_.get(); }
+  std::byte* data() const { return bytes_; }
   template <typename T>
   T* as() const {
     return reinterpret_cast<T*>(data());
@@ -52,12 +52,13 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(std::byte* bytes) const;
+    void operator()(std::byte* room) const;
   };
 
   TensorSpec spec_;
   size_t nbytes_;
-  std::unique_ptr<std::byte[], Free> bytes_;
+  std::unique_ptr<std::byte[], Free> room_;
+  std::byte* bytes_;  // aligned, within the room
 };
 
 using Buffers = std::map<std::string, Buffer>;  // by the names of their tensors

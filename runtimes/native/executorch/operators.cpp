@@ -63,6 +63,14 @@ class Arguments {
   size_t next_ = 0;
 };
 
+// Which of so many rows are active, by flags that are of as many rows each; false where they do not fit.
+bool read(const Tensor* flags, int64_t rows, rmse::Active& active) {
+  if (flags == nullptr) return true;
+  if (!is(*flags, ScalarType::Bool) || flags->numel() == 0 || rows % flags->numel() != 0) return false;
+  active = {flags->const_data_ptr<bool>(), rows / flags->numel()};
+  return true;
+}
+
 // The matrix of which `codes` (..., tiles, blocks, bytes) and `scales` (..., tiles, groups, kTile) have the tiles; false where
 // they do not fit.
 bool read(const Tensor& codes, const Tensor& scales, ssize_t dims, int64_t outputs, int64_t inputs, rmse::Matrix& matrix) {
@@ -86,7 +94,7 @@ bool run_linear(Arguments args) {
   const Tensor& codes = args.tensor();
   const Tensor& scales = args.tensor();
   const Tensor* bias = args.optional();
-  const Tensor* active = args.optional();
+  const Tensor* flags = args.optional();
   const int64_t outputs = args.integer();
   Tensor& out = args.out();
   if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || x.dim() == 0 || out.dim() != x.dim()) return false;
@@ -94,13 +102,13 @@ bool run_linear(Arguments args) {
   if (inputs == 0) return false;
   const int64_t rows = x.numel() / inputs;
   rmse::Matrix weights;
+  rmse::Active active;
   if (!read(codes, scales, 3, outputs, inputs, weights) || out.numel() != rows * outputs ||
-      (bias != nullptr && !(is(*bias, ScalarType::Float, 1) && bias->size(0) == outputs)) ||
-      (active != nullptr && !(is(*active, ScalarType::Bool) && active->numel() == rows))) {
+      (bias != nullptr && !(is(*bias, ScalarType::Float, 1) && bias->size(0) == outputs)) || !read(flags, rows, active)) {
     return false;
   }
   rmse::quantized_linear(weights, bias == nullptr ? nullptr : bias->const_data_ptr<float>(), x.const_data_ptr<float>(), rows,
-                         inputs, active == nullptr ? nullptr : active->const_data_ptr<bool>(), out.mutable_data_ptr<float>());
+                         inputs, active, out.mutable_data_ptr<float>());
   return true;
 }
 
@@ -172,17 +180,20 @@ bool run_float_linear(Arguments args) {
   const Tensor& x = args.tensor();
   const Tensor& weight = args.tensor();
   const Tensor* bias = args.optional();
+  const Tensor* flags = args.optional();
   Tensor& out = args.out();
   if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || !is(weight, ScalarType::Float, 2) || x.dim() == 0 ||
       x.size(x.dim() - 1) != weight.size(1) || weight.size(1) == 0) {
     return false;
   }
   const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / inputs;
-  if (out.numel() != rows * outputs || (bias != nullptr && !(is(*bias, ScalarType::Float, 1) && bias->size(0) == outputs))) {
+  rmse::Active active;
+  if (out.numel() != rows * outputs || !read(flags, rows, active) ||
+      (bias != nullptr && !(is(*bias, ScalarType::Float, 1) && bias->size(0) == outputs))) {
     return false;
   }
   rmse::float_linear(weight.const_data_ptr<float>(), bias == nullptr ? nullptr : bias->const_data_ptr<float>(),
-                     x.const_data_ptr<float>(), rows, inputs, outputs, out.mutable_data_ptr<float>());
+                     x.const_data_ptr<float>(), rows, inputs, outputs, active, out.mutable_data_ptr<float>());
   return true;
 }
 
@@ -200,15 +211,24 @@ bool run_norm(Arguments args) {
   const Tensor& x = args.tensor();
   const Tensor& weight = args.tensor();
   const float eps = args.number();
+  const Tensor* flags = args.optional();
   Tensor& out = args.out();
   if (!is(x, ScalarType::Float) || !is(out, ScalarType::Float) || !is(weight, ScalarType::Float, 1) || x.dim() == 0 ||
       x.size(x.dim() - 1) != weight.numel() || weight.numel() == 0 || out.numel() != x.numel()) {
     return false;
   }
   const int64_t n = weight.numel();
+  rmse::Active active;
+  if (!read(flags, x.numel() / n, active)) return false;
   const float *from = x.const_data_ptr<float>(), *by = weight.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  each_row(x.numel() / n, n, [&](int64_t r) { rmse::products().norm(from + r * n, by, eps, n, to + r * n); });
+  each_row(x.numel() / n, n, [&](int64_t r) {
+    if (active(r)) {
+      rmse::products().norm(from + r * n, by, eps, n, to + r * n);
+    } else {
+      std::fill_n(to + r * n, n, 0.0f);
+    }
+  });
   return true;
 }
 
@@ -316,6 +336,7 @@ bool run_attention(Arguments args) {
   const Tensor* past_mask = args.optional();
   const Tensor* past_bias = args.optional();
   const Tensor* sinks = args.optional();
+  const Tensor* active = args.optional();
   Tensor& out = args.out();
   if (!is(query, ScalarType::Float, 4) || !is(out, ScalarType::Float, 4) || out.numel() != query.numel() ||
       query.numel() == 0 || !is(keys, ScalarType::Float, 4) || keys.size(1) == 0 || query.size(1) % keys.size(1) != 0 ||
@@ -333,11 +354,13 @@ bool run_attention(Arguments args) {
   const bool behind = past_keys != nullptr;
   if (!read(shape, keys, values, mask, bias, own) || behind != (past_values != nullptr) || behind != (past_mask != nullptr) ||
       (behind && !read(shape, *past_keys, *past_values, *past_mask, past_bias, past)) ||
-      (sinks != nullptr && !(is(*sinks, ScalarType::Float) && sinks->numel() == query.numel() / shape.dims))) {
+      (sinks != nullptr && !(is(*sinks, ScalarType::Float) && sinks->numel() == query.numel() / shape.dims)) ||
+      (active != nullptr &&
+       !(is(*active, ScalarType::Bool) && active->numel() == shape.count && shape.batch == 1 && !shape.own_masks))) {
     return false;
   }
   rmse::attention(shape, query.const_data_ptr<float>(), past, own, sinks == nullptr ? nullptr : sinks->const_data_ptr<float>(),
-                  out.mutable_data_ptr<float>());
+                  active == nullptr ? nullptr : active->const_data_ptr<bool>(), out.mutable_data_ptr<float>());
   return true;
 }
 
@@ -350,15 +373,15 @@ struct Operator {
 
 constexpr Operator kOperators[] = {
     {"quantized_linear.out", 8, run_linear},
-    {"float_linear.out", 5, run_float_linear},
+    {"float_linear.out", 6, run_float_linear},
     {"sparse_experts.out", 11, [](Arguments args) { return run_experts(args, false); }},
     {"quantized_experts.out", 14, [](Arguments args) { return run_experts(args, true); }},
-    {"rms_norm.out", 5, run_norm},
+    {"rms_norm.out", 6, run_norm},
     {"gated.out", 4, run_gated},
     {"swiglu.out", 3, run_swiglu},
     {"where_rows.out", 5, run_where},
     {"rotary.out", 5, run_rotary},
-    {"attention.out", 12, run_attention},
+    {"attention.out", 13, run_attention},
 };
 constexpr size_t kCount = std::size(kOperators);
 

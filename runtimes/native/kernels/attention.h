@@ -12,6 +12,8 @@ struct AttentionSide {
   const float* mask = nullptr;
   const float* bias = nullptr;  // (B, H, C, slots), added to the scores; may be null
   int64_t slots = 0;
+  // Of every kLanes slots, whether a query sees one of them: the others are neither read nor computed. Made by `attention`.
+  const bool* seen = nullptr;
 };
 
 struct AttentionShape {
@@ -20,9 +22,10 @@ struct AttentionShape {
 };
 
 // query (B, H, C, hd) -> out (B, H, C, hd). `past` has no slots where there is nothing before the call. `sinks` (B, H, C, 1):
-// a score of each query with nothing behind it; may be null.
+// a score of each query with nothing behind it; may be null. `active` (C,), for B = 1: the other queries become zero; may be
+// null.
 void attention(const AttentionShape& shape, const float* query, const AttentionSide& past, const AttentionSide& own,
-               const float* sinks, float* out);
+               const float* sinks, const bool* active, float* out);
 
 // The rows of one group of heads: what `attend_rows` is given.
 struct AttentionRows {

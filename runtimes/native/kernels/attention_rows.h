@@ -6,14 +6,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "attention.h"
 #include "matrix_product.h"
 
 namespace rmse {
 namespace {
-
-constexpr float kHidden = -5e3f;  // masks are -1e4 where nothing is seen
 
 RMSE_INLINE Lanes splat(float x) {
   Lanes lanes;
@@ -39,6 +38,82 @@ RMSE_INLINE void scores_of(const float* query, int64_t dims, const float* transp
   for (int r = 0; r < R; ++r) sums[r].store(scores + r * stride);
 }
 
+// Four neighbouring lanes that are left when halves have been added onto halves twice, as `added_up` does.
+RMSE_INLINE Vectors<4>::Floats quarter(const Lanes& sum) {
+#if RMSE_WIDTH == 4
+  return (sum.part[0] + sum.part[2]) + (sum.part[1] + sum.part[3]);
+#else
+#if RMSE_WIDTH == 8
+  const Vectors<8>::Floats half = sum.part[0] + sum.part[1];
+#else
+  const auto whole = sum.part[0];
+  const Vectors<8>::Floats half = __builtin_shufflevector(whole, whole, 0, 1, 2, 3, 4, 5, 6, 7) +
+                                  __builtin_shufflevector(whole, whole, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#endif
+}
+
+template <int W, size_t... I>
+RMSE_INLINE typename Vectors<2 * W>::Floats joined(typename Vectors<W>::Floats a, typename Vectors<W>::Floats b,
+                                                   std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(I)...);
+}
+
+// Halves of groups of 2 n neighbours of two vectors onto each other: half as many numbers, in their order.
+template <int W, int n, size_t... I>
+RMSE_INLINE typename Vectors<W>::Floats folded(typename Vectors<W>::Floats a, typename Vectors<W>::Floats b,
+                                               std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(I / n * 2 * n + I % n)...) +
+         __builtin_shufflevector(a, b, static_cast<int>(I / n * 2 * n + I % n + n)...);
+}
+
+// Sixteen sums of four numbers each.
+RMSE_INLINE Lanes added_up(const Vectors<4>::Floats (&of)[kLanes]) {
+  constexpr int W = RMSE_WIDTH, kVectors = 4 * kLanes / W;
+  using Part = Lanes::Part;
+  constexpr std::make_index_sequence<W> order;
+  Part all[kVectors];
+#if RMSE_WIDTH == 4
+  for (int i = 0; i < kVectors; ++i) all[i] = of[i];
+#else
+  for (int i = 0; i < kVectors; ++i) {
+    constexpr std::make_index_sequence<8> eight;
+    const auto first = joined<4>(of[i * W / 4], of[i * W / 4 + 1], eight);
+#if RMSE_WIDTH == 8
+    all[i] = first;
+#else
+    all[i] = joined<8>(first, joined<4>(of[i * W / 4 + 2], of[i * W / 4 + 3], eight), order);
+#endif
+  }
+#endif
+  for (int i = 0; i < kVectors / 2; ++i) all[i] = folded<W, 2>(all[2 * i], all[2 * i + 1], order);
+  Lanes sums;
+  for (int i = 0; i < kVectors / 4; ++i) sums.part[i] = folded<W, 1>(all[2 * i], all[2 * i + 1], order);
+  return sums;
+}
+
+// Few queries wait for memory, and the processor looks no further ahead than a page.
+RMSE_INLINE void fetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(from + kAhead / sizeof(float) + i);
+}
+
+// Products of R queries and sixteen keys, whose channels are whole `Lanes`: the same numbers as of `float_rows`.
+template <int R>
+RMSE_INLINE void few_scores(const float* query, int64_t dims, const float* keys, Lanes (&scores)[R]) {
+  Vectors<4>::Floats quarters[R][kLanes];
+  for (int s = 0; s < kLanes; ++s, keys += dims) {
+    fetch(keys, dims);
+    Lanes sums[R] = {};
+    for (int64_t i = 0; i < dims; i += kLanes) {
+      const Lanes key = Lanes::at(keys + i);
+      for (int r = 0; r < R; ++r) sums[r] += key * Lanes::at(query + r * dims + i);
+    }
+    for (int r = 0; r < R; ++r) quarters[r][s] = quarter(sums[r]);
+  }
+  for (int r = 0; r < R; ++r) scores[r] = added_up(quarters[r]);
+}
+
 // The products of all queries with the slots first .. first + count - 1 of a side.
 template <typename Set>
 void products_with(const AttentionRows& of, const float* keys, int64_t count, float* transposed, float* scores) {
@@ -59,12 +134,24 @@ void products_with(const AttentionRows& of, const float* keys, int64_t count, fl
   for (; r < of.rows; ++r) scores_of<1>(of.query + r * of.dims, of.dims, transposed, scores + r * of.stride, of.stride);
 }
 
-inline bool seen(const AttentionRows& of, const AttentionSide& side, int64_t first, int64_t count) {
-  for (int64_t c = 0; c < of.count; ++c) {
-    const float* mask = side.mask + c * side.slots + first;
-    if (std::any_of(mask, mask + count, [](float m) { return m > kHidden; })) return true;
+// Sixteen scores of row r from slot `first` on: `scaled` products, if there are any, with the mask and the bias that there
+// may be.
+RMSE_INLINE void mask_row(const AttentionRows& of, const AttentionSide& side, int64_t r, int64_t first, const Lanes* scaled,
+                          float* scores) {
+  Lanes found = Lanes::at(side.mask + r % of.count * side.slots + first);
+  if (scaled != nullptr) found += *scaled;
+  if (side.bias != nullptr) found += Lanes::at(side.bias + r * side.slots + first);
+  found.store(scores + r * of.stride);
+}
+
+template <int R>
+void score_few(const AttentionRows& of, const AttentionSide& side, int64_t first, float* scores) {
+  Lanes products[R];
+  few_scores<R>(of.query, of.dims, side.keys + first * of.dims, products);
+  for (int r = 0; r < R; ++r) {
+    const Lanes scaled = products[r] * splat(of.scale);
+    mask_row(of, side, r, first, &scaled, scores);
   }
-  return false;
 }
 
 // Scores (rows, stride) of a side, from the column `column` on.
@@ -73,15 +160,24 @@ void score(const AttentionRows& of, const AttentionSide& side, int64_t column, f
   for (int64_t first = 0; first < side.slots; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, side.slots - first);
     float* at = scores + column + first;
-    const bool computed = seen(of, side, first, count);
+    const bool computed = side.seen[first / kLanes];
+    if (computed && of.rows < 4 && count == kLanes && of.dims % kLanes == 0) {
+      (of.rows == 1 ? score_few<1> : of.rows == 2 ? score_few<2> : score_few<3>)(of, side, first, at);
+      continue;
+    }
     if (computed) products_with<Set>(of, side.keys + first * of.dims, count, transposed, at);
-    for (int64_t r = 0; r < of.rows; ++r) {
+    for (int64_t r = 0; r < of.rows; ++r, at += of.stride) {
+      if (count == kLanes) {
+        const Lanes scaled = Lanes::at(at) * splat(of.scale);
+        mask_row(of, side, r, first, computed ? &scaled : nullptr, at - r * of.stride);
+        continue;
+      }
       const float* mask = side.mask + r % of.count * side.slots + first;
       const float* bias = side.bias == nullptr ? nullptr : side.bias + r * side.slots + first;
       for (int64_t s = 0; s < count; ++s) {
-        float& found = at[r * of.stride + s];
-        found = computed ? found * of.scale + mask[s] : mask[s];
+        float found = computed ? at[s] * of.scale + mask[s] : mask[s];
         if (bias != nullptr) found += bias[s];
+        at[s] = found;
       }
     }
   }
@@ -107,9 +203,15 @@ RMSE_INLINE void gather_values(const AttentionRows& of, int64_t first, const flo
   Lanes sums[R][V] = {};
   for (const AttentionSide& side : of.sides) {
     for (int64_t s = 0; s < side.slots; ++s, ++weights) {
+      if (s % kLanes == 0 && !side.seen[s / kLanes]) {  // whose weights are zero
+        const int64_t left = std::min<int64_t>(kLanes, side.slots - s) - 1;
+        s += left, weights += left;
+        continue;
+      }
       float any = 0;
       for (int r = 0; r < R; ++r) any += weights[r * of.stride];
       if (any == 0) continue;
+      if constexpr (R <= 2) fetch(side.values + s * of.dims + first, V * kLanes);
       for (int v = 0; v < V; ++v) {
         const Lanes value = Lanes::at(side.values + s * of.dims + first + v * kLanes);
         for (int r = 0; r < R; ++r) sums[r][v] += value * splat(weights[r * of.stride]);
@@ -156,6 +258,7 @@ void attend_rows(const AttentionRows& of, float* transposed, float* scores, floa
   }
   int64_t r = 0;
   for (; r + R <= of.rows; r += R) values_of<R, Set::kColumns>(of, scores + r * of.stride, out + r * of.dims);
+  for (; r + 2 <= of.rows; r += 2) values_of<2, 2>(of, scores + r * of.stride, out + r * of.dims);
   for (; r < of.rows; ++r) values_of<1, 4>(of, scores + r * of.stride, out + r * of.dims);
 }
 

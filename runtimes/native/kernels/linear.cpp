@@ -15,19 +15,19 @@ using executorch::extension::parallel_for;
 constexpr int64_t kSmallestTask = 1 << 17;  // products worth another thread
 
 // The active rows, each in its own place.
-const std::vector<RowPair>& pairs_of(int64_t rows, const bool* active) {
+const std::vector<RowPair>& pairs_of(int64_t rows, const Active& active) {
   thread_local std::vector<RowPair> pairs;
   pairs.clear();
   for (int64_t r = 0; r < rows; ++r) {
-    if (active == nullptr || active[r]) pairs.push_back({r, r});
+    if (active(r)) pairs.push_back({r, r});
   }
   return pairs;
 }
 
 // Rows that are not active become zero, the others get the bias.
-void finish(const float* bias, int64_t rows, int64_t outputs, const bool* active, float* out) {
+void finish(const float* bias, int64_t rows, int64_t outputs, const Active& active, float* out) {
   for (int64_t r = 0; r < rows; ++r, out += outputs) {
-    if (active != nullptr && !active[r]) {
+    if (!active(r)) {
       std::fill_n(out, outputs, 0.0f);
     } else if (bias != nullptr) {
       for (int64_t o = 0; o < outputs; ++o) out[o] += bias[o];
@@ -40,7 +40,7 @@ int64_t grain(int64_t products_of_one) { return std::max<int64_t>(1, kSmallestTa
 }  // namespace
 
 void quantized_linear(const Matrix& weights, const float* bias, const float* x, int64_t rows, int64_t inputs,
-                      const bool* active, float* out) {
+                      const Active& active, float* out) {
   const std::vector<RowPair>& pairs = pairs_of(rows, active);
   const auto count = static_cast<int64_t>(pairs.size());
   thread_local Rounded kept;
@@ -54,12 +54,13 @@ void quantized_linear(const Matrix& weights, const float* bias, const float* x, 
 }
 
 void float_linear(const float* weights, const float* bias, const float* x, int64_t rows, int64_t inputs, int64_t outputs,
-                  float* out) {
-  const std::vector<RowPair>& pairs = pairs_of(rows, nullptr);
-  parallel_for(0, outputs, grain(rows * inputs), [&](int64_t first, int64_t last) {
-    products().floats(weights, outputs, inputs, first, last, x, pairs.data(), rows, out);
+                  const Active& active, float* out) {
+  const std::vector<RowPair>& pairs = pairs_of(rows, active);
+  const auto count = static_cast<int64_t>(pairs.size());
+  parallel_for(0, outputs, grain(count * inputs), [&](int64_t first, int64_t last) {
+    products().floats(weights, outputs, inputs, first, last, x, pairs.data(), count, out);
   });
-  finish(bias, rows, outputs, nullptr, out);
+  finish(bias, rows, outputs, active, out);
 }
 
 }  // namespace rmse

@@ -3,17 +3,18 @@
 
 #include <cstdint>
 
+#include "active.h"
 #include "products.h"
 
 namespace rmse {
 
 // x (rows, inputs) -> out (rows, outputs) = weights * x + bias, with activations rounded to int8 in blocks of kBlock.
-// Rows that are not active become zero and cost nothing. `bias` and `active` may be null.
+// Rows that are not active become zero and cost nothing. `bias` may be null.
 void quantized_linear(const Matrix& weights, const float* bias, const float* x, int64_t rows, int64_t inputs,
-                      const bool* active, float* out);
+                      const Active& active, float* out);
 
-// The same of all rows, with weights (outputs, inputs) in float32, and nothing rounded.
+// The same with weights (outputs, inputs) in float32, and nothing rounded.
 void float_linear(const float* weights, const float* bias, const float* x, int64_t rows, int64_t inputs, int64_t outputs,
-                  float* out);
+                  const Active& active, float* out);
 
 }  // namespace rmse

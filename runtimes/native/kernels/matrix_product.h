@@ -6,9 +6,10 @@
 //   kWidth            outputs in a vector, a divisor of kTile; also RMSE_WIDTH, defined before this is included
 //   kRows             rows that are multiplied together
 //   kVectors          vectors of a tile that one row is multiplied with together; of several rows it is one
+//   kTiles            the same of tiles, where a tile is one vector
 //   kFloatRows        the same of floats
 //   kAttention        queries that attend together, in kColumns vectors of their results
-//   int4, int8<V, R>  sums[v][r] = sum over a block of (code - zero) * value, for V vectors of a tile and R rows
+//   int4, int8<V, R>  sums[v][r] = sum over a block of (code - zero) * value, for R rows and V vectors, `step` bytes apart
 #pragma once
 
 #include <algorithm>
@@ -96,29 +97,35 @@ struct RowsAt {
   const int32_t* sums[R];
 };
 
-// V vectors of a tile, from its output `lane` on, times R rows.
+// Vectors of outputs that lie `codes` bytes and `scales` scales apart: of one tile, or of tiles.
+struct Steps {
+  int64_t codes, scales;
+};
+
+// V vectors of outputs, of which `left` are there, times R rows.
 template <typename Set, int Bits, int V, int R>
-RMSE_INLINE void part_of_tile(const uint8_t* codes, const uint16_t* scales, const Matrix& weights, int64_t lane,
+RMSE_INLINE void part_of_tile(const uint8_t* codes, const uint16_t* scales, const Matrix& weights, const Steps& steps,
                               const RowsAt<R>& x, float* const (&out)[R], int64_t left) {
   constexpr int W = Set::kWidth;
   using Floats = typename Vectors<W>::Floats;
   using Ints = typename Vectors<W>::Ints;
   constexpr int64_t kBytes = kTile * kBlock * Bits / 8;
+  constexpr int kApart = V * W > kTile ? V * W / kTile : 1;  // tiles
   Floats totals[V][R] = {};
-  codes += 4 * lane;
-  scales += lane;
   for (int64_t b = 0; b < weights.blocks; scales += kTile) {
     Floats of_weights[V];
-    for (int v = 0; v < V; ++v) of_weights[v] = widened<W>(scales + v * W);
+    for (int v = 0; v < V; ++v) of_weights[v] = widened<W>(scales + v * steps.scales);
     for (const int64_t end = b + weights.shared; b < end; ++b, codes += kBytes) {
       if constexpr (R <= 2) {  // few rows wait for memory, and the processor looks no further ahead than a page
-        for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + kAhead + i);
+        for (int t = 0; t < kApart; ++t) {
+          for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + t * steps.codes + kAhead + i);
+        }
       }
       Ints sums[V][R];
       if constexpr (Bits == 4) {
-        Set::template int4<V, R>(codes, x, b, sums);
+        Set::template int4<V, R>(codes, steps.codes, x, b, sums);
       } else {
-        Set::template int8<V, R>(codes, x, b, sums);
+        Set::template int8<V, R>(codes, steps.codes, x, b, sums);
       }
       for (int r = 0; r < R; ++r) {
         const float of_x = x.scales[r][b];
@@ -133,11 +140,12 @@ RMSE_INLINE void part_of_tile(const uint8_t* codes, const uint16_t* scales, cons
   }
 }
 
-template <typename Set, int Bits, int R>
+// T tiles, of one where a tile is more than a vector.
+template <typename Set, int Bits, int R, int T = 1>
 RMSE_INLINE void rows_of_tile(const Matrix& weights, int64_t tile, const RoundedRows& x, const RowPair* pairs, float* out) {
-  constexpr int V = R == 1 ? Set::kVectors : 1;
-  const int64_t groups = weights.blocks / weights.shared;
-  const uint8_t* codes = weights.codes + tile * weights.blocks * kTile * kBlock * Bits / 8;
+  constexpr int W = Set::kWidth, V = T > 1 ? T : R == 1 ? Set::kVectors : 1;
+  const int64_t groups = weights.blocks / weights.shared, bytes = weights.blocks * kTile * kBlock * Bits / 8;
+  const uint8_t* codes = weights.codes + tile * bytes;
   const uint16_t* scales = weights.scales + tile * groups * kTile;
   RowsAt<R> at;
   for (int r = 0; r < R; ++r) {
@@ -145,27 +153,39 @@ RMSE_INLINE void rows_of_tile(const Matrix& weights, int64_t tile, const Rounded
     at.scales[r] = x.scales + pairs[r].from * weights.blocks;
     at.sums[r] = x.sums + pairs[r].from * weights.blocks;
   }
-  for (int64_t lane = 0; lane < kTile; lane += V * Set::kWidth) {
+  const Steps steps = T > 1 ? Steps{bytes, groups * kTile} : Steps{4 * W, W};
+  for (int64_t lane = 0; lane < kTile; lane += V * W) {
     const int64_t left = weights.outputs - tile * kTile - lane;
     if (left <= 0) break;
     float* to[R];
     for (int r = 0; r < R; ++r) to[r] = out + pairs[r].to * weights.outputs + tile * kTile + lane;
-    part_of_tile<Set, Bits, V, R>(codes, scales, weights, lane, at, to, left);
+    part_of_tile<Set, Bits, V, R>(codes + 4 * lane, scales + lane, weights, steps, at, to, left);
   }
+}
+
+// All rows times T tiles, whose codes stay in the nearest cache for that long.
+template <typename Set, int Bits, int T>
+RMSE_INLINE void all_of_tile(const Matrix& weights, int64_t tile, const RoundedRows& x, const RowPair* pairs, int64_t count,
+                             float* out) {
+  constexpr int kMost = Set::kRows / T;
+  int64_t r = 0;
+  for (; r + kMost <= count; r += kMost) rows_of_tile<Set, Bits, kMost, T>(weights, tile, x, pairs + r, out);
+  if constexpr (kMost > 4) {
+    for (; r + 4 <= count; r += 4) rows_of_tile<Set, Bits, 4, T>(weights, tile, x, pairs + r, out);
+  }
+  if constexpr (kMost > 2) {
+    for (; r + 2 <= count; r += 2) rows_of_tile<Set, Bits, 2, T>(weights, tile, x, pairs + r, out);
+  }
+  for (; r < count; ++r) rows_of_tile<Set, Bits, 1, T>(weights, tile, x, pairs + r, out);
 }
 
 template <typename Set, int Bits>
 void tiles_of(const Matrix& weights, int64_t first, int64_t last, const RoundedRows& x, const RowPair* pairs, int64_t count,
               float* out) {
-  // A tile's codes stay in the nearest cache for all rows.
-  for (int64_t tile = first; tile < last; ++tile) {
-    int64_t r = 0;
-    for (; r + Set::kRows <= count; r += Set::kRows) rows_of_tile<Set, Bits, Set::kRows>(weights, tile, x, pairs + r, out);
-    if constexpr (Set::kRows > 4) {
-      for (; r + 4 <= count; r += 4) rows_of_tile<Set, Bits, 4>(weights, tile, x, pairs + r, out);
-    }
-    for (; r + 2 <= count; r += 2) rows_of_tile<Set, Bits, 2>(weights, tile, x, pairs + r, out);
-    if (r < count) rows_of_tile<Set, Bits, 1>(weights, tile, x, pairs + r, out);
+  constexpr int T = Set::kTiles;
+  for (; first + T <= last; first += T) all_of_tile<Set, Bits, T>(weights, first, x, pairs, count, out);
+  if constexpr (T > 1) {
+    for (; first < last; ++first) all_of_tile<Set, Bits, 1>(weights, first, x, pairs, count, out);
   }
 }
 

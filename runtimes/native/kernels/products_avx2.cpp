@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
@@ -26,11 +27,11 @@ RMSE_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(sta
 RMSE_INLINE __m256i fours(const int8_t* values) { return _mm256_set1_epi32(load<int32_t>(values)); }
 
 struct Avx2 {
-  static constexpr int kWidth = 8, kRows = 4, kVectors = 2, kFloatRows = 1, kAttention = 4, kColumns = 1;
+  static constexpr int kWidth = 8, kRows = 4, kVectors = 2, kTiles = 1, kFloatRows = 1, kAttention = 4, kColumns = 1;
   using Ints = Vectors<kWidth>::Ints;
 
   template <int V, int R>
-  static RMSE_INLINE void int4(const uint8_t* codes, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+  static RMSE_INLINE void int4(const uint8_t* codes, int64_t step, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256i pairs[V][R];  // of products: 8 * 2 * 15 * 127 fits 16 bits
     for (int v = 0; v < V; ++v) {
@@ -38,7 +39,7 @@ struct Avx2 {
     }
     for (int c = 0; c < 4; ++c) {
       for (int v = 0; v < V; ++v) {
-        const __m256i packed = load_bytes(codes + 4 * kTile * c + 4 * kWidth * v);
+        const __m256i packed = load_bytes(codes + 4 * kTile * c + step * v);
         const __m256i first = _mm256_and_si256(packed, low);
         const __m256i second = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
         for (int r = 0; r < R; ++r) {
@@ -58,14 +59,14 @@ struct Avx2 {
   }
 
   template <int V, int R>
-  static RMSE_INLINE void int8(const uint8_t* codes, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+  static RMSE_INLINE void int8(const uint8_t* codes, int64_t step, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
     __m256i found[V][R];
     for (int v = 0; v < V; ++v) {
       for (int r = 0; r < R; ++r) found[v][r] = _mm256_setzero_si256();
     }
     for (int c = 0; c < 8; ++c) {
       for (int v = 0; v < V; ++v) {
-        const __m256i w = _mm256_xor_si256(load_bytes(codes + 4 * kTile * c + 4 * kWidth * v), _mm256_set1_epi8(-128));
+        const __m256i w = _mm256_xor_si256(load_bytes(codes + 4 * kTile * c + step * v), _mm256_set1_epi8(-128));
         const __m256i size = _mm256_abs_epi8(w);
         for (int r = 0; r < R; ++r) {
           // |w| * (values with the sign of w): 2 * 128 * 127 fits 16 bits.
