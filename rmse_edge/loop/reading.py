@@ -25,7 +25,11 @@ class HasTrajectory(Protocol):
         every: bool = True,
         watcher: Watcher | None = None,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """-> (states (B, T, d) after each iteration, gate logits (loops, B, T), depth (B, T))."""
+        """-> (states (B, T, n) after each iteration, gate logits (loops, B, T), depth (B, T)).
+
+        A state is all that `read_out` reads of an iteration. `stop` is given what exit rules compare, (B, T, d), which may be
+        a part of it.
+        """
 
     def read_out(self, state: Tensor) -> Tensor:
         """Such a state -> logits, (B, T, V)."""

@@ -70,7 +70,7 @@ class Recipe:
     weight_decay: Finite = 0.1  # on matrices only
     clip: Above = 1.0  # gradient norm
     ema: Share = 0.99  # decay per step of the averaged weights that are evaluated and saved
-    balance_rate: Finite = 1e-2  # step of the expert balancing bias, in logits
+    balance_rate: Finite = 1e-2  # step of the expert balancing bias, in logits, or in sigmoids of these
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # "bf16", "fp32", or bf16 where the processor computes in it
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the checkpoint
     # bookkeeping
