@@ -117,8 +117,11 @@ RMSE_INLINE void part_of_tile(const uint8_t* codes, const uint16_t* scales, cons
     for (int v = 0; v < V; ++v) of_weights[v] = widened<W>(scales + v * steps.scales);
     for (const int64_t end = b + weights.shared; b < end; ++b, codes += kBytes) {
       if constexpr (R <= 2) {  // few rows wait for memory, and the processor looks no further ahead than a page
+        // Behind its end a tile goes on where the next one of its place begins.
+        constexpr int64_t kNext = kAhead / kApart;
+        const int64_t over = b * kBytes + kNext < weights.blocks * kBytes ? 0 : (kApart - 1) * steps.codes;
         for (int t = 0; t < kApart; ++t) {
-          for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + t * steps.codes + kAhead + i);
+          for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + t * steps.codes + kNext + over + i);
         }
       }
       Ints sums[V][R];
@@ -183,7 +186,8 @@ template <typename Set, int Bits>
 void tiles_of(const Matrix& weights, int64_t first, int64_t last, const RoundedRows& x, const RowPair* pairs, int64_t count,
               float* out) {
   constexpr int T = Set::kTiles;
-  for (; first + T <= last; first += T) all_of_tile<Set, Bits, T>(weights, first, x, pairs, count, out);
+  const bool together = count > 1 || !weights.from_memory;
+  for (; together && first + T <= last; first += T) all_of_tile<Set, Bits, T>(weights, first, x, pairs, count, out);
   if constexpr (T > 1) {
     for (; first < last; ++first) all_of_tile<Set, Bits, 1>(weights, first, x, pairs, count, out);
   }

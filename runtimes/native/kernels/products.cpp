@@ -20,7 +20,7 @@ struct Portable {
   using Ints = Vectors<kWidth>::Ints;
 
   template <int V, int R>
-  static void int4(const uint8_t* codes, int64_t step, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+  static void int4(const uint8_t* codes, int64_t, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
     for (int r = 0; r < R; ++r) {
       int32_t found[kWidth] = {};
       for (int c = 0; c < 4; ++c) {
@@ -35,7 +35,7 @@ struct Portable {
   }
 
   template <int V, int R>
-  static void int8(const uint8_t* codes, int64_t step, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
+  static void int8(const uint8_t* codes, int64_t, const RowsAt<R>& x, int64_t b, Ints (&sums)[V][R]) {
     for (int r = 0; r < R; ++r) {
       int32_t found[kWidth] = {};
       for (int c = 0; c < 8; ++c) {
