@@ -25,8 +25,8 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
         "-t", "--threads", type=positive_int, metavar="N", help="threads (default: the engine's own choice)"
     )
     group.add_argument(
-        "--expert-ram", metavar="SIZE|N%|auto",
-        help="of ExecuTorch packages: keep so much of the experts in memory, read the others when they are needed",
+        "--expert-ram", metavar="SIZE",
+        help="of ExecuTorch packages: keep so much of the experts in memory (300M, 25%%, auto), read the others when needed",
     )  # fmt: skip
 
 

@@ -284,7 +284,12 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
     """The end of the output: one JSON document, or the statistics on stderr."""
     statistics = generation.statistics()
     if args.output == "json":
-        document = {"text": generation.text, "tokens": generation.tokens, "depth": generation.depth, "prompt": prompt}
+        document: dict[str, Any] = {
+            "text": generation.text,
+            "tokens": generation.tokens,
+            "depth": generation.depth,
+            "prompt": prompt,
+        }
         info = generation.runtime.info
         document |= statistics | {
             "model": info.name,
@@ -312,6 +317,9 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
 
 def expert_figures(generation: Generation) -> dict[str, Any]:
     """What --expert-ram did for the tokens of this text."""
+    from rmse_edge.runtimes import LoopRuntime
+
+    assert isinstance(generation.runtime, LoopRuntime)
     figures = generation.runtime.expert_figures(len(generation.prompt) + max(0, len(generation.tokens) - 1))
     assert figures is not None
     return figures
