@@ -173,6 +173,7 @@ RUN: dict[str, list[str]] = {
         "--set", "task.held_out=2", "--set", "task.test=2",
     ],
     "rmse-quantize -m runs/trm --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
+    "rmse-quantize -m models/trm-sudoku --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
 }  # fmt: skip
 
