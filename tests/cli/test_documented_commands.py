@@ -238,6 +238,8 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m models/ouro-shakespeare": EXPORTS,
     "rmse-export -m models/trm-sudoku": EXPORTS,
     "rmse-export -m models/trm-sudoku --target executorch": EXPORTS,
+    "rmse-eval trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv --sweep --rule exit-threshold=0.5,0.9 -t 1": BOARDS_OF_PACKAGES,
+    "rmse-bench trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv -t 1": BOARDS_OF_PACKAGES,
     "rmse-eval trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv --sweep": BOARDS_OF_PACKAGES,
     "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv": BOARDS_OF_PACKAGES,
     'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",
