@@ -140,14 +140,15 @@ class RecursiveSolver(nn.Module):
     def refine(self, x: Tensor, z_h: Tensor, z_l: Tensor) -> tuple[Tensor, Tensor]:
         """One supervision step: (z_H, z_L), (B, S, D) each. In training gradients go through the calls that `gradient` says."""
         c = self.config
-        high = self.H_level if c.two_networks else self.L_level
+        low = self.get_submodule("L_level")
+        high = self.get_submodule("H_level") if c.two_networks else low
         train = self.training and torch.is_grad_enabled()
         for h in range(c.H_cycles):
             last_cycle = h + 1 == c.H_cycles
             for i in range(c.L_cycles):
                 last_call = last_cycle and (c.gradient != "step" or i + 1 == c.L_cycles)
                 with _grad_only_if(train, last_call or c.gradient == "full"):
-                    z_l = self.L_level(z_l + (z_h + x), self.cos, self.sin)
+                    z_l = low(z_l + (z_h + x), self.cos, self.sin)
             with _grad_only_if(train, last_cycle or c.gradient == "full"):
                 z_h = high(z_h + z_l, self.cos, self.sin)
         return z_h, z_l

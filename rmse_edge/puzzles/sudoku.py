@@ -115,7 +115,8 @@ def solved(given: np.ndarray, size: int, most: int = 2) -> tuple[list[np.ndarray
     for cell, symbol in enumerate(given.tolist()):
         if symbol > 1 and not search.place(options, cell, 1 << (symbol - 2)):
             return [], 0
-    found, guesses = [], 0
+    found: list[np.ndarray] = []
+    guesses = 0
     for answer in search.solutions(options):
         if not found:
             guesses = search.guesses

@@ -186,6 +186,7 @@ RUN: dict[str, list[str]] = {
         "--set", "task.held_out=2", "--set", "task.test=2",
     ],
     "rmse-quantize -m runs/trm --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
+    "rmse-quantize -m models/trm-sudoku --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
     "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o exits.npz": [
         "--tokens", "128",
@@ -263,6 +264,8 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m models/ouro-shakespeare": EXPORTS,
     "rmse-export -m models/trm-sudoku": EXPORTS,
     "rmse-export -m models/trm-sudoku --target executorch": EXPORTS,
+    "rmse-eval trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv --sweep --rule exit-threshold=0.5,0.9 -t 1": BOARDS_OF_PACKAGES,
+    "rmse-bench trm-sudoku-onnx.rmse --boards models/trm-sudoku/test.csv -t 1": BOARDS_OF_PACKAGES,
     "rmse-eval trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv --sweep": BOARDS_OF_PACKAGES,
     "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv": BOARDS_OF_PACKAGES,
     'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",

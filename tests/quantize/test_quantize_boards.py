@@ -48,7 +48,8 @@ def test_weights_hear_every_step_of_every_board(boards: Boards) -> None:
     found = gather(model, tokens, [GATE]).of(GATE)
     torch.testing.assert_close(found.double(), rows.T @ rows, rtol=1e-4, atol=1e-3)
 
-    stops = solver(0.5)
+    first = torch.stack([model.scores(board[None], {})[0] for board in tokens])
+    stops = solver(float(first.median()))  # half of them stop after one step
     depth = BoardReader(stops).read(tokens, stop=True).depth[:, 0]
     assert len(depth.unique()) > 1
     kept = round(0.25 * 6)  # the first boards run to the end
