@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.checkpoint import stored_keys
+from rmse_edge.quantize.scheme import table_of
 
 SHAPES = {  # the configurations' own defaults are those of the published models
     "ouro-1.4b": "ouro",
@@ -53,14 +55,18 @@ def tensors(config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint, float16, one at a time."""
     with Deviations() as deviations:
         model = arch_of(config.model_type).build(config)  # memory that nobody has written to is not taken yet
-    state, generator = model.state_dict(), torch.Generator().manual_seed(seed)
+    state, table = model.state_dict(), table_of(model)
     for name in stored_keys(config, state):
         tensor = state[name]
         deviation = deviations.found.get(tensor.data_ptr())
         if deviation is None and tensor.dim() > 1 and not tensor.any():
             deviation = tensor.shape[-1] ** -0.5
-        drawn = tensor if deviation is None else torch.randn(tensor.shape, generator=generator).mul_(deviation)
-        yield name, drawn.half()
+        if deviation is None:
+            yield name, tensor.half()
+            continue
+        same = table.embedding if name == table.head else name
+        generator = torch.Generator().manual_seed(crc32(f"{seed} {same}".encode()))
+        yield name, torch.randn(tensor.shape, generator=generator).mul_(deviation).half()
 
 
 def write(folder: Path, named: Iterable[tuple[str, Tensor]]) -> None:

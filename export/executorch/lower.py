@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from rmse_edge.errors import ExportError, first_line, quiet
-from rmse_edge.export.program import ExportedMethod, LoopProgram
+from rmse_edge.export.program import LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.quantize import QuantizedTensor
 
@@ -33,11 +33,6 @@ from .tiles import tiles_of
 PROGRAM = "program.pte"
 UNLIMITED = 2**31 - 1  # of get_max_context_len: a window and a memory hold any text
 PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate would only cost
-aten = torch.ops.aten
-PRODUCTS = frozenset((
-    aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.einsum.default,
-    aten.conv1d.default, aten.convolution.default, aten.scaled_dot_product_attention.default,
-))  # fmt: skip
 
 
 @target(
@@ -57,13 +52,13 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     Raises:
         ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
     """
-    methods = {f"{method.name}_{method.chunks[0]}": method for method in program.methods}
+    methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
     options.progress("lowering to XNNPACK")
     with quiet():
-        partitioners = {n: [XnnpackPartitioner()] if delegated(m, options) else [] for n, m in methods.items()}
+        partitioners = {name: [XnnpackPartitioner()] if delegated(name, options) else [] for name in methods}
         try:
             edge = to_edge_transform_and_lower(
-                {name: method.program for name, method in methods.items()},
+                methods,
                 transform_passes=EDGE_PASSES,
                 partitioner=partitioners,
                 constant_methods=metadata(program, options),
@@ -86,15 +81,12 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
 
 
-def delegated(method: ExportedMethod, options: LowerOptions) -> bool:
-    """Whether XNNPACK takes its parts of a method. Of a quantised model these are products of floats, if any: what has none,
-    sums for the most part, the engine's own kernels do as fast, while every delegate is prepared by itself at export. In calls
-    of one row all is done before a delegate has begun.
+def delegated(name: str, options: LowerOptions) -> bool:
+    """Whether XNNPACK takes its parts of a method. Of a quantised model, little but sums and transpositions is left for it: in
+    calls of one row these are done before a delegate has begun.
     """
-    if method.name in PLAIN or not options.tensors:
-        return method.name not in PLAIN
-    multiplies = any(node.target in PRODUCTS for node in method.program.graph.nodes)
-    return multiplies and method.chunks != (1,)
+    method, _, rows = name.rpartition("_")
+    return method not in PLAIN and not (options.tensors and rows == "1")
 
 
 def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
