@@ -144,7 +144,6 @@ bool run_experts(Arguments args, bool quantized) {
         !read(down, *down_scales, 4, shape.width, hidden, down_weights.first)) {
       return false;
     }
-    gate_up_weights.first.from_memory = down_weights.first.from_memory = shape.experts > shape.top_k;  // others are chosen next
   } else {
     if (!is(up, ScalarType::Float) || !is(down, ScalarType::Float) || up.size(1) != 2 * hidden || up.size(2) != shape.width ||
         down.size(1) != shape.width) {

@@ -6,7 +6,7 @@
 //   kWidth            outputs in a vector, a divisor of kTile; also RMSE_WIDTH, defined before this is included
 //   kRows             rows that are multiplied together
 //   kVectors          vectors of a tile that one row is multiplied with together; of several rows it is one
-//   kTiles            the same of tiles, where a tile is one vector
+//   kTiles            tiles that several rows are multiplied with together, where a tile is one vector
 //   kFloatRows        the same of floats
 //   kAttention        queries that attend together, in kColumns vectors of their results
 //   int4, int8<V, R>  sums[v][r] = sum over a block of (code - zero) * value, for R rows and V vectors, `step` bytes apart
@@ -186,7 +186,7 @@ template <typename Set, int Bits>
 void tiles_of(const Matrix& weights, int64_t first, int64_t last, const RoundedRows& x, const RowPair* pairs, int64_t count,
               float* out) {
   constexpr int T = Set::kTiles;
-  const bool together = count > 1 || !weights.from_memory;
+  const bool together = count > 1;  // one row waits for its codes, and a single stream of them is fetched best
   for (; together && first + T <= last; first += T) all_of_tile<Set, Bits, T>(weights, first, x, pairs, count, out);
   if constexpr (T > 1) {
     for (; first < last; ++first) all_of_tile<Set, Bits, 1>(weights, first, x, pairs, count, out);

@@ -22,7 +22,6 @@ struct Matrix {
   int64_t blocks = 0;  // of a row
   int64_t shared = 0;  // blocks that share a scale: blocks / groups
   int bits = 0;
-  bool from_memory = false;  // other matrices were read in between: it is in no cache, and is read in one stream
 
   int64_t tiles() const { return (outputs + kTile - 1) / kTile; }
   int64_t block_bytes() const { return kTile * kBlock * bits / 8; }
