@@ -261,7 +261,7 @@ class Proof:
         """Of a model that fills in boards."""
         exact = self.request.quant == "fp32"
         counterpart, package = rounded(self.model, self.request.quant), self.sealed(manifest)
-        return board_gate(program, counterpart, board_for(package), exact, self.stage)
+        return board_gate(program, counterpart, board_for(package), exact, self.stage, self.rounded_activations)
 
     def sealed(self, manifest: dict[str, Any]) -> Package:
         """The package in the making, as a runtime would find it."""
