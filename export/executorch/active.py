@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import ExportPass, PassResult
@@ -23,7 +24,7 @@ WHERE = (ATEN.where.self, OWN.where_rows.default)
 AND = (ATEN.bitwise_and.Tensor, ATEN.logical_and.default)
 EXPERTS = (OWN.quantized_experts.default, OWN.sparse_experts.default)
 # Every element of the result is made of those of the arguments that lie where it does.
-ELEMENTWISE = {
+ELEMENTWISE: set[Any] = {
     getattr(getattr(ATEN, name), overload)
     for name, overload in [
         *(
@@ -47,7 +48,7 @@ ELEMENTWISE = {
 # A row (n,) of the result is made of the same row of the first argument.
 BY_ROWS = {OWN.rms_norm.default, OWN.quantized_linear.default, OWN.float_linear.default, OWN.swiglu.default}
 REDUCTIONS = {ATEN.sum.dim_IntList, ATEN.mean.dim, ATEN.amax.default}
-TOLD = {
+TOLD: dict[Any, int] = {
     OWN.rms_norm.default: 3,
     OWN.quantized_linear.default: 4,
     OWN.float_linear.default: 3,
@@ -107,13 +108,13 @@ def rows_read(nodes: list[Node]) -> dict[Node, Reads]:
 
 def _read_by(user: Node, value: Node, of_user: Reads) -> Reads:
     """What `user` reads of `value`, if of its own result `of_user` is read."""
-    every = {_read_as(user, i, of_user) for i, arg in enumerate(user.args) if arg is value}
-    direct = sum(arg is value for arg in user.args)
-    listed = [arg for arg in user.args if isinstance(arg, (list, tuple)) and value in arg]
+    every = {_read_as(user, i, of_user) for i, arg in enumerate(_args(user)) if arg is value}
+    direct = sum(arg is value for arg in _args(user))
+    listed = [arg for arg in _args(user) if isinstance(arg, (list, tuple)) and value in arg]
     if listed:
         if user.target != ATEN.cat.default or direct:
             return None
-        axis = (user.args[1] if len(user.args) > 1 else 0) % len(_shape(user))
+        axis = (_args(user)[1] if len(_args(user)) > 1 else 0) % len(_shape(user))
         return of_user if of_user is not None and of_user.axis != axis else None
     if value in user.kwargs.values():
         return None
@@ -124,22 +125,22 @@ def _read_as(user: Node, place: int, of_user: Reads) -> Reads:
     """The same of the argument at one place."""
     target = user.target
     if target in WHERE and place > 0:
-        condition = user.args[0]
+        condition = _args(user)[0]
         flags, axis = _flags_of(condition), _axis_of_flags(condition, user)
         if of_user is None and flags is not None and axis is not None:
-            return _at(Rows(flags, place == 1, axis), user, user.args[place])
-        return _at(of_user, user, user.args[place])
+            return _at(Rows(flags, place == 1, axis), user, _args(user)[place])
+        return _at(of_user, user, _args(user)[place])
     if target in AND and of_user is None:
-        other = user.args[1 - place]
+        other = _args(user)[1 - place]
         flags, axis = _flags_of(other), _axis_of_flags(other, user)
-        return None if flags is None or axis is None else _at(Rows(flags, True, axis), user, user.args[place])
+        return None if flags is None or axis is None else _at(Rows(flags, True, axis), user, _args(user)[place])
     if target in EXPERTS and place < 3:
-        flags = _flags_of(user.args[3])
+        flags = _flags_of(_args(user)[3])
         return None if flags is None else Rows(flags, True, 0)
     if of_user is None:
         return None
     if target in ELEMENTWISE or target in WHERE:
-        return _at(of_user, user, user.args[place])
+        return _at(of_user, user, _args(user)[place])
     last = len(_shape(user)) - 1
     if place > 0:
         return None
@@ -148,17 +149,17 @@ def _read_as(user: Node, place: int, of_user: Reads) -> Reads:
     if target == OWN.attention.default:
         return of_user if of_user.axis == 2 and _shape(user)[0] == 1 else None
     if target == VIEW:
-        return _through_view(of_user, _shape(user), _shape(user.args[0]))
+        return _through_view(of_user, _shape(user), _shape(_args(user)[0]))
     if target == ATEN.permute_copy.default:
-        return Rows(of_user.flags, of_user.wanted, user.args[1][of_user.axis] % (last + 1))
+        return Rows(of_user.flags, of_user.wanted, _args(user)[1][of_user.axis] % (last + 1))
     if target == ATEN.expand_copy.default:
-        return _at(of_user, user, user.args[0])
+        return _at(of_user, user, _args(user)[0])
     if target == ATEN.slice_copy.Tensor:
-        axis = (user.args[1] if len(user.args) > 1 else 0) % (last + 1)
+        axis = (_args(user)[1] if len(_args(user)) > 1 else 0) % (last + 1)
         return of_user if axis != of_user.axis else None
     if target in REDUCTIONS:
-        rank = len(_shape(user.args[0]))
-        reduced = [axis % rank for axis in user.args[1]]
+        rank = len(_shape(_args(user)[0]))
+        reduced = [axis % rank for axis in _args(user)[1]]
         return of_user if all(axis > of_user.axis for axis in reduced) else None
     return None
 
@@ -186,7 +187,7 @@ def _through_view(rows: Rows, shape: tuple[int, ...], before: tuple[int, ...]) -
 def _flags_of(condition: object) -> Node | None:
     """The tensor of one flag for each row that a condition is a view of."""
     while isinstance(condition, Node) and condition.target == VIEW:
-        condition = condition.args[0]
+        condition = _args(condition)[0]
     return condition if isinstance(condition, Node) and _static(condition) else None
 
 
@@ -201,12 +202,12 @@ def _axis_of_flags(condition: object, user: Node) -> int | None:
 
 def _fits(node: Node, rows: Reads) -> bool:
     """Whether the operator can be told: its rows are those of the flags, one or several side by side for each."""
-    if rows is None or not _static(node) or node.args[TOLD[node.target]] is not None:
+    if rows is None or not _static(node) or _args(node)[TOLD[node.target]] is not None:
         return False
     shape, count = _shape(node), math.prod(_shape(rows.flags))
     outer = math.prod(shape[: rows.axis])
     if node.target == OWN.attention.default:
-        outer = 1 if rows.axis == 2 and shape[0] == 1 and _shape(node.args[3])[0] == 1 else 0
+        outer = 1 if rows.axis == 2 and shape[0] == 1 and _shape(_args(node)[3])[0] == 1 else 0
     return outer == 1 and shape[rows.axis] == count > 1
 
 
@@ -234,10 +235,15 @@ def _flags(graph_module: GraphModule, rows: Rows) -> Node:
     return flags
 
 
-def _shape(node: Node) -> tuple[int, ...]:
+def _shape(node: Any) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
 def _static(node: Node) -> bool:
     value = node.meta.get("val")
-    return hasattr(value, "shape") and all(isinstance(d, int) for d in value.shape)
+    return value is not None and hasattr(value, "shape") and all(isinstance(d, int) for d in value.shape)
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    """Those of operators, whose places and types the operator says."""
+    return node.args
