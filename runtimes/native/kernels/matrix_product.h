@@ -186,7 +186,7 @@ template <typename Set, int Bits>
 void tiles_of(const Matrix& weights, int64_t first, int64_t last, const RoundedRows& x, const RowPair* pairs, int64_t count,
               float* out) {
   constexpr int T = Set::kTiles;
-  const bool together = count > 1;  // one row waits for its codes, and a single stream of them is fetched best
+  const bool together = T == 1 || count > 1;  // one row waits for its codes, and a single stream of them is fetched best
   for (; together && first + T <= last; first += T) all_of_tile<Set, Bits, T>(weights, first, x, pairs, count, out);
   if constexpr (T > 1) {
     for (; first < last; ++first) all_of_tile<Set, Bits, 1>(weights, first, x, pairs, count, out);
