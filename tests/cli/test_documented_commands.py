@@ -111,8 +111,10 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
         assert script.is_file(), rest[0]
         known = script_flags(script)
     elif program.endswith("rmse-runner"):
-        source = "".join(p.read_text() for p in (ROOT / "runtimes" / "native" / "cli").glob("*.cpp"))
-        known = set(re.findall(r'"(--?[a-z][a-z-]*)"', source))
+        native = ROOT / "runtimes" / "native"
+        source = "".join(p.read_text() for p in (native / "cli").glob("*.cpp"))
+        dials = re.findall(r'\{"([a-z_]+)", &Dials::', (native / "core" / "info.cpp").read_text())
+        known = {*re.findall(r'"(--?[a-z][a-z-]*)"', source), *(f"--{name.replace('_', '-')}" for name in dials)}
     else:
         sub = rest[0] if rest and rest[0] in ("report", "gpt") and program == "rmse-train" else None
         known = set(known_flags(program, sub))
