@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.checkpoint import stored_keys
+from rmse_edge.errors import ConfigError
 from rmse_edge.quantize.scheme import table_of
 
 SHAPES = {  # the configurations' own defaults are those of the published models
@@ -92,7 +93,12 @@ def write(folder: Path, named: Iterable[tuple[str, Tensor]]) -> None:
 
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    return name, json.loads(value)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a field of config.json, = and its value in JSON"
+        ) from None
 
 
 def main() -> None:
@@ -102,8 +108,11 @@ def main() -> None:
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="FIELD=JSON", help="of config.json")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    config = arch_of(SHAPES[args.shape]).config.from_dict(dict(args.set))
-    args.folder.mkdir(parents=True)
+    try:
+        config = arch_of(SHAPES[args.shape]).config.from_dict(dict(args.set))
+        args.folder.mkdir(parents=True)
+    except (ConfigError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
     write(args.folder, tensors(config, args.seed))
     (args.folder / "config.json").write_text(config.to_json())
 

@@ -129,7 +129,8 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
 SMALL_INKLING = {
     "vocab_size": 70, "unpadded_vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1,
-    "swa_head_dim": 16, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1, "moe_intermediate_size": 16,
+    "swa_head_dim": 16, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1,
+    "eos_token_id": 3, "moe_intermediate_size": 16,
 }  # fmt: skip
 
 # In this order, in one folder; what is added makes them small.
