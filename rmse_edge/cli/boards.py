@@ -33,6 +33,8 @@ def opened(args: argparse.Namespace, path: Path) -> tuple[BoardRuntime, Game]:
     from rmse_edge.puzzles.known import game_of_model
     from rmse_edge.runtimes import open_boards
 
+    if args.expert_ram is not None:
+        raise UserError("--expert-ram: solvers of boards have no experts; leave it out")
     runtime = open_boards(path, args.runtime, args.device, args.threads)
     try:
         return runtime, game_of_model(runtime.board)

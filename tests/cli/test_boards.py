@@ -79,6 +79,7 @@ def test_what_is_no_board_is_one_line(text: str, said: str, tmp_path: Path, caps
         (["--board", "nowhere.txt"], "nowhere.txt"),
         (["--board", "x", "--chat"], "--board: is no question; leave out --chat"),
         (["--board", str(TEST), "--exit-kl", "0.1"], "has no such rule"),
+        (["--board", str(TEST), "--expert-ram", "1M"], "--expert-ram: solvers of boards have no experts; leave it out"),
     ],
 )
 def test_flags_that_cannot_be(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
