@@ -364,7 +364,7 @@ CASES = (
         made={("executorch", "fp32"): "toy_package"},
         wrong={"CountsPadding": RecurrentCountsPadding},
     ),
-    Case("toy", toy, TOY, threshold=0.5, always=NO_COREML),
+    Case("toy", toy, TOY, threshold=0.5, always=ONE),
     Case("puzzle", solver, PUZZLE, always=MOST),
     Case("trm", small_trm, calm=decided_solver(small_trm), threshold=0.5, trains=True, always=ONE),
     Case("hrm", small_hrm, calm=decided_solver(small_hrm), threshold=0.5, trains=True, always=()),
