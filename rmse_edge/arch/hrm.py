@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rmse_edge.numbers import Loops, Some
 
 from . import recursive
-from .registry import Arch
+from .recursive_arch import solver
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,4 @@ class HrmConfig(recursive.RecursiveConfig):
         return True
 
 
-def build(config: HrmConfig) -> Any:
-    from .recursive_model import RecursiveSolver
-
-    return RecursiveSolver(config)
-
-
-ARCH = Arch(
-    HrmConfig,
-    build,
-    recursive.parts,
-    settings=HrmConfig.settings,
-    stored=recursive.stored,
-    quantization=recursive.table,
-    trains=True,
-    stated=recursive.stated,
-)
+ARCH = solver(HrmConfig)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rmse_edge.numbers import Some
 
 from . import recursive
-from .registry import Arch
+from .recursive_arch import solver
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,4 @@ class TrmConfig(recursive.RecursiveConfig):
         return self.separate_H
 
 
-def build(config: TrmConfig) -> Any:
-    from .recursive_model import RecursiveSolver
-
-    return RecursiveSolver(config)
-
-
-ARCH = Arch(
-    TrmConfig,
-    build,
-    recursive.parts,
-    settings=TrmConfig.settings,
-    stored=recursive.stored,
-    quantization=recursive.table,
-    trains=True,
-    stated=recursive.stated,
-)
+ARCH = solver(TrmConfig)

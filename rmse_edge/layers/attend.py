@@ -28,27 +28,13 @@ def attention(
     Args:
         active: (C,) bool; what other queries find becomes zero, and costs nothing.
     """
-    found = _whole(query, keys, values, mask, bias, past_keys, past_values, past_mask, past_bias, sinks)
-    return found if active is None else torch.where(active[:, None], found, 0.0)
-
-
-def _whole(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    past_keys: Tensor | None,
-    past_values: Tensor | None,
-    past_mask: Tensor | None,
-    past_bias: Tensor | None,
-    sinks: Tensor | None,
-) -> Tensor:
     if past_keys is None or past_values is None or past_mask is None:
         biases = None if bias is None else (bias, bias)
-        return _composed(query, (keys, values), None, (mask, mask), biases, sinks).clone()
-    biases = None if bias is None or past_bias is None else (past_bias, bias)
-    return _composed(query, (keys, values), (past_keys, past_values), (past_mask, mask), biases, sinks).clone()
+        found = _composed(query, (keys, values), None, (mask, mask), biases, sinks).clone()
+    else:
+        biases = None if bias is None or past_bias is None else (past_bias, bias)
+        found = _composed(query, (keys, values), (past_keys, past_values), (past_mask, mask), biases, sinks).clone()
+    return found if active is None else torch.where(active[:, None], found, 0.0)
 
 
 @attention.register_fake

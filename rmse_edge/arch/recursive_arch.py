@@ -1,0 +1,21 @@
+"""What the rest of the project asks recursive solvers. Hosts of packages ask too, so PyTorch is imported where a model is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .recursive import RecursiveConfig, parts, stated, stored, table
+from .registry import Arch
+
+
+def build(config: RecursiveConfig) -> Any:
+    from .recursive_model import RecursiveSolver
+
+    return RecursiveSolver(config)
+
+
+def solver(config: type[RecursiveConfig]) -> Arch:
+    """Of one whose files have this configuration."""
+    return Arch(
+        config, build, parts, settings=config.settings, stored=stored, quantization=table, trains=True, stated=stated
+    )
