@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.common.identity import fingerprint, model_info
 from rmse_edge.chat import chat_files
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.exits import carried

@@ -14,7 +14,7 @@ from rmse_edge.quantize.scheme import BITS
 if TYPE_CHECKING:
     from torch import nn
 
-    from rmse_edge.arch.quantization import Use
+    from rmse_edge.arch.common.quantization import Use
     from rmse_edge.info import ModelInfo
     from rmse_edge.loop.contract import LoopSpec
     from rmse_edge.numbers import KvDtype

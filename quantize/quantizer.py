@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ArgumentError
 from rmse_edge.layers.cache import cache_dtype, caches_of, with_cache_dtype

@@ -1,4 +1,4 @@
-"""In which format tensors are quantised; which ones is said by their architecture (rmse_edge/arch/quantization.py)."""
+"""In which format tensors are quantised; which ones is said by their architecture (rmse_edge/arch/common/quantization.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.checkpoint import stored_keys
 from rmse_edge.errors import ArgumentError, UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmse_edge.arch.identity import fingerprint_of
+from rmse_edge.arch.common.identity import fingerprint_of
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.checkpoint import check_size, empty_model, read_config, tensors_of
 from rmse_edge.errors import ArgumentError, CheckpointError

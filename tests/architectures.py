@@ -32,6 +32,9 @@ from toy_recurrent import ToyRecurrent
 from toy_tower import ARCH as TOWER
 from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
 
+from rmse_edge.arch.common.identity import fingerprint, model_info
+from rmse_edge.arch.common.recurrent import UNTRAINED
+from rmse_edge.arch.common.recursive_model import RecursiveSolver
 from rmse_edge.arch.dory.config import DoryConfig
 from rmse_edge.arch.dory.model import Dory
 from rmse_edge.arch.hrm import HrmConfig
@@ -39,11 +42,8 @@ from rmse_edge.arch.hrm_text.config import HrmTextConfig
 from rmse_edge.arch.hrm_text.model import HrmText
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
-from rmse_edge.arch.identity import fingerprint, model_info
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
-from rmse_edge.arch.recurrent import UNTRAINED
-from rmse_edge.arch.recursive_model import RecursiveSolver
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.arch.trm import TrmConfig
 from rmse_edge.checkpoint import save_checkpoint

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import save_checkpoint

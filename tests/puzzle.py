@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 from rmse_edge.errors import ConfigError
 from rmse_edge.info import BoardInfo

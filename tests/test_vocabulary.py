@@ -117,7 +117,7 @@ def test_each_end_token_ends_a_text(tmp_path: Path, checkpoint: Path, capsys: py
 
 
 def test_a_manifest_has_all_end_tokens() -> None:
-    from rmse_edge.arch.identity import model_info
+    from rmse_edge.arch.common.identity import model_info
 
     model = mixed_model(eos_token_id=[7, 8])
     info = model_info(model, "m", 0)
@@ -134,7 +134,7 @@ def test_an_executorch_program_says_all_end_tokens() -> None:
     from executorch.exir import to_edge_transform_and_lower
     from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
-    from rmse_edge.arch.identity import model_info
+    from rmse_edge.arch.common.identity import model_info
     from rmse_edge.export.executorch.lower import metadata
     from rmse_edge.export.program import LoopProgram
     from rmse_edge.export.targets import LowerOptions

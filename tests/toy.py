@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import Arch, Stored
 from rmse_edge.errors import ConfigError
 from rmse_edge.info import TextInfo

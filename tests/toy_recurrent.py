@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import Arch, register
 from rmse_edge.info import TextInfo
 from rmse_edge.loop.contract import (

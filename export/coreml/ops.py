@@ -24,7 +24,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from torch import Tensor, nn
 
-from rmse_edge.arch.quantization import Use
+from rmse_edge.arch.common.quantization import Use
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions

@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.quantization import Use
+from rmse_edge.arch.common.quantization import Use
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.attention import Attention

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from torch import nn
 
-from rmse_edge.arch.quantization import Use
+from rmse_edge.arch.common.quantization import Use
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions

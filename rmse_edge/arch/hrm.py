@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from rmse_edge.numbers import Loops, Some
 
-from . import recursive
-from .recursive_arch import solver
+from .common import recursive
+from .common.solver import solver
 
 
 @dataclass(frozen=True)

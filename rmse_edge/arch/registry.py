@@ -1,6 +1,7 @@
 """The architectures: `config.json`'s `model_type` is the name of a file or folder beside this one, which has an `ARCH`.
 
-Other packages add theirs as entry points of the group `rmse_edge.arch`, and programs with `register`:
+What several of them share is in `common`. Other packages add theirs as entry points of the group `rmse_edge.arch`, and
+programs with `register`:
 
     [project.entry-points."rmse_edge.arch"]
     mine = "my_package.mine:ARCH"
@@ -27,13 +28,11 @@ if TYPE_CHECKING:
     from rmse_edge.loop.contract import LoopModel
     from rmse_edge.loop.course import Reader
 
-    from .quantization import QuantTable
+    from .common.quantization import QuantTable
 
 GROUP = "rmse_edge.arch"
 FIRST = "rmse"  # whose first checkpoints have no model_type: there was no other
-NO_ARCHITECTURES = set(  # files of this folder
-    "dense exits identity published quantization recurrent recurrent_model recursive recursive_model registry".split()
-)
+NO_ARCHITECTURES = {"common", "registry"}  # of what is in this folder
 _REGISTERED: dict[str, Arch] = {}
 on_register: list[Callable[[str], None]] = []  # told the name of whatever is registered from then on
 

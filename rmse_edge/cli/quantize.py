@@ -111,7 +111,7 @@ def quantized(
     """
     import numpy as np
 
-    from rmse_edge.arch.identity import fingerprint
+    from rmse_edge.arch.common.identity import fingerprint
     from rmse_edge.checkpoint import load_checkpoint
     from rmse_edge.puzzles.known import game_of_model
     from rmse_edge.puzzles.sets import Boards, read_boards

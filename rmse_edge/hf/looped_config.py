@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from rmse_edge.arch.published import OF_TRANSFORMERS
+from rmse_edge.arch.common.published import OF_TRANSFORMERS
 from rmse_edge.arch.registry import arch_of
 
 from .known import OWN, text_types

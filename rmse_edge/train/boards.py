@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.recursive import RecursiveConfig
+from rmse_edge.arch.common.recursive import RecursiveConfig
 from rmse_edge.errors import ConfigError, UserError
 from rmse_edge.info import BoardKind
 from rmse_edge.puzzles.game import Game

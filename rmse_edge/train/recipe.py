@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rmse_edge.arch.recursive import RecursiveConfig
+from rmse_edge.arch.common.recursive import RecursiveConfig
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.checkpoint import read_config
 from rmse_edge.errors import ArgumentError, ConfigError

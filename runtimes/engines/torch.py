@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.info import ModelInfo

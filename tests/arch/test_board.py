@@ -8,7 +8,7 @@ import torch
 from architectures import solver as make_solver
 from puzzle import Puzzle
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.errors import ArgumentError, ParityError, UserError
 from rmse_edge.export import LoopProgram
 from rmse_edge.export.gate import board as gate_of_boards

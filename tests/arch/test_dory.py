@@ -17,10 +17,10 @@ from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.arch.dory.config import DoryConfig
 from rmse_edge.arch.dory.entry import parameters
 from rmse_edge.arch.dory.model import Dory
-from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import CheckpointError, ConfigError

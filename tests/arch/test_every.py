@@ -17,8 +17,8 @@ from architectures import CASES, TEXTS, Case, argmax_of_whole_text, flags_of, gr
 from helpers import assert_one_line
 from torch import Tensor
 
-from rmse_edge.arch.identity import model_info
-from rmse_edge.arch.registry import arch_of, model_types
+from rmse_edge.arch.common.identity import model_info
+from rmse_edge.arch.registry import Arch, arch_of, model_types
 from rmse_edge.checkpoint import load_checkpoint, stored_keys
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.evaluate import main as rmse_eval
@@ -51,6 +51,7 @@ def dials_of(spec: LoopSpec, chosen: Dials) -> Arrays:
 
 def test_the_architectures_there_are() -> None:
     names = {case.name for case in CASES}
+    assert all(isinstance(arch_of(name), Arch) for name in model_types())  # no other file of the folder counts as one
     assert names <= set(model_types()) and all(case.arch in (None, arch_of(case.name)) for case in CASES)
     with pytest.raises(ConfigError, match=r"^config: model_type: got 'towel', expected one of .*rmse, tower\b"):
         arch_of("towel")

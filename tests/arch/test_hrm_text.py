@@ -17,10 +17,10 @@ from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.arch.hrm_text.config import HrmTextConfig
 from rmse_edge.arch.hrm_text.entry import parameters
 from rmse_edge.arch.hrm_text.model import HrmText
-from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError
 from rmse_edge.layers.cache import caches_of, with_cache_dtype

@@ -18,10 +18,10 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.entry import parameters
 from rmse_edge.arch.huginn_raven.model import Huginn
-from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError

@@ -17,11 +17,11 @@ from published_code import assert_close, assert_refused, fed, whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rmse_edge.arch.identity import fingerprint
+from rmse_edge.arch.common.identity import fingerprint
+from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.entry import parameters
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
-from rmse_edge.arch.recurrent import UNTRAINED
 from rmse_edge.arch.registry import read_config
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import ConfigError

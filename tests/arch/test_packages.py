@@ -26,7 +26,7 @@ from conftest import made_package
 from helpers import assert_one_line, require_executorch, reseal
 from native_runner import Runner
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.run import main as rmse_run

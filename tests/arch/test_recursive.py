@@ -15,9 +15,9 @@ from published_code import assert_close, assert_refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rmse_edge.arch import recursive
+from rmse_edge.arch.common import recursive
+from rmse_edge.arch.common.recursive_model import RecursiveSolver
 from rmse_edge.arch.hrm import HrmConfig
-from rmse_edge.arch.recursive_model import RecursiveSolver
 from rmse_edge.arch.trm import TrmConfig
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.errors import ConfigError
@@ -44,11 +44,17 @@ def golden(name: str, published_angles: bool = True) -> RecursiveSolver:
 
 
 def refined(model: RecursiveSolver, numbers: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
+    """The states after each step, each step from the published states before it: the model with an MLP of positions makes
+    a rounding some 20 times as large with every step, and processors round differently."""
     x = model.embed(numbers["batch0.inputs"].long(), numbers["batch0.puzzle_identifiers"].long())
-    found = [model.first(x)]
-    for _ in range(steps):
-        found.append(model.refine(x, *found[-1]))
-    return found[1:]
+    before = [(numbers[f"act_eval.step{i}.z_H"], numbers[f"act_eval.step{i}.z_L"]) for i in range(steps - 1)]
+    return [model.refine(x, *states) for states in (model.first(x), *before)]
+
+
+def rounding(name: str) -> float:
+    """How far one step in float32 may be from the same in other float32: the published states of the model with an MLP of
+    positions are 4e-5 of the largest from what float64 gives, those of the others 3e-6."""
+    return 1e-4 if name == "trm/mlp" else 1e-5
 
 
 @every
@@ -59,12 +65,13 @@ def test_every_step_gives_the_published_states(name: str) -> None:
     assert_close(x, numbers["input_embeddings"])
     for i, (z_h, z_l) in enumerate(refined(model, numbers, 3)):
         at = f"act_eval.step{i}."
-        assert_close(z_h, numbers[f"{at}z_H"])
-        assert_close(z_l, numbers[f"{at}z_L"])
-        assert_close(model.head(z_h)["symbols"], numbers[f"{at}logits"])
+        within = rounding(name)
+        assert_close(z_h, numbers[f"{at}z_H"], within)
+        assert_close(z_l, numbers[f"{at}z_L"], within)
+        assert_close(model.head(z_h)["symbols"], numbers[f"{at}logits"], within)
         halt, go_on = model.halting(z_h)
-        assert_close(halt, numbers[f"{at}q_halt_logits"])
-        assert_close(go_on, numbers[f"{at}q_continue_logits"])
+        assert_close(halt, numbers[f"{at}q_halt_logits"], within)
+        assert_close(go_on, numbers[f"{at}q_continue_logits"], within)
 
 
 @torch.no_grad()
@@ -112,7 +119,7 @@ def test_a_step_of_training_gives_the_published_losses_and_gradients(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three boards at a time; rows that have halted take those on offer. Published losses are sums over rows."""
-    objective, numbers = training(name), known(name)
+    objective, numbers, within = training(name), known(name), rounding(name)
     model, ids = objective.model, torch.zeros(3, dtype=torch.int64)
     true = RecursiveSolver.embed
     monkeypatch.setattr(RecursiveSolver, "embed", lambda self, board, puzzle=None: true(self, board, ids))
@@ -123,10 +130,11 @@ def test_a_step_of_training_gives_the_published_losses_and_gradients(
         assert torch.equal(objective.tokens, numbers[f"{at}current_inputs"].long())
         assert torch.equal(objective.halted, numbers[f"{at}halted"])
         assert torch.equal(objective.steps, numbers[f"{at}steps"].long())
-        assert_close(objective.z_h, numbers[f"{at}z_H"], 2e-5)
-        assert_close(objective.z_l, numbers[f"{at}z_L"], 2e-5)
-        assert_close(3 * loss.detach(), numbers[f"{at}loss"])
-        assert_close(3 * of_cells, numbers[f"{at}lm_loss"])
+        assert_close(objective.z_h, numbers[f"{at}z_H"], 2 * within)
+        assert_close(objective.z_l, numbers[f"{at}z_L"], 2 * within)
+        assert_close(3 * loss.detach(), numbers[f"{at}loss"], within)
+        assert_close(3 * of_cells, numbers[f"{at}lm_loss"], within)
+        objective.z_h, objective.z_l = numbers[f"{at}z_H"], numbers[f"{at}z_L"]  # as in `refined`
         if i == 0:
             model.zero_grad()
             (3 * loss).backward()

@@ -16,7 +16,7 @@ from helpers import assert_one_line, write_checkpoint
 from ouro_models import lively_ouro
 from paths import ROOT
 
-from rmse_edge.arch.identity import fingerprint
+from rmse_edge.arch.common.identity import fingerprint
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.exits import carried, with_dials

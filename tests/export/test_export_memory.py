@@ -13,7 +13,7 @@ from later import later
 from small_models import dials as model_dials
 from small_models import whole_sequence
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ParityError, UserError

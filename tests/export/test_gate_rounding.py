@@ -10,7 +10,7 @@ import torch
 from helpers import random_tokens
 from ouro_models import lively_ouro
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.arch.ouro.config import OuroConfig
 from rmse_edge.arch.ouro.model import Ouro
 from rmse_edge.errors import ParityError

@@ -23,7 +23,7 @@ from helpers import (
     write_checkpoint,
 )
 
-from rmse_edge.arch.identity import fingerprint
+from rmse_edge.arch.common.identity import fingerprint
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.arch.rmse.quantization import EXPERTS, table
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint

@@ -23,7 +23,7 @@ from torch import Tensor
 from toy import ARCH, Toy, ToyConfig, toy
 
 from rmse_edge.arch import registry
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.common import random_model
 from rmse_edge.cli.export import main as export

@@ -17,7 +17,7 @@ from helpers import ONNX_ALWAYS, random_tokens
 from ouro_models import lively_ouro
 from safetensors.torch import load_file, save_file
 
-from rmse_edge.arch.identity import fingerprint, model_info
+from rmse_edge.arch.common.identity import fingerprint, model_info
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.quantize import main as rmse_quantize

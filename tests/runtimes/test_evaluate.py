@@ -15,7 +15,7 @@ from architectures import small_huginn
 from helpers import ALPHABET, assert_one_line, mixed_model, random_tokens, write_checkpoint
 
 from rmse_edge import runtimes
-from rmse_edge.arch.recurrent import UNTRAINED
+from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.cli.evaluate import main
 from rmse_edge.errors import UserError
 from rmse_edge.runtimes import Dials

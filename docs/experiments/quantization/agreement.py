@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmse_edge.arch.identity import model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.export.gate.compare import adaptive_settings, compare
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.package import Package

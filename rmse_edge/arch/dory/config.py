@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from rmse_edge.arch.recurrent import RecurrentConfig
+from rmse_edge.arch.common.recurrent import RecurrentConfig
 from rmse_edge.errors import ConfigError
 from rmse_edge.numbers import Count, EndTokens, Loops, Positions, Positive, Token, VocabularySize
 from rmse_edge.schema import check_fields

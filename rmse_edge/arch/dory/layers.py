@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.arch.recurrent_model import Stacks
+from rmse_edge.arch.common.recurrent_model import Stacks
 from rmse_edge.layers.attend import attend
 from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair
 from rmse_edge.layers.norm import unit

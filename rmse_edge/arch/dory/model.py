@@ -9,7 +9,7 @@
 
 Layers attend to a window or to everything, each kind with angles of its own. Source: NVIDIA Nemotron-Labs-Dory, as
 `modeling_dory.py` of transformers 5.24.0 computes it; the layers are in rmse_edge/arch/dory/layers.py. The published code runs
-all loops always. What stops a position here needs no training; a call is that of rmse_edge/arch/recurrent_model.py.
+all loops always. What stops a position here needs no training; a call is that of rmse_edge/arch/common/recurrent_model.py.
 
 **kv_policy** is "repeat" by itself. Every loop begins from unit(h) + unit(x0), of which x0 is the same: where h hardly changes
 any more, so does what *each* of the many recurrent layers reads, and its keys and values of the last loop are close to those
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
+from rmse_edge.arch.common.recurrent_model import RecurrentDepth, Stacks
 from rmse_edge.layers.norm import unit
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import InjectedHits, Tensors, WholeText

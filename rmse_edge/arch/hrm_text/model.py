@@ -9,7 +9,7 @@
 
 Source: HRM-Text, arXiv 2605.20613, as `modeling_hrm_text.py` of transformers 5.24.0 computes it; the layers are in
 rmse_edge/arch/hrm_text/layers.py. The published code runs all cycles always. What stops a position here needs no training
-(rmse_edge/arch/exits.py), but for an exit gate that may be added.
+(rmse_edge/arch/common/exits.py), but for an exit gate that may be added.
 
 **One iteration is one cycle of H**: L_cycles calls of L and one of H. So one graph holds both sets of weights, each call has
 keys and values of its own in the cache of the iteration, side by side as those of layers, and a position may stop wherever
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.exits import ExitRules
+from rmse_edge.arch.common.exits import ExitRules
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.layers.stack import context, mask_specs, masks_of

@@ -15,7 +15,7 @@ every call from PyTorch's generator. Here it is the project's own seeded noise (
 position whatever the calls are, cut off at three deviations; so outputs can be repeated, and are not those of the published
 code unless both are given the same start, or `state_init` is "zero".
 
-What it does in a call, and its exit rules, are in rmse_edge/arch/recurrent_model.py. Of the published rules "minp-kl" is not here:
+What it does in a call, and its exit rules, are in rmse_edge/arch/common/recurrent_model.py. Of the published rules "minp-kl" is not here:
 it drops tokens of less than a tenth of the largest probability, so its score jumps where one crosses that line, and engines
 that are a millionth apart stop at other loops.
 """
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.recurrent_model import RecurrentDepth, Stacks
+from rmse_edge.arch.common.recurrent_model import RecurrentDepth, Stacks
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import Tensors
 

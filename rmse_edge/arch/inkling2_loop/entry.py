@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rmse_edge.arch.common.published import OF_TRANSFORMERS
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.entry import ARCH as TEXT
-from rmse_edge.arch.published import OF_TRANSFORMERS
 from rmse_edge.arch.registry import Arch
 from rmse_edge.errors import ConfigError
 from rmse_edge.schema import first_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmse_edge.arch import recurrent
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common import recurrent
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 from rmse_edge.info import TextInfo
 from rmse_edge.numbers import token_ids

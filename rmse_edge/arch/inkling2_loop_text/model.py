@@ -19,7 +19,7 @@ there: what a layer keeps is made of what the layers before it in the same pass 
 stop with.
 
 Exit rules that read predictions evaluate the layers behind the loop and the head in every pass. There those layers read of all
-positions what they kept in the same pass, as in rmse_edge/arch/recurrent_model.py.
+positions what they kept in the same pass, as in rmse_edge/arch/common/recurrent_model.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rmse_edge.arch.exits import ExitRules
+from rmse_edge.arch.common.exits import ExitRules
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers import policy
 from rmse_edge.layers.convolution import ShortConvolution

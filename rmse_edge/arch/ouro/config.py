@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from rmse_edge.arch.published import PublishedConfig
+from rmse_edge.arch.common.published import PublishedConfig
 from rmse_edge.errors import ConfigError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import (

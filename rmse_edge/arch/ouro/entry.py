@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rmse_edge.arch import dense
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common import dense
+from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 
 from .config import OuroConfig

@@ -5,7 +5,7 @@ The memory stays float: what it learns while running is float too, and it is sma
 
 from __future__ import annotations
 
-from rmse_edge.arch.quantization import QuantTable
+from rmse_edge.arch.common.quantization import QuantTable
 
 from .config import RMSEConfig
 

@@ -1,4 +1,4 @@
-"""What the configurations of recurrent-depth models (rmse_edge/arch/recurrent_model.py) have beyond their published keys."""
+"""What the configurations of recurrent-depth models (rmse_edge/arch/common/recurrent_model.py) have beyond their published keys."""
 
 from __future__ import annotations
 

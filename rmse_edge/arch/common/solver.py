@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rmse_edge.arch.registry import Arch
+
 from .recursive import RecursiveConfig, parts, stated, stored, table
-from .registry import Arch
 
 
 def build(config: RecursiveConfig) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from rmse_edge.arch.registry import Stored
 from rmse_edge.errors import ConfigError, UserError
 from rmse_edge.info import BoardInfo, BoardKind
 from rmse_edge.loop.dials import Dials
@@ -19,7 +20,6 @@ from rmse_edge.schema import check_fields
 
 from .published import PublishedConfig
 from .quantization import QuantTable
-from .registry import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@
 Source: Geiping et al. 2025, Scaling up Test-Time Compute with Latent Reasoning, arXiv 2502.05171, section 3. An architecture
 gives its layers, the first state, the injection and the norms around the coda.
 
-**Exit rules** are those of rmse_edge/arch/exits.py. Those that read predictions evaluate the coda and the head in every loop.
+**Exit rules** are those of rmse_edge/arch/common/exits.py. Those that read predictions evaluate the coda and the head in every loop.
 There the coda of loop k reads, of all positions, the coda's keys and values of loop k, which are kept per loop like those of
 the core; a position that has stopped supplies those of its last loop. So a text gives the same numbers however it is cut into
 calls. The coda behind the loop has a cache of its own. Where the loops of the core share one set of slots, the coda's do,

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmse_edge.arch.registry import arch_of, arch_of_model
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.cache import scales_of
 from rmse_edge.layers.held import count
 from rmse_edge.vocabulary import Vocabulary
-
-from .registry import arch_of, arch_of_model
 
 
 def model_info(
