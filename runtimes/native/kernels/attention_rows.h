@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 
 #include "attention.h"
 #include "matrix_product.h"
@@ -38,67 +37,12 @@ RMSE_INLINE void scores_of(const float* query, int64_t dims, const float* transp
   for (int r = 0; r < R; ++r) sums[r].store(scores + r * stride);
 }
 
-// Four neighbouring lanes that are left when halves have been added onto halves twice, as `added_up` does.
-RMSE_INLINE Vectors<4>::Floats quarter(const Lanes& sum) {
-#if RMSE_WIDTH == 4
-  return (sum.part[0] + sum.part[2]) + (sum.part[1] + sum.part[3]);
-#else
-#if RMSE_WIDTH == 8
-  const Vectors<8>::Floats half = sum.part[0] + sum.part[1];
-#else
-  const auto whole = sum.part[0];
-  const Vectors<8>::Floats half = __builtin_shufflevector(whole, whole, 0, 1, 2, 3, 4, 5, 6, 7) +
-                                  __builtin_shufflevector(whole, whole, 8, 9, 10, 11, 12, 13, 14, 15);
-#endif
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#endif
-}
-
-template <int W, size_t... I>
-RMSE_INLINE typename Vectors<2 * W>::Floats joined(typename Vectors<W>::Floats a, typename Vectors<W>::Floats b,
-                                                   std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, static_cast<int>(I)...);
-}
-
-// Halves of groups of 2 n neighbours of two vectors onto each other: half as many numbers, in their order.
-template <int W, int n, size_t... I>
-RMSE_INLINE typename Vectors<W>::Floats folded(typename Vectors<W>::Floats a, typename Vectors<W>::Floats b,
-                                               std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, static_cast<int>(I / n * 2 * n + I % n)...) +
-         __builtin_shufflevector(a, b, static_cast<int>(I / n * 2 * n + I % n + n)...);
-}
-
-// Sixteen sums of four numbers each.
-RMSE_INLINE Lanes added_up(const Vectors<4>::Floats (&of)[kLanes]) {
-  constexpr int W = RMSE_WIDTH, kVectors = 4 * kLanes / W;
-  using Part = Lanes::Part;
-  constexpr std::make_index_sequence<W> order;
-  Part all[kVectors];
-#if RMSE_WIDTH == 4
-  for (int i = 0; i < kVectors; ++i) all[i] = of[i];
-#else
-  for (int i = 0; i < kVectors; ++i) {
-    constexpr std::make_index_sequence<8> eight;
-    const auto first = joined<4>(of[i * W / 4], of[i * W / 4 + 1], eight);
-#if RMSE_WIDTH == 8
-    all[i] = first;
-#else
-    all[i] = joined<8>(first, joined<4>(of[i * W / 4 + 2], of[i * W / 4 + 3], eight), order);
-#endif
-  }
-#endif
-  for (int i = 0; i < kVectors / 2; ++i) all[i] = folded<W, 2>(all[2 * i], all[2 * i + 1], order);
-  Lanes sums;
-  for (int i = 0; i < kVectors / 4; ++i) sums.part[i] = folded<W, 1>(all[2 * i], all[2 * i + 1], order);
-  return sums;
-}
-
 // Few queries wait for memory, and the processor looks no further ahead than a page.
 RMSE_INLINE void fetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(from + kAhead / sizeof(float) + i);
 }
 
-// Products of R queries and sixteen keys, whose channels are whole `Lanes`: the same numbers as of `float_rows`.
+// Products of R queries and sixteen keys, whose channels are whole `Lanes`: the same numbers as of `float_row`.
 template <int R>
 RMSE_INLINE void few_scores(const float* query, int64_t dims, const float* keys, Lanes (&scores)[R]) {
   Vectors<4>::Floats quarters[R][kLanes];
@@ -123,7 +67,7 @@ void products_with(const AttentionRows& of, const float* keys, int64_t count, fl
       for (int64_t s = 0; s < count; ++s) {
         const float* const x[1] = {of.query + r * of.dims};
         float* const to[1] = {scores + r * of.stride + s};
-        float_rows<1, 1>(keys + s * of.dims, of.dims, x, to);
+        float_row<1>(keys + s * of.dims, of.dims, x, to);
       }
     }
     return;

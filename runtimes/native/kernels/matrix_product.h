@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "exponential.h"
 #include "products.h"
@@ -243,11 +244,65 @@ RMSE_INLINE float added_up(const Lanes& sum) {
   return lanes[0];
 }
 
+// Four neighbouring lanes that are left when halves have been added onto halves twice, as `added_up` does.
+RMSE_INLINE Vectors<4>::Floats quarter(const Lanes& sum) {
+#if RMSE_WIDTH == 4
+  return (sum.part[0] + sum.part[2]) + (sum.part[1] + sum.part[3]);
+#else
+#if RMSE_WIDTH == 8
+  const Vectors<8>::Floats half = sum.part[0] + sum.part[1];
+#else
+  const auto whole = sum.part[0];
+  const Vectors<8>::Floats half = __builtin_shufflevector(whole, whole, 0, 1, 2, 3, 4, 5, 6, 7) +
+                                  __builtin_shufflevector(whole, whole, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#endif
+}
+
+template <int W, size_t... I>
+RMSE_INLINE typename Vectors<2 * W>::Floats joined(typename Vectors<W>::Floats a, typename Vectors<W>::Floats b,
+                                                   std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(I)...);
+}
+
+// Halves of groups of 2 n neighbours of two vectors onto each other: half as many numbers, in their order.
+template <int W, int n, size_t... I>
+RMSE_INLINE typename Vectors<W>::Floats folded(typename Vectors<W>::Floats a, typename Vectors<W>::Floats b,
+                                               std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(I / n * 2 * n + I % n)...) +
+         __builtin_shufflevector(a, b, static_cast<int>(I / n * 2 * n + I % n + n)...);
+}
+
+// Sixteen sums of four numbers each.
+RMSE_INLINE Lanes added_up(const Vectors<4>::Floats (&of)[kLanes]) {
+  constexpr int W = RMSE_WIDTH, kVectors = 4 * kLanes / W;
+  using Part = Lanes::Part;
+  constexpr std::make_index_sequence<W> order;
+  Part all[kVectors];
+#if RMSE_WIDTH == 4
+  for (int i = 0; i < kVectors; ++i) all[i] = of[i];
+#else
+  for (int i = 0; i < kVectors; ++i) {
+    constexpr std::make_index_sequence<8> eight;
+    const auto first = joined<4>(of[i * W / 4], of[i * W / 4 + 1], eight);
+#if RMSE_WIDTH == 8
+    all[i] = first;
+#else
+    all[i] = joined<8>(first, joined<4>(of[i * W / 4 + 2], of[i * W / 4 + 3], eight), order);
+#endif
+  }
+#endif
+  for (int i = 0; i < kVectors / 2; ++i) all[i] = folded<W, 2>(all[2 * i], all[2 * i + 1], order);
+  Lanes sums;
+  for (int i = 0; i < kVectors / 4; ++i) sums.part[i] = folded<W, 1>(all[2 * i], all[2 * i + 1], order);
+  return sums;
+}
+
+// Sums over whole `Lanes` of N outputs times R rows.
 template <int N, int R>
-RMSE_INLINE void float_rows(const float* weights, int64_t inputs, const float* const (&x)[R], float* const (&out)[R]) {
-  const int64_t whole = inputs / kLanes * kLanes;
-  Lanes sums[R][N] = {};
-  for (int64_t i = 0; i < whole; i += kLanes) {
+RMSE_INLINE void lane_sums(const float* weights, int64_t inputs, const float* const (&x)[R], Lanes (&sums)[R][N]) {
+  for (int64_t i = 0; i + kLanes <= inputs; i += kLanes) {
     Lanes w[N];
     for (int n = 0; n < N; ++n) w[n] = Lanes::at(weights + n * inputs + i);
     for (int r = 0; r < R; ++r) {
@@ -255,25 +310,44 @@ RMSE_INLINE void float_rows(const float* weights, int64_t inputs, const float* c
       for (int n = 0; n < N; ++n) sums[r][n] += w[n] * v;
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) {
-      float total = added_up(sums[r][n]);
-      for (int64_t i = whole; i < inputs; ++i) total += weights[n * inputs + i] * x[r][i];
-      out[r][n] = total;
-    }
-  }
 }
 
-template <int N, int R>
-RMSE_INLINE void float_rows(const float* weights, int64_t outputs, int64_t inputs, int64_t o, const float* x,
-                            const RowPair* pairs, float* out) {
-  const float* from[R];
-  float* to[R];
-  for (int r = 0; r < R; ++r) {
-    from[r] = x + pairs[r].from * inputs;
-    to[r] = out + pairs[r].to * outputs + o;
+// What is left of the inputs behind whole `Lanes`.
+RMSE_INLINE float with_rest(float total, const float* weights, int64_t inputs, const float* x) {
+  for (int64_t i = inputs / kLanes * kLanes; i < inputs; ++i) total += weights[i] * x[i];
+  return total;
+}
+
+template <int R>
+RMSE_INLINE void float_row(const float* weights, int64_t inputs, const float* const (&x)[R], float* const (&out)[R]) {
+  Lanes sums[R][1] = {};
+  lane_sums<1, R>(weights, inputs, x, sums);
+  for (int r = 0; r < R; ++r) *out[r] = with_rest(added_up(sums[r][0]), weights, inputs, x[r]);
+}
+
+// Sixteen products, of R rows and as many outputs as that takes: their lanes are added up side by side, since one by one
+// that takes longer than a short row's products.
+template <int R>
+RMSE_INLINE void sixteen_products(const float* weights, int64_t inputs, const float* const (&x)[R], float* const (&out)[R]) {
+  constexpr int kSets = kLanes / (kOutputs * R);
+  Vectors<4>::Floats quarters[kLanes];
+  for (int set = 0; set < kSets; ++set) {
+    Lanes sums[R][kOutputs] = {};
+    lane_sums<kOutputs, R>(weights + set * kOutputs * inputs, inputs, x, sums);
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < kOutputs; ++n) quarters[(set * R + r) * kOutputs + n] = quarter(sums[r][n]);
+    }
   }
-  float_rows<N, R>(weights + o * inputs, inputs, from, to);
+  float totals[kLanes];
+  added_up(quarters).store(totals);
+  for (int set = 0; set < kSets; ++set) {
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < kOutputs; ++n) {
+        const int o = set * kOutputs + n;
+        out[r][o] = with_rest(totals[(set * R + r) * kOutputs + n], weights + o * inputs, inputs, x[r]);
+      }
+    }
+  }
 }
 
 template <int R>
@@ -282,15 +356,32 @@ void float_product(const float* weights, int64_t outputs, int64_t inputs, int64_
   // As many rows at a time as the nearest cache holds, while all weights pass by.
   const int64_t panel = std::max<int64_t>(R, kNearestCache / (inputs * static_cast<int64_t>(sizeof(float))) / R * R);
   for (const RowPair* end = pairs + count; pairs < end; pairs += panel) {
-    const int64_t rows = std::min<int64_t>(panel, end - pairs);
+    const int64_t rows = std::min<int64_t>(panel, end - pairs), together = rows / R * R;
     int64_t o = first;
-    for (; o + kOutputs <= last; o += kOutputs) {
-      int64_t r = 0;
-      for (; r + R <= rows; r += R) float_rows<kOutputs, R>(weights, outputs, inputs, o, x, pairs + r, out);
-      for (; r < rows; ++r) float_rows<kOutputs, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+    for (; o + kLanes <= last; o += kLanes) {
+      for (int64_t some = o; some < o + kLanes; some += kLanes / R) {
+        for (int64_t r = 0; r < together; r += R) {
+          const float* from[R];
+          float* to[R];
+          for (int i = 0; i < R; ++i) {
+            from[i] = x + pairs[r + i].from * inputs;
+            to[i] = out + pairs[r + i].to * outputs + some;
+          }
+          sixteen_products<R>(weights + some * inputs, inputs, from, to);
+        }
+      }
+      for (int64_t r = together; r < rows; ++r) {
+        const float* const from[1] = {x + pairs[r].from * inputs};
+        float* const to[1] = {out + pairs[r].to * outputs + o};
+        sixteen_products<1>(weights + o * inputs, inputs, from, to);
+      }
     }
     for (; o < last; ++o) {
-      for (int64_t r = 0; r < rows; ++r) float_rows<1, 1>(weights, outputs, inputs, o, x, pairs + r, out);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* const from[1] = {x + pairs[r].from * inputs};
+        float* const to[1] = {out + pairs[r].to * outputs + o};
+        float_row<1>(weights + o * inputs, inputs, from, to);
+      }
     }
   }
 }
