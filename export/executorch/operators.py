@@ -24,7 +24,8 @@ OUT_VARIANTS = (
     "where_rows.out(Tensor condition, Tensor a, Tensor b, *, Tensor(a!) out) -> Tensor(a!)",
     "rotary.out(Tensor x, Tensor cos, Tensor sin, *, Tensor(a!) out) -> Tensor(a!)",
     "attention.out(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor? bias, Tensor? past_keys, "
-    "Tensor? past_values, Tensor? past_mask, Tensor? past_bias, Tensor? sinks, Tensor? active, *, Tensor(a!) out) -> Tensor(a!)",
+    "Tensor? past_values, Tensor? past_mask, Tensor? past_bias, Tensor? sinks, Tensor? active, SymInt first, *, "
+    "Tensor(a!) out) -> Tensor(a!)",
     "sparse_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up, Tensor down, SymInt top_k, "
     "float gate_cap, float up_cap, *, Tensor(a!) out) -> Tensor(a!)",
     "quantized_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up_codes, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import getitem
+
 from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import ExportPass, PassResult
 from torch.fx import GraphModule, Node
@@ -13,6 +15,8 @@ WHERE = ops.edge.aten.where.self
 WHERE_ROWS = ops.edge.rmse_edge.where_rows.default
 EXPAND = ops.edge.aten.expand_copy.default
 POWER, PRODUCT = ops.edge.aten.pow.Tensor_Scalar, ops.edge.aten.mul.Tensor
+ATTENTION = ops.edge.rmse_edge.attention.default
+SPLIT = ops.edge.aten.split_with_sizes_copy.default
 VIEW = ops.edge.aten.view_copy.default
 RESHAPES = (ops.edge.aten.squeeze_copy.dims, ops.edge.aten.squeeze_copy.dim, ops.edge.aten.unsqueeze_copy.default)
 
@@ -86,6 +90,41 @@ class SquaresAsProducts(ExportPass):
         return PassResult(graph_module, found)
 
 
+class LayersOfOneCache(ExportPass):
+    """The keys and values of all layers lie one behind the other in what a host keeps. Attention reads its own where they
+    are: to cut the cache apart would copy all of it in every loop.
+
+    Given:   attention(..., past_keys=split(keys, G, 1)[i], past_values=split(values, G, 1)[i], ..., first=0)
+    Result:  attention(..., past_keys=keys, past_values=values, ..., first=i * G)
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph, found = graph_module.graph, False
+        for node in graph.nodes:
+            if node.target != ATTENTION or not all(isinstance(side, Node) for side in node.args[5:7]):
+                continue
+            keys, values = (_part_of(side) for side in node.args[5:7])
+            if keys is None or values is None or keys[1] != values[1] or node.args[11] != 0:
+                continue
+            node.args = (*node.args[:5], keys[0], values[0], *node.args[7:11], keys[1])
+            found = True
+        if found:
+            graph.eliminate_dead_code()
+            graph_module.recompile()
+        return PassResult(graph_module, found)
+
+
+def _part_of(node: Node) -> tuple[Node, int] | None:
+    """Of a part of a tensor (1, G, S, hd) that was split along its groups: the tensor, and the part's first group."""
+    split = node.args[0] if node.target is getitem else None
+    if not isinstance(split, Node) or split.target != SPLIT:
+        return None
+    whole, sizes, axis = (*split.args, 0)[:3]
+    if axis != 1 or _shape(whole)[0] != 1:
+        return None
+    return whole, sum(sizes[: node.args[1]])
+
+
 def _is_by_rows(node) -> bool:
     """Whether the condition has the leading axes of both values, which are alike, and 1 for each of the others."""
     if not all(isinstance(arg, Node) and _is_static(arg) for arg in node.args):
@@ -124,4 +163,11 @@ def _is_idle(node) -> bool:
     return [str(d) for d in _shape(node)] == [str(d) for d in _shape(node.args[0])]
 
 
-EDGE_PASSES = [DropIdleExpands(), ReshapesAsViews(), WholeRows(), SquaresAsProducts(), LeaveOutRows()]
+EDGE_PASSES = [
+    DropIdleExpands(),
+    ReshapesAsViews(),
+    WholeRows(),
+    SquaresAsProducts(),
+    LayersOfOneCache(),
+    LeaveOutRows(),
+]

@@ -22,10 +22,13 @@ def attention(
     past_bias: Tensor | None,
     sinks: Tensor | None,
     active: Tensor | None,
+    first: int,
 ) -> Tensor:
     """`attend` as one operator, for targets that have one: in a graph it is a dozen nodes otherwise, two of them large.
 
     Args:
+        past_keys, past_values: (B, G', S, hd), of which the groups first .. first + G - 1 are read: a cache may hold
+            those of all layers one behind the other, and to cut it apart would copy it.
         active: (C,) bool; what other queries find becomes zero, and costs nothing.
     """
     if past_keys is None or past_values is None or past_mask is None:
@@ -33,12 +36,13 @@ def attention(
         found = _composed(query, (keys, values), None, (mask, mask), biases, sinks).clone()
     else:
         biases = None if bias is None or past_bias is None else (past_bias, bias)
-        found = _composed(query, (keys, values), (past_keys, past_values), (past_mask, mask), biases, sinks).clone()
+        past = past_keys.narrow(1, first, keys.shape[1]), past_values.narrow(1, first, keys.shape[1])
+        found = _composed(query, (keys, values), past, (past_mask, mask), biases, sinks).clone()
     return found if active is None else torch.where(active[:, None], found, 0.0)
 
 
 @attention.register_fake
-def _(query, keys, values, mask, bias, past_keys, past_values, past_mask, past_bias, sinks, active):
+def _(query, keys, values, mask, bias, past_keys, past_values, past_mask, past_bias, sinks, active, first):
     return torch.empty_like(query)
 
 
@@ -67,7 +71,7 @@ def attend(
     if exporting and operator:
         of_past, of_own = biases or (None, None)
         before = (None, None, None, None) if past is None else (*past, masks[0], of_past)
-        return attention(query, *own, masks[1], of_own, *before, sinks, None)
+        return attention(query, *own, masks[1], of_own, *before, sinks, None, 0)
     return _composed(query, own, past, masks, biases, sinks)
 
 

@@ -41,7 +41,7 @@ class Computed(torch.nn.Module):
 
     def attention(self, query: Tensor, keys: Tensor) -> Tensor:
         mask = torch.zeros(1, 1, ROWS, ROWS)
-        return attend.attention(query, keys, keys, mask, None, None, None, None, None, None, None)
+        return attend.attention(query, keys, keys, mask, None, None, None, None, None, None, None, 0)
 
 
 def heads(x: Tensor) -> Tensor:

@@ -99,13 +99,14 @@ class Linear(torch.nn.Module):
 class Attends(torch.nn.Module):
     """The attention operator alone, on the tensors among its arguments."""
 
-    def __init__(self, given: list[torch.Tensor | None]) -> None:
+    def __init__(self, given: list[torch.Tensor | None], first: int) -> None:
         super().__init__()
+        self.first = first
         self.there = [tensor is not None for tensor in given]
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         left = iter(tensors)
-        return attention(*(next(left) if there else None for there in self.there))
+        return attention(*(next(left) if there else None for there in self.there), self.first)
 
 
 class Part(torch.nn.Module):
@@ -155,17 +156,19 @@ def made_up(case: tuple[Any, ...]) -> tuple[torch.nn.Module, list[torch.Tensor]]
     if case in ATTENTION:
         heads, groups, rows, slots, dims, more = case
         own = [torch.randn(1, groups, rows, dims, generator=draw) for _ in range(2)]
-        past = [torch.randn(1, groups, slots, dims, generator=draw) for _ in range(2)] if slots else [None, None]
+        before, behind = (2, 1) if more and slots else (0, 0)  # groups of other layers in the same cache
+        all_of_them = 1, before + groups + behind, slots, dims
+        past = [torch.randn(all_of_them, generator=draw) for _ in range(2)] if slots else [None, None]
         # Some slots are seen by nobody, others by some, and padding sees itself alone.
-        behind = MASKED * ((torch.rand(rows, slots, generator=draw) < 0.3) | (torch.arange(slots) // 16 == 1)).float()
+        hidden = MASKED * ((torch.rand(rows, slots, generator=draw) < 0.3) | (torch.arange(slots) // 16 == 1)).float()
         mask = MASKED * torch.ones(rows, rows).triu(1)
         biases = [torch.randn(1, heads, rows, n, generator=draw) if more else None for n in (rows, slots)]
         sinks = torch.randn(1, heads, rows, 1, generator=draw) if more else None
-        masks = [mask[None, None], behind[None, None] if slots else None]
+        masks = [mask[None, None], hidden[None, None] if slots else None]
         query = torch.randn(1, heads, rows, dims, generator=draw)
         given = [query, *own, masks[0], biases[0], *past, masks[1], biases[1] if slots else None, sinks]
         given.append(torch.arange(rows) % 3 != 1 if rows > 10 else None)
-        return Attends(given), [tensor for tensor in given if tensor is not None]
+        return Attends(given, before), [tensor for tensor in given if tensor is not None]
     rows = case[-1]
     x = torch.randn(1, rows, case[1], generator=draw) * torch.logspace(-3, 3, rows)[:, None]
     return Linear(*case), [x] if rows == 1 else [x, torch.arange(rows)[None] % 3 != 1]

@@ -308,19 +308,21 @@ bool run_rotary(Arguments args) {
   return true;
 }
 
-// Keys, values, mask and bias of a side, each of which has so many slots; false where they do not fit.
-bool read(const rmse::AttentionShape& shape, const Tensor& keys, const Tensor& values, const Tensor& mask, const Tensor* bias,
-          rmse::AttentionSide& side) {
+// Keys, values, mask and bias of a side, each of which has so many slots; false where they do not fit. Of keys and values
+// the groups from `first` on are read, of one text; others lie before and behind them.
+bool read(const rmse::AttentionShape& shape, const Tensor& keys, const Tensor& values, int64_t first, const Tensor& mask,
+          const Tensor* bias, rmse::AttentionSide& side) {
   side.slots = keys.dim() == 4 ? keys.size(2) : 0;
   const auto fits = [&](const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
     return is(t, ScalarType::Float, 4) && t.size(0) == a && t.size(1) == b && t.size(2) == c && t.size(3) == d;
   };
-  side.keys = keys.const_data_ptr<float>();
-  side.values = values.const_data_ptr<float>();
+  const int64_t groups = keys.dim() == 4 ? keys.size(1) : 0;
+  if (first < 0 || first > groups - shape.groups || (groups != shape.groups && shape.batch != 1)) return false;
+  side.keys = keys.const_data_ptr<float>() + first * side.slots * shape.dims;
+  side.values = values.const_data_ptr<float>() + first * side.slots * shape.dims;
   side.mask = mask.const_data_ptr<float>();
   side.bias = bias == nullptr ? nullptr : bias->const_data_ptr<float>();
-  return fits(keys, shape.batch, shape.groups, side.slots, shape.dims) &&
-         fits(values, shape.batch, shape.groups, side.slots, shape.dims) &&
+  return fits(keys, shape.batch, groups, side.slots, shape.dims) && fits(values, shape.batch, groups, side.slots, shape.dims) &&
          fits(mask, shape.own_masks ? shape.batch : 1, 1, shape.count, side.slots) &&
          (bias == nullptr || fits(*bias, shape.batch, shape.heads, shape.count, side.slots));
 }
@@ -337,6 +339,7 @@ bool run_attention(Arguments args) {
   const Tensor* past_bias = args.optional();
   const Tensor* sinks = args.optional();
   const Tensor* active = args.optional();
+  const int64_t first = args.integer();
   Tensor& out = args.out();
   if (!is(query, ScalarType::Float, 4) || !is(out, ScalarType::Float, 4) || out.numel() != query.numel() ||
       query.numel() == 0 || !is(keys, ScalarType::Float, 4) || keys.size(1) == 0 || query.size(1) % keys.size(1) != 0 ||
@@ -352,8 +355,8 @@ bool run_attention(Arguments args) {
   shape.own_masks = mask.size(0) != 1;
   rmse::AttentionSide past, own;
   const bool behind = past_keys != nullptr;
-  if (!read(shape, keys, values, mask, bias, own) || behind != (past_values != nullptr) || behind != (past_mask != nullptr) ||
-      (behind && !read(shape, *past_keys, *past_values, *past_mask, past_bias, past)) ||
+  if (!read(shape, keys, values, 0, mask, bias, own) || behind != (past_values != nullptr) || behind != (past_mask != nullptr) ||
+      (behind && !read(shape, *past_keys, *past_values, first, *past_mask, past_bias, past)) ||
       (sinks != nullptr && !(is(*sinks, ScalarType::Float) && sinks->numel() == query.numel() / shape.dims)) ||
       (active != nullptr &&
        !(is(*active, ScalarType::Bool) && active->numel() == shape.count && shape.batch == 1 && !shape.own_masks))) {
@@ -381,7 +384,7 @@ constexpr Operator kOperators[] = {
     {"swiglu.out", 3, run_swiglu},
     {"where_rows.out", 5, run_where},
     {"rotary.out", 5, run_rotary},
-    {"attention.out", 13, run_attention},
+    {"attention.out", 14, run_attention},
 };
 constexpr size_t kCount = std::size(kOperators);
 
