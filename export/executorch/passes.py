@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import getitem
+from typing import cast
 
 from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import ExportPass, PassResult
@@ -116,13 +117,13 @@ class LayersOfOneCache(ExportPass):
 
 def _part_of(node: Node) -> tuple[Node, int] | None:
     """Of a part of a tensor (1, G, S, hd) that was split along its groups: the tensor, and the part's first group."""
-    split = node.args[0] if node.target is getitem else None
-    if not isinstance(split, Node) or split.target != SPLIT:
+    if node.target is not getitem:
         return None
-    whole, sizes, axis = (*split.args, 0)[:3]
-    if axis != 1 or _shape(whole)[0] != 1:
+    split, place = cast(tuple[Node, int], node.args)
+    if split.target != SPLIT:
         return None
-    return whole, sum(sizes[: node.args[1]])
+    whole, sizes, axis = cast(tuple[Node, list[int], int], (*split.args, 0)[:3])
+    return (whole, sum(sizes[:place])) if axis == 1 and _shape(whole)[0] == 1 else None
 
 
 def _is_by_rows(node) -> bool:
