@@ -1,8 +1,9 @@
 # make demo       export the shipped model, let it write, time it
 # make runner     build the native runner of ExecuTorch packages
-# make test       lint, types and tests
+# make test       lint, types and the tests of PyTorch, ONNX and all that is no package of a device
+# make test-devices    the tests of ExecuTorch and Core ML packages, and of the runner
 # make quick      the tests that need no export and no exporter: a minute or two
-# make nightly    the tests that say again of other models what make test says of some
+# make nightly    the tests that say again of other models what these two say of some
 # make test-arm   the tests of the runner on ARM
 # make benchmarks times looped models beside llama.cpp on a dense one; an hour or more
 #
@@ -29,15 +30,19 @@ ARM := build/native-aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test quick nightly test-arm fuzz benchmarks lint style types clean
+# Marks of tests (pyproject.toml) that make packages for devices or build the runner.
+DEVICES := executorch or coreml or native or arm
+
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test test-devices quick nightly test-arm fuzz benchmarks lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
 	@echo "make runner  build $(RUNNER), which runs ExecuTorch packages without Python"
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
-	@echo "make test    lint + all tests"
+	@echo "make test    lint + the tests without packages of ExecuTorch and Core ML"
+	@echo "make test-devices    the tests of those packages, and of the runner"
 	@echo "make quick   the tests that need no export and no exporter: a minute or two"
-	@echo "make nightly the tests that make test leaves out"
+	@echo "make nightly the tests that both leave out"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
 	@echo "make benchmarks  looped models beside llama.cpp on a dense one; an hour or more"
@@ -99,9 +104,13 @@ arm-tools: $(STAMP)
 
 # Two processes at a time. tests/conftest.py says which tests stay together, since they share exports, and which come first.
 test: lint
-	$(BIN)/pytest -n 2 -m "not nightly"
+	$(BIN)/pytest -n 2 -m "not nightly and not ($(DEVICES))"
 
-# What is said again of other models: packages of the suite that make test leaves out.
+# More than half of the time of all: lowering a model of a few thousand weights takes half a minute.
+test-devices: $(STAMP)
+	$(BIN)/pytest -n 2 -m "not nightly and ($(DEVICES))"
+
+# What is said again of other models: packages of the suite that those two leave out.
 nightly: $(STAMP)
 	$(BIN)/pytest -n 2 -m nightly
 

@@ -220,7 +220,7 @@ BOARDS_OF_PACKAGES = (
 )
 NOT_RUN: dict[str, str] = {
     "make demo": "tests/test_shipped.py does what it does",
-    "make test": "this is it",
+    "make test test-devices": "this is it",
     "make runner": "tests/runtimes/test_runner.py builds it",
     "make benchmarks": "takes an hour and compiles llama.cpp; tests/benchmarks runs its parts on tiny models",
     'make benchmarks BENCHMARKS="--models dense -t 1 -r 7 --json results.json --plot results.png"': "as above",
