@@ -29,6 +29,7 @@ from rmse_edge.layers.held import holds, shape_of
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.package import Package, seal, writing
+from rmse_edge.parts import PARTS
 from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
 from rmse_edge.quantize.parallel import aside, one_thread
@@ -215,7 +216,7 @@ def export_package(
         # What was traced may have its weights in a form of the target's own. The gate does without, and needs room.
         program, traced = program.without_traces(model), None
         release_freed()
-        own_types = lowering.pop("kept", {})
+        own_types, parts = lowering.pop("kept", {}), lowering.pop(PARTS, {})
         kept = {name: dataclasses.replace(info.state[name], dtype=dtype) for name, dtype in own_types.items()}
         info = dataclasses.replace(info, state=info.state | kept)
         manifest: dict[str, Any] = {
@@ -230,6 +231,7 @@ def export_package(
             "text": text,
             "versions": _versions(),
             **carried(checkpoint, info.dials),
+            **({PARTS: parts} if parts else {}),
         }
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)

@@ -31,10 +31,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -66,6 +66,19 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_parts(path: Path, sizes: Iterable[int]) -> list[str]:
+    """SHA-256 of the parts of a file that have these sizes, in bytes, and lie one behind the other."""
+    found = []
+    with path.open("rb") as file:
+        for left in sizes:
+            digest = hashlib.sha256()
+            while block := file.read(min(left, 1 << 20)):
+                digest.update(block)
+                left -= len(block)
+            found.append(digest.hexdigest())
+    return found
+
+
 class Digests:
     """SHA-256 of files that are asked for again and again: each is read once, and again where it was written to.
 
@@ -73,20 +86,33 @@ class Digests:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[tuple[int, int], str]] = {}  # file, wherever it lies -> state, hash
+        # file, wherever it lies -> state, what is known of it: the hash of the whole, and of parts by their sizes
+        self._known: dict[tuple[int, int], tuple[tuple[int, int], dict[tuple[int, ...], Any]]] = {}
 
     def of(self, path: Path) -> str:
         """Hexadecimal, as `digest_file` gives it."""
-        found = path.stat()
-        file, state = (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
-        known = self._known.get(file)
-        if known is None or known[0] != state:
-            known = self._known[file] = state, digest_file(path)
-        return known[1]
+        known = self._of_file(path)
+        if () not in known:
+            known[()] = digest_file(path)
+        return known[()]
+
+    def of_parts(self, path: Path, sizes: Sequence[int]) -> list[str]:
+        """As `digest_parts` gives them."""
+        known, key = self._of_file(path), tuple(sizes)
+        if key not in known:
+            known[key] = digest_parts(path, sizes)
+        return known[key]
 
     def forget(self, path: Path) -> None:
         found = path.stat()
         self._known.pop((found.st_dev, found.st_ino), None)
+
+    def _of_file(self, path: Path) -> dict[tuple[int, ...], Any]:
+        found = path.stat()
+        file, state = (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
+        if self._known.get(file, (None,))[0] != state:
+            self._known[file] = state, {}
+        return self._known[file][1]
 
 
 # ----------------------------------------------------------------------------------------------------------- writing

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from .errors import ExportError, PackageError
 from .files import Digests, check_folder, kind_of, new_folder, tidy
+from .parts import PARTS, Parts, hashed
 from .schema import Name, Whole, read_bytes, read_json, validated
 
 T = TypeVar("T")
@@ -70,6 +71,11 @@ class Package:
         for name in sorted(present - set(listed)):
             raise PackageError(f"{self.folder / name}: not listed in the package's {SUMS}; remove it or export again")
         sizes = self.section(dict[str, Whole], "sizes")
+        parts = self.section(dict[Name, Parts], PARTS) if PARTS in self.manifest else {}
+        for name in sorted(set(parts) - set(listed)):
+            raise PackageError(
+                f"{self.folder / MANIFEST}: {PARTS}.{name}: got a file that is not in the package; {AGAIN}"
+            )
         for name, digest in listed.items():
             path = self.folder / name
             if not path.is_file():  # a link to nowhere, a pipe
@@ -78,7 +84,10 @@ class Package:
             if size != sizes.get(name, size):  # known at once, and says more than a hash that differs
                 how = "truncated" if size < sizes[name] else "written to since"
                 raise PackageError(f"{path}: {size} bytes, the manifest says {sizes[name]}; {how}? export again")
-            if digests.of(path) != digest:
+            if name in parts and parts[name].nbytes != size:
+                got = f"got {parts[name].nbytes} bytes in all, expected {size}"
+                raise PackageError(f"{self.folder / MANIFEST}: {PARTS}.{name}.parts: {got}; {AGAIN}")
+            if digests.of(path) != digest or (name in parts and parts[name].sha256 != digest):
                 raise PackageError(f"{path}: its SHA-256 is not that in {SUMS}; the file is damaged, export again")
 
     def section(self, kind: type[T], name: str) -> T:
@@ -201,15 +210,18 @@ def seal(folder: Path, manifest: dict[str, Any], digests: Digests | None = None)
     """Write `manifest` into `folder`, with the format and every file's size, and then `SHA256SUMS`. Returns what it wrote.
 
     Args:
+        manifest: under "parts", how files are cut; their hashes are put in here. A file of another size has no parts any more.
         digests: to be kept where a package is sealed more than once.
     """
+    digests = digests or Digests()
     sizes = {name: (folder / name).stat().st_size for name in sorted(_files_in(folder) - {MANIFEST, SUMS})}
-    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest | {"sizes": sizes}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    if digests is not None:
-        digests.forget(folder / MANIFEST)
+    sealed: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest | {"sizes": sizes}
+    if PARTS in sealed:
+        sealed[PARTS] = hashed(folder, sealed[PARTS], digests)
+    (folder / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+    digests.forget(folder / MANIFEST)
     write_sums(folder, digests)
-    return manifest
+    return sealed
 
 
 def write_sums(folder: Path, digests: Digests | None = None) -> None:

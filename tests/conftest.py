@@ -262,16 +262,20 @@ def calm() -> Quantized:
 
 @pytest.fixture(scope="session")
 def executorch_int4(calm: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`calm` exported, the parity gate included; without tokenizer and text. Read only."""
+    """`calm` exported, the parity gate included; without tokenizer and text. In parts, as large files are. Read only."""
     from helpers import require_executorch
 
+    from rmse_edge import parts
     from rmse_edge.export import ExportRequest, export_package
 
     require_executorch()
 
     def make(folder: Path) -> None:
         request = ExportRequest("executorch", "int4")
-        export_package(calm.model, folder, request, quantized=calm)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name, value in {"SMALLEST_FILE": 1, "SMALLEST_WEIGHTS": 2048, "PIECE": 16384}.items():
+                monkeypatch.setattr(parts, name, value)
+            export_package(calm.model, folder, request, quantized=calm)
 
     return made_once("executorch-int4.rmse", tmp_path_factory, make)
 

@@ -34,7 +34,7 @@ FLOORS = (
     ("info",),
     ("loop",),
     ("chat", "losses", "package", "shards", "vocabulary"),
-    ("numbers", "text"),
+    ("numbers", "parts", "text"),
     ("files", "progress", "schema"),
     ("errors",),
 )

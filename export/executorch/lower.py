@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from rmse_edge.errors import ExportError, first_line, quiet
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
+from rmse_edge.parts import cut
 from rmse_edge.quantize import QuantizedTensor
 
 from .ops import check_format, prepare, signed
@@ -48,7 +49,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """Write program.pte into `folder`.
 
     Returns:
-        "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method.
+        "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method;
+        "parts": how large files are cut, for the manifest.
     Raises:
         ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
     """
@@ -77,8 +79,9 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     path = folder / PROGRAM
     with path.open("wb") as file:
         lowered.write_to_file(file)
-    check_weights(path, options.tensors)
-    return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+    parts = cut(path.stat().st_size, check_weights(path, options.tensors))
+    made = {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+    return made if parts is None else made | {"parts": {PROGRAM: parts}}
 
 
 def delegated(name: str, options: LowerOptions) -> bool:
@@ -111,14 +114,17 @@ def metadata(program: LoopProgram, options: LowerOptions) -> dict[str, Any]:
     }
 
 
-def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
+def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> list[tuple[int, int]]:
     """Fail unless the file holds the codes and the scales of every quantised weight, byte for byte.
 
+    Returns:
+        The first byte and the end of all of them.
     Raises:
         ExportError: naming the weight.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         behind = 0
+        places = []
 
         def find(part: Tensor) -> bool:
             """Whether it is there. Weights lie in about the order in which a model has them: so behind the last one first."""
@@ -129,6 +135,7 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
                 place = content.find(wanted, 0, min(behind + len(wanted), len(content)))
             if place >= 0:
                 behind = place + len(wanted)
+                places.append((place, behind))
             return place >= 0
 
         for name, q in tensors.items():
@@ -142,6 +149,7 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
                 raise ExportError(
                     f"{name}: ExecuTorch did not store the {missing} it was given; export with quant=fp32"
                 )
+    return places
 
 
 def stored_forms(q: QuantizedTensor) -> Iterator[tuple[Tensor, Tensor]]:

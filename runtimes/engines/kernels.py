@@ -25,7 +25,7 @@ from rmse_edge.files import new_file
 
 NATIVE = Path(__file__).parent.with_name("native")
 # All kernels, as the Makefile takes them, what bounds the memory of experts, and the operators around them.
-PARTS = ("kernels/*.cpp", "kernels/*.h", "offload/*.cpp", "offload/*.h", "executorch/operators.*", "core/errors.h")
+PARTS = ("kernels/*.cpp", "kernels/*.h", "offload/*.cpp", "offload/*.h", "executorch/operators.*", "core/errors.h", "core/opened_file.*")  # fmt: skip
 FILES = sorted(file for part in PARTS for file in NATIVE.glob(part))
 # Without contraction every processor rounds alike. The macros are those that the wheel itself was built with.
 FLAGS = (

@@ -1,9 +1,12 @@
 // runtimes/native/core alone, without ExecuTorch: its random numbers and tokens are those of tests/data/sampler.json, and
-// a package runs on an engine of ours. test_native_core.py compiles and starts it: native_core SAMPLER.JSON PACKAGE, or
-// native_core sha256 FILE LENGTHS
+// a package runs on an engine of ours. test_native_core.py compiles and starts it: native_core SAMPLER.JSON PACKAGE,
+// native_core sha256 FILE LENGTHS, or native_core stages PACKAGE MEANWHILE
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <fstream>
 #include <functional>
 #include <iostream>
 #include <memory>
@@ -198,15 +201,44 @@ void check_engine(const std::string& folder, const Json& start) {
   expect("another target", refusal.ends_with("made for counting; this runner takes packages made for executorch"), true);
 }
 
-// Every way to a digest that this processor has: its name, then the digests of the file's first 0, 1, .. bytes, and of all.
+// Every way to a digest that this processor has: its name, then the digests of the file's first 0, 1, .. bytes, and of all. At the
+// end, that of the file, and of all its bytes beside those behind the first `lengths`.
 void print_digests(const std::string& path, int64_t lengths) {
   const std::string bytes = read_file(path);
   for (const Sha256Way& way : sha256_ways()) {
     std::cout << way.name << "\n";
-    for (int64_t n = 0; n < lengths; ++n) std::cout << sha256_by(way.blocks, std::string_view(bytes).substr(0, n)) << "\n";
-    std::cout << sha256_by(way.blocks, bytes) << "\n";
+    for (int64_t n = 0; n < lengths; ++n) std::cout << sha256_by(way, std::string_view(bytes).substr(0, n)) << "\n";
+    std::cout << sha256_by(way, bytes) << "\n";
   }
   std::cout << sha256_of_file(path) << "\n";
+  const auto source = [](std::string_view left) {
+    return [left](char* to, size_t most) mutable {
+      const size_t count = left.copy(to, most);
+      left.remove_prefix(count);
+      return count;
+    };
+  };
+  for (const std::string& digest : sha256_of_two(source(bytes), source(std::string_view(bytes).substr(lengths)))) {
+    std::cout << digest << "\n";
+  }
+}
+
+// How far a package comes, and the line that ends it. `meanwhile`: what becomes of its program when it was opened, "cut" or
+// "written".
+void print_stages(const std::string& folder, const std::string& meanwhile) {
+  Given given;
+  const std::string complaint = complaint_of([&] {
+    const Package package = Package::open(folder, "counting");
+    std::cout << "opened\n";
+    if (meanwhile == "cut" && truncate(package.program().c_str(), 70000) != 0) std::cout << "not cut\n";
+    if (meanwhile == "written") std::fstream(package.program(), std::ios::in | std::ios::out).put('x');
+    Model model(package, std::make_unique<CountingEngine>(package.program(), given));
+    const std::vector<int64_t> tokens = {0};
+    model.feed(tokens, {.max_loops = 3});
+    std::cout << "fed\n";
+  });
+  if (!given.start.empty()) std::cout << "computed\n";
+  std::cout << complaint << "\n";
 }
 
 }  // namespace
@@ -214,7 +246,11 @@ void print_digests(const std::string& path, int64_t lengths) {
 
 int main(int count, char** argv) {
   if (count == 4) {
-    rmse::print_digests(argv[2], std::stoll(argv[3]));
+    if (argv[1] == std::string("stages")) {
+      rmse::print_stages(argv[2], argv[3]);
+    } else {
+      rmse::print_digests(argv[2], std::stoll(argv[3]));
+    }
     return 0;
   }
   const rmse::Json golden = rmse::parse_json(rmse::read_file(argv[1]));

@@ -16,7 +16,7 @@ from paths import NATIVE, ROOT
 from rmse_edge.info import ModelInfo, TextInfo
 from rmse_edge.loop.contract import LoopSpec, TensorSpec
 from rmse_edge.loop.dials import Dials
-from rmse_edge.package import seal
+from rmse_edge.package import MANIFEST, seal
 from rmse_edge.runtimes.host.text import LoopRuntime
 
 pytestmark = [pytest.mark.native, pytest.mark.slow]
@@ -34,6 +34,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
     command = [
         "g++",
+        "-pthread",
         *flags,
         f"-I{NATIVE}",
         "-isystem",
@@ -132,15 +133,61 @@ def test_other_numbers_are_noticed(program: Path, counting: Path, golden: Path, 
 
 @pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 3_000_001])
 def test_digests_are_those_of_python(program: Path, tmp_path: Path, size: int) -> None:
-    """By the instructions that this processor has for it, and in plain C++."""
+    """By the instructions that this processor has for it, and in plain C++; two files side by side."""
     content, lengths = np.random.default_rng(size).bytes(size), 201
     file = tmp_path / "content"
     file.write_bytes(content)
     done = subprocess.run([program, "sha256", file, str(lengths)], capture_output=True, text=True, check=True)
-    *found, of_file = done.stdout.split()
+    *found, of_file, first, second = done.stdout.split()
     expected = [hashlib.sha256(content[:n]).hexdigest() for n in (*range(lengths), size)]
     ways = [found[i : i + 1 + len(expected)] for i in range(0, len(found), 1 + len(expected))]
     assert [way[1:] for way in ways] == [expected] * len(ways) and ways[-1][0] == "plain"
-    assert of_file == expected[-1]
+    assert of_file == first == expected[-1] and second == hashlib.sha256(content[lengths:]).hexdigest()
     if "sha_ni" in Path("/proc/cpuinfo").read_text():
         assert ways[0][0] == "x86"
+
+
+# Parts of a program of 300,000 bytes: what an engine would parse, weights, and that again.
+CUT = [{"bytes": 50_000}, *[{"bytes": 50_000, "weights": True}] * 4, {"bytes": 50_000}]
+
+
+@pytest.fixture
+def in_parts(counting: Path) -> Path:
+    (counting / "program").write_bytes(np.random.default_rng(0).bytes(300_000))
+    seal(counting, json.loads((counting / MANIFEST).read_text()) | {"parts": {"program": {"parts": CUT}}})
+    return counting
+
+
+def stages(program: Path, package: Path, meanwhile: str = "", *before: str) -> list[str]:
+    done = subprocess.run([*before, program, "stages", package, meanwhile], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_weights_are_computed_with_before_they_are_verified_and_nothing_is_given(program: Path, in_parts: Path) -> None:
+    """A flipped bit anywhere: where an engine would parse it, the package is not opened; of a weight, no call gives anything.
+
+    On one core there are no threads: who waits verifies. On others a thread may have seen a damaged weight before.
+    """
+    if shutil.which("taskset") is None:
+        pytest.skip("needs taskset")
+    alone = ("taskset", "-c", "0")
+    assert stages(program, in_parts) == stages(program, in_parts, "", *alone) == ["opened", "fed", "computed", ""]
+    file, said = in_parts / "program", "its SHA-256 is not that in SHA256SUMS; the file is damaged, export again"
+    whole = file.read_bytes()
+    for at in (0, 49_999, 50_000, 149_999, 150_000, 249_999, 250_000, 299_999):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        expected = ["opened", "computed"] if 50_000 <= at < 250_000 else []
+        assert stages(program, in_parts, "", *alone) == [*expected, f"{file}: {said}"], at
+        *reached, line = stages(program, in_parts)
+        assert line == f"{file}: {said}" and reached == expected[: len(reached)]
+    file.write_bytes(whole)
+    assert "fed" in stages(program, in_parts)
+
+
+@pytest.mark.parametrize("meanwhile", ["cut", "written"])
+def test_a_file_that_changes_while_it_is_verified_gives_nothing(program: Path, in_parts: Path, meanwhile: str) -> None:
+    """Whether before its parts are read or after."""
+    *reached, line = stages(program, in_parts, meanwhile)
+    assert reached in (["opened"], ["opened", "computed"]) and line.startswith(f"{in_parts / 'program'}: ")
+    said = ("was written to while it was in use", "cannot be read to its end", "its SHA-256 is not that")
+    assert any(what in line for what in said)

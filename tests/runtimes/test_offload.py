@@ -37,6 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs g++")
     path = tmp_path_factory.mktemp("offload") / "native_offload"
     parts = [NATIVE / "offload" / f"{name}.cpp" for name in ("budget", "expert_cache", "expert_file", "forecast")]
+    parts.append(NATIVE / "core" / "opened_file.cpp")
     command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", f"-I{NATIVE}", "-pthread"]
     command += [str(Path(__file__).with_name("native_offload.cpp")), *map(str, parts), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)

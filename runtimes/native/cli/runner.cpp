@@ -348,6 +348,7 @@ int generate(const Options& options) {
   once.sa_flags = static_cast<int>(SA_RESETHAND);
   sigaction(SIGINT, &once, nullptr);
   generation.run(model, tokenizer, options, dials, writer);
+  package.verification()->await();  // also where it was interrupted before the first call
   if (options.output == "json") {
     Document result = document(generation, writer.text(), text, model, dials, options.sampling);
     if (options.expert_ram) result["expert_ram"] = offload_document(model, generation.fed());

@@ -54,7 +54,7 @@ void put_rows(const Buffer& slots, const Buffer& made, int64_t position, int64_t
 }  // namespace
 
 Model::Model(const Package& package, std::unique_ptr<Engine> engine)
-    : info_(package.info()), engine_(std::move(engine)), slots_(info_.slots(0)) {
+    : info_(package.info()), verification_(package.verification()), engine_(std::move(engine)), slots_(info_.slots(0)) {
   // Before anything is allocated: what the manifest says of the methods, and the package was checked by, is what the program has.
   for (const auto& [name, spec] : info_.signatures) engine_->check(name, spec);
   make_shared();
@@ -151,10 +151,12 @@ Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_lo
     keep(calls, n);
     if (memorize_ != nullptr && position_ % *info_.segment == 0 && remember_) memorize();
   }
+  verification_->await();
   return fed;
 }
 
 Calls& Model::prepare(std::span<const int64_t> tokens, const Dials& dials) {
+  verification_->await();
   set(dials);
   Calls& calls = calls_of(std::ssize(tokens));
   calls.prelude(tokens, position_, noise_seed_, /*prefix=*/0);

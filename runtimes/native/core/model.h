@@ -1,7 +1,8 @@
 // A looped language model that remembers what it was fed: runtimes/host/text.py over the methods of a package.
 //
 // The host keeps what is kept between calls, and updates it as its kind says: rings and appended rows in their slots, of which
-// every iteration reads its row where it lies, states that are replaced, memories that are written once per segment.
+// every iteration reads its row where it lies, states that are replaced, memories that are written once per segment. The first call
+// gives nothing before the package is verified to its last byte.
 #pragma once
 
 #include <cstddef>
@@ -40,6 +41,7 @@ class Model {
 
   void reset();
   // `prefix`: how many of a text's first tokens see each other whatever their order; all of them are in one call.
+  // Throws std::runtime_error: one line saying what is wrong with the tokens, or with the package.
   Fed feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits = false, int64_t prefix = 0);
 
   // For timing the loop alone: a call of as many rows as there are tokens, ready for `loop`.
@@ -58,6 +60,7 @@ class Model {
   void memorize();
 
   ModelInfo info_;
+  std::shared_ptr<Verification> verification_;  // of the package
   std::unique_ptr<Engine> engine_;
   Buffers shared_;  // dials, state, memory, hits
   std::vector<std::unique_ptr<Calls>> calls_;

@@ -26,6 +26,10 @@ constexpr size_t kLargestText = 16 << 20;  // bytes of the manifest, of the list
   throw std::runtime_error(path.string() + ": " + what);
 }
 
+[[noreturn]] void damaged(const fs::path& path) {
+  refuse(path, std::string("its SHA-256 is not that in ") + kSums + "; the file is damaged, export again");
+}
+
 // ------------------------------------------------------------------------------------------------ checking files
 
 std::set<std::string> files_in(const fs::path& folder) {
@@ -93,13 +97,16 @@ Package Package::open(const std::string& folder, const std::string& target) {
     refuse(path, std::string("was edited after the export (its SHA-256 is not that in ") + kSums + "); export again");
   }
   try {
-    package.check_files(file_sizes(manifest));
+    const std::map<std::string, FileParts> parts = read_parts(manifest);
+    package.check_files(file_sizes(manifest), parts);
     const std::string& own = string(member(manifest, "target"));
     if (own != target) refuse(folder, "made for " + own + "; this runner takes packages made for " + target);
     package.info_ = read_model(manifest);
     const std::string& program = string(member(member(manifest, "lowering"), "program"));
     package.program_ = package.path(program);
     package.program_digest_ = package.digests_.at(program);
+    if (const auto found = parts.find(program); found != parts.end()) package.program_digest_ = found->second.digest_of_parts();
+    package.verification_->await_program();
   } catch (const JsonError& error) {
     refuse(path, std::string(error.what()) + "; export the package again");
   }
@@ -126,7 +133,7 @@ void Package::read_sums() {
     const std::string name = line.size() > kDigits + 2 ? line.substr(kDigits + 2) : "";
     const bool separated = !name.empty() && line[kDigits] == ' ' && (line[kDigits + 1] == ' ' || line[kDigits + 1] == '*');
     const bool printable = std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
-    if (!separated || !printable || digest.find_first_not_of("0123456789abcdef") != digest.npos) {
+    if (!separated || !printable || !is_digest(digest)) {
       fail(number, "no hash and name of a file");
     }
     if (!digests_.emplace(name, digest).second) fail(number, "the same file again");
@@ -135,7 +142,8 @@ void Package::read_sums() {
   if (!digests_.contains(kManifest)) refuse(path, std::string("lists no ") + kManifest + "; export the package again");
 }
 
-void Package::check_files(const std::map<std::string, int64_t>& sizes) {
+void Package::check_files(const std::map<std::string, int64_t>& sizes,
+                          const std::map<std::string, FileParts>& parts) {
   const fs::path folder = folder_;
   const std::set<std::string> present = files_in(folder);
   for (const auto& [name, _] : digests_) {
@@ -146,6 +154,9 @@ void Package::check_files(const std::map<std::string, int64_t>& sizes) {
     refuse(folder / name, std::string("not listed in the package's ") + kSums + "; remove it or export again");
   }
   nbytes_ = fs::file_size(folder / kSums);
+  for (const auto& [name, _] : parts) {
+    if (!digests_.contains(name)) throw JsonError("parts." + name + ": got a file that is not in the package");
+  }
   for (const auto& [name, digest] : digests_) {
     const fs::path path = folder / name;
     if (!fs::is_regular_file(path)) refuse(path, "is no file; export the package again");  // a link to nowhere, a pipe
@@ -155,10 +166,19 @@ void Package::check_files(const std::map<std::string, int64_t>& sizes) {
       refuse(path, std::to_string(size) + " bytes, the manifest says " + std::to_string(expected->second) +
                        (size < expected->second ? "; truncated? export again" : "; written to since? export again"));
     }
-    if (sha256_of_file(path.string()) != digest) {
-      refuse(path, std::string("its SHA-256 is not that in ") + kSums + "; the file is damaged, export again");
-    }
     nbytes_ += size;
+    const auto found = parts.find(name);
+    if (found == parts.end()) continue;
+    if (const int64_t bytes = found->second.bytes(); bytes != size) {
+      throw JsonError("parts." + name + ".parts: got " + std::to_string(bytes) + " bytes in all, expected " + std::to_string(size));
+    }
+    if (found->second.digest != digest) damaged(path);
+    verification_->add(path.string(), found->second.parts);
+  }
+  verification_->start();
+  for (const auto& [name, digest] : digests_) {
+    const fs::path path = folder / name;
+    if (!parts.contains(name) && sha256_of_file(path.string()) != digest) damaged(path);
   }
 }
 

@@ -58,7 +58,23 @@ void plain_blocks(uint32_t* state, const uint8_t* blocks, size_t count) {
 
 class Sha256 {
  public:
-  explicit Sha256(Sha256Blocks blocks) : blocks_(blocks) {}
+  explicit Sha256(const Sha256Way& way) : way_(way) {}
+
+  // Two messages, each of which has come in whole blocks so far.
+  static void update(std::array<Sha256, 2>& two, std::array<std::string_view, 2> bytes) {
+    size_t both = std::min(bytes[0].size(), bytes[1].size()) / kBlockBytes;
+    if (two[0].way_.pairs == nullptr || two[0].held_ + two[1].held_ > 0) both = 0;
+    if (both > 0) {
+      uint32_t* const states[] = {two[0].state_.data(), two[1].state_.data()};
+      const uint8_t* const blocks[] = {reinterpret_cast<const uint8_t*>(bytes[0].data()),
+                                       reinterpret_cast<const uint8_t*>(bytes[1].data())};
+      two[0].way_.pairs(states, blocks, both);
+    }
+    for (size_t i = 0; i < 2; ++i) {
+      two[i].total_ += both * kBlockBytes;
+      two[i].update(bytes[i].substr(both * kBlockBytes));
+    }
+  }
 
   void update(std::string_view bytes) {
     total_ += bytes.size();
@@ -67,11 +83,11 @@ class Sha256 {
       hold(bytes.substr(0, n));
       bytes.remove_prefix(n);
       if (held_ < kBlockBytes) return;
-      blocks_(state_.data(), block_.data(), 1);
+      way_.blocks(state_.data(), block_.data(), 1);
       held_ = 0;
     }
     const size_t whole = bytes.size() / kBlockBytes;
-    blocks_(state_.data(), reinterpret_cast<const uint8_t*>(bytes.data()), whole);
+    way_.blocks(state_.data(), reinterpret_cast<const uint8_t*>(bytes.data()), whole);
     hold(bytes.substr(whole * kBlockBytes));
   }
 
@@ -96,7 +112,7 @@ class Sha256 {
     held_ += bytes.size();
   }
 
-  Sha256Blocks blocks_;
+  const Sha256Way& way_;
   std::array<uint32_t, 8> state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                                     0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   std::array<uint8_t, kBlockBytes> block_{};
@@ -108,30 +124,49 @@ class Sha256 {
 
 const std::vector<Sha256Way>& sha256_ways() {
   static const std::vector<Sha256Way> ways = [] {
-    std::vector<Sha256Way> found = {{"x86", sha256_of_x86()}, {"arm", sha256_of_arm()}, {"plain", plain_blocks}};
+    std::vector<Sha256Way> found = {{"x86", sha256_of_x86(), sha256_pairs_of_x86()},
+                                    {"arm", sha256_of_arm(), sha256_pairs_of_arm()},
+                                    {"plain", plain_blocks, nullptr}};
     std::erase_if(found, [](const Sha256Way& way) { return way.blocks == nullptr; });
     return found;
   }();
   return ways;
 }
 
-std::string sha256_by(Sha256Blocks blocks, std::string_view bytes) {
-  Sha256 digest(blocks);
+std::string sha256_by(const Sha256Way& way, std::string_view bytes) {
+  Sha256 digest(way);
   digest.update(bytes);
   return digest.finish();
 }
 
-std::string sha256(std::string_view bytes) { return sha256_by(sha256_ways().front().blocks, bytes); }
+std::string sha256(std::string_view bytes) { return sha256_by(sha256_ways().front(), bytes); }
+
+std::string sha256_of_pieces(const Sha256Source& read) {
+  Sha256 digest(sha256_ways().front());
+  std::vector<char> piece(kRead);
+  while (const size_t n = read(piece.data(), piece.size())) digest.update({piece.data(), n});
+  return digest.finish();
+}
+
+std::array<std::string, 2> sha256_of_two(const Sha256Source& first, const Sha256Source& second) {
+  std::array<Sha256, 2> digests = {Sha256(sha256_ways().front()), Sha256(sha256_ways().front())};
+  std::vector<char> pieces(2 * kRead);
+  while (true) {
+    char *one = pieces.data(), *other = one + kRead;
+    const size_t count = first(one, kRead), other_count = second(other, kRead);
+    if (count + other_count == 0) break;
+    Sha256::update(digests, {std::string_view(one, count), std::string_view(other, other_count)});
+  }
+  return {digests[0].finish(), digests[1].finish()};
+}
 
 std::string sha256_of_file(const std::string& path) {
   const std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
   if (file == nullptr) throw std::runtime_error(path + ": cannot be read (" + std::strerror(errno) + ")");
   std::setvbuf(file.get(), nullptr, _IONBF, 0);  // the pieces are large enough
-  Sha256 digest(sha256_ways().front().blocks);
-  std::vector<char> piece(kRead);
-  while (const size_t n = std::fread(piece.data(), 1, piece.size(), file.get())) digest.update({piece.data(), n});
+  const std::string digest = sha256_of_pieces([&](char* to, size_t most) { return std::fread(to, 1, most, file.get()); });
   if (std::ferror(file.get())) throw std::runtime_error(path + ": cannot be read to its end");
-  return digest.finish();
+  return digest;
 }
 
 }  // namespace rmse

@@ -18,25 +18,44 @@
 namespace rmse {
 namespace {
 
-void blocks_of_arm(uint32_t* state, const uint8_t* blocks, size_t count) {
-  uint32x4_t abcd = vld1q_u32(state), efgh = vld1q_u32(state + 4);
-  for (; count > 0; --count, blocks += 64) {
-    const uint32x4_t abcd_before = abcd, efgh_before = efgh;
-    uint32x4_t w[4];
-    for (int i = 0; i < 4; ++i) w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(blocks + 16 * i)));
+// Of N messages side by side.
+template <int N>
+__attribute__((always_inline)) inline void blocks_of(uint32_t* const* states, const uint8_t* const* messages, size_t count) {
+  uint32x4_t abcd[N], efgh[N];
+  for (int n = 0; n < N; ++n) abcd[n] = vld1q_u32(states[n]), efgh[n] = vld1q_u32(states[n] + 4);
+  for (size_t at = 0; at < 64 * count; at += 64) {
+    uint32x4_t abcd_before[N], efgh_before[N], w[N][4];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      abcd_before[n] = abcd[n], efgh_before[n] = efgh[n];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) w[n][i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(messages[n] + at + 16 * i)));
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      const uint32x4_t sums = vaddq_u32(w[i % 4], vld1q_u32(kSha256Rounds + 4 * i)), first = abcd;
-      abcd = vsha256hq_u32(abcd, efgh, sums);
-      efgh = vsha256h2q_u32(efgh, first, sums);
-      if (i < 12) w[i % 4] = vsha256su1q_u32(vsha256su0q_u32(w[i % 4], w[(i + 1) % 4]), w[(i + 2) % 4], w[(i + 3) % 4]);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        uint32x4_t* const words = w[n];
+        const uint32x4_t sums = vaddq_u32(words[i % 4], vld1q_u32(kSha256Rounds + 4 * i)), first = abcd[n];
+        abcd[n] = vsha256hq_u32(abcd[n], efgh[n], sums);
+        efgh[n] = vsha256h2q_u32(efgh[n], first, sums);
+        if (i < 12) {
+          words[i % 4] = vsha256su1q_u32(vsha256su0q_u32(words[i % 4], words[(i + 1) % 4]), words[(i + 2) % 4], words[(i + 3) % 4]);
+        }
+      }
     }
-    abcd = vaddq_u32(abcd, abcd_before);
-    efgh = vaddq_u32(efgh, efgh_before);
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      abcd[n] = vaddq_u32(abcd[n], abcd_before[n]);
+      efgh[n] = vaddq_u32(efgh[n], efgh_before[n]);
+    }
   }
-  vst1q_u32(state, abcd);
-  vst1q_u32(state + 4, efgh);
+  for (int n = 0; n < N; ++n) vst1q_u32(states[n], abcd[n]), vst1q_u32(states[n] + 4, efgh[n]);
 }
+
+void blocks_of_arm(uint32_t* state, const uint8_t* blocks, size_t count) { blocks_of<1>(&state, &blocks, count); }
+
+void pairs_of_arm(uint32_t* const* states, const uint8_t* const* blocks, size_t count) { blocks_of<2>(states, blocks, count); }
 
 }  // namespace
 }  // namespace rmse
@@ -57,7 +76,10 @@ Sha256Blocks sha256_of_arm() {
 #endif
 }
 
+Sha256Pairs sha256_pairs_of_arm() { return sha256_of_arm() == nullptr ? nullptr : pairs_of_arm; }
+
 }  // namespace rmse
 #else
 rmse::Sha256Blocks rmse::sha256_of_arm() { return nullptr; }
+rmse::Sha256Pairs rmse::sha256_pairs_of_arm() { return nullptr; }
 #endif

@@ -153,6 +153,7 @@ class ExecutorchEngine final : public Engine {
  public:
   ExecutorchEngine(const Package& package, const std::string& packed_weights, const std::optional<ExpertBudget>& expert_ram)
       : Engine(checked_program(package.program())),
+        verification_(package.verification()),
         budget_(expert_ram),
         offload_(expert_ram ? std::make_unique<Offload>(program()) : nullptr),
         packed_weights_(packed_weights, package.program_digest()),
@@ -201,6 +202,7 @@ class ExecutorchEngine final : public Engine {
   }
 
   void finish_loading() override {
+    if (!packed_weights_.path().empty()) verification_->await();  // a seal outlives the process
     packed_weights_.seal();
     release_mapped(program());
   }
@@ -216,6 +218,7 @@ class ExecutorchEngine final : public Engine {
   Offload* offload() { return offload_.get(); }
 
  private:
+  std::shared_ptr<Verification> verification_;  // of the package
   std::optional<ExpertBudget> budget_;
   std::unique_ptr<Offload> offload_;  // outlives the module, whose operators ask it
   PackedWeights packed_weights_;

@@ -5,34 +5,25 @@
 #include <cstdint>
 #include <string>
 
+#include "../core/opened_file.h"
+
 namespace rmse {
 
 class ExpertFile {
  public:
   // Throws std::runtime_error, one line, where it cannot be opened.
   explicit ExpertFile(const std::string& path);
-  ~ExpertFile();
-  ExpertFile(const ExpertFile&) = delete;
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return file_.path(); }
   // Where in the file what this process has mapped at `address` lies; -1: it is nothing of this file.
   int64_t offset_of(const void* address) const;
   // Reads, once more where that fails. Returns nothing, or in one line why it did not work.
   std::string read(int64_t offset, size_t size, void* to) const;
   // Whether somebody has written to the file since it was opened: nothing, or a line that says so.
-  std::string changed() const;
+  std::string changed() const { return file_.changed(); }
 
  private:
-  struct Stamp {
-    int64_t size, modified, changed;  // bytes, nanoseconds
-
-    bool operator==(const Stamp&) const = default;
-  };
-  bool stamp(Stamp& found) const;
-
-  std::string path_;
-  int file_;
-  Stamp opened_ = {};
+  OpenedFile file_;
 };
 
 }  // namespace rmse
