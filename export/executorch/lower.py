@@ -48,7 +48,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """Write program.pte into `folder`.
 
     Returns:
-        "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method.
+        "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method;
+        "expert_profile": of the profile that experts are laid out by, where there is one, its digest and its tokens.
     Raises:
         ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
     """
@@ -77,8 +78,15 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     path = folder / PROGRAM
     with path.open("wb") as file:
         lowered.write_to_file(file)
-    check_weights(path, options.tensors)
-    return {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+    profile = options.own.profile_experts
+    stored = options.tensors
+    if profile is not None:
+        stored = {name: profile.placed(name, q) for name, q in stored.items()}
+    check_weights(path, stored)
+    found: dict[str, Any] = {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+    if profile is not None:
+        found["expert_profile"] = {"sha256": profile.digest, "tokens": profile.tokens}
+    return found
 
 
 def delegated(name: str, options: LowerOptions) -> bool:

@@ -198,6 +198,7 @@ RUN: dict[str, list[str]] = {
         "--tokens", "128",
     ],
     "python docs/experiments/offload/replay.py exits.npz full.npz": [],
+    "python docs/experiments/offload/placement.py exits.npz full.npz": [],
 }  # fmt: skip
 
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.

@@ -135,7 +135,14 @@ bool run_experts(Arguments args, bool quantized) {
   shape.top_k = args.integer();
   shape.gate_cap = args.number();
   shape.up_cap = args.number();
+  const Tensor* places = quantized ? args.optional() : nullptr;
   Tensor& out = args.out();
+  if (places != nullptr) {
+    if (!is(*places, ScalarType::Long, 1) || places->size(0) != shape.experts) return false;
+    const int64_t* place = places->const_data_ptr<int64_t>();
+    if (std::any_of(place, place + shape.experts, [&](int64_t p) { return p < 0 || p >= shape.experts; })) return false;
+    shape.places = place;
+  }
   gate_up_weights.outputs = 2 * hidden;
   gate_up_weights.inputs = down_weights.outputs = shape.width;
   down_weights.inputs = hidden;
@@ -375,7 +382,7 @@ constexpr Operator kOperators[] = {
     {"quantized_linear.out", 8, run_linear},
     {"float_linear.out", 6, run_float_linear},
     {"sparse_experts.out", 11, [](Arguments args) { return run_experts(args, false); }},
-    {"quantized_experts.out", 14, [](Arguments args) { return run_experts(args, true); }},
+    {"quantized_experts.out", 15, [](Arguments args) { return run_experts(args, true); }},
     {"rms_norm.out", 6, run_norm},
     {"gated.out", 4, run_gated},
     {"swiglu.out", 3, run_swiglu},
