@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("fp32", "fp16", "int8", "int4")
 ACCURACY_LEVELS = (0, 4)
 # What is so of a target that has not got an option which others have.
-WITHOUT = {"compact": "never computes the experts of stopped rows", "compute": "packages are the same everywhere"}
+WITHOUT = {
+    "compact": "never computes the experts of stopped rows",
+    "compute": "packages are the same everywhere",
+    "profile_experts": "packages keep no budget of memory for experts; executorch's do",
+}
 
 
 @dataclass(frozen=True)

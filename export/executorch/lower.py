@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from rmse_edge.errors import ExportError, first_line, quiet
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
-from rmse_edge.parts import cut
+from rmse_edge.parts import PARTS, cut
 from rmse_edge.quantize import QuantizedTensor
 
 from .ops import check_format, prepare, signed
@@ -50,7 +50,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
     Returns:
         "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method;
-        "parts": how large files are cut, for the manifest.
+        "parts": how large files are cut, for the manifest; "expert_profile": of the profile that experts are laid out by, where
+        there is one, its digest and its tokens.
     Raises:
         ExportError: ExecuTorch refuses a method, or the file does not hold exactly the quantised weights.
     """
@@ -79,9 +80,17 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     path = folder / PROGRAM
     with path.open("wb") as file:
         lowered.write_to_file(file)
-    parts = cut(path.stat().st_size, check_weights(path, options.tensors))
-    made = {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
-    return made if parts is None else made | {"parts": {PROGRAM: parts}}
+    profile = options.own.profile_experts
+    stored = options.tensors
+    if profile is not None:
+        stored = {name: profile.placed(name, q) for name, q in stored.items()}
+    parts = cut(path.stat().st_size, check_weights(path, stored))
+    found: dict[str, Any] = {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+    if parts is not None:
+        found[PARTS] = {PROGRAM: parts}
+    if profile is not None:
+        found["expert_profile"] = {"sha256": profile.digest, "tokens": profile.tokens}
+    return found
 
 
 def delegated(name: str, options: LowerOptions) -> bool:

@@ -30,7 +30,7 @@ OUT_VARIANTS = (
     "float gate_cap, float up_cap, *, Tensor(a!) out) -> Tensor(a!)",
     "quantized_experts.out(Tensor x, Tensor logits, Tensor scores, Tensor active, Tensor gate_up_codes, "
     "Tensor gate_up_scales, Tensor down_codes, Tensor down_scales, SymInt width, SymInt top_k, float gate_cap, "
-    "float up_cap, *, Tensor(a!) out) -> Tensor(a!)",
+    "float up_cap, Tensor? places, *, Tensor(a!) out) -> Tensor(a!)",
 )
 
 
@@ -74,21 +74,37 @@ def quantized_experts(
     top_k: int,
     gate_cap: float,
     up_cap: float,
+    places: Tensor | None,
 ) -> Tensor:
     """`rmse_edge::sparse_experts` with stacked weights in tiles.
 
     Args:
         width: hidden channels of an expert.
+        places: (E,) int64, where in the stacked weights an expert lies; None: in the place of its number.
     """
     d = x.shape[1]
     gate_up = weight_of(gate_up_codes, gate_up_scales, 2 * width, d)
     down = weight_of(down_codes, down_scales, d, width)
+    if places is not None:
+        gate_up, down = gate_up[places], down[places]
     return gathered_experts(x, chosen_by(logits, scores, top_k), gate_up, down, (gate_cap, up_cap))
 
 
 @quantized_experts.register_fake
 def _(
-    x, logits, scores, active, gate_up_codes, gate_up_scales, down_codes, down_scales, width, top_k, gate_cap, up_cap
+    x,
+    logits,
+    scores,
+    active,
+    gate_up_codes,
+    gate_up_scales,
+    down_codes,
+    down_scales,
+    width,
+    top_k,
+    gate_cap,
+    up_cap,
+    places,
 ):
     return torch.empty_like(x)
 

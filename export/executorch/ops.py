@@ -26,6 +26,7 @@ from rmse_edge.quantize.parallel import shared_copy
 from rmse_edge.quantize.tensors import Format
 
 from .operators import float_linear, gated, quantized_experts, quantized_linear, rms_norm, swiglu
+from .placement import ExpertProfile
 from .tiles import BLOCK, tiles_of
 
 
@@ -100,10 +101,14 @@ class QuantizedExperts(StoredExperts):
     gate_up_scales: Tensor
     down_codes: Tensor
     down_scales: Tensor
+    places: Tensor | None
 
-    def __init__(self, experts: SparseExperts, gate_up: QuantizedTensor, down: QuantizedTensor) -> None:
+    def __init__(
+        self, experts: SparseExperts, gate_up: QuantizedTensor, down: QuantizedTensor, places: Tensor | None = None
+    ) -> None:
         super().__init__(experts)
         self.width = down.shape[-1]
+        self.register_buffer("places", places)
         for name, q in (("gate_up", gate_up), ("down", down)):
             for part, tensor in tiles_of(q)._asdict().items():
                 self.register_buffer(f"{name}_{part}", tensor)
@@ -117,7 +122,9 @@ class QuantizedExperts(StoredExperts):
 
     def exported(self, rows: Tensor, logits: Tensor, scores: Tensor, active: Tensor) -> Tensor:
         weights = (self.gate_up_codes, self.gate_up_scales, self.down_codes, self.down_scales)
-        return quantized_experts(rows, logits, scores, active, *weights, self.width, self.top_k, *self.caps)
+        return quantized_experts(
+            rows, logits, scores, active, *weights, self.width, self.top_k, *self.caps, self.places
+        )
 
 
 def signed(q: QuantizedTensor) -> Tensor:
@@ -162,7 +169,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
             model.set_submodule(path, DelegatedNorm(module))
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
-            _replace_experts(model, path, module, left)
+            _replace_experts(model, path, module, left, options.own.profile_experts)
     for name, q in left.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -177,12 +184,22 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     return model
 
 
-def _replace_experts(model: nn.Module, path: str, module: SparseExperts, left: dict[str, QuantizedTensor]) -> None:
+def _replace_experts(
+    model: nn.Module,
+    path: str,
+    module: SparseExperts,
+    left: dict[str, QuantizedTensor],
+    profile: ExpertProfile | None,
+) -> None:
     names = [f"{path}.{weight}" for weight in ("gate_up_proj", "down_proj")]
     up, down = (left.pop(name) for name in names)
     for name, q in zip(names, (up, down)):
         check_format(name, q.format, q.shape[-1], "experts")
-    model.set_submodule(path, QuantizedExperts(module, up, down).eval())
+    places = None
+    if profile is not None:
+        up, down = (profile.placed(name, q) for name, q in zip(names, (up, down)))
+        places = profile.places[path]
+    model.set_submodule(path, QuantizedExperts(module, up, down, places).eval())
 
 
 def torchao_rows(q: QuantizedTensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Parser, output_path, positive_int, random_model, total_bar, verb
+from .common import Parser, existing_file, output_path, positive_int, random_model, total_bar, verb
 from .quantize import add_quantize_flags, quantized, request_of
 
 if TYPE_CHECKING:
+    from rmse_edge.export import ExportRequest
     from rmse_edge.quantize import QuantizeRequest
 
 DEFAULT_MODEL = "models/rmse-shakespeare"
@@ -45,6 +47,10 @@ def parser() -> Parser:
     p.add_argument(
         "--compute", choices=("cpu", "gpu", "ane"),
         help="coreml: lay the program out for the CPU (default), the GPU or the Neural Engine",
+    )  # fmt: skip
+    p.add_argument(
+        "--profile-experts", type=existing_file, metavar="FILE",
+        help="executorch, int8 and int4: lay out experts in the file by which ones this text uses together",
     )  # fmt: skip
     p.add_argument(
         "--max-seq-len", type=positive_int, metavar="N", help="refuse texts longer than N tokens (default: no limit)"
@@ -88,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         max_seq_len=args.max_seq_len,
         overwrite=args.force,
     )
+    if args.profile_experts:
+        check_profile(args, quant)
     if stored is not None:
         request.check_integers(stored)
     refuse_idle_flags(args, quant, stored is not None)
@@ -124,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         elif how:
             integers = quantized(args, model, folder, how, part(QUANTIZING))
         model = integers.model if integers else model
+        if args.profile_experts:
+            request = with_profile(request, model, folder, args.profile_experts)
         share = 1 - QUANTIZING if how and not args.config else 1.0
         package = export_package(model, output, request, checkpoint, part(share), integers)
     print_result(package)
@@ -138,6 +148,37 @@ def options_given(args) -> dict[str, object]:
         "compute": args.compute,
     }
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def check_profile(args, quant: str) -> None:
+    """Fail, before anything is computed, where experts cannot be laid out by a text.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    from rmse_edge.errors import UserError
+    from rmse_edge.export.targets import get_target
+
+    get_target(args.target).options.of(args.target, {"profile_experts": None})
+    if quant not in BITS:
+        raise UserError(
+            f"--profile-experts: {quant} packages have no experts that are read one by one; export with --quant int4"
+        )
+    if args.config:
+        raise UserError("--profile-experts: random weights use all experts alike; leave it out")
+
+
+def with_profile(request: ExportRequest, model, folder: Path, text: Path) -> ExportRequest:
+    """The request, to lay out experts by which ones `model` uses together in a text."""
+    import numpy as np
+
+    from rmse_edge.export import ExecutorchOptions
+    from rmse_edge.export.executorch.placement import profile_experts
+    from rmse_edge.text import Tokenizer, read_text
+
+    ids = np.asarray(Tokenizer(folder / "tokenizer.json").encode(read_text(text)), np.int64)
+    own = ExecutorchOptions(request.own.accuracy_level, profile_experts(model, ids))
+    return replace(request, options=own)
 
 
 def check_way(args, how: QuantizeRequest) -> None:

@@ -198,6 +198,7 @@ RUN: dict[str, list[str]] = {
         "--tokens", "128",
     ],
     "python docs/experiments/offload/replay.py exits.npz full.npz": [],
+    "python docs/experiments/offload/placement.py exits.npz full.npz": [],
 }  # fmt: skip
 
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.
@@ -294,7 +295,8 @@ NOT_RUN: dict[str, str] = {
     'build/native/rmse-runner PACKAGE --prompt "ROMEO:" --expert-ram 300M --stats': "tests/runtimes/test_offload.py",
     "python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 6496 -o wide.rmse": "a gigabyte; tests/runtimes/test_offload.py widens a tiny package",
     "python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 640 -o wide640.rmse": "as above",
-    'python docs/experiments/offload/pressure.py wide640.rmse --text shakespeare.txt --limit "" --tokens 96 --rounds 1 --budgets 50%,25% --threads 1': "as below",
+    'python docs/experiments/offload/pressure.py wide640.rmse --text shakespeare.txt --limit "" --tokens 96 --rounds 1 --budgets 50%,25% --threads 1 --ways map,read': "as below",
+    "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt --profile-experts shakespeare.txt": EXPORTS,
     "python docs/experiments/offload/pressure.py wide.rmse --text shakespeare.txt": "a gigabyte, for half an hour; tests/runtimes/test_offload.py runs what it runs",
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",

@@ -1,8 +1,8 @@
 // runtimes/native/offload alone, without ExecuTorch. test_offload.py compiles and starts it:
 //
-//   native_offload read FILE EXPERTS BUDGET CALLS NEEDED [shrink|touch|wait]
+//   native_offload read FILE EXPERTS BUDGET CALLS NEEDED ACCESS [shrink|touch|wait]
 //
-// calls for NEEDED random experts at a time, checks every byte of what it is given, and prints figures as JSON. Byte i of expert e in
+// (ACCESS: read, map, or ahead, which is map with a thread that reads ahead) calls for NEEDED random experts at a time, checks every byte of what it is given, and prints figures as JSON. Byte i of expert e in
 // piece p, of which the file holds one after the other, is 131 e + 31 p + 7 i, modulo 256. `shrink` and `touch` do that to the file
 // half way; `wait` says "ready" then, and goes on when it reads a line.
 //
@@ -21,6 +21,7 @@
 #include "offload/budget.h"
 #include "offload/expert_cache.h"
 #include "offload/expert_file.h"
+#include "offload/expert_store.h"
 #include "offload/forecast.h"
 
 namespace rmse {
@@ -32,9 +33,9 @@ std::byte expected(int64_t expert, size_t piece, size_t i) {
   return static_cast<std::byte>(131 * static_cast<size_t>(expert) + 31 * piece + 7 * i);
 }
 
-bool right(const ExpertLayer& layer, const ExpertCache::Given& given) {
+bool right(const ExpertCache::Given& given) {
   for (size_t p = 0; p < kSizes.size(); ++p) {
-    const std::byte* at = given.data + layer.at(p);
+    const std::byte* at = given.pieces[p];
     for (size_t i = 0; i < kSizes[p]; ++i) {
       if (at[i] != expected(given.expert, p, i)) return false;
     }
@@ -43,8 +44,8 @@ bool right(const ExpertLayer& layer, const ExpertCache::Given& given) {
 }
 
 int read(const std::string& path, int64_t experts, const std::string& budget, int64_t calls, int64_t needed,
-         const std::string& event) {
-  const ExpertFile file(path);
+         const std::string& access, const std::string& event) {
+  ExpertFile file(path);
   ExpertLayer layer;
   layer.experts = experts;
   int64_t offset = 0;
@@ -52,8 +53,11 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
     layer.pieces[p] = {offset, kSizes[p]};
     offset += experts * static_cast<int64_t>(kSizes[p]);
   }
-  const int64_t bytes = ExpertBudget::parse(budget).bytes(experts * static_cast<int64_t>(layer.slot()));
-  ExpertCache cache(file, {layer}, bytes);
+  const auto store = open_store(file, {layer}, access == "read" ? ExpertAccess::kRead : ExpertAccess::kMap);
+  if (store->maps() != (access != "read")) throw std::runtime_error("the system cannot map experts");
+  const auto slot = static_cast<int64_t>(store->slot_bytes());
+  const int64_t bytes = ExpertBudget::parse(budget).bytes(experts * slot);
+  ExpertCache cache(*store, file, {layer}, bytes, access == "ahead" ? 1 : 0);
   std::mt19937 random(1);
   int64_t most = 0;
   for (int64_t call = 0; call < calls; ++call) {
@@ -77,11 +81,12 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
     std::vector<int64_t> found;
     for (auto given = cache.next(); !given.empty(); given = cache.next()) {
       for (const ExpertCache::Given& one : given) {
-        if (!right(layer, one)) throw std::runtime_error("expert " + std::to_string(one.expert) + " has other bytes");
+        if (!right(one)) throw std::runtime_error("expert " + std::to_string(one.expert) + " has other bytes");
         found.push_back(one.expert);
       }
       most = std::max(most, cache.resident_bytes());
     }
+    cache.still_right();
     if (const std::string problem = cache.problem(); !problem.empty()) throw std::runtime_error(problem);
     std::sort(found.begin(), found.end());
     if (found != wanted) throw std::runtime_error("was given other experts than it wanted");
@@ -90,10 +95,10 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
   int64_t hits = 0, all = 0;
   for (const ExpertFigures::Loop& loop : f.loops) hits += loop.found, all += loop.wanted;
   std::printf("{\"budget\": %lld, \"most\": %lld, \"wanted\": %lld, \"found\": %lld, \"read\": %lld, \"ahead\": %lld, "
-              "\"used\": %lld, \"wasted\": %lld, \"slot\": %zu}\n",
+              "\"used\": %lld, \"wasted\": %lld, \"slot\": %lld}\n",
               static_cast<long long>(bytes), static_cast<long long>(most), static_cast<long long>(all),
               static_cast<long long>(hits), static_cast<long long>(f.bytes_read), static_cast<long long>(f.read_ahead),
-              static_cast<long long>(f.used), static_cast<long long>(f.wasted), layer.slot());
+              static_cast<long long>(f.used), static_cast<long long>(f.wasted), static_cast<long long>(slot));
   return 0;
 }
 
@@ -129,7 +134,7 @@ int main(int argc, char** argv) {
   try {
     if (words.at(0) == "read") {
       return rmse::read(words.at(1), std::stoll(words.at(2)), words.at(3), std::stoll(words.at(4)), std::stoll(words.at(5)),
-                        words.size() > 6 ? words[6] : "");
+                        words.at(6), words.size() > 7 ? words[7] : "");
     }
     if (words[0] == "memory") {
       std::cout << rmse::available_memory(words.at(1)).value_or(-1) << "\n";

@@ -65,7 +65,9 @@ class Experts(torch.nn.Module):
             fmt = Format(bits, 32 if bits == 4 else None)
             both = [round_to_nearest(w, fmt) for w in (self.up, self.down)]
             self.up, self.down = (q.dequantize() for q in both)
-            self.weights = [t for q in both for t in tiles.tiles_of(q)]
+            places = torch.randperm(12, generator=self.draw)  # where the experts lie
+            self.weights = [t[places.argsort()] for q in both for t in tiles.tiles_of(q)]
+            self.places = torch.nn.Buffer(places)
             self.hidden = (hidden,)
             self.names = ("a", "as_", "b", "bs")
         for name, weight in zip(self.names, self.weights):
@@ -77,7 +79,8 @@ class Experts(torch.nn.Module):
     def forward(self, x: torch.Tensor, logits: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         weights = [getattr(self, name) for name in self.names]
         operator = torch.ops.rmse_edge.sparse_experts if self.bits == 32 else torch.ops.rmse_edge.quantized_experts
-        return operator(x, logits, logits + self.bias, active, *weights, *self.hidden, 3, *self.caps)
+        places = () if self.bits == 32 else (self.places,)
+        return operator(x, logits, logits + self.bias, active, *weights, *self.hidden, 3, *self.caps, *places)
 
 
 class Linear(torch.nn.Module):

@@ -24,8 +24,37 @@ pytestmark = [pytest.mark.native, pytest.mark.slow]
 
 LIMIT = ROOT / "docs" / "experiments" / "offload" / "limit.py"
 SIZES = (20000, 2560, 10000, 1280)  # of the pieces of an expert; native_offload.cpp says what is in them
-SLOT = 33920  # each of them begins at a multiple of 64
+BYTES = 33920  # of an expert: each piece begins at a multiple of 64
+PAGES = 14 * 4096  # that its pieces may lie on
+SLOT = {"read": BYTES, "map": PAGES, "ahead": PAGES}  # by how experts come into memory; native_offload.cpp says how
 EXPERTS = 2000  # 67 MB
+WAYS = [
+    "read",
+    *(
+        pytest.param(
+            way,
+            marks=pytest.mark.skipif(
+                sys.platform != "linux" or os.sysconf("SC_PAGESIZE") != 4096, reason="needs Linux, and its usual pages"
+            ),
+        )
+        for way in ("map", "ahead")
+    ),
+]
+
+
+# A disk that fails reads number FAIL_FROM to FAIL_FROM + FAIL_COUNT - 1.
+FAILING = """
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/uio.h>
+static int calls = 0;
+extern "C" ssize_t preadv(int file, const struct iovec* to, int count, off_t offset) {
+  const int call = __sync_add_and_fetch(&calls, 1) - atoi(getenv("FAIL_FROM"));
+  if (call >= 0 && call < atoi(getenv("FAIL_COUNT"))) return errno = EIO, -1;
+  return ((ssize_t(*)(int, const struct iovec*, int, off_t))dlsym(RTLD_NEXT, "preadv"))(file, to, count, offset);
+}
+"""
 
 
 # ------------------------------------------------------------------------------------------------- the cache by itself
@@ -36,7 +65,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     path = tmp_path_factory.mktemp("offload") / "native_offload"
-    parts = [NATIVE / "offload" / f"{name}.cpp" for name in ("budget", "expert_cache", "expert_file", "forecast")]
+    parts = [
+        NATIVE / "offload" / f"{name}.cpp"
+        for name in ("budget", "expert_cache", "expert_file", "expert_store", "forecast")
+    ]
     parts.append(NATIVE / "core" / "opened_file.cpp")
     command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", f"-I{NATIVE}", "-pthread"]
     command += [str(Path(__file__).with_name("native_offload.cpp")), *map(str, parts), "-o", str(path)]
@@ -59,8 +91,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def read(program: Path, path: Path, budget: str, calls: int, needed: int, *before: str | Path) -> dict[str, Any]:
-    command = [*before, program, "read", path, EXPERTS, budget, calls, needed]
+def read(
+    program: Path, path: Path, way: str, budget: str, calls: int, needed: int, *before: str | Path
+) -> dict[str, Any]:
+    command = [*before, program, "read", path, EXPERTS, budget, calls, needed, way]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     if before and done.returncode == 77:
         pytest.skip(done.stderr.strip())
@@ -70,18 +104,21 @@ def read(program: Path, path: Path, budget: str, calls: int, needed: int, *befor
 
 @pytest.mark.parametrize("needed", [10, 120])
 @pytest.mark.parametrize("slots", [1, 3, 64, EXPERTS])
-def test_experts_are_those_of_the_file(program: Path, stored: Path, slots: int, needed: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_are_those_of_the_file(program: Path, stored: Path, way: str, slots: int, needed: int) -> None:
     """Of calls that need fewer than fit, and more; in memory there is never more than the budget."""
-    found = read(program, stored, str(slots * SLOT), 60, needed)
-    assert found["wanted"] == 60 * needed and 0 < found["most"] <= found["budget"] == slots * SLOT
+    found = read(program, stored, way, str(slots * SLOT[way]), 60, needed)
+    assert found["wanted"] == 60 * needed and 0 < found["most"] <= found["budget"] == slots * SLOT[way]
     # What was guessed and still being read when it was needed was not found, and is read once all the same.
     reads = found["wanted"] - found["found"] + found["ahead"]
-    assert (reads - found["used"]) * SLOT <= found["read"] <= reads * SLOT
+    assert (reads - found["used"]) * BYTES <= found["read"] <= reads * BYTES
     if slots == EXPERTS:
         assert found["wasted"] == 0
     if slots > needed:
-        assert found["found"] > 0 and found["ahead"] >= found["used"] + found["wasted"] > 0
-    else:  # no room for guesses
+        assert found["found"] > 0
+    if slots > needed and way != "map":
+        assert found["ahead"] >= found["used"] + found["wasted"] > 0
+    else:  # no room for guesses, or nobody who reads them
         assert found["ahead"] == 0
 
 
@@ -92,9 +129,9 @@ def test_experts_of_four_times_the_memory(program: Path, stored: Path, cached: b
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED if cached else os.POSIX_FADV_DONTNEED)
     os.close(file)
-    found = read(program, stored, "8M", 40, 100, sys.executable, LIMIT, "16M")
+    found = read(program, stored, "read", "8M", 40, 100, sys.executable, LIMIT, "16M")
     assert found["wanted"] == 4000 and found["most"] <= 8 << 20
-    assert EXPERTS * SLOT > 4 * (16 << 20) * 0.95
+    assert EXPERTS * BYTES > 4 * (16 << 20) * 0.95
 
 
 def test_a_budget_is_one_of_three(program: Path) -> None:
@@ -155,11 +192,12 @@ def test_what_is_free(program: Path, tmp_path: Path, files: dict[str, str], free
 
 
 @pytest.mark.parametrize("event", ["shrink", "touch"])
-def test_a_file_that_changes(program: Path, tmp_path: Path, event: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_changes(program: Path, tmp_path: Path, way: str, event: str) -> None:
     """While it is read from: one line, and nothing that was read is used."""
     path = tmp_path / "experts"
     write_experts(path, EXPERTS)
-    command = [program, "read", path, str(EXPERTS), "64K", "40", "10", event]
+    command = [program, "read", path, str(EXPERTS), "64K", "40", "10", way, event]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"{path}: was written to while it was in use; export the package again\n"
@@ -168,17 +206,37 @@ def test_a_file_that_changes(program: Path, tmp_path: Path, event: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that no byte can be read of")
 def test_a_file_that_cannot_be_read(program: Path) -> None:
     done = subprocess.run(
-        [program, "read", "/proc/self/mem", "9", "100%", "1", "2"], capture_output=True, text=True, timeout=60
+        [program, "read", "/proc/self/mem", "9", "100%", "1", "2", "read"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "/proc/self/mem: its experts cannot be read (Input/output error)\n"
 
 
-def test_a_file_that_is_replaced_or_gone(program: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a loader that takes a library before others")
+def test_a_read_that_fails(program: Path, stored: Path, tmp_path: Path) -> None:
+    """Once: it is read again. Again and again: one line."""
+    source, shim = tmp_path / "failing.c", tmp_path / "failing.so"
+    source.write_text(FAILING)
+    done = subprocess.run(["g++", "-x", "c++", "-shared", "-fPIC", source, "-o", shim, "-ldl"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    command = [str(word) for word in (program, "read", stored, EXPERTS, "1M", 40, 10, "read")]
+    for count, code in (("1", 0), ("1000", 2)):
+        own = {**os.environ, "LD_PRELOAD": str(shim), "FAIL_FROM": "100", "FAIL_COUNT": count}
+        failed = subprocess.run(command, capture_output=True, text=True, timeout=120, env=own)
+        assert failed.returncode == code
+        if code == 0:
+            assert json.loads(failed.stdout)["wanted"] == 400 and failed.stderr == ""
+        else:
+            assert failed.stderr == f"{stored}: its experts cannot be read (Input/output error)\n"
+            assert failed.stdout == ""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_is_replaced_or_gone(program: Path, tmp_path: Path, way: str) -> None:
     """What was opened stays what it was; another process that reads it may be killed."""
     path = tmp_path / "experts"
     write_experts(path, EXPERTS)
-    command = [str(word) for word in (program, "read", path, EXPERTS, "512K", 40, 10, "wait")]
+    command = [str(word) for word in (program, "read", path, EXPERTS, "512K", 40, 10, way, "wait")]
     both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -202,12 +260,13 @@ def test_the_next_loop_is_guessed(program: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- packages
 
 PARTS = (64, 1, 1, 1, 64, 1, 9, 1)
+WIDE = 400 << 20  # bytes of experts of a package that is run under a quarter of it
 BUDGETS = ("least", "30%", "60%", "100%")
 
 
-def least(runner: Runner) -> str:
+def least(runner: Runner, way: str = "read") -> str:
     """The smallest budget that works, as the refusal of a smaller one names it."""
-    line = runner.refusal("--prompt-tokens", "1", "--expert-ram", "1")
+    line = runner.refusal("--prompt-tokens", "1", "--expert-ram", "1", "--expert-io", way)
     return line.rsplit(" ", 1)[1].strip()
 
 
@@ -217,12 +276,15 @@ def test_logits_and_depths_are_those_without_a_budget(int4: Runner, tmp_path: Pa
     """To the bit, in calls of 1 and of 64 rows."""
     tokens = random_tokens(sum(PARTS), 3, FEW)
     flags = ("--parts", ",".join(map(str, PARTS)), "-t", threads)
+    ways = ("map", "read") if sys.platform == "linux" else ("read",)
     expected, depth = int4.feed(tokens, tmp_path / "logits", *flags)
     assert len(set(depth)) > 1
     for budget in BUDGETS:
-        given = least(int4) if budget == "least" else budget
-        found, own = int4.feed(tokens, tmp_path / "logits", *flags, "--expert-ram", given)
-        assert np.array_equal(found, expected) and np.array_equal(own, depth)
+        for way in ways:
+            given = least(int4, way) if budget == "least" else budget
+            bounded = ("--expert-ram", given, "--expert-io", way)
+            found, own = int4.feed(tokens, tmp_path / "logits", *flags, *bounded)
+            assert np.array_equal(found, expected) and np.array_equal(own, depth)
 
 
 @pytest.mark.executorch
@@ -261,6 +323,7 @@ def test_what_is_no_budget(int4: Runner, fp32: Runner, executorch_int4: Path) ->
     assert "a percentage of the experts" in int4.refusal(*tokens, "--expert-ram", "much")
     assert "no quantised experts" in fp32.refusal(*tokens, "--expert-ram", "50%")
     assert "needs --expert-ram" in int4.refusal(*tokens, "--stats")
+    assert "needs --expert-ram" in int4.refusal(*tokens, "--expert-io", "map")
     with pytest.raises(ArgumentError, match=r"^expert_ram: .* the smallest budget that works is") as refused:
         open_runtime(executorch_int4, expert_ram="1")
     assert_one_line(str(refused.value))
@@ -279,6 +342,87 @@ def test_a_package_that_changes_underneath(int4: Runner, executorch_int4: Path, 
 
 
 @pytest.mark.executorch
+def test_two_runners_of_one_package(int4: Runner) -> None:
+    """Each has a budget of its own; that one is killed while it reads is nothing to the other."""
+    prompt = ",".join(map(str, random_tokens(64, 3, FEW)))
+    flags = ("--prompt-tokens", prompt, "--temperature", "0", "--ignore-eos", "--expert-ram", "30%")
+    expected = int4.document(*flags[:-2], "-n", "32")
+    killed = subprocess.Popen(
+        [*int4.command, "-t", "1", *flags, "-n", "100000000"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert killed.stdout is not None and killed.stdout.read(1)
+    other = subprocess.Popen(
+        [*int4.command, "-t", "1", *flags, "-n", "32", "-o", "json"], stdout=subprocess.PIPE, text=True
+    )
+    killed.kill()
+    killed.communicate()
+    found = json.loads(other.communicate(timeout=120)[0])
+    assert (found["tokens"], found["depth"]) == (expected["tokens"], expected["depth"])
+
+
+@pytest.mark.executorch
+def test_a_disk_that_takes_nothing(int4: Runner, executorch_int4: Path) -> None:
+    """Mounted read-only: nothing is ever written, so a full one is as good."""
+    inside = (
+        'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2> /dev/null || exit 77; exec "$@"'
+    )
+    enter = ["unshare", "--mount", "sh", "-c", inside, str(executorch_int4)]
+    if shutil.which("unshare") is None or subprocess.run([*enter, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    flags = ("--prompt-tokens", "1,2,3", "--temperature", "0", "-n", "8")
+    expected = int4.document(*flags)
+    found = Runner([*enter, *int4.command[:-1]], executorch_int4).document(*flags, "--expert-ram", "30%")
+    assert (found["tokens"], found["depth"]) == (expected["tokens"], expected["depth"])
+
+
+@pytest.fixture(scope="module")
+def wide(executorch_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`executorch_int4` with WIDE bytes of experts, and more."""
+    folder, script = tmp_path_factory.mktemp("wide") / "wide.rmse", LIMIT.with_name("widen.py")
+    layers = Package.open(executorch_int4).manifest["quantization"]["tensors"]
+    (shape,) = (
+        tensor["shape"] for name, tensor in layers.items() if name.endswith("down_proj") and len(tensor["shape"]) == 3
+    )
+    experts, width, _ = shape
+    channels = -(-WIDE // (experts * 3 * width * 9 // 16)) // 32 * 32 + 32  # 4 bits, and 16 for the scale of 32
+    words = [sys.executable, script, executorch_int4, "--width", channels, "-o", folder]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.executorch
+@pytest.mark.nightly
+@pytest.mark.parametrize("cached", [True, False], ids=["warm", "cold"])
+def test_a_runner_with_a_quarter_of_its_experts(
+    runner: Path, wide: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Under a hard limit, everything counted: the tokens and depths of a run without."""
+    monkeypatch.syspath_prepend(str(LIMIT.parent))
+    from limit import Limited, NoCgroup, forget
+
+    flags = ["--prompt-tokens", ",".join(map(str, random_tokens(64, 3, FEW))), "--temperature", "0", "--ignore-eos"]
+    flags += ["-n", "16", "-o", "json"]
+    expected = Runner([runner], wide).document(*flags[:-2])
+    forget(wide)
+    if cached:
+        (wide / "program.pte").read_bytes()
+    try:
+        with Limited(WIDE // 4) as group:
+            words = group.command(str(runner), str(wide), *flags, "-t", "1", "--expert-ram", str(WIDE // 16))
+            done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+            peak = group.peak()
+    except NoCgroup as reason:
+        pytest.skip(f"no cgroup: {reason}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["tokens"], found["depth"]) == (expected["tokens"], expected["depth"])
+    figures = found["expert_ram"]
+    assert figures["expert_bytes"] >= WIDE and figures["resident_expert_bytes"] <= WIDE // 16
+    assert peak <= WIDE // 4
+
+
+@pytest.mark.executorch
 @pytest.mark.nightly
 def test_wider_experts_say_the_same(int4: Runner, runner: Path, executorch_int4: Path, tmp_path: Path) -> None:
     """The model that runs are measured with: more to read and to multiply, the same depths and, but for rounding, logits."""
@@ -293,7 +437,11 @@ def test_wider_experts_say_the_same(int4: Runner, runner: Path, executorch_int4:
 
 
 @pytest.mark.executorch
-@pytest.mark.parametrize("flags", [(), ("--expert-ram", "30%")], ids=["mapped", "budget"])
+@pytest.mark.parametrize(
+    "flags",
+    [(), *(("--expert-ram", "30%", "--expert-io", way) for way in ("map", "read"))],
+    ids=["mapped", "budget-map", "budget-read"],
+)
 def test_a_program_that_becomes_shorter_under_a_runner(
     runner: Path, executorch_int4: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:

@@ -68,7 +68,9 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         weights = (self.up_codes, self.up_scales, self.down_codes, self.down_scales)
-        return quantized_experts(x, logits, logits + self.bias, self.active, *weights, self.width, TOP_K, 0.0, 0.0)
+        return quantized_experts(
+            x, logits, logits + self.bias, self.active, *weights, self.width, TOP_K, 0.0, 0.0, None
+        )
 
 
 class Gathered(nn.Module):

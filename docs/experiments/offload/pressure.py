@@ -4,11 +4,13 @@
 
 Every row is a run of rmse-runner that reads 64 tokens in one call and writes others one by one, in rounds: a row of one round is
 followed by the same row of the next only after all others had their turn. The rows under a hard limit run in a cgroup of their own
-(limit.py), where everything counts: weights, code, cached pages. All rows must write the same tokens at the same depths.
+(limit.py), where everything counts: weights, code, cached pages. They begin with nothing cached, and what they read comes from the disk;
+the others find all of the file in the system's cache. All rows must write the same tokens at the same depths.
 
 Beside the speed stands the processor time per token that is written, of all threads: what a run costs that writes many, less what one
 costs that writes one. It says what a budget costs where other work takes the processors away, and readers find none idle. Last, what the
-disk gives when pieces of an expert's size are read in any order, none of them cached.
+disk gives when pieces of 1 MiB are read in any order, none of them cached, and how near the rows under a limit come to it: of the time
+that a token takes, how much reading alone takes at that rate, or computing alone, whichever is more.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ HEAD = (
 class Row:
     name: str
     budget: str | None  # of --expert-ram
+    way: str  # of --expert-io; empty: as it suits
     limit: str | None  # of all memory
     threads: int
     full: bool  # no exits
@@ -54,6 +57,7 @@ class Row:
         words = [str(runner), str(package), "--prompt-tokens", prompt, "--temperature", "0", "--ignore-eos"]
         words += ["-t", str(self.threads), "-o", "json", *(["--exit-threshold", "1"] if self.full else [])]
         words += ["--expert-ram", self.budget] if self.budget else []
+        words += ["--expert-io", self.way] if self.budget and self.way else []
         _, little = self._run([*words, "-n", "1"])
         said, much = self._run([*words, "-n", str(count)])
         if not self.failed:
@@ -87,12 +91,13 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     found = []
     for full in (True, False) if args.exits else (True,):
         for threads in args.threads:
-            found.append(Row("mapped", None, None, threads, full))
-            found += [Row("budget", budget, None, threads, full) for budget in args.budgets]
-        if not args.limit:
-            continue
-        found.append(Row("mapped", None, args.limit, 1, full))
-        found += [Row("budget", budget, args.limit, 1, full) for budget in args.limited_budgets]
+            found.append(Row("mapped", None, "", None, threads, full))
+            found += [Row("budget", b, way, None, threads, full) for b in args.budgets for way in args.ways]
+            if args.limit:
+                found.append(Row("mapped", None, "", args.limit, threads, full))
+                found += [
+                    Row("budget", b, way, args.limit, threads, full) for b in args.limited_budgets for way in args.ways
+                ]
     return found
 
 
@@ -126,6 +131,7 @@ def main() -> None:
     parser.add_argument("--limit", default="300M", help="of all memory; empty: no rows under a limit")
     parser.add_argument("--budgets", type=lambda text: text.split(","), default=["75%", "50%", "25%"])
     parser.add_argument("--limited-budgets", type=lambda text: text.split(","), default=["200M", "100M"])
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=[""], help="of --expert-io, side by side")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--exits", action="store_true", help="also with the model's own exits")
     args = parser.parse_args()
@@ -148,7 +154,7 @@ def main() -> None:
         base = next(
             r for r in rows if r.limit is None and not r.budget and (r.threads, r.full) == (row.threads, row.full)
         )
-        what = f"{row.budget} in memory" if row.budget else "mapped"
+        what = f"{row.budget} in memory" + (f", {row.way}" if row.way else "") if row.budget else "mapped"
         head = f"| {what} | {row.limit or ''} | {row.threads} | {'all' if row.full else 'exits'} | "
         if row.failed or not row.documents:
             print(head + f"{row.failed} |" + " |" * (len(HEAD) - 5))
@@ -170,8 +176,9 @@ def main() -> None:
             notes.append(f"{what}, limit {row.limit}: OTHER TOKENS OR DEPTHS")
         read = row.expert("mib_read_per_token")
         if row.limit and read:
-            share = row.figure("tokens_per_s") * read * 2**20 / rate
-            notes.append(f"{what}, limit {row.limit}: reads {share:.2f} of what the disk gives by itself")
+            least = max(read * 2**20 / rate, 1 / base.figure("tokens_per_s"))  # seconds of a token
+            share = row.figure("tokens_per_s") * least
+            notes.append(f"{what}, limit {row.limit}, {row.threads} threads: {share:.2f} of what the disk allows")
     if not any("OTHER" in note for note in notes):
         notes.insert(0, "all rows wrote the same tokens at the same depths")
     first = rows[0]

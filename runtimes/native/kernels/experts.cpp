@@ -18,7 +18,7 @@ using executorch::extension::parallel_for;
 constexpr size_t kManyExperts = 4;  // from here on threads share out the experts, and not the outputs of each
 constexpr int64_t kFewestOutputs = 4 * kTile;  // of an expert that are worth another thread
 
-// One (row, chosen expert) of a call.
+// One (row, chosen expert) of a call; an expert is the place that it lies in from here on.
 struct Choice {
   int64_t row, slot, expert;
   float weight;
@@ -43,7 +43,7 @@ void select(const ExpertShape& shape, int64_t row, const float* logits, const fl
   for (const auto& [_, e] : best) sum += exponential(logits[e] - largest);
   for (int64_t s = 0; s < shape.top_k; ++s) {
     const int64_t e = best[s].second;
-    choices.push_back({row, s, e, exponential(logits[e] - largest) / sum});
+    choices.push_back({row, s, shape.places == nullptr ? e : shape.places[e], exponential(logits[e] - largest) / sum});
   }
 }
 
@@ -176,6 +176,7 @@ bool sparse_experts(const ExpertShape& shape, const float* x, const float* logit
       });
       left -= given.size();
     }
+    if (!source->still_right()) return false;
   }
   for (int64_t r = 0; r < shape.rows; ++r, out += shape.width) {
     std::fill(out, out + shape.width, 0.0f);

@@ -29,12 +29,13 @@ struct ExpertShape {
   int64_t experts = 0;  // E
   int64_t top_k = 0;
   bool integers = false;
+  const int64_t* places = nullptr;  // (E,) where in the stacked weights each expert lies; null: in the order of their numbers
   // Where c > 0, c * tanh(x / c) takes the place of a gate or an up x; within the sigmoid of silu a gate stays what it is.
   float gate_cap = 0;
   float up_cap = 0;
 };
 
-// Where the integers of an expert are, that do not lie behind those of the first one.
+// Where the integers of the expert of a place are, that do not lie behind those of the first one.
 struct ExpertAt {
   int64_t expert;
   const uint8_t* gate_up_codes;
@@ -43,7 +44,7 @@ struct ExpertAt {
   const uint16_t* down_scales;
 };
 
-// Gives the experts of a call where not all of them are in memory.
+// Gives the experts of a call where not all of them are in memory. It knows them by their places.
 class ExpertSource {
  public:
   virtual ~ExpertSource() = default;
@@ -51,6 +52,8 @@ class ExpertSource {
   virtual void want(std::span<const int64_t> experts) = 0;
   // Some of these that were not given yet, in memory until the next call of this; none: all were given, or one cannot be had.
   virtual std::span<const ExpertAt> next() = 0;
+  // Asked when all were computed: whether they were what they should be.
+  virtual bool still_right() = 0;
 };
 
 // x (rows, d) -> out (rows, d): for every active row the softmax-weighted sum of the `top_k` experts with the largest

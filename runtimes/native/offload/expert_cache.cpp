@@ -1,50 +1,33 @@
 #include "expert_cache.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
-#include <cstring>
-#include <stdexcept>
 
 namespace rmse {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr size_t kAlignment = 64;  // bytes, of a piece within a slot: a line of the processor's cache
-constexpr int64_t kFewest = 4;     // experts that are worth computing side by side
-
-size_t aligned(size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr int64_t kFewest = 4;  // experts that are worth computing side by side
+// Neighbours are copied in one go up to here: of more, a second thread had better begin with the rest.
+constexpr size_t kMostBytes = 256 << 10;
+// Where one expert had to be waited for, the next ones will: so many are taken to be on the disk, too.
+constexpr int64_t kOthers = 64;
+constexpr int64_t kLeaving = 16;  // of so many experts one leaves when others leave
 
 }  // namespace
 
-size_t ExpertLayer::at(size_t piece) const {
-  size_t found = 0;
-  for (size_t i = 0; i < piece; ++i) found += aligned(pieces[i].size);
-  return found;
-}
-
-size_t ExpertCache::slot_bytes(const std::vector<ExpertLayer>& layers) {
-  size_t largest = 0;
-  for (const ExpertLayer& layer : layers) largest = std::max(largest, layer.slot());
-  return largest;
-}
-
-ExpertCache::ExpertCache(const ExpertFile& file, std::vector<ExpertLayer> layers, int64_t budget)
-    : file_(file), layers_(std::move(layers)), firsts_{0}, slot_bytes_(slot_bytes(layers_)) {
+ExpertCache::ExpertCache(ExpertStore& store, const ExpertFile& file, std::vector<ExpertLayer> layers, int64_t budget, int64_t spare)
+    : store_(store), maps_(store.maps()), file_(file), layers_(std::move(layers)), firsts_{0}, slow_(kOthers) {
   for (const ExpertLayer& layer : layers_) firsts_.push_back(firsts_.back() + layer.experts);
   experts_.resize(firsts_.back());
-  const int64_t count = std::min(budget / static_cast<int64_t>(slot_bytes_), firsts_.back());
-  mapped_ = static_cast<size_t>(count) * slot_bytes_;
-  // Pages are taken when they are written to first: memory that is never needed is never there.
-  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error(std::string("no memory for experts (") + std::strerror(errno) + ")");
-  memory_ = static_cast<std::byte*>(memory);
+  const int64_t count = std::min(budget / static_cast<int64_t>(store_.slot_bytes()), firsts_.back());
+  store_.reserve(count);
   slots_.resize(count);
   for (int32_t slot = static_cast<int32_t>(count) - 1; slot >= 0; --slot) free_.push_back(slot);
-  for (int64_t i = 0; i < kReaders; ++i) readers_.emplace_back([this] { run_reader(); });
+  // Who copies is worth a thread always; who maps takes less time than another processor would lose by it.
+  const int64_t count_readers = maps_ ? std::clamp<int64_t>(spare, 0, 1) : 2;
+  for (int64_t i = 0; i < count_readers; ++i) readers_.emplace_back([this] { run_reader(); });
 }
 
 ExpertCache::~ExpertCache() {
@@ -54,12 +37,11 @@ ExpertCache::~ExpertCache() {
   }
   work_.notify_all();
   for (std::thread& reader : readers_) reader.join();
-  munmap(memory_, mapped_);
 }
 
 int64_t ExpertCache::resident_bytes() const {
   const std::lock_guard lock(mutex_);
-  return static_cast<int64_t>((slots_.size() - free_.size()) * slot_bytes_);
+  return static_cast<int64_t>((slots_.size() - free_.size()) * store_.slot_bytes());
 }
 
 // ------------------------------------------------------------------------------------------------------- the slots
@@ -81,67 +63,103 @@ void ExpertCache::unlist(int32_t slot) {
   own.listed = false;
 }
 
-int32_t ExpertCache::take_slot() {
-  if (!free_.empty()) {
-    const int32_t slot = free_.back();
-    free_.pop_back();
-    return slot;
+int32_t ExpertCache::take_slot(std::vector<StoredExpert>& gone) {
+  // Mapped experts leave several at once, which costs the processors what one costs (`ExpertFile::drop`).
+  const int64_t most = maps_ ? std::max<int64_t>(1, slots() / kLeaving) : 1;
+  for (int64_t i = 0; free_.empty() || (i > 0 && i < most); ++i) {
+    if (oldest_ == kNone) break;
+    const int32_t slot = oldest_;
+    unlist(slot);
+    Expert& expert = experts_[slots_[slot].expert];
+    gone.push_back(stored(slots_[slot].expert));
+    slots_[slot].expert = -1;
+    free_.push_back(slot);
+    figures_.wasted += expert.ahead;
+    expert = {};
   }
-  if (oldest_ == kNone) return kNone;
-  const int32_t slot = oldest_;
-  unlist(slot);
-  Expert& gone = experts_[slots_[slot].expert];
-  figures_.wasted += gone.ahead;
-  gone = {};
+  if (free_.empty()) return kNone;
+  const int32_t slot = free_.back();
+  free_.pop_back();
   return slot;
 }
 
-int64_t ExpertCache::take_request(bool guesses) {
-  std::deque<int64_t>& queue = demand_.empty() && guesses ? guesses_ : demand_;
-  if (queue.empty()) return -1;
-  const int32_t slot = take_slot();
-  if (slot == kNone) return -1;
-  const int64_t expert = queue.front();
-  queue.pop_front();
-  slots_[slot].expert = expert;
-  experts_[expert].slot = slot;
-  experts_[expert].ahead = experts_[expert].state == State::kGuessed;
-  figures_.read_ahead += experts_[expert].ahead;
-  experts_[expert].state = State::kLoading;
-  return expert;
+// Not all at once: what is computed makes room for what is read meanwhile.
+int64_t ExpertCache::most_given() const { return std::max(kFewest, slots() / 4); }
+
+size_t ExpertCache::layer_of(int64_t expert) const {
+  return std::upper_bound(firsts_.begin(), firsts_.end(), expert) - firsts_.begin() - 1;
+}
+
+StoredExpert ExpertCache::stored(int64_t expert) const {
+  const size_t layer = layer_of(expert);
+  return {&layers_[layer], expert - firsts_[layer]};
+}
+
+// Neighbours, for who copies; what is mapped at once, as many as a call of `next` gives.
+ExpertCache::Request ExpertCache::take_request(bool reader) {
+  std::deque<int64_t>& queue = reader && (maps_ || demand_.empty()) ? guesses_ : demand_;
+  Request request;
+  if (queue.empty()) return request;
+  request.layer = layer_of(queue.front());
+  const size_t bytes = layers_[request.layer].bytes();
+  const bool at_once = maps_ && !reader;
+  while (!queue.empty()) {
+    const int64_t expert = queue.front();
+    if (request && at_once && std::ssize(request.slots) == most_given()) break;
+    if (request && !at_once && (expert != request.experts.back() + 1 || (request.slots.size() + 1) * bytes > kMostBytes)) break;
+    const int32_t slot = take_slot(request.gone);
+    if (slot == kNone) break;
+    request.experts.push_back(expert);
+    request.slots.push_back(slot);
+    queue.pop_front();
+    slots_[slot].expert = expert;
+    Expert& own = experts_[expert];
+    own.slot = slot;
+    own.ahead = own.state == State::kGuessed;
+    figures_.read_ahead += own.ahead;
+    own.state = State::kLoading;
+  }
+  return request;
 }
 
 // ------------------------------------------------------------------------------------------------------- reading
 
-std::string ExpertCache::read(int64_t expert, std::byte* to) const {
-  const size_t number = std::upper_bound(firsts_.begin(), firsts_.end(), expert) - firsts_.begin() - 1;
-  const ExpertLayer& layer = layers_[number];
-  const int64_t e = expert - firsts_[number];
-  for (size_t i = 0; i < layer.pieces.size(); ++i) {
-    const ExpertPiece& piece = layer.pieces[i];
-    std::string why = file_.read(piece.offset + e * static_cast<int64_t>(piece.size), piece.size, to + layer.at(i));
-    if (!why.empty()) return why;
+// Neighbours in one go.
+std::string ExpertCache::bring(const Request& request) {
+  const ExpertLayer& layer = layers_[request.layer];
+  const std::span<const int32_t> slots = request.slots;
+  std::string why;
+  for (size_t i = 0, end = 0; i < slots.size() && why.empty(); i = end) {
+    for (end = i + 1; end < slots.size() && request.experts[end] == request.experts[end - 1] + 1; ++end) {
+    }
+    why = store_.bring(layer, request.experts[i] - firsts_[request.layer], slots.subspan(i, end - i));
   }
-  return {};
+  return why;
 }
 
-// Fills the slot that an expert was given; `lock` is let go of meanwhile.
-void ExpertCache::load(int64_t expert, std::unique_lock<std::mutex>& lock) {
-  const int32_t slot = experts_[expert].slot;
+// Brings experts into the slots that they were given; `lock` is let go of meanwhile.
+void ExpertCache::load(const Request& request, std::unique_lock<std::mutex>& lock) {
+  if (!request.gone.empty()) store_.drop(request.gone);  // before somebody else can fill what they leave
   lock.unlock();
-  std::string why = read(expert, data(slot));
+  const int64_t waits = store_.waits();
+  std::string why = bring(request);
+  const bool waited = store_.waits() > waits;
   lock.lock();
-  Expert& loaded = experts_[expert];
-  figures_.bytes_read += static_cast<int64_t>(slot_bytes_);
-  if (!why.empty()) {
-    if (problem_.empty()) problem_ = std::move(why);
-    loaded = {};
-    slots_[slot].expert = -1;
-    free_.push_back(slot);
-  } else {
+  if (!why.empty() && problem_.empty()) problem_ = why;
+  slow_ = waited ? kOthers : std::max<int64_t>(0, slow_ - std::ssize(request.slots));
+  figures_.bytes_read += static_cast<int64_t>(layers_[request.layer].bytes() * request.slots.size());
+  for (size_t i = 0; i < request.slots.size(); ++i) {
+    const int32_t slot = request.slots[i];
+    Expert& loaded = experts_[request.experts[i]];
+    if (!why.empty()) {
+      loaded = {};
+      slots_[slot].expert = -1;
+      free_.push_back(slot);
+      continue;
+    }
     loaded.state = State::kReady;
     if (loaded.wanted) {
-      ready_.push_back(expert);
+      ready_.push_back(request.experts[i]);
     } else {
       append(slot);
     }
@@ -152,11 +170,10 @@ void ExpertCache::load(int64_t expert, std::unique_lock<std::mutex>& lock) {
 void ExpertCache::run_reader() {
   std::unique_lock lock(mutex_);
   while (!ending_) {
-    const int64_t expert = problem_.empty() ? take_request(/*guesses=*/true) : -1;
-    if (expert < 0) {
-      work_.wait(lock);
+    if (const Request request = problem_.empty() ? take_request(/*reader=*/true) : Request{}) {
+      load(request, lock);
     } else {
-      load(expert, lock);
+      work_.wait(lock);
     }
   }
 }
@@ -164,10 +181,8 @@ void ExpertCache::run_reader() {
 // ------------------------------------------------------------------------------------------------------- a call
 
 void ExpertCache::release_given() {
-  for (const Given& given : given_) {
-    const int64_t slot = (given.data - memory_) / static_cast<int64_t>(slot_bytes_);
-    append(static_cast<int32_t>(slot));
-  }
+  for (const int32_t slot : given_slots_) append(slot);
+  given_slots_.clear();
   given_.clear();
 }
 
@@ -205,7 +220,17 @@ void ExpertCache::want(int64_t layer, int64_t loop, std::span<const int64_t> exp
       demand_.push_back(number);
     }
   }
+  if (maps_) {
+    announce(demand_);
+    return;
+  }
   for (size_t i = 0; i < std::min(demand_.size(), readers_.size()); ++i) work_.notify_one();
+}
+
+// The disk is asked for all before the first is waited for.
+void ExpertCache::announce(const std::deque<int64_t>& experts) const {
+  if (slow_ == 0) return;
+  for (const int64_t expert : experts) store_.announce(stored(expert));
 }
 
 void ExpertCache::expect(int64_t layer, std::span<const int64_t> experts) {
@@ -217,24 +242,24 @@ void ExpertCache::expect(int64_t layer, std::span<const int64_t> experts) {
     if (expert.state == State::kReady && slots_[expert.slot].listed) {  // not before what nobody expects
       unlist(expert.slot);
       append(expert.slot);
-    } else if (expert.state == State::kAbsent) {
+    } else if (expert.state == State::kAbsent && !readers_.empty()) {
       expert.state = State::kGuessed;
       guesses_.push_back(firsts_[layer] + e);
     }
   }
-  if (demand_.empty() && !guesses_.empty()) work_.notify_one();
+  if (maps_) announce(guesses_);
+  if ((maps_ || demand_.empty()) && !guesses_.empty()) work_.notify_one();
 }
 
 std::span<const ExpertCache::Given> ExpertCache::next() {
   std::unique_lock lock(mutex_);
   release_given();
-  if (!demand_.empty() || !guesses_.empty()) work_.notify_one();  // there is room again
+  if (!guesses_.empty() || (!maps_ && !demand_.empty())) work_.notify_one();  // there is room again
   if (ready_.empty() && left_ > 0) {
     const auto start = Clock::now();
     while (ready_.empty() && problem_.empty()) {
-      const int64_t expert = take_request(/*guesses=*/false);
-      if (expert >= 0) {
-        load(expert, lock);
+      if (const Request request = take_request(/*reader=*/false)) {
+        load(request, lock);
       } else {
         arrived_.wait(lock);
       }
@@ -242,18 +267,25 @@ std::span<const ExpertCache::Given> ExpertCache::next() {
     figures_.stall_ns += std::chrono::nanoseconds(Clock::now() - start).count();
   }
   if (!problem_.empty()) return {};
-  // Not all at once: what is computed makes room for what is read meanwhile.
-  const int64_t most = std::max(kFewest, slots() / 4);
-  while (!ready_.empty() && static_cast<int64_t>(given_.size()) < most) {
+  while (!ready_.empty() && static_cast<int64_t>(given_.size()) < most_given()) {
     const int64_t expert = ready_.back();
     ready_.pop_back();
     Expert& given = experts_[expert];
     given.wanted = false;
-    const size_t layer = std::upper_bound(firsts_.begin(), firsts_.end(), expert) - firsts_.begin() - 1;
-    given_.push_back({expert - firsts_[layer], data(given.slot)});
+    const size_t layer = layer_of(expert);
+    const int64_t e = expert - firsts_[layer];
+    given_.push_back({e, store_.at(layers_[layer], e, given.slot)});
+    given_slots_.push_back(given.slot);
   }
   left_ -= static_cast<int64_t>(given_.size());
   return given_;
+}
+
+bool ExpertCache::still_right() {
+  std::string why = file_.changed();
+  const std::lock_guard lock(mutex_);
+  if (!why.empty() && problem_.empty()) problem_ = std::move(why);
+  return problem_.empty();
 }
 
 std::string ExpertCache::problem() const {

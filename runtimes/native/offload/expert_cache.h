@@ -1,13 +1,12 @@
-// Memory for as many experts as a budget allows, filled from the program's file by threads that read ahead.
+// As many experts in memory as a budget allows, brought there from the program's file by threads that read ahead.
 //
 // What was not used for longest makes room (docs/offload.md has what else was tried). Experts of all layers share the slots. A call
 // is given what is in memory first, while the rest is being read; the thread that computes reads itself rather than wait for a
-// reader that has not begun. What the next loop may need is read when nothing else is.
+// reader that has not begun. What the next loop may need is read when nothing else is, if reading takes long enough to be worth it.
+// Neighbours in the file are read in one go.
 #pragma once
 
-#include <array>
 #include <condition_variable>
-#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <mutex>
@@ -16,24 +15,9 @@
 #include <thread>
 #include <vector>
 
-#include "expert_file.h"
+#include "expert_store.h"
 
 namespace rmse {
-
-// A piece of every expert of a layer: of expert e it lies `size` * e behind `offset`.
-struct ExpertPiece {
-  int64_t offset = 0;
-  size_t size = 0;  // bytes
-};
-
-// The experts of a layer, in the order in which their pieces lie in a slot: codes and scales of gate and up, then of down.
-struct ExpertLayer {
-  int64_t experts = 0;
-  std::array<ExpertPiece, 4> pieces;
-
-  size_t at(size_t piece) const;              // where in a slot it begins
-  size_t slot() const { return at(pieces.size()); }  // bytes
-};
 
 // Of everything since the figures were last cleared.
 struct ExpertFigures {
@@ -49,15 +33,11 @@ struct ExpertFigures {
 
 class ExpertCache {
  public:
-  static constexpr int64_t kReaders = 2;
-
-  // `layers`: number their experts one after the other. At least one slot has to fit; throws std::runtime_error where there is no
-  // memory for the slots.
-  ExpertCache(const ExpertFile& file, std::vector<ExpertLayer> layers, int64_t budget);
+  // `layers`: number their experts one after the other. At least one slot has to fit. `spare`: processors that nothing is computed on.
+  ExpertCache(ExpertStore& store, const ExpertFile& file, std::vector<ExpertLayer> layers, int64_t budget, int64_t spare);
   ~ExpertCache();
   ExpertCache(const ExpertCache&) = delete;
 
-  static size_t slot_bytes(const std::vector<ExpertLayer>& layers);  // of the largest expert
   int64_t slots() const { return static_cast<int64_t>(slots_.size()); }
   int64_t resident_bytes() const;  // of slots that hold an expert, or are about to
 
@@ -67,10 +47,12 @@ class ExpertCache {
   void expect(int64_t layer, std::span<const int64_t> experts);
   struct Given {
     int64_t expert;
-    const std::byte* data;
+    ExpertPlaces pieces;
   };
   // Some of what is wanted, in memory until the next call of `next` or `want`; empty: there is no more, or it cannot be read.
   std::span<const Given> next();
+  // Whether what was given since `want` was right until now: nobody has written to the file.
+  bool still_right();
   // Why it cannot, in one line; from then on nothing is given.
   std::string problem() const;
 
@@ -91,23 +73,34 @@ class ExpertCache {
     bool listed = false;
   };
   static constexpr int32_t kNone = -1;
+  // Experts of a layer that are to be brought, with a slot each, and what has to go for them.
+  struct Request {
+    size_t layer = 0;
+    std::vector<int64_t> experts;
+    std::vector<int32_t> slots;
+    std::vector<StoredExpert> gone;
 
-  std::byte* data(int32_t slot) const { return memory_ + static_cast<size_t>(slot) * slot_bytes_; }
+    explicit operator bool() const { return !slots.empty(); }
+  };
+
+  int64_t most_given() const;
+  size_t layer_of(int64_t expert) const;
+  StoredExpert stored(int64_t expert) const;
+  void announce(const std::deque<int64_t>& experts) const;
   void append(int32_t slot);
   void unlist(int32_t slot);
-  int32_t take_slot();              // free, or of what was not used for longest; kNone: all are in use
-  int64_t take_request(bool guesses);  // an expert to be read, with a slot; -1: none
-  void load(int64_t expert, std::unique_lock<std::mutex>& lock);
-  std::string read(int64_t expert, std::byte* to) const;
+  int32_t take_slot(std::vector<StoredExpert>& gone);  // free, or of what was not used for longest; kNone: all are in use
+  Request take_request(bool reader);
+  void load(const Request& request, std::unique_lock<std::mutex>& lock);
+  std::string bring(const Request& request);
   void release_given();
   void run_reader();
 
+  ExpertStore& store_;
+  const bool maps_;
   const ExpertFile& file_;
   std::vector<ExpertLayer> layers_;
   std::vector<int64_t> firsts_;  // number of each layer's first expert, and of all
-  size_t slot_bytes_;
-  std::byte* memory_ = nullptr;
-  size_t mapped_ = 0;
 
   mutable std::mutex mutex_;
   std::condition_variable work_, arrived_;
@@ -118,7 +111,9 @@ class ExpertCache {
   std::deque<int64_t> demand_, guesses_;
   std::vector<int64_t> ready_;  // wanted and in memory
   std::vector<Given> given_;
+  std::vector<int32_t> given_slots_;
   int64_t wanted_ = 0, left_ = 0;  // of this call: how many, and how many were not given yet
+  int64_t slow_;  // experts that are taken to be on the disk, not in the system's cache
   std::string problem_;
   ExpertFigures figures_;
   bool ending_ = false;

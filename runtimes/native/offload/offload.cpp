@@ -1,5 +1,6 @@
 #include "offload.h"
 
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -9,6 +10,9 @@
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <thread>
+
+#include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include "../core/errors.h"
 
@@ -35,6 +39,16 @@ void give_back(const void* address, size_t size) {
 #endif
 }
 
+// Processors that this process may use and does not compute on.
+int64_t spare_processors() {
+  int64_t usable = std::thread::hardware_concurrency();
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) usable = CPU_COUNT(&allowed);
+#endif
+  return usable - executorch::extension::get_thread_count();
+}
+
 }  // namespace
 
 // Experts of one layer, by where they are mapped, as a call asks for them.
@@ -48,12 +62,13 @@ struct Offload::Layer {
 
 class Offload::Source final : public ExpertSource {
  public:
-  void use(Offload& owner, Layer& layer, const float* scores, const bool* active, int64_t rows) {
+  void use(Offload& owner, Layer& layer, const ExpertShape& shape, const float* scores, const bool* active) {
     owner_ = &owner;
     layer_ = &layer;
     scores_ = scores;
     active_ = active;
-    rows_ = rows;
+    rows_ = shape.rows;
+    places_ = shape.places;
   }
 
   void want(std::span<const int64_t> experts) override {
@@ -61,19 +76,25 @@ class Offload::Source final : public ExpertSource {
     cache.want(layer_->number, owner_->loop_, experts);
     layer_->guess.clear();
     layer_->forecast.see(owner_->loop_, scores_, active_, rows_, layer_->guess);
-    if (!layer_->guess.empty()) cache.expect(layer_->number, layer_->guess);
+    if (layer_->guess.empty()) return;
+    if (places_ != nullptr) {
+      for (int64_t& expert : layer_->guess) expert = places_[expert];
+    }
+    std::sort(layer_->guess.begin(), layer_->guess.end());  // neighbours are read in one go
+    cache.expect(layer_->number, layer_->guess);
   }
 
   std::span<const ExpertAt> next() override {
     placed_.clear();
     for (const ExpertCache::Given& given : owner_->cache_->next()) {
-      const auto piece = [&](size_t i) { return given.data + layer_->stored.at(i); };
-      placed_.push_back({given.expert, reinterpret_cast<const uint8_t*>(piece(0)),
-                         reinterpret_cast<const uint16_t*>(piece(1)), reinterpret_cast<const uint8_t*>(piece(2)),
-                         reinterpret_cast<const uint16_t*>(piece(3))});
+      const ExpertPlaces& at = given.pieces;
+      placed_.push_back({given.expert, reinterpret_cast<const uint8_t*>(at[0]), reinterpret_cast<const uint16_t*>(at[1]),
+                         reinterpret_cast<const uint8_t*>(at[2]), reinterpret_cast<const uint16_t*>(at[3])});
     }
     return placed_;
   }
+
+  bool still_right() override { return owner_->cache_->still_right(); }
 
  private:
   Offload* owner_ = nullptr;
@@ -81,6 +102,7 @@ class Offload::Source final : public ExpertSource {
   const float* scores_ = nullptr;
   const bool* active_ = nullptr;
   int64_t rows_ = 0;
+  const int64_t* places_ = nullptr;
   std::vector<ExpertAt> placed_;
 };
 
@@ -101,13 +123,14 @@ void Offload::begin(const ExpertBudget& budget) {
   }
   std::vector<ExpertLayer> stored;
   for (const auto& layer : layers_) stored.push_back(layer->stored);
-  const auto least = static_cast<int64_t>(ExpertCache::slot_bytes(stored));
+  store_ = open_store(file_, stored, budget.access);
+  const auto least = static_cast<int64_t>(store_->slot_bytes());
   const int64_t bytes = budget.bytes(total_bytes());
   if (bytes < least) {
     throw ArgumentError("expert_ram", mebibytes(bytes) + " hold no expert of " + mebibytes(least) +
                                           "; the smallest budget that works is " + std::to_string((least + 1023) / 1024) + "K");
   }
-  cache_ = std::make_unique<ExpertCache>(file_, stored, bytes);
+  cache_ = std::make_unique<ExpertCache>(*store_, file_, stored, bytes, spare_processors());
   for (const auto& layer : layers_) {
     for (size_t i = 0; i < layer->mapped.pieces.size(); ++i) {
       give_back(layer->mapped.pieces[i], layer->mapped.sizes[i] * layer->stored.experts);
@@ -122,15 +145,11 @@ std::string Offload::problem() const {
 
 int64_t Offload::total_bytes() const {
   int64_t total = 0;
-  for (const auto& layer : layers_) total += layer->stored.experts * static_cast<int64_t>(layer->stored.slot());
+  for (const auto& layer : layers_) total += layer->stored.experts * static_cast<int64_t>(layer->stored.bytes());
   return total;
 }
 
-int64_t Offload::budget_bytes() const {
-  std::vector<ExpertLayer> stored;
-  for (const auto& layer : layers_) stored.push_back(layer->stored);
-  return cache_->slots() * static_cast<int64_t>(ExpertCache::slot_bytes(stored));
-}
+int64_t Offload::budget_bytes() const { return cache_->slots() * static_cast<int64_t>(store_->slot_bytes()); }
 
 Offload::Layer* Offload::layer_of(const Mapped& mapped, const ExpertShape& shape) {
   for (const auto& layer : layers_) {
@@ -154,7 +173,7 @@ Offload::Call Offload::call(const ExpertShape& shape, const Mapped& mapped, cons
     if (layer == nullptr) continue;
     if (one->cache_ == nullptr) return {nullptr, /*skip=*/true, false};
     thread_local Source source;
-    source.use(*one, *layer, scores, active, shape.rows);
+    source.use(*one, *layer, shape, scores, active);
     return {&source, false, !one->problem().empty()};
   }
   return {};
