@@ -401,7 +401,8 @@ def test_a_runner_with_a_quarter_of_its_experts(
     monkeypatch.syspath_prepend(str(LIMIT.parent))
     from limit import Limited, NoCgroup, forget
 
-    flags = ["--prompt-tokens", ",".join(map(str, random_tokens(64, 3, FEW))), "--temperature", "0", "--ignore-eos"]
+    # Few rows: what is between the two matrices of an expert this wide takes a megabyte and a half for each.
+    flags = ["--prompt-tokens", ",".join(map(str, random_tokens(8, 3, FEW))), "--temperature", "0", "--ignore-eos"]
     flags += ["-n", "16", "-o", "json"]
     expected = Runner([runner], wide).document(*flags[:-2])
     forget(wide)
