@@ -1,0 +1,174 @@
+"""What each part of TRM brings at a small size: the paper's ablations, three seeds each. Prints a table of verdicts.
+
+    python docs/experiments/trm/ablations.py [--runs runs/trm-ablations] [--seeds 0,1,2] [--set steps=1000] [--threads 1]
+
+Trains what is missing of every variant below with every seed, by the recipe ablations.json beside this file, and goes on
+where it was stopped. All have the same boards, steps of the optimiser and learning rate; a seed decides the first weights and the
+order of the boards. results.json beside this file holds every run, and is brought up to date after each; --only-table
+prints the table of what it holds.
+
+**A claim** says that the whole is better than the variant that lacks one part. The measure is the share of the test boards with every cell
+right after all the steps that a variant was trained for. A claim is *kept* where every seed of the whole solves more
+than any seed of the variant, *refuted* where every seed solves fewer, and otherwise *unclear*. Where a part brings nothing,
+three seeds against three come out as kept by chance once in 20 times, and as often as refuted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.train.boards import trajectories
+from rmse_edge.train.recipe import Recipe
+from rmse_edge.train.session import train_task
+from rmse_edge.train.tasks import make_task
+from rmse_edge.train.trainer import STATE_FILE
+
+HERE = Path(__file__).parent
+STEPS = 16  # how far every variant is followed, also what was trained for one step
+WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What it changes of the recipe, and the claim that it puts to the test."""
+
+    title: str
+    changes: tuple[str, ...] = ()
+    claim: str = ""
+
+
+VARIANTS: dict[str, Variant] = {
+    WHOLE: Variant("the whole"),
+    "no-supervision": Variant(
+        "one supervision step for each board", ("model.halt_max_steps=1",), "deep supervision is better than none"
+    ),
+    "two-networks": Variant(
+        "a network H of its own", ("model.separate_H=true", "model.H_layers=2"), "one network is better than two"
+    ),
+    "four-layers": Variant(
+        "four layers, called half as often",
+        ("model.L_layers=4", "model.L_cycles=1"),
+        "two layers are better than four",
+    ),
+    "no-average": Variant("the last weights, not their average", ("ema=0.0",), "averaged weights are better"),
+    "one-step-gradient": Variant(
+        "gradient through the last L and H alone",
+        ("model.gradient=step",),
+        "the gradient of a whole recursion is better than that of one step",
+    ),
+    "attention": Variant(
+        "attention over positions",
+        ("model.mlp_t=false", "model.pos_encodings=rope"),
+        "an MLP over positions is better than attention on small boards",
+    ),
+}
+
+
+def run(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Train, or go on with, one variant with one seed, and measure it on the boards of the test."""
+    resume = (out / STATE_FILE).exists()
+    if not resume:  # what a run left that was stopped before its first saved state
+        shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    found = train_task(out, recipe, resume)
+    assert found is not None and recipe.task is not None
+    minutes = (time.perf_counter() - began) / 60
+    model = load_checkpoint(out)
+    trained = model.config.halt_max_steps
+    model.config = dataclasses.replace(model.config, halt_max_steps=STEPS)
+    exact, cells, _ = trajectories(model, make_task(recipe.task, recipe.model_config()).tested)  # type: ignore[attr-defined]
+    halting = next(row for row in found["by_threshold"] if row["threshold"] == 0.5)
+    return {
+        "solved": float(exact[trained - 1].mean()),
+        "solved_by_step": exact.mean(1).tolist(),
+        "cells": float(cells[trained - 1].mean()),
+        "trained_steps": trained,
+        "halting": halting,
+        "boards": exact.shape[1],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "minutes": None if resume else minutes,
+    }
+
+
+def verdict(whole: list[float], variant: list[float]) -> str:
+    """See above; with fewer than three seeds of either there is none."""
+    if min(len(whole), len(variant)) < 3:
+        return "not measured"
+    if min(whole) > max(variant):
+        return "kept"
+    return "refuted" if max(whole) < min(variant) else "unclear"
+
+
+def share(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f} %"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: every claim with its verdict, then every variant."""
+    found = {name: [r for r in results["runs"].values() if r["variant"] == name] for name in VARIANTS}
+    solved = {name: [r["solved"] for r in runs] for name, runs in found.items() if runs}
+    rows = ["| claim | the whole | without | verdict |", "|---|---|---|---|"]
+    for name, variant in VARIANTS.items():
+        if variant.claim and name in solved and WHOLE in solved:
+            decided = verdict(solved[WHOLE], solved[name])
+            rows.append(f"| {variant.claim} | {share(solved[WHOLE])} | {share(solved[name])} | {decided} |")
+    head = ("variant", "parameters", "solved", "cells right", "after 1 step", f"after {STEPS}", "halting at 0.5")
+    rows += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in solved:
+        runs = found[name]
+        steps = statistics.mean(r["halting"]["mean_steps"] for r in runs)
+        cells = (
+            VARIANTS[name].title, f"{runs[0]['parameters']:,}", share(solved[name]), share([r["cells"] for r in runs]),
+            share([r["solved_by_step"][0] for r in runs]), share([r["solved_by_step"][-1] for r in runs]),
+            f"{share([r['halting']['solved'] for r in runs])} in {steps:.2f} steps",
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/trm-ablations"), help="where the trained models are put"
+    )
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe of all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only-table", action="store_true", help="train nothing")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "results.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    base = Recipe.from_file(HERE / "ablations.json").override(args.set)
+    results: dict[str, Any] = {"changes": args.set, "runs": {}}
+    if args.output.is_file():
+        results = json.loads(args.output.read_text())
+        if not args.only_table and results["changes"] != args.set:
+            parser.error(f"{args.output} is of --set {results['changes']}; give another file with -o")
+    seeds = [] if args.only_table else [int(seed) for seed in args.seeds.split(",")]
+    for seed, (name, variant) in itertools.product(seeds, VARIANTS.items()):
+        cell = f"{name}-{seed}"
+        if cell in results["runs"]:
+            continue
+        found = run(base.override([*variant.changes, f"seed={seed}"]), args.runs / cell)
+        results["runs"][cell] = {"variant": name, "seed": seed, **found}
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"{cell}: {found['solved']:.1%} of {found['boards']} boards", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
