@@ -252,11 +252,16 @@ def test_a_package_solves_boards_as_the_model_does(made: Made, capsys: pytest.Ca
     runtime = board_for(package)
     own = BoardRuntime(model_info(made.model, made.case.name, 0), TorchMethods(made.model))
     assert runtime.info.board is not None
-    draw = np.random.default_rng(1)
-    for _ in range(4):
-        board = draw.integers(0, runtime.info.board.symbols, runtime.info.board.cells)
-        a, b = (r.solve(board, settings_of(made.case)["adaptive"]) for r in (runtime, own))
-        assert np.array_equal(a.depth, b.depth) and (a.cells == b.cells).mean() > 0.95
+    assert (runtime.largest_batch is None) == (made.target == "onnx")
+    size = (4, runtime.info.board.cells)
+    boards, dials = (
+        np.random.default_rng(1).integers(0, runtime.info.board.symbols, size),
+        settings_of(made.case)["adaptive"],
+    )
+    for board, together in zip(boards, runtime.solve_batch(boards, dials)):
+        a, b = (r.solve(board, dials) for r in (runtime, own))
+        for found in (a, together):
+            assert np.array_equal(found.depth, b.depth) and (found.cells == b.cells).mean() > 0.95
     with pytest.raises(UserError, match="fills in boards and reads no text"):
         runtime_for(package)
     assert rmse_run([str(made.folder), "--prompt-tokens", "1"]) == 2
