@@ -1,6 +1,6 @@
 """What each part of TRM brings at a small size: the paper's ablations, three seeds each. Prints a table of verdicts.
 
-    python docs/experiments/trm/ablations.py [--runs runs/trm-ablations] [--seeds 0,1,2] [--set steps=1000] [--threads 1]
+    python docs/experiments/trm/ablations.py
 
 Trains what is missing of every variant below with every seed, by the recipe ablations.json beside this file, and goes on
 where it was stopped. All have the same boards, steps of the optimiser and learning rate; a seed decides the first weights and the
