@@ -21,17 +21,19 @@ import itertools
 import json
 import shutil
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rmse_edge.checkpoint import load_checkpoint
-from rmse_edge.train.boards import trajectories
+from rmse_edge.puzzles.measures import table_of_thresholds
+from rmse_edge.puzzles.sets import Boards, write_boards
+from rmse_edge.train.boards import TEST_FILE, TRAIN_FILE, BoardTask, trajectories
 from rmse_edge.train.recipe import Recipe
-from rmse_edge.train.session import train_task
+from rmse_edge.train.session import EVALUATION_FILE, train_task
 from rmse_edge.train.tasks import make_task
 from rmse_edge.train.trainer import STATE_FILE
 
@@ -76,29 +78,47 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def run(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Train, or go on with, one variant with one seed, and measure it on the boards of the test."""
-    resume = (out / STATE_FILE).exists()
-    if not resume:  # what a run left that was stopped before its first saved state
-        shutil.rmtree(out, ignore_errors=True)
-    began = time.perf_counter()
-    found = train_task(out, recipe, resume)
-    assert found is not None and recipe.task is not None
-    minutes = (time.perf_counter() - began) / 60
-    model = load_checkpoint(out)
-    trained = model.config.halt_max_steps
+def with_boards(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its boards in files, made once: making them takes a quarter of a run."""
+    filed = recipe.override([f"task.data={folder}"])
+    if (folder / TEST_FILE).exists():  # the second of the two
+        return filed
+    assert recipe.task is not None
+    task = make_task(recipe.task, recipe.model_config())
+    assert isinstance(task, BoardTask)
+    folder.mkdir(parents=True, exist_ok=True)
+    both = (Boards(*map(np.concatenate, zip(*(vars(b).values() for b in (task.held, task.boards))))), task.tested)
+    for name, boards in zip((TRAIN_FILE, TEST_FILE), both):
+        write_boards(folder / name, task.game, boards, "ablations.py")
+    return filed
+
+
+def trained(recipe: Recipe, out: Path) -> Any:
+    """The model of one variant and one seed; a run that was stopped goes on."""
+    if not (out / EVALUATION_FILE).exists():
+        resume = (out / STATE_FILE).exists()
+        if not resume:  # what a run left that was stopped before its first saved state
+            shutil.rmtree(out, ignore_errors=True)
+        train_task(out, recipe, resume)
+    return load_checkpoint(out)
+
+
+def measured(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """On the boards of the test, which no variant is trained on."""
+    assert recipe.task is not None
+    task = make_task(recipe.task, recipe.model_config())
+    assert isinstance(task, BoardTask)
+    steps = model.config.halt_max_steps
     model.config = dataclasses.replace(model.config, halt_max_steps=STEPS)
-    exact, cells, _ = trajectories(model, make_task(recipe.task, recipe.model_config()).tested)  # type: ignore[attr-defined]
-    halting = next(row for row in found["by_threshold"] if row["threshold"] == 0.5)
+    exact, cells, score = trajectories(model, task.tested)
     return {
-        "solved": float(exact[trained - 1].mean()),
+        "solved": float(exact[steps - 1].mean()),
         "solved_by_step": exact.mean(1).tolist(),
-        "cells": float(cells[trained - 1].mean()),
-        "trained_steps": trained,
-        "halting": halting,
+        "cells": float(cells[steps - 1].mean()),
+        "trained_steps": steps,
+        "halting": table_of_thresholds(exact[:steps], score[:steps], (0.5,))[0],
         "boards": exact.shape[1],
         "parameters": sum(p.numel() for p in model.parameters()),
-        "minutes": None if resume else minutes,
     }
 
 
@@ -146,6 +166,7 @@ def main() -> None:
         "--runs", type=Path, default=Path("runs/trm-ablations"), help="where the trained models are put"
     )
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", help="names of variants, separated by commas: " + ", ".join(VARIANTS))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe of all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only-table", action="store_true", help="train nothing")
@@ -158,12 +179,15 @@ def main() -> None:
         results = json.loads(args.output.read_text())
         if not args.only_table and results["changes"] != args.set:
             parser.error(f"{args.output} is of --set {results['changes']}; give another file with -o")
+    if not args.only_table:
+        base = with_boards(base, args.runs / "boards")
     seeds = [] if args.only_table else [int(seed) for seed in args.seeds.split(",")]
     for seed, (name, variant) in itertools.product(seeds, VARIANTS.items()):
         cell = f"{name}-{seed}"
-        if cell in results["runs"]:
+        if cell in results["runs"] or (args.only and name not in args.only.split(",")):
             continue
-        found = run(base.override([*variant.changes, f"seed={seed}"]), args.runs / cell)
+        recipe = base.override([*variant.changes, f"seed={seed}"])
+        found = measured(trained(recipe, args.runs / cell), recipe)
         results["runs"][cell] = {"variant": name, "seed": seed, **found}
         args.output.write_text(json.dumps(results, indent=2) + "\n")
         print(f"{cell}: {found['solved']:.1%} of {found['boards']} boards", flush=True)
