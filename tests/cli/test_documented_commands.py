@@ -189,6 +189,7 @@ RUN: dict[str, list[str]] = {
         "--set", "task.held_out=2", "--set", "task.test=2",
     ],
     "rmse-quantize -m runs/trm --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
+    "rmse-quantize -m models/trm-sudoku --quant int8 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "rmse-quantize -m models/trm-sudoku --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
     "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o exits.npz": [
