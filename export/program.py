@@ -18,7 +18,11 @@ A model may add methods of its own (`LoopSpec.extra`), which hosts call outside 
 those of the model's `LoopSpec`. Where the engine has no loop, the host always owns it: such programs have `begin` instead
 of `loop`, and their `step` takes the invariants besides, so that no iteration makes them anew.
 
-Shapes are static, one program per number of rows, unless a target asks for programs that serve any number of rows. It
+A model of boards, which keeps nothing, can be called with several at once. Of targets that take such calls its `begin` is
+traced besides, and all methods but `loop` with a symbolic number of boards: the host then owns the loop, and boards that have
+stopped leave the batch, which a loop in a graph could not let them do.
+
+Otherwise shapes are static, one program per number of rows, unless a target asks for programs that serve any number of rows. It
 does where an engine lays out weights anew for every graph that it loads: ONNX Runtime prepacks them per session, so two
 graphs of one method would hold the weights twice in memory.
 """
@@ -51,7 +55,9 @@ ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
 ROWS = -1  # in the shapes of a method that serves calls of several sizes: the number of rows of the call
 # In the shapes of a method that serves any length of text: the slots that the appended state has just then.
 SLOTS = -2
-NAMES = {ROWS: numbers.ROWS, SLOTS: numbers.SLOTS}
+BOARDS = -3  # in the shapes of a method that takes any number of boards at once
+MOST_BOARDS = 1024
+NAMES = {ROWS: numbers.ROWS, SLOTS: numbers.SLOTS, BOARDS: numbers.BOARDS}
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # the tensors a method takes and gives, in order
 
@@ -139,6 +145,12 @@ def growing(tensors: Signature) -> Signature:
     return takes, gives
 
 
+def of_boards(tensors: Signature) -> Signature:
+    """The same with `BOARDS` where the size is the number of boards, in `signature` one."""
+    takes, gives = (tuple(dataclasses.replace(t, shape=t.of_batch(BOARDS)) for t in side) for side in tensors)
+    return takes, gives
+
+
 class Method(nn.Module):
     """One method as a module: tensors in by position, in the order of `signature`, tensors out likewise.
 
@@ -206,23 +218,28 @@ class Method(nn.Module):
         emits = tuple(dataclasses.replace(t, shape=shapes[t.name][1:]) for t in self.spec.emits)
         return dataclasses.replace(self.spec, emits=emits)
 
-    def example(self, rows: int | None = None, slots: int | None = None) -> tuple[Tensor, ...]:
+    def example(
+        self, rows: int | None = None, slots: int | None = None, boards: int | None = None
+    ) -> tuple[Tensor, ...]:
         """Inputs to trace with: zeros, and one of everything where zero would be out of range.
 
         Args:
             rows: of the call; needed where the method serves several.
             slots: of the appended state; needed where that grows.
+            boards: of the batch; needed where the method takes any number.
         """
         ones = {"max_loops", "min_loops", "n_valid", "iterations", "exit_threshold"}
         takes = self.takes if rows is None else tuple(at_rows(t, rows) for t in self.takes)
         takes = takes if slots is None else tuple(t.of_slots(slots) for t in takes)
+        if boards is not None:
+            takes = tuple(dataclasses.replace(t, shape=t.of_batch(boards)) for t in takes)
         return tuple(t.zeros() + 1 if t.name in ones else t.zeros() for t in takes)
 
 
 @dataclass(frozen=True)
 class ExportedMethod:
-    """A traced method and the calls it serves. Where these are several, its shapes have `ROWS` in them, and where the
-    appended state grows, `SLOTS`.
+    """A traced method and the calls it serves. Where these are several, its shapes have `ROWS` in them, where the appended
+    state grows, `SLOTS`, and where it takes any number of boards, `BOARDS`.
     """
 
     name: str
@@ -260,8 +277,11 @@ class LoopProgram:
         return next(m for m in self.methods if m.name == name and chunk in m.chunks)
 
 
-def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
-    methods = HOST_METHODS if host_loop else METHODS
+def method_names(spec: LoopSpec, host_loop: bool = False, batches: bool = False) -> tuple[str, ...]:
+    """The methods that are traced; see `trace`."""
+    methods: tuple[str, ...] = HOST_METHODS if host_loop else METHODS
+    if batches and spec.batches and not host_loop:
+        methods = ("begin", *methods)
     absent = {name for name, there in (("commit", spec.commit), ("coda", spec.coda)) if not there}
     return (*(m for m in methods if m not in absent), *spec.extra)
 
@@ -274,6 +294,7 @@ def trace(
     host_loop: bool = False,
     grows: bool = False,
     most: int | None = None,
+    batches: bool = False,
 ) -> LoopProgram:
     """Model -> LoopProgram.
 
@@ -285,6 +306,7 @@ def trace(
         host_loop: the target has no loop; see the module.
         grows: trace with a symbolic number of slots of the appended state; otherwise there are as many as fit.
         most: positions that a text may have, where that is fewer than the model attends to.
+        batches: trace what hosts call of a model of boards with a symbolic number of them; see the module.
     Raises:
         ExportError: a method does not trace, or does not return what its spec says.
     """
@@ -295,11 +317,13 @@ def trace(
         check_spec(spec)
     methods = []
     for chunk, spec in specs.items():
-        for name in method_names(spec, host_loop):
+        for name in method_names(spec, host_loop, batches):
             shared = shared_signature(specs, name) if any_rows else None
             if shared is not None and chunk != chunks[0]:
                 continue
             tensors = shared or signature(spec, name, host_loop)
+            if batches and spec.batches and name != "loop":
+                tensors = of_boards(tensors)
             method = Method(model, spec, name, growing(tensors) if grows else tensors)
             methods.append(_traced(method, (chunk,) if shared is None else chunks, progress))
     return LoopProgram(model, specs, tuple(methods), grows)
@@ -324,18 +348,18 @@ def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], N
     options: dict[str, Any] = {}
     symbols = {d: most for t in module.takes for d, most in _symbols(t, max(chunks), module.spec.capacity)}
     if symbols:
-        dims = {d: torch.export.Dim(NAMES[d], min=1 if d == ROWS else 2, max=most) for d, most in symbols.items()}
+        dims = {d: torch.export.Dim(NAMES[d], min=2 if d == SLOTS else 1, max=most) for d, most in symbols.items()}
         for d, most in symbols.items():
             sizes[d] = example_size(module, most, sizes.values())
         axes = tuple({i: dims[d] for i, d in enumerate(t.shape) if d in dims} or None for t in module.takes)
         options = {"dynamic_shapes": (axes,)}
-        if ROWS in symbols:
-            # A call of one row is as good as any: where the tracer would rule it out, let it assume nothing.
+        if symbols.keys() & {ROWS, BOARDS}:
+            # A call of one is as good as any: where the tracer would rule it out, let it assume nothing.
             options["prefer_deferred_runtime_asserts_over_guards"] = True
     try:
         with torch.no_grad():
             program = torch.export.export(
-                module, module.example(sizes.get(ROWS), sizes.get(SLOTS)), strict=False, **options
+                module, module.example(*map(sizes.get, (ROWS, SLOTS, BOARDS))), strict=False, **options
             )
     except Exception as error:
         raise ExportError(
@@ -348,7 +372,7 @@ def _traced(module: Method, chunks: tuple[int, ...], progress: Callable[[str], N
 
 def _symbols(tensor: TensorSpec, most_rows: int, capacity: int | None) -> list[tuple[int, int]]:
     """The symbols in a shape, each with the most that it may be."""
-    most = {ROWS: most_rows, SLOTS: capacity or 0}
+    most = {ROWS: most_rows, SLOTS: capacity or 0, BOARDS: MOST_BOARDS}
     return [(d, most[d]) for d in tensor.shape if d in most]
 
 

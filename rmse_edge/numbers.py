@@ -14,9 +14,9 @@ from .errors import ConfigError
 from .schema import Expected, check_value
 
 SEGMENT = 64  # positions; a call never crosses a multiple of it, and memory is written once per segment
-# The names of sizes that vary from call to call, where programs have symbols for them: rows of the call, and slots of the
-# appended state. A model that names `SLOTS` in its context is given 0, 1, 2, ... there, (slots,) int64.
-ROWS, SLOTS = "rows", "slots"
+# The names of sizes that vary from call to call, where programs have symbols for them: rows of the call, slots of the
+# appended state, boards of a batch. A model that names `SLOTS` in its context is given 0, 1, 2, ... there, (slots,) int64.
+ROWS, SLOTS, BOARDS = "rows", "slots", "boards"
 # A model that names this in its context is told how many of a text's first positions see each other whatever their order,
 # (1,) int64: 0 for a text without a prefix. The call that reads them holds all of them.
 PREFIX = "prefix"

@@ -43,10 +43,13 @@ def board_for(package: Package, threads: int | None = None, engine: str | None =
         PackageError: no runtime here runs its target.
         UserError: it is a model of texts.
     """
+    together: int | None = 1
     if package.target == "onnx":
+        from .engines.onnx import largest_batch
         from .engines.onnx import opened as onnx
 
         found = onnx(package, threads)
+        together = largest_batch(found.methods)
     elif package.target == "executorch":
         from .engines.executorch import opened as executorch
 
@@ -59,7 +62,7 @@ def board_for(package: Package, threads: int | None = None, engine: str | None =
         raise no_runtime(package)
     if found.info.board is None:
         raise UserError(f"{package.folder}: is a model of texts; give it a prompt")
-    return BoardRuntime(found.info, found.methods, found.loop)
+    return BoardRuntime(found.info, found.methods, found.loop, together)
 
 
 def no_budget(target: str) -> ArgumentError:

@@ -294,7 +294,7 @@ def small_trm() -> RecursiveSolver:
     return lively_solver(
         TrmConfig(
             seq_len=16, vocab_size=6, hidden_size=32, num_heads=2, mlp_t=True, mlp_multiple=32, pos_encodings="none",
-            H_cycles=1, L_cycles=2, puzzle_emb_ndim=32, puzzle_emb_len=1, halt_max_steps=4, untrained_loops=1,
+            H_cycles=1, L_cycles=2, puzzle_emb_ndim=32, puzzle_emb_len=1, halt_max_steps=4, untrained_loops=1, puzzle="sudoku",
         )
     )  # fmt: skip
 
@@ -304,7 +304,7 @@ def small_hrm() -> RecursiveSolver:
     return lively_solver(
         HrmConfig(
             seq_len=16, vocab_size=6, hidden_size=32, num_heads=2, mlp_multiple=32, H_layers=1, L_layers=1,
-            puzzle_emb_ndim=32, halt_max_steps=4,
+            puzzle_emb_ndim=32, halt_max_steps=4, puzzle="sudoku",
         )
     )  # fmt: skip
 

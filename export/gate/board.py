@@ -68,7 +68,8 @@ def board_gate(
     progress: Callable[[str], None] = lambda _: None,
     rounded_activations: bool = False,
 ) -> dict[str, Any]:
-    """The whole gate. Returns the report that goes into the manifest.
+    """The whole gate. Returns the report that goes into the manifest. Where a package takes several boards at once, all are
+    solved once alone and once together.
 
     Args:
         model: with identically rounded weights. It says by `scores(board, dials)`, (K,), what its exit rule compares.
@@ -87,19 +88,21 @@ def board_gate(
         progress(f"parity at {name}")
         differences, cells, depths, found = [], [], [], []
         undecided = 0
-        for given, score in zip(boards, scores):
+        together = candidate.solve_batch(boards, dials) if candidate.largest_batch != 1 else [None] * BOARDS
+        for given, score, in_batch in zip(boards, scores, together):
             ours, depth = _solved(model, given, dials)
-            theirs = candidate.solve(given, dials)
-            differences.append(float(np.abs(ours - theirs.logits).max() / max(1.0, np.abs(ours).max())))
-            cells.append(float((ours.argmax(-1) == theirs.cells).mean()))
             asked = score[: int(depth.max())]
-            if not exact and dials.exits and bool((np.abs(asked - dials.exit_threshold) < UNDECIDED).any()):
-                undecided += 1
-            else:
-                depths.append(bool(np.array_equal(depth, theirs.depth)))
+            open_end = not exact and dials.exits and bool((np.abs(asked - dials.exit_threshold) < UNDECIDED).any())
+            undecided += open_end
+            for theirs in (candidate.solve(given, dials), *([in_batch] if in_batch is not None else [])):
+                differences.append(float(np.abs(ours - theirs.logits).max() / max(1.0, np.abs(ours).max())))
+                cells.append(float((ours.argmax(-1) == theirs.cells).mean()))
+                if not open_end:
+                    depths.append(bool(np.array_equal(depth, theirs.depth)))
             found.append(float(depth.mean()))
         summary = {
             "boards": BOARDS,
+            "batches": candidate.largest_batch != 1,
             "max_logit_difference": max(differences),
             "same_cells": float(np.mean(cells)),
             "same_depth": float(np.mean(depths)) if depths else 1.0,

@@ -51,7 +51,7 @@ def name_sizes(model: ModelProto, takes: Sequence[TensorSpec]) -> None:
     Result:  (1, "rows", 64)
 
     Args:
-        takes: what the graph takes, in order, with `ROWS` and `SLOTS` of export/program.py in the shapes.
+        takes: what the graph takes, in order, with `ROWS`, `SLOTS` and `BOARDS` of export/program.py in the shapes.
     Raises:
         ExportError: a dimension of an input or output is neither a number nor one of these sizes.
     """

@@ -216,6 +216,14 @@ class LoopSpec:
         return (*(m for m in ("prelude", "loop", "coda", "head", "commit") if m not in absent), *self.extra)
 
     @property
+    def batches(self) -> bool:
+        """Whether a call may be of several things, none of which knows of the others: nothing is kept between calls, given
+        by position or stacked over the loops, and each stops as a whole.
+        """
+        parts = (self.state, self.context, self.emits, self.coda, self.commit, self.invariants)
+        return not any(parts) and self.active.shape == (1,)
+
+    @property
     def final(self) -> TensorSpec:
         """What head reads."""
         return self.coda[0] if self.coda else self.h

@@ -21,14 +21,72 @@ from rmse_edge.puzzles.sets import Boards, check_disjoint, made, read_boards
 from rmse_edge.schema import check_fields
 
 from .recipe import Recipe
-from .sources import Batch, Seed, Sized, require
+from .sources import IGNORED, Batch, Seed, Sized, require
 from .supervision import DeepSupervision
 
 TRAIN_FILE, TEST_FILE = "train.csv", "test.csv"
 
 
+class Solving:
+    """What tasks of all boards have in common, whatever the boards are."""
+
+    puzzle_lr_scale: float
+
+    def check_sizes(self, config: Any, name: str, **wanted: Any) -> None:
+        """Fail where a model of this configuration solves no boards of these fields.
+
+        Args:
+            name: of the task.
+            wanted: fields of the model, and what they must be.
+        Raises:
+            ConfigError: names the field of the model.
+        """
+        if not isinstance(config, RecursiveConfig):
+            raise ConfigError(
+                f"architecture: got {config.model_type!r}, the task {name} needs a solver of boards (trm or hrm)"
+            )
+        for field, value in wanted.items():
+            if getattr(config, field) != value:
+                raise ConfigError(f"model.{field}: got {getattr(config, field)!r}, the task {name} needs {value!r}")
+
+    def objective(self, model: Any, recipe: Recipe) -> DeepSupervision:
+        return DeepSupervision(model, recipe)
+
+    def lr_scales(self) -> dict[str, float]:
+        """How the names of parameters begin -> their learning rate beside the recipe's."""
+        return {"puzzle_emb.": self.puzzle_lr_scale}
+
+    def vocabulary(self) -> list[str]:
+        return []
+
+    def calibration(self) -> Tensor | None:
+        return None
+
+    def draw_plot(self, result: dict[str, Any], picture: Path, window: int) -> None:
+        """Boards solved by depth, and with halting against the mean steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        from rmse_edge.files import new_file
+
+        figure, axis = plt.subplots(figsize=(7, 4))
+        depths = result["by_depth"]
+        axis.plot([d["steps"] for d in depths], [100 * d["solved"] for d in depths], "o-", ms=3, label="fixed steps")
+        halting = sorted(result["by_threshold"], key=lambda row: row["mean_steps"])
+        axis.plot([t["mean_steps"] for t in halting], [100 * t["solved"] for t in halting], "s-", ms=4, label="halting")
+        axis.set_xlabel("mean steps")
+        axis.set_ylabel("test boards solved (%)")
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        with new_file(picture) as part:
+            figure.savefig(part, dpi=110)
+        plt.close(figure)
+
+
 @dataclass
-class BoardTask:
+class BoardTask(Solving):
     """Boards with one answer each."""
 
     kind: ClassVar[BoardKind]
@@ -67,19 +125,7 @@ class BoardTask:
         return self.game.symbols
 
     def check_model(self, config: Any) -> None:
-        """Fail where a model of this configuration solves no such boards.
-
-        Raises:
-            ConfigError: names the field of the model.
-        """
-        if not isinstance(config, RecursiveConfig):
-            raise ConfigError(
-                f"architecture: got {config.model_type!r}, the task {self.kind} needs a solver of boards (trm or hrm)"
-            )
-        wanted = {"seq_len": self.size**2, "vocab_size": self.vocab_size, "puzzle": self.kind}
-        for name, value in wanted.items():
-            if getattr(config, name) != value:
-                raise ConfigError(f"model.{name}: got {getattr(config, name)!r}, the task {self.kind} needs {value!r}")
+        self.check_sizes(config, self.kind, seq_len=self.size**2, vocab_size=self.vocab_size, puzzle=self.kind)
 
     def batch(self, count: int, seed: Seed) -> Batch:
         draw = np.random.default_rng(seed)
@@ -93,19 +139,6 @@ class BoardTask:
         held = self.held.part(slice(0, count))
         return {"tokens": torch.from_numpy(held.given), "targets": torch.from_numpy(held.answer)}
 
-    def objective(self, model: Any, recipe: Recipe) -> DeepSupervision:
-        return DeepSupervision(model, recipe)
-
-    def lr_scales(self) -> dict[str, float]:
-        """How the names of parameters begin -> their learning rate beside the recipe's."""
-        return {"puzzle_emb.": self.puzzle_lr_scale}
-
-    def vocabulary(self) -> list[str]:
-        return []
-
-    def calibration(self) -> Tensor | None:
-        return None
-
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Boards never seen: solved at every depth, and with halting at several thresholds."""
         exact, cells, score = trajectories(model, self.tested)
@@ -114,28 +147,6 @@ class BoardTask:
             "by_depth": table_of_depths(exact, cells),
             "by_threshold": table_of_thresholds(exact, score, (*THRESHOLDS, 1.0)),
         }
-
-    def draw_plot(self, result: dict[str, Any], picture: Path, window: int) -> None:
-        """Boards solved by depth, and with halting against the mean steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        from rmse_edge.files import new_file
-
-        figure, axis = plt.subplots(figsize=(7, 4))
-        depths = result["by_depth"]
-        axis.plot([d["steps"] for d in depths], [100 * d["solved"] for d in depths], "o-", ms=3, label="fixed steps")
-        halting = sorted(result["by_threshold"], key=lambda row: row["mean_steps"])
-        axis.plot([t["mean_steps"] for t in halting], [100 * t["solved"] for t in halting], "s-", ms=4, label="halting")
-        axis.set_xlabel("mean steps")
-        axis.set_ylabel("test boards solved (%)")
-        axis.legend(fontsize=8)
-        figure.tight_layout()
-        with new_file(picture) as part:
-            figure.savefig(part, dpi=110)
-        plt.close(figure)
 
 
 @dataclass
@@ -149,18 +160,27 @@ class MazeTask(BoardTask):
 
 
 @torch.no_grad()
-def trajectories(model: Any, boards: Boards, batch: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """After every step, (K, n) each: whether all cells are right, the share that is, and the halting score."""
+def trajectories(
+    model: Any, boards: Boards, puzzles: np.ndarray | None = None, batch: int = 64
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """After every step, (K, n) each: whether all cells that are asked for are right, the share that is, and the halting score.
+
+    Args:
+        boards: `IGNORED` in an answer asks for nothing.
+        puzzles: (n,) which they are of, where the model knows several.
+    """
     model.eval()
     found = []
     for first in range(0, len(boards), batch):
         part = boards.part(slice(first, first + batch))
-        x = model.embed(torch.from_numpy(part.given))
+        of = None if puzzles is None else torch.from_numpy(puzzles[first : first + batch])
+        asked = part.answer != IGNORED
+        x = model.embed(torch.from_numpy(part.given), of)
         z_h, z_l = model.first(x)
         rows = []
         for _ in range(model.config.halt_max_steps):
             z_h, z_l = model.refine(x, z_h, z_l)
-            right = (model.head(z_h)["symbols"].argmax(-1).numpy() == part.answer).mean(1)
+            right = (model.head(z_h)["symbols"].argmax(-1).numpy() == part.answer).sum(1) / asked.sum(1)
             rows.append((right == 1, right, model.halting_score(z_h).double().numpy()))
         found.append([np.stack(column) for column in zip(*rows)])
     exact, cells, score = (np.concatenate(parts, 1) for parts in zip(*found))

@@ -31,7 +31,7 @@ from rmse_edge.files import check_changes, check_file, write_text
 from rmse_edge.shards import INDEX_FILE, WEIGHTS_FILE
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer, word_tokenizer
 
-from .boards import BoardTask
+from .boards import Solving
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
@@ -132,7 +132,7 @@ def train_task(
     if (ordinary := source.calibration()) is not None:
         calibrate_surprise(model, ordinary)
     rounded = save(model, out, recipe.dtype)
-    if isinstance(source, BoardTask):
+    if isinstance(source, Solving):
         draw(out / LOG_FILE, out / "curve.png", "loss per cell (nats)", "mean steps to halt")
     else:
         draw(out / LOG_FILE, out / "curve.png")

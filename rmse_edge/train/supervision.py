@@ -45,6 +45,7 @@ class DeepSupervision(nn.Module):
 
     tokens: Tensor  # (B, cells) the boards that the rows work on
     targets: Tensor
+    puzzles: Tensor  # (B,) int64 which puzzles these are of; 0, where the model knows one
     z_h: Tensor  # (B, S, D)
     z_l: Tensor
     steps: Tensor  # (B,) int64, done on this board
@@ -58,7 +59,8 @@ class DeepSupervision(nn.Module):
             self.register_buffer(name, torch.zeros(rows, c.seq_len, dtype=torch.int64))
         for name in ("z_h", "z_l"):
             self.register_buffer(name, torch.zeros(rows, c.positions, c.hidden_size))
-        self.register_buffer("steps", torch.zeros(rows, dtype=torch.int64))
+        for name in ("puzzles", "steps"):
+            self.register_buffer(name, torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("halted", torch.ones(rows, dtype=torch.bool))
         self.solved: float | None = None
 
@@ -67,7 +69,8 @@ class DeepSupervision(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            batch: boards on offer, `tokens` and `targets` (B, cells); B is the recipe's.
+            batch: boards on offer, `tokens` and `targets` (B, cells), and where the model knows several puzzles, `puzzles`
+                (B,), which of them these are of; B is the recipe's.
             stage: "validate" measures other boards, of any number, and touches nothing that is carried.
         Returns:
             (loss to differentiate, its part about cells, mean steps of the boards that halted), scalars; for "validate" the
@@ -79,7 +82,9 @@ class DeepSupervision(nn.Module):
         fresh = self.halted
         self.tokens = torch.where(fresh[:, None], batch["tokens"], self.tokens)
         self.targets = torch.where(fresh[:, None], batch["targets"], self.targets)
-        x = model.embed(self.tokens)
+        if "puzzles" in batch:
+            self.puzzles = torch.where(fresh, batch["puzzles"], self.puzzles)
+        x = model.embed(self.tokens, self.puzzles)
         first_h, first_l = model.first(x.detach())
         z_h = torch.where(fresh[:, None, None], first_h, self.z_h)
         z_l = torch.where(fresh[:, None, None], first_l, self.z_l)
@@ -116,7 +121,7 @@ class DeepSupervision(nn.Module):
     @torch.no_grad()
     def validate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
-        x = model.embed(batch["tokens"])
+        x = model.embed(batch["tokens"], batch.get("puzzles"))
         z_h, z_l = model.first(x)
         losses = []
         for _ in range(model.config.halt_max_steps):

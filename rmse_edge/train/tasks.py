@@ -6,12 +6,13 @@ from typing import Any
 
 from rmse_edge.errors import ConfigError
 
+from .arc import Arc
 from .boards import MazeTask, SudokuTask
 from .facts import Facts
 from .recall import Recall
 from .sources import Task
 
-TASKS: dict[str, Any] = {"recall": Recall, "facts": Facts, "sudoku": SudokuTask, "maze": MazeTask}
+TASKS: dict[str, Any] = {"recall": Recall, "facts": Facts, "sudoku": SudokuTask, "maze": MazeTask, "arc": Arc}
 
 
 def make_task(options: dict[str, Any], config: Any) -> Task:

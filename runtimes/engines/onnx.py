@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import PackageError, UserError
-from rmse_edge.numbers import ROWS, SLOTS
+from rmse_edge.numbers import BOARDS, ROWS, SLOTS
 from rmse_edge.package import Package
-from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.base import Arrays, Methods
+from rmse_edge.runtimes.host.board import BATCHED
 from rmse_edge.runtimes.host.calls import Opened
 from rmse_edge.runtimes.host.signatures import (
     Form,
@@ -92,7 +93,8 @@ def load_graph(path: Path, threads: int | None, run: bool = True) -> Any:
 class BoundSession:
     """A graph as calls of one size run it: every input and output is bound once, a call moves only what changed.
 
-    Calls of other sizes share the session, which owns the weights, and have bindings of their own.
+    Calls of other sizes share the session, which owns the weights, and have bindings of their own. A batch of boards, whose
+    size changes from iteration to iteration, goes without.
     """
 
     def __init__(self, session: Any, rows: int) -> None:
@@ -115,12 +117,16 @@ class BoundSession:
             self.outputs[output.name] = array = _array(output, rows)
             self._binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(array))
         self.rows = rows
+        self._boards = next((i.name for i in self.session.get_inputs() if BOARDS in i.shape), None)
 
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         self._bound[name] = array  # keeps the memory alive: the binding does not own it
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        if self._boards is not None and len(feeds[self._boards]) > 1:
+            together = {name: feeds[name] for name in self._inputs}
+            return dict(zip(self.outputs, self.session.run(None, together)))
         for name, own in self._inputs.items():
             given = feeds[name]
             if self._bound[name] is given:
@@ -146,8 +152,10 @@ class BoundSession:
 
 
 def _form(value: Any, rows: int, slots: int | None = None) -> Form:
-    """Shape and type of a graph's input or output in calls of so many rows, with so many slots of the appended state."""
-    sizes = {ROWS: rows, SLOTS: slots}
+    """Shape and type of a graph's input or output in calls of so many rows, with so many slots of the appended state, of one
+    board.
+    """
+    sizes = {ROWS: rows, SLOTS: slots, BOARDS: 1}
     return tuple(sizes.get(d, d) for d in value.shape), TYPES.get(value.type, value.type)
 
 
@@ -181,6 +189,7 @@ class OnnxMethods:
         self.threads = threads
         self._loaded: dict[str, Any] = {}  # file -> session
         self._sessions: dict[tuple[str, int], BoundSession] = {}
+        self.batches = False  # whether the methods of a batch take any number of boards; `check_others` finds out
 
     def session(self, method: str, chunk: int) -> BoundSession:
         key = (method, chunk)
@@ -219,6 +228,9 @@ class OnnxMethods:
                 if file not in sessions:
                     sessions[file] = load_graph(self.folder / file, None, run=False)
                 self._check(name, sessions[file], int(rows))
+        taken = {name: [i.shape for i in sessions[file].get_inputs()] for name, file in self.graphs.items()}
+        wide = {name for name, shapes in taken.items() if any(BOARDS in shape for shape in shapes)}
+        self.batches = {f"{method}_{rows}" for method in BATCHED for rows in chunks} <= wide
 
     def _check(self, name: str, session: Any, chunk: int) -> None:
         """Hold a graph against the manifest, before buffers are made."""
@@ -263,6 +275,11 @@ def opened(package: Package, threads: int | None = None) -> Opened:
     if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
         release_mapped(package.path(lowering.weights))
     return Opened(info, methods)
+
+
+def largest_batch(methods: Methods) -> int | None:
+    """Boards that an opened package takes at once; None: any number."""
+    return None if isinstance(methods, OnnxMethods) and methods.batches else 1
 
 
 class OnnxRuntime(LoopRuntime):

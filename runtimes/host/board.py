@@ -12,7 +12,9 @@ from rmse_edge.errors import UserError
 from rmse_edge.info import BoardInfo, ModelInfo
 from rmse_edge.loop.dials import Dials
 
-from .base import Methods
+from .base import Arrays, Methods
+
+BATCHED = ("prelude", "begin", "step", "head")  # what a host calls with several boards at once
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ class BoardRuntime:
 
     Args:
         loop: the method that iterates.
+        largest_batch: boards that the methods of `BATCHED` take together; None: any number.
     """
 
-    def __init__(self, info: ModelInfo, methods: Methods, loop: str = "loop") -> None:
+    def __init__(self, info: ModelInfo, methods: Methods, loop: str = "loop", largest_batch: int | None = 1) -> None:
         if info.board is None or info.state:
             what = "is a model of texts" if info.board is None else "keeps something between calls"
             raise ValueError(f"{info.name}: {what}, which no board does")
         self.info, self.board, self.methods, self.loop = info, info.board, methods, loop
-        self.largest_batch: int | None = 1  # boards that are computed together; None: any number
+        self.largest_batch = largest_batch
 
     def solve(self, cells: Sequence[int] | np.ndarray, dials: Dials, puzzle: int = 0) -> Solved:
         """Fill in one board.
@@ -64,12 +67,36 @@ class BoardRuntime:
         return Solved(np.array(logits[0]), np.array(feeds["depth"]), int(feeds["iterations"]))
 
     def solve_batch(self, boards: np.ndarray, dials: Dials, puzzle: int = 0) -> list[Solved]:
-        """Fill in boards (n, cells), together where the engine takes several at once (`largest_batch`).
+        """Fill in boards (n, cells), together where the engine takes several at once (`largest_batch`): those that have
+        stopped leave the batch.
 
         Raises:
             UserError: as `solve`.
         """
-        return [self.solve(board, dials, puzzle) for board in boards]
+        if self.largest_batch == 1:
+            return [self.solve(board, dials, puzzle) for board in boards]
+        given = np.stack([check_cells(board, self.board) for board in boards])
+        self.info.check(dials)
+        run, chunk = self.methods.run, self.board.cells
+        feeds: Arrays = {"board": given} | self.puzzles(puzzle, len(given), np.full)
+        fixed = {name: np.array(array) for name, array in run("prelude", chunk, feeds).items()}
+        begun = run("begin", chunk, fixed)
+        carry = {name.removeprefix("first_"): np.array(array) for name, array in begun.items()}
+        carry["depth"] = np.zeros(len(given), np.int64)
+        rows, answers = np.arange(len(given)), [Solved(np.empty(0), np.empty(0), 0)] * len(given)
+        for k in range(dials.max_loops):
+            found = run("step", chunk, fixed | carry | dials.arrays() | {"k": np.array(k, np.int64)})
+            carry = {name: np.array(found[f"next_{name}"]) for name in carry}
+            going = carry["active"] & (k + 1 < dials.max_loops)
+            if not going.all():
+                logits = run("head", chunk, {"h": carry["h"][~going]})["symbols"]
+                for row, own in zip(rows[~going], np.array(logits)):
+                    answers[row] = Solved(own, np.array([k + 1]), k + 1)
+                rows = rows[going]
+                fixed, carry = ({name: array[going] for name, array in part.items()} for part in (fixed, carry))
+            if not len(rows):
+                break
+        return answers
 
     def steps(self, cells: Sequence[int] | np.ndarray, dials: Dials, puzzle: int = 0) -> Iterator[Solved]:
         """The board after every iteration until it stops. Each is computed from the start, since an engine that has the loop

@@ -36,6 +36,9 @@ from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import PAGE
 from rmse_edge.loop.dials import Dials
 from rmse_edge.package import MANIFEST, Package
+from rmse_edge.puzzles.sets import made as made_boards
+from rmse_edge.puzzles.sets import write_boards
+from rmse_edge.puzzles.sudoku import Sudoku, solved
 from rmse_edge.quantize import load_quantized
 from rmse_edge.runtimes import BoardRuntime, LoopRuntime, board_for, runtime_for
 from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
@@ -252,15 +255,76 @@ def test_a_package_solves_boards_as_the_model_does(made: Made, capsys: pytest.Ca
     runtime = board_for(package)
     own = BoardRuntime(model_info(made.model, made.case.name, 0), TorchMethods(made.model))
     assert runtime.info.board is not None
-    draw = np.random.default_rng(1)
-    for _ in range(4):
-        board = draw.integers(0, runtime.info.board.symbols, runtime.info.board.cells)
-        a, b = (r.solve(board, settings_of(made.case)["adaptive"]) for r in (runtime, own))
-        assert np.array_equal(a.depth, b.depth) and (a.cells == b.cells).mean() > 0.95
+    assert (runtime.largest_batch is None) == (made.target == "onnx")
+    size = (4, runtime.info.board.cells)
+    boards, dials = (
+        np.random.default_rng(1).integers(0, runtime.info.board.symbols, size),
+        settings_of(made.case)["adaptive"],
+    )
+    for board, together in zip(boards, runtime.solve_batch(boards, dials)):
+        a, b = (r.solve(board, dials) for r in (runtime, own))
+        for found in (a, together):
+            assert np.array_equal(found.depth, b.depth) and (found.cells == b.cells).mean() > 0.95
     with pytest.raises(UserError, match="fills in boards and reads no text"):
         runtime_for(package)
     assert rmse_run([str(made.folder), "--prompt-tokens", "1"]) == 2
     assert_one_line(capsys.readouterr().err, "fills in boards and reads no text")
+
+
+def unsolvable(game: Sudoku) -> np.ndarray:
+    """A digit twice in its row."""
+    return game.read("11" + "." * (game.size**2 - 2), "text")[0]
+
+
+def ambiguous(game: Sudoku, given: np.ndarray) -> np.ndarray:
+    """The board with clues taken away until it has a second solution."""
+    board = given.copy()
+    for cell in np.flatnonzero(given > 1):
+        board[cell] = 1
+        if len(solved(board, game.size)[0]) > 1:
+            return board
+    raise AssertionError("it has one solution without a clue")
+
+
+@packages(tuple(case for case in CASES if case.name in ("trm", "hrm")))
+def test_the_verbs_take_boards_to_a_package(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Solved, shown step by step, evaluated and timed; what is no board is one line, and every answer is checked."""
+    game, threads = Sudoku(4), [] if made.target == "coreml" else ["-t", "1"]  # Core ML takes no number of them
+    boards, _ = made_boards(game, 32, 1, 0)
+    write_boards(tmp_path / "b.csv", game, boards, "test")
+    runtime = board_for(Package.open(made.folder))
+    given = [boards.given[0], unsolvable(game), ambiguous(game, boards.given[0])]
+    (tmp_path / "b.txt").write_text("\n".join(map(game.show, given)))
+    flags = [str(made.folder), *threads, *flags_of(settings_of(made.case)["adaptive"])]
+    assert rmse_run([*flags, "--board", str(tmp_path / "b.txt"), "-o", "json", "--show-steps"]) == 0
+    said = json.loads(capsys.readouterr().out)["solutions"]
+    assert said[1]["broken"] and not said[1]["solved"]
+    for board, found in zip(given, said):
+        own = runtime.solve(board, settings_of(made.case)["adaptive"])
+        assert (found["answer"], found["steps"]) == (game.line(own.cells), own.iterations)
+        assert len(found["boards"]) == own.iterations and found["boards"][-1] == found["answer"]
+        assert found["broken"] == game.broken(board, own.cells) and found["solved"] == (found["broken"] is None)
+    for text, line in (("", "holds no board"), ("5" * 16, "5 is no digit of a 4x4 Sudoku"), ("1" * 15, "15 cells")):
+        (tmp_path / "bad.txt").write_text(text)
+        assert rmse_run([*flags, "--board", str(tmp_path / "bad.txt")]) == 2
+        assert_one_line(capsys.readouterr().err, line)
+        (tmp_path / "bad.csv").write_text(text and f"source,question,answer,rating\na,{text},{text},0\n")
+        assert rmse_eval([*flags, "--boards", str(tmp_path / "bad.csv")]) == 2
+        assert_one_line(capsys.readouterr().err, line if text else "expected a CSV")
+    assert (
+        rmse_eval(
+            [*flags, "--boards", str(tmp_path / "b.csv"), "--sweep", "--rule", "exit-threshold=0.5", "-o", "json"]
+        )
+        == 0
+    )
+    half, off = json.loads(capsys.readouterr().out)["sweep"]
+    assert half["boards"] == 32 and half["mean_steps"] < off["mean_steps"]
+    assert sum(s * n for s, n in enumerate(half["histogram"], 1)) == pytest.approx(32 * half["mean_steps"])
+    assert rmse_bench([*flags, "--boards", str(tmp_path / "b.csv"), "-r", "1", "-o", "json"]) == 0
+    timed = json.loads(capsys.readouterr().out)
+    batches = {row["batch"] for row in timed["rows"]}
+    assert batches == ({1, 32} if made.target == "onnx" else {1}) and bool(timed["notes"]) == (made.target != "onnx")
+    assert len({row["setting"] for row in timed["rows"]}) == 2 and all(r["boards_per_s"] > 0 for r in timed["rows"])
 
 
 @pytest.mark.native

@@ -189,6 +189,7 @@ RUN: dict[str, list[str]] = {
         "--set", "task.held_out=2", "--set", "task.test=2",
     ],
     "rmse-quantize -m runs/trm --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
+    "rmse-quantize -m models/trm-sudoku --quant int8 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "rmse-quantize -m models/trm-sudoku --quant int4 --calibrate boards/train.csv": ["--calibration-tokens", "512"],
     "python docs/experiments/gate_objective.py runs/mine --text shakespeare.txt": ["--blocks", "2", "--steps", "2"],
     "python docs/experiments/offload/record.py models/rmse-shakespeare --text shakespeare.txt -o exits.npz": [
@@ -210,6 +211,11 @@ SLOW: dict[str, list[str]] = {
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
+    "python docs/experiments/trm/ablations.py": [
+        "--seeds", "0", "-o", "results.json", *(word for change in (
+            "steps=2", "warmup=1", "eval_every=2", "task.train=24", "task.held_out=4", "task.test=4", "batch_size=4",
+        ) for word in ("--set", change)),
+    ],
 }  # fmt: skip
 
 EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"

@@ -422,7 +422,7 @@ def test_a_weight_that_no_graph_reads_as_integers_fails_the_export(
     tiny: RMSE, quick_export: Memo, tmp_path: Path
 ) -> None:
     """Such as one of a program that was traced with floats: it would ship as floating point."""
-    program = quick_export.trace(tiny, tiny.call_sizes(), lambda _: None, True, False, True, None)
+    program = quick_export.trace(tiny, tiny.call_sizes(), lambda _: None, True, False, True, None, True)
     q = round_to_nearest(tiny.inject.weight.detach(), Format(8))
     with pytest.raises(ExportError, match=r"^inject\.weight: is quantised, but no graph reads it as integers"):
         get_target("onnx").lower(program, tmp_path, LowerOptions("int8", {"inject.weight": q}))

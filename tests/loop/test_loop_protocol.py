@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import architectures  # noqa: F401  # registers the puzzle
 import numpy as np
 import pytest
 import torch
@@ -13,15 +15,19 @@ from later import later
 from puzzle import CELLS, MAX_LOOPS, SYMBOLS, Puzzle
 from torch import Tensor
 
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.arch.rmse.model import RMSE
-from rmse_edge.errors import ConfigError, ExportError
+from rmse_edge.errors import ConfigError, ExportError, UserError
 from rmse_edge.export import LoopProgram, trace
 from rmse_edge.export.gate.methods import compare_methods
+from rmse_edge.export.program import BOARDS as ANY_BOARDS
 from rmse_edge.export.targets import LowerOptions, get_target
 from rmse_edge.loop.contract import LoopModel, Tensors
+from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.onnx import OnnxMethods
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays
+from rmse_edge.runtimes.host.board import BATCHED, BoardRuntime
 
 onnx = later("onnx")
 onnx_passes = later("rmse_edge.export.onnx.passes")
@@ -109,6 +115,36 @@ def test_boards_stop_by_themselves_and_give_the_same_answer(program: LoopProgram
         np.testing.assert_allclose(got["symbols"], expected["symbols"], atol=1e-5)
         depths.add(int(got["depth"][0]))
     assert len(depths) >= 3 and min(depths) < MAX_LOOPS
+
+
+def test_several_boards_at_once_say_what_each_says_alone(tmp_path: Path) -> None:
+    """On ONNX Runtime. Those that have stopped leave the batch: no step computes them any more."""
+    model = puzzle()
+    program = trace(model, (CELLS,), batches=True)
+    shapes = {m.name: {t.shape[0] for t in (*m.takes, *m.gives) if t.shape} for m in program.methods}
+    assert shapes == {"loop": {1}} | {name: {ANY_BOARDS} for name in BATCHED}
+    get_target("onnx").lower(program, tmp_path, LowerOptions())
+    methods = OnnxMethods(tmp_path, {f"{m.name}_{CELLS}": f"{m.name}.onnx" for m in program.methods})
+    info = dataclasses.replace(model_info(model, "puzzle", 0), target="onnx")
+    together = BoardRuntime(info, methods, largest_batch=None)
+    sizes: list[int] = []
+    run = methods.run
+
+    def counted(method: str, chunk: int, feeds: Arrays) -> Arrays:
+        sizes.extend([len(feeds["h"])] if method == "step" else [])
+        return run(method, chunk, feeds)
+
+    methods.run = counted  # type: ignore[method-assign]
+    given, settings = np.concatenate(boards(9)), Dials(MAX_LOOPS, 1, THRESHOLD)
+    found = together.solve_batch(given, settings)
+    alone = [BoardRuntime(info, TorchMethods(model)).solve(board, settings) for board in given]
+    for a, b in zip(found, alone):
+        assert np.array_equal(a.depth, b.depth) and a.iterations == b.iterations
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+    depths = [s.iterations for s in alone]
+    assert len(set(depths)) >= 3 and sizes == [sum(d > k for d in depths) for k in range(max(depths))]
+    with pytest.raises(UserError, match=r"^a board of 15 cells; expected 16$"):
+        together.solve_batch(given[:, :15], settings)
 
 
 def test_no_cell_is_before_another(lowered: OnnxMethods) -> None:

@@ -54,14 +54,15 @@ class Layer(nn.Module):
         self.mlp = GatedMLP(c.hidden_size, mlp_width(c, c.hidden_size))
 
     def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, S, D), with angles (1, S, hd/2), which attention reads."""
+        """(B, S, D), with angles (B, S, hd/2), which attention reads."""
         if hasattr(self, "mlp_t"):
             across = z.transpose(1, 2)
             z = rms(across + self.mlp_t(across), self.eps).transpose(1, 2)
         else:
             attention = self.self_attn
             own = attention.keys_values(z, cos, sin)
-            unmasked = z.new_zeros(1, 1, 1, 1)
+            size = z.shape[1] if attention.attention_operator else 1  # which broadcasts no mask; all else stores less
+            unmasked = z.new_zeros(1, 1, size, size)
             z = rms(z + attention(z, cos, sin, own, None, (unmasked, unmasked)), self.eps)
         return rms(z + self.mlp(z), self.eps)
 
@@ -143,14 +144,16 @@ class RecursiveSolver(nn.Module):
         low = self.get_submodule("L_level")
         high = self.get_submodule("H_level") if c.two_networks else low
         train = self.training and torch.is_grad_enabled()
+        # Of every board, and of every position where none is turned: an engine's operator may not broadcast them.
+        cos, sin = (angles.expand(*x.shape[:2], -1) for angles in (self.cos, self.sin))
         for h in range(c.H_cycles):
             last_cycle = h + 1 == c.H_cycles
             for i in range(c.L_cycles):
                 last_call = last_cycle and (c.gradient != "step" or i + 1 == c.L_cycles)
                 with _grad_only_if(train, last_call or c.gradient == "full"):
-                    z_l = low(z_l + (z_h + x), self.cos, self.sin)
+                    z_l = low(z_l + (z_h + x), cos, sin)
             with _grad_only_if(train, last_cycle or c.gradient == "full"):
-                z_h = high(z_h + z_l, self.cos, self.sin)
+                z_h = high(z_h + z_l, cos, sin)
         return z_h, z_l
 
     def halting(self, z_h: Tensor) -> tuple[Tensor, Tensor]:
