@@ -11,8 +11,6 @@ from rmse_edge.info import State, dtype_name
 from rmse_edge.loop.contract import Append, LoopSpec, Replace, Written
 from rmse_edge.loop.steps import drive_steps
 from rmse_edge.numbers import SLOTS
-from rmse_edge.runtimes.engines.onnx import OnnxMethods
-from rmse_edge.runtimes.engines.release import release_freed
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays, Methods
 
@@ -24,7 +22,6 @@ from .reference import vectors_moved
 ROUNDINGS, MOST = 4, 0.05
 # Slots of appended states that grow, at most and at least: the most there are may be far more than this takes to compare.
 EXAMPLE_SLOTS, FEWEST_SLOTS = 300, 64
-LARGE = 256 << 20  # bytes of a package; smaller graphs take longer to be opened than they take room
 EXAMPLE_STATE = 128 << 20  # bytes of such states: several copies are there at once
 
 
@@ -166,7 +163,6 @@ def compare_methods(
             for key, value in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
                 note(f"begin_{chunk}", key, value, got[key])
         carry["depth"] = np.zeros(spec.active.shape, np.int64)
-        shut_if_large(candidate, "loop")
         last, emits, iterations = host_loop(candidate, spec, carry, feeds | invariants, dials)
         for name in ("h", "depth"):
             note(f"step_{chunk}", name, results["loop"][name], last[name], own.get(("loop", name), 0.0))
@@ -174,13 +170,6 @@ def compare_methods(
             a, b = (found[t.name][:iterations] for found in (results["loop"], emits))
             note(f"step_{chunk}", t.name, a, b, own.get(("loop", t.name), 0.0))
     return worst
-
-
-def shut_if_large(methods: Methods, name: str) -> None:
-    """Before `step` is called: where an engine has a graph of each, both hold the whole block in the engine's own layout."""
-    if isinstance(methods, OnnxMethods) and sum(f.stat().st_size for f in methods.folder.iterdir()) > LARGE:
-        methods.shut(name)
-        release_freed()
 
 
 def committed(spec: LoopSpec, found: Arrays) -> Arrays:

@@ -205,14 +205,6 @@ class OnnxMethods:
             self._sessions[key] = BoundSession(self._loaded[file], chunk)
         return self._sessions[key]
 
-    def shut(self, method: str) -> None:
-        """Give back what the graphs of a method hold; they are opened again when it is called again."""
-        for key in [key for key in self._sessions if key[0] == method]:
-            del self._sessions[key]
-        needed = {self.graphs[f"{name}_{chunk}"] for name, chunk in self._sessions}
-        for file in self._loaded.keys() - needed:
-            del self._loaded[file]
-
     def check_others(self, chunks: Collection[int]) -> None:
         """Hold the graphs that nothing has called yet, and those that only other hosts call, against the manifest, too."""
         assert self.manifest is not None
