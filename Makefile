@@ -1,7 +1,7 @@
 # make demo       export the shipped model, let it write, time it
 # make runner     build the native runner of ExecuTorch packages
-# make test       lint, types and the tests of PyTorch, ONNX and all that is no package of a device
-# make test-devices    the tests of ExecuTorch and Core ML packages, and of the runner
+# make test       lint, types and the other tests, ONNX packages of the shipped and the test models among them
+# make test-devices    the tests of ExecuTorch and Core ML packages, of the runner, and of every architecture's packages
 # make quick      the tests that need no export and no exporter: a minute or two
 # make nightly    the tests that say again of other models what these two say of some
 # make test-arm   the tests of the runner on ARM
@@ -30,8 +30,8 @@ ARM := build/native-aarch64
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
-# Marks of tests (pyproject.toml) that make packages for devices or build the runner.
-DEVICES := executorch or coreml or native or arm
+# Marks of tests (pyproject.toml) that make packages for devices, or of every architecture, or build the runner.
+DEVICES := packages or executorch or coreml or native or arm
 
 .PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test test-devices quick nightly test-arm fuzz benchmarks lint style types clean
 
@@ -40,7 +40,7 @@ help:
 	@echo "make runner  build $(RUNNER), which runs ExecuTorch packages without Python"
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + the tests without packages of ExecuTorch and Core ML"
-	@echo "make test-devices    the tests of those packages, and of the runner"
+	@echo "make test-devices    the tests of those, of the runner, and of packages of every architecture"
 	@echo "make quick   the tests that need no export and no exporter: a minute or two"
 	@echo "make nightly the tests that both leave out"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"

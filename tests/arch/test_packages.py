@@ -45,7 +45,7 @@ from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.session import restore_session, save_session
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.packages, pytest.mark.slow]
 
 
 def one(case: Case, target: str, quant: str) -> Any:
