@@ -351,6 +351,7 @@ def test_a_documented_command_runs(
     rest += RUN[command]
     if program == "python":
         monkeypatch.setattr(sys, "argv", rest)
+        monkeypatch.syspath_prepend(str(Path(rest[0]).parent))  # as python does, for modules beside a script
         runpy.run_path(rest[0], run_name="__main__")
         return
     module, function = PROJECT["scripts"][program].split(":")
