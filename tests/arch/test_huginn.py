@@ -166,6 +166,7 @@ def test_greedy_tokens(known: dict[str, Tensor]) -> None:
         assert said == known["zero.r4.greedy"][row].tolist()
 
 
+@pytest.mark.packages
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, known: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
 
 onnx_target = later("rmse_edge.export.onnx.lower")
 
-pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+pytestmark = [pytest.mark.packages, pytest.mark.onnx, pytest.mark.slow]
 
 
 def request_of() -> ExportRequest:
