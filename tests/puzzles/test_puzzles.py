@@ -212,6 +212,28 @@ def test_published_csv_files_are_read(tmp_path: Path) -> None:
     assert np.array_equal(read_boards(tmp_path / "m.csv", Maze(30)).answer[0], answer)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_empty_lines_of_a_csv_are_passed_over(end: str, tmp_path: Path) -> None:
+    lines = ["source,question,answer,rating", f"a,{EASY},{ANSWER},3", "", f"b,{EASY},{ANSWER},4", "", ""]
+    (tmp_path / "s.csv").write_bytes(end.join(lines).encode())
+    assert read_boards(tmp_path / "s.csv", Sudoku(9)).rating.tolist() == [3, 4]
+
+
+def test_a_search_for_boards_that_there_are_not_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many were found before."""
+    monkeypatch.setattr("rmse_edge.puzzles.sets.LONGEST", 300)
+    tried = []
+
+    class Counted(Narrow):
+        def generate(self, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
+            tried.append(1)
+            return super().generate(draw)
+
+    with pytest.raises(ArgumentError, match="were not found"):
+        made(Counted(4), 3, 3, 0)
+    assert 300 < len(tried) < 350
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

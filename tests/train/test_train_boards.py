@@ -146,7 +146,12 @@ def test_a_recipe_that_cannot_be_is_one_line(changes: dict[str, Any], said: str)
         ({"size": 5}, "task sudoku: size: got 5, expected one of 4, 6, 9"),
         ({"held_out": 24}, "task sudoku: held_out: got 24, expected fewer than the 24 training boards"),
         ({"name": "maze", "size": 9, "train": 6, "test": 1}, "model.seq_len: got 16, the task maze needs 81"),
-        ({"name": "recall", "size": None}, "task recall"),
+        ({"name": "recall", "size": None}, "task recall: unknown key 'held_out'; known keys are "),
+        ({"bards": 3}, "task sudoku: unknown key 'bards'; known keys are augment, data, held_out, "),
+        (
+            {"name": "maze", "size": 7, "test": 1},
+            "task maze: train: 24 boards that differ by more than a symmetry were not found, only ",
+        ),
         ({"data": "nowhere"}, "nowhere/train.csv: no such file"),
     ],
 )
