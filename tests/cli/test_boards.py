@@ -150,6 +150,20 @@ def test_boards_are_evaluated_and_timed(capsys: pytest.CaptureFixture[str]) -> N
     assert rows[0]["mean_steps"] == 2.0 and all(row["boards_per_s"] > 0 for row in rows)
 
 
+def test_the_shipped_solver_stops_early_and_solves_as_much(capsys: pytest.CaptureFixture[str]) -> None:
+    """On all boards of its test: in at most a third of the steps, and of the time; the numbers are those of its card."""
+    flags = ["--boards", str(TEST), "--sweep", "--rule", "exit-threshold=0.9", "-t", "1", "-o", "json"]
+    assert rmse_eval([str(MODEL), *flags]) == 0
+    stopping, full = json.loads(capsys.readouterr().out)["sweep"]
+    assert stopping["boards"] == full["boards"] == 300 and full["mean_steps"] == 16
+    assert full["solved"] >= 0.95 and stopping["solved"] >= full["solved"] - 0.005
+    assert stopping["mean_steps"] <= 16 / 3 and stopping["boards_per_s"] >= 3 * full["boards_per_s"]
+    kept = {row["threshold"]: row for row in json.loads((MODEL / "evaluation.json").read_text())["by_threshold"]}
+    for row, of_card in ((stopping, kept[0.9]), (full, kept[1.0])):
+        assert row["solved"] == pytest.approx(of_card["solved"], abs=0.004)
+        assert row["mean_steps"] == pytest.approx(of_card["mean_steps"], abs=0.01)
+
+
 def test_a_batch_says_what_each_of_its_boards_says_alone() -> None:
     """Boards that have stopped leave it: all the same answers and steps."""
     runtime = open_boards(MODEL)

@@ -147,6 +147,9 @@ def test_boards_as_people_write_them() -> None:
     assert game.show(board) == "1 2 | . .\n3 4 | . .\n----+-----\n. . | . .\n. . | . ."
     assert len(game.read(game.show(board) + "\n\n" + game.line(board), "text")) == 2
     assert game.show(board, board == 2).splitlines()[0] == "1*2 | . ."
+    maze = Maze(5).read("#####\n#S G#\n#####\n#####\n#####", "text")[0]
+    marked = np.arange(25) == 7
+    assert Maze(5).show(maze + 3 * marked, marked).splitlines()[1] == "# S o*G # "
 
 
 def test_games_that_there_are_not() -> None:
