@@ -61,7 +61,7 @@ def board_for(package: Package, threads: int | None = None, engine: str | None =
     else:
         raise no_runtime(package)
     if found.info.board is None:
-        raise UserError(f"{package.folder}: is a model of texts; give it a prompt")
+        raise UserError(f"{package.folder}: is a model of texts; give it a prompt, or a text to read")
     return BoardRuntime(found.info, found.methods, found.loop, together)
 
 

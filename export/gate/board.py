@@ -113,9 +113,11 @@ def board_gate(
         least = (1.0, 1.0) if exact else (SAME_CELLS, SAME_DEPTH)
         close = not exact or summary["max_logit_difference"] <= TOLERANCE[True]
         if not close or summary["same_cells"] < least[0] or summary["same_depth"] < least[1]:
+            random = "; random symbols were compared: puzzle in its config.json would say what its boards are"
             raise ParityError(
                 f"parity failed at {name}: logits differ by {summary['max_logit_difference']:.1e} relative, "
                 f"{summary['same_cells']:.1%} of the cells and {summary['same_depth']:.1%} of the depths are the same"
+                f"{random if board.kind is None else ''}"
             )
     progress("parity of each method")
     program = dataclasses.replace(program, model=model)

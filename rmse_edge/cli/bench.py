@@ -24,7 +24,7 @@ from tqdm import tqdm
 from rmse_edge.errors import TextError, UserError
 
 from . import profiling, streaming
-from .boards import bench_boards
+from .boards import bench_boards, refuse_flags_of_texts
 from .common import (
     Parser,
     existing_file,
@@ -141,6 +141,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(
             "--boards: takes packages or checkpoint folders, and gives md or json; leave the other flags out"
         )
+    if args.boards:
+        refuse_flags_of_texts(args, parser, ("prompt", "generate"), "--boards")
     if args.quant != ["fp32"] and (args.model or args.runtime == "torch"):
         raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")
     instead = "--profile" if args.profile else "--stream" if args.stream is not None else None

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
     from rmse_edge.runtimes import BoardRuntime
 
 BATCHES = (1, 32)
+
+
+def refuse_flags_of_texts(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, flags: Sequence[str], beside: str
+) -> None:
+    """Fail where one of these was given a value, beside a flag that asks for boards: it would change nothing.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--{flag.replace('_', '-')}: is of texts; leave it out with {beside}")
 
 
 def opened(args: argparse.Namespace, path: Path) -> tuple[BoardRuntime, Game]:
@@ -202,11 +216,13 @@ def bench_boards(args: argparse.Namespace) -> int | None:
         ]
         with progress(len(boards) * len(batches) * len(settings) * (args.repetitions + 1)) as bar:
             rows = time_boards(runtime, boards, settings, batches, args.repetitions, bar.update)
-        notes = (
-            []
-            if len(batches) == len(BATCHES)
-            else [f"{runtime.info.name}: {runtime.info.target} takes one board at a time"]
-        )
+        notes = []
+        if runtime.largest_batch == 1:
+            notes.append(f"{runtime.info.name}: {runtime.info.target} takes one board at a time")
+        elif len(batches) < len(BATCHES):
+            notes.append(
+                f"{runtime.info.name}: {args.boards} has {len(boards)} boards, too few for {BATCHES[-1]} at once"
+            )
         documents.append(
             {
                 "model": runtime.info.name, "runtime": runtime.info.target, "quant": runtime.info.quant,

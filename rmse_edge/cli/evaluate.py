@@ -15,7 +15,7 @@ from tqdm import tqdm
 from rmse_edge.errors import TextError, UserError
 from rmse_edge.loop.dials import DIALS
 
-from .boards import evaluate_boards
+from .boards import evaluate_boards, refuse_flags_of_texts
 from .common import (
     Parser,
     existing_file,
@@ -131,8 +131,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--rule says what --sweep varies; add --sweep")
     if args.store and not args.sweep:
         raise UserError("--store keeps what --sweep proposes; add --sweep")
-    if args.boards and (args.store or args.plot or args.block or args.no_memory):
-        raise UserError("--boards: --store, --plot, --block and --no-memory are for texts; leave them out")
+    if args.boards:
+        refuse_flags_of_texts(
+            args, parser, ("store", "plot", "block", "no_memory", "split", "points", "budget"), "--boards"
+        )
     if args.store and args.ids:
         raise UserError("--store: needs a text, whose digest is kept; give --text instead of --ids")
     if args.store and args.max_loops:

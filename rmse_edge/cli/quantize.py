@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if request.needs_text and not args.calibrate:
         raise UserError(
-            "--calibrate FILE is missing: a text like those the model will read (--method rtn rounds without one)"
+            "--calibrate FILE is missing: a text like those the model will read, or a CSV of boards (--method rtn rounds "
+            "without one)"
         )
     output = args.output or Path(f"{args.model.absolute().name}-{args.quant}")
     check_destination(output, args.force)  # before minutes of quantising

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import check_file
 
-from .boards import run_boards
+from .boards import refuse_flags_of_texts, run_boards
 from .chat import NO_QUESTION, talk
 from .common import INTERRUPTED, Parser, existing_path, list_of, non_negative_int, positive_int, verb
 from .display import DepthWriter, offload_lines, plain
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from rmse_edge.runtimes.host.session import Resumed
     from rmse_edge.runtimes.text.conversation import Conversation
     from rmse_edge.runtimes.text.generate import Generation, Span
+
+
+TEXT_FLAGS = (
+    "max_new_tokens", "prefix", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos", "system", "no_memory", "kb",
+    "gamma", "kb_hits", "kb_timeout", "kb_storage", "kb_optional", "session", "save_session", "show_depth", "show_prompt",
+    "color",
+)  # fmt: skip
 
 
 @verb("rmse-run")
@@ -166,6 +173,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--show-steps: shows the steps of a board; add --board")
     if args.board is not None and args.chat:
         raise UserError("--board: is no question; leave out --chat")
+    if args.board is not None:
+        refuse_flags_of_texts(args, parser, TEXT_FLAGS, "--board")
     if args.stats and args.expert_ram is None:
         raise UserError("--stats: needs --expert-ram")
     if args.prompt_tokens and args.chat:

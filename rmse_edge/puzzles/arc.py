@@ -108,7 +108,7 @@ def read_arc(source: str | Path) -> ArcSet:
         return _shipped(version)
     folder = Path(source)
     parts = [folder / "training", folder / "evaluation"]
-    if all(part.is_dir() for part in parts):
+    if any(part.is_dir() for part in parts):
         training, evaluation = (_tasks_of(part) for part in parts)
         return ArcSet(training, evaluation)
     return ArcSet((), _tasks_of(folder))

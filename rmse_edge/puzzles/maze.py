@@ -60,10 +60,10 @@ class Maze:
         return "".join(LETTERS[s] for s in cells.tolist())
 
     def show(self, cells: np.ndarray, marked: np.ndarray | None = None) -> str:
-        letters = np.array(list(self.line(cells)))
-        if marked is not None:
-            letters[marked] = "*"
-        return "\n".join("".join(row) for row in letters.reshape(self.size, self.size))
+        letters = list(self.line(cells))
+        if marked is not None:  # behind its letter, as in a Sudoku: what a cell became is seen too
+            letters = [letter + "* "[not mark] for letter, mark in zip(letters, marked)]
+        return "\n".join("".join(letters[at : at + self.size]) for at in range(0, len(letters), self.size))
 
     def broken(self, given: np.ndarray, answer: np.ndarray) -> str | None:
         fixed = given != FREE

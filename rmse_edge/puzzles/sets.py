@@ -21,7 +21,8 @@ from .game import Game
 
 TEST_SHARE = 5  # of the invariants, one in so many is of test boards
 FIELDS = ("source", "question", "answer", "rating")
-PATIENCE = 200  # boards in a row that were there already, until there are taken to be no others
+PATIENCE = 200  # for each board found: so many in a row that were there already, and there are taken to be no others
+LONGEST = 20_000  # of them in a row, at most: of the few new ones that may be left, none comes in any useful time
 LARGEST_LINE = 1 << 20
 
 
@@ -59,7 +60,7 @@ def made(
         side = number % TEST_SHARE == 0
         if number in seen or len(rows[side]) >= wanted[side]:
             waited += 1
-            if waited > PATIENCE * (1 + len(seen)):
+            if waited > min(LONGEST, PATIENCE * (1 + len(seen))):
                 name, got = ("test", len(rows[True])) if len(rows[True]) < test else ("count", len(rows[False]))
                 raise ArgumentError(name, f"{wanted[name == 'test']} boards that differ by more than a symmetry were not "
                                           f"found, only {got}")  # fmt: skip
@@ -98,6 +99,8 @@ def read_boards(path: Path, game: Game, most: int | None = None) -> Boards:
             if header is None or len(header) < 3 or header[1][:1].lower() != "q":
                 raise TextError(f"{path}: expected a CSV whose first line is {','.join(FIELDS)}")
             for row in lines:
+                if not row:
+                    continue  # an empty line, as at the end
                 if len(row) < 3:
                     raise TextError(f"{path}, line {lines.line_num}: {len(row)} fields, expected {len(FIELDS)}")
                 where = f"{path}, line {lines.line_num}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.arch.common.recursive import RecursiveConfig
-from rmse_edge.errors import ConfigError, UserError
+from rmse_edge.errors import ArgumentError, ConfigError, UserError
 from rmse_edge.info import BoardKind
 from rmse_edge.puzzles.game import Game
 from rmse_edge.puzzles.known import game_of
@@ -108,7 +108,10 @@ class BoardTask(Solving):
             raise ConfigError(str(error)) from None
         require(self, "puzzle_lr_scale", self.puzzle_lr_scale > 0, "a number above 0")
         if self.data is None:
-            boards, self.tested = made(self.game, self.train, self.test, self.seed)
+            try:
+                boards, self.tested = made(self.game, self.train, self.test, self.seed)
+            except ArgumentError as error:
+                raise ConfigError(f"{'train' if error.name == 'count' else error.name}: {error.problem}") from None
         else:
             boards, self.tested = (read_boards(Path(self.data) / name, self.game) for name in (TRAIN_FILE, TEST_FILE))
             check_disjoint(self.game, boards, self.tested, self.data)

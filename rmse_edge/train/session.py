@@ -196,9 +196,9 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
         raise UserError(f"{present}: is another recipe; pass it with recipe={present.name}, or choose another folder")
 
 
-def vocabulary_aside(recipe: Recipe) -> Recipe:
-    """The vocabulary is filled in from the text, so recipes are compared without it."""
-    return dataclasses.replace(recipe, model={k: v for k, v in recipe.model.items() if k != "vocab_size"})
+def vocabulary_aside(recipe: Recipe) -> dict[str, Any]:
+    """The vocabulary is filled in from the text, so recipes are compared without it. No recipe: one of boards needs it."""
+    return dataclasses.asdict(recipe) | {"model": {k: v for k, v in recipe.model.items() if k != "vocab_size"}}
 
 
 def with_vocabulary(recipe: Recipe, size: int, padded: bool = False) -> Recipe:

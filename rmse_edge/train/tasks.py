@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rmse_edge.errors import ConfigError
+from rmse_edge.schema import first_of
 
 from .arc import Arc
 from .boards import MazeTask, SudokuTask
@@ -24,9 +26,16 @@ def make_task(options: dict[str, Any], config: Any) -> Task:
     name = options.get("name")
     if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task: got {name!r}, expected one of {', '.join(TASKS)}")
+    given = {k: v for k, v in options.items() if k != "name"}
+    fields = dataclasses.fields(TASKS[name])
+    if (unknown := first_of(given, known := [f.name for f in fields])) is not None:
+        raise ConfigError(f"task {name}: unknown key {unknown!r}; known keys are {', '.join(sorted(known))}")
+    needed = (f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING)
+    if (missing := first_of(dict.fromkeys(needed), given)) is not None:
+        raise ConfigError(f"task {name}: {missing}: is missing")
     try:
-        task = TASKS[name](**{k: v for k, v in options.items() if k != "name"})
-    except (TypeError, ConfigError) as error:  # TypeError: an option that it does not have
+        task = TASKS[name](**given)
+    except ConfigError as error:
         raise ConfigError(f"task {name}: {error}") from None
     task.check_model(config)
     return task

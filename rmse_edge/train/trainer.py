@@ -200,7 +200,7 @@ class Trainer:
         if not math.isfinite(norm) or not torch.isfinite(totals).all():
             raise UserError(
                 f"training diverged at step {self.step}: loss {totals[0]:.3g}, gradient norm {norm:.3g}; "
-                "lower lr or clip, then resume from the last checkpoint"
+                "lower lr or clip, and start again in another folder"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -118,7 +118,7 @@ class TorchBoards(BoardRuntime):
         nbytes = sum(file.stat().st_size for file in weight_files(folder))
         info = model_info(model, folder.absolute().name, nbytes, source=source, folder=folder)
         if info.board is None:
-            raise UserError(f"{folder}: is a model of texts; give it a prompt")
+            raise UserError(f"{folder}: is a model of texts; give it a prompt, or a text to read")
         return cls(model, info, device)
 
     @torch.inference_mode()

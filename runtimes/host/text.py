@@ -25,7 +25,8 @@ class LoopRuntime:
     def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls, loop: str = "loop") -> None:
         if info.text is None:
             raise UserError(
-                f"{info.name}: fills in boards and reads no text; give it boards (rmse-run MODEL --board FILE)"
+                f"{info.name}: fills in boards and reads no text; give it boards (rmse-run MODEL --board FILE, rmse-eval MODEL "
+                "--boards FILE.csv)"
             )
         if info.kept_bytes() > LARGEST_STATE:
             raise UserError(

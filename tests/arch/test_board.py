@@ -70,5 +70,6 @@ def test_the_gate_catches_a_host_that_stops_late(solver: Puzzle, monkeypatch: py
     report = board_gate(program, solver, on_torch(solver), exact=True)
     assert {s["same_depth"] for s in report["settings"].values()} == {1.0}
     assert len({s["mean_depth"] for s in report["settings"].values()}) == 3
-    with pytest.raises(ParityError, match=r"^parity failed at early: logits differ by .* of the depths are the same$"):
+    said = r"^parity failed at early: logits differ by .* of the depths are the same; random symbols were compared: puzzle in "
+    with pytest.raises(ParityError, match=said):
         board_gate(program, solver, OneMore(model_info(solver, "puzzle", 0), TorchMethods(solver)), exact=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.loop.dials import Dials
 from rmse_edge.puzzles.known import game_of_model
-from rmse_edge.puzzles.sets import read_boards
+from rmse_edge.puzzles.sets import read_boards, write_boards
 from rmse_edge.runtimes import open_boards
 
 MODEL = ROOT / "models" / "trm-sudoku"
@@ -79,6 +80,10 @@ def test_what_is_no_board_is_one_line(text: str, said: str, tmp_path: Path, caps
         (["--board", "nowhere.txt"], "nowhere.txt"),
         (["--board", "x", "--chat"], "--board: is no question; leave out --chat"),
         (["--board", str(TEST), "--exit-kl", "0.1"], "has no such rule"),
+        (["--board", str(TEST), "--temperature", "0"], "--temperature: is of texts; leave it out with --board"),
+        (["--board", str(TEST), "--save-session", "s"], "--save-session: is of texts; leave it out with --board"),
+        (["--board", str(TEST), "--show-depth"], "--show-depth: is of texts; leave it out with --board"),
+        (["--board", str(TEST), "--system", "x"], "--system: is of texts; leave it out with --board"),
         (["--board", str(TEST), "--expert-ram", "1M"], "--expert-ram: solvers of boards have no experts; leave it out"),
     ],
 )
@@ -90,6 +95,43 @@ def test_flags_that_cannot_be(flags: list[str], said: str, capsys: pytest.Captur
 def test_a_model_of_texts_fills_in_no_board(capsys: pytest.CaptureFixture[str]) -> None:
     assert rmse_run([str(ROOT / "models" / "ouro-shakespeare"), "--board", str(TEST)]) == 2
     assert_one_line(capsys.readouterr().err, "is a model of texts; give it a prompt")
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        (rmse_eval, ["--split", "train"]),
+        (rmse_eval, ["--block", "7"]),
+        (rmse_eval, ["--sweep", "--budget", "2"]),
+        (rmse_bench, ["--prompt", "8"]),
+        (rmse_bench, ["--generate", "0"]),
+    ],
+)
+def test_flags_of_texts_beside_boards(verb: Any, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb([str(MODEL), "--boards", str(TEST), *flags]) == 2
+    assert_one_line(capsys.readouterr().err, f"{flags[-2]}: is of texts; leave it out with --boards")
+
+
+def test_few_boards_are_timed_alone_and_the_reason_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_boards(tmp_path / "few.csv", GAME, BOARDS.part(slice(0, 2)), "test")
+    flags = [
+        "--boards",
+        str(tmp_path / "few.csv"),
+        "-r",
+        "1",
+        "-d",
+        "1",
+        "--exit-threshold",
+        "1",
+        "-t",
+        "1",
+        "-o",
+        "json",
+    ]
+    assert rmse_bench([str(MODEL), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["batch"] for row in found["rows"]] == [1]
+    assert found["notes"] == [f"trm-sudoku: {tmp_path / 'few.csv'} has 2 boards, too few for 32 at once"]
 
 
 def test_boards_are_evaluated_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +148,20 @@ def test_boards_are_evaluated_and_timed(capsys: pytest.CaptureFixture[str]) -> N
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["setting"], row["batch"]) for row in rows[::2]] == [("2 steps", 1), ("2 steps", 32)]
     assert rows[0]["mean_steps"] == 2.0 and all(row["boards_per_s"] > 0 for row in rows)
+
+
+def test_the_shipped_solver_stops_early_and_solves_as_much(capsys: pytest.CaptureFixture[str]) -> None:
+    """On all boards of its test: in at most a third of the steps, and of the time; the numbers are those of its card."""
+    flags = ["--boards", str(TEST), "--sweep", "--rule", "exit-threshold=0.9", "-t", "1", "-o", "json"]
+    assert rmse_eval([str(MODEL), *flags]) == 0
+    stopping, full = json.loads(capsys.readouterr().out)["sweep"]
+    assert stopping["boards"] == full["boards"] == 300 and full["mean_steps"] == 16
+    assert full["solved"] >= 0.95 and stopping["solved"] >= full["solved"] - 0.005
+    assert stopping["mean_steps"] <= 16 / 3 and stopping["boards_per_s"] >= 3 * full["boards_per_s"]
+    kept = {row["threshold"]: row for row in json.loads((MODEL / "evaluation.json").read_text())["by_threshold"]}
+    for row, of_card in ((stopping, kept[0.9]), (full, kept[1.0])):
+        assert row["solved"] == pytest.approx(of_card["solved"], abs=0.004)
+        assert row["mean_steps"] == pytest.approx(of_card["mean_steps"], abs=0.01)
 
 
 def test_a_batch_says_what_each_of_its_boards_says_alone() -> None:

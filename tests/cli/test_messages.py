@@ -124,7 +124,11 @@ def test_rmse_quantize_speaks_of_flags(checkpoint: Path, tmp_path: Path, capsys:
     for flags, said in (
         (("--asymmetric", "--quant", "int8"), "--asymmetric: int8 is symmetric, its range is wide enough"),
         (("--quant", "int8", "--dense-group-size", "16"), "--dense-group-size: int8 has one scale"),
-        ((), "--calibrate FILE is missing: a text like those the model will read (--method rtn rounds without one)"),
+        (
+            (),
+            "--calibrate FILE is missing: a text like those the model will read, or a CSV of boards (--method rtn rounds "
+            "without one)",
+        ),
     ):
         assert rmse_quantize([*begin, *flags]) == 2
         assert_one_line(capsys.readouterr().err, said)

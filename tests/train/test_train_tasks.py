@@ -173,7 +173,7 @@ def test_facts_are_measured_with_and_without_a_knowledge_base(tmp_path: Path) ->
     ("options", "said"),
     [
         ({"name": "sums"}, "task: got 'sums', expected one of recall, facts"),
-        ({"name": "recall", "pears": 3}, "task recall: "),
+        ({"name": "recall", "pears": 3}, "task recall: unknown key 'pears'; known keys are "),
         ({"name": "recall", "pairs": 40}, "task recall: pairs: got 40, expected at most"),
         ({"name": ["recall"]}, "task: got ['recall'], expected one of recall, facts"),
         ({"name": "recall", "pairs": 2.5}, "task recall: pairs: got 2.5, expected a whole number"),
