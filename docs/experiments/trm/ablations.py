@@ -9,7 +9,8 @@ prints the table of what it holds.
 
 **A claim** says that the whole is better than the variant that lacks one part. The measure is the share of the test boards with every cell
 right after all the steps that a variant was trained for. A claim is *kept* where every seed of the whole solves more
-than any seed of the variant, *refuted* where every seed solves fewer, and otherwise *unclear*. Where a part brings nothing,
+than any seed of the variant, *refuted* where every seed solves fewer, and otherwise *unclear*; so it is where no seed of one of
+the two solves a board: it has not begun to, which says how fast it learns and nothing of where it ends. Where a part brings nothing,
 three seeds against three come out as kept by chance once in 20 times, and as often as refuted.
 """
 
@@ -126,6 +127,8 @@ def verdict(whole: list[float], variant: list[float]) -> str:
     """See above; with fewer than three seeds of either there is none."""
     if min(len(whole), len(variant)) < 3:
         return "not measured"
+    if not max(whole) or not max(variant):
+        return "unclear"
     if min(whole) > max(variant):
         return "kept"
     return "refuted" if max(whole) < min(variant) else "unclear"
