@@ -87,6 +87,7 @@ class Case:
     # Models with a wrong rule, by what is wrong: the gate must catch each.
     wrong: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     trains: bool = False  # rmse-train knows it
+    slow: bool = False  # make quick leaves its tests out: it has many layers, and others do the same with fewer
     # For rmse-run and rmse-runner, so that they read a prompt as `whole_text` reads a text.
     run_flags: tuple[str, ...] = ()
 
@@ -368,7 +369,16 @@ CASES = (
     Case("puzzle", solver, PUZZLE, always=MOST),
     Case("trm", small_trm, calm=decided_solver(small_trm), threshold=0.5, trains=True, always=ONE),
     Case("hrm", small_hrm, calm=decided_solver(small_hrm), threshold=0.5, trains=True, always=()),
-    Case("huginn_raven", small_huginn, calm=decided_huginn, rule="exit_kl", threshold=0.5, trains=True, always=ONE),
+    Case(
+        "huginn_raven",
+        small_huginn,
+        calm=decided_huginn,
+        rule="exit_kl",
+        threshold=0.5,
+        trains=True,
+        always=ONE,
+        slow=True,
+    ),
     Case(
         "hrm_text",
         small_hrm_text,
@@ -378,8 +388,9 @@ CASES = (
         trains=True,
         run_flags=("--prefix", "none"),
         always=ONE,
+        slow=True,
     ),
-    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, always=ONE),
+    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, always=ONE, slow=True),
     Case(
         "inkling2_loop_text",
         small_inkling,
@@ -388,6 +399,7 @@ CASES = (
         threshold=0.05,
         trains=True,
         always=ONE,
+        slow=True,
     ),
 )
 

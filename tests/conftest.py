@@ -72,6 +72,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in EXPORTS.keys() & getattr(item, "fixturenames", ()):
             item.add_marker(EXPORTS[name])
             item.add_marker("slow")
+        if any(
+            getattr(value, "slow", False) for value in getattr(getattr(item, "callspec", None), "params", {}).values()
+        ):
+            item.add_marker("slow")
     order = {name: rank for rank, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

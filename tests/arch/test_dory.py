@@ -33,6 +33,8 @@ from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
+pytestmark = pytest.mark.slow  # many layers; of its kind, make quick has Ouro
+
 GOLDEN = ROOT / "tests" / "data" / "dory"
 MODELS = ("grouped", "deep", "once", "shared")
 CUTS = {"whole": (14,), "prompt": (6, *[1] * 8), "chunks": (5, 4, 5), "tokens": (1,) * 14}
@@ -335,7 +337,6 @@ def test_transformers_saves_the_released_layout(name: str, tmp_path: Path) -> No
     assert load_checkpoint(tmp_path / "theirs").config == load_checkpoint(tmp_path / "ours").config
 
 
-@pytest.mark.slow
 @pytest.mark.onnx
 def test_a_package_with_one_set_of_slots(tmp_path: Path) -> None:
     """Through `rmse-export`, its gate included: what transformers says token by token."""

@@ -29,6 +29,8 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
+pytestmark = pytest.mark.slow  # many layers; of its kind, make quick has Ouro
+
 GOLDEN = ROOT / "tests" / "data" / "hrm_text"
 MODELS = ("released", "within", "causal")
 PREFIXED = MODELS[:2]

@@ -36,6 +36,8 @@ from rmse_edge.runtimes import open_runtime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays
 
+pytestmark = pytest.mark.slow  # many layers; of its kind, make quick has Ouro
+
 GOLDEN = ROOT / "tests" / "data" / "huginn"
 # Dial -> the published name of its rule, and the threshold of its published code.
 PUBLISHED = {
@@ -167,7 +169,6 @@ def test_greedy_tokens(known: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.packages
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, known: dict[str, Tensor]) -> None:
     """From the given start that a package can have, which is zeros."""

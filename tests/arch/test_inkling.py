@@ -35,6 +35,8 @@ from rmse_edge.quantize.kv_scales import with_int8_cache
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.train.recipe import Recipe
 
+pytestmark = pytest.mark.slow  # many layers; of its kind, make quick has Ouro
+
 GOLDEN = ROOT / "tests" / "data" / "inkling2_loop"
 MODELS = ("grouped", "long", "once", "deep")
 CUTS: dict[str, tuple[tuple[int, ...], ...]] = {

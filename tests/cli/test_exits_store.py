@@ -135,6 +135,7 @@ def test_what_cannot_be_stored_is_one_line(
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_nothing_is_stored_where_stopping_costs_too_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A trained model's first loop is worse than its last."""
     folder = tmp_path / "model"
