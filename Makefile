@@ -2,7 +2,7 @@
 # make runner     build the native runner of ExecuTorch packages
 # make test       lint, types and the other tests, ONNX packages of the shipped and the test models among them
 # make test-devices    the tests of ExecuTorch and Core ML packages, of the runner, and of every architecture's packages
-# make quick      the tests that need no export and no exporter: a minute or two
+# make quick      the tests that need no export and no exporter: a minute
 # make nightly    the tests that say again of other models what these two say of some
 # make test-arm   the tests of the runner on ARM
 # make benchmarks times looped models beside llama.cpp on a dense one; an hour or more
@@ -41,7 +41,7 @@ help:
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
 	@echo "make test    lint + the tests without packages of ExecuTorch and Core ML"
 	@echo "make test-devices    the tests of those, of the runner, and of packages of every architecture"
-	@echo "make quick   the tests that need no export and no exporter: a minute or two"
+	@echo "make quick   the tests that need no export and no exporter: a minute"
 	@echo "make nightly the tests that both leave out"
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"

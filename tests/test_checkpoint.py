@@ -100,6 +100,7 @@ def test_numbers_of_a_generator_of_their_own_are_drawn(tmp_path: Path, monkeypat
     assert torch.equal(load_checkpoint(tmp_path).sketch, model.sketch)
 
 
+@pytest.mark.slow
 def test_loading_imports_no_compiler(folder: Path) -> None:
     """Which takes longer than everything else that loading does."""
     code = "import sys; from rmse_edge.checkpoint import load_checkpoint as load; load(sys.argv[1]); "

@@ -73,6 +73,7 @@ def assert_holds(model: RMSE, tensors: Tensors) -> None:
 
 
 @both_loaders
+@pytest.mark.slow
 def test_shards_hold_what_one_file_holds(tmp_path: Path, stored: Tensors, load: Callable[[Path], RMSE]) -> None:
     assert_holds(load(write(tmp_path, *halves(stored))), stored)
 

@@ -64,6 +64,7 @@ class OneMore(BoardRuntime):
         return super().solve(cells, Dials(dials.max_loops, min(dials.max_loops, 2), dials.exit_threshold))
 
 
+@pytest.mark.slow
 def test_the_gate_catches_a_host_that_stops_late(solver: Puzzle, monkeypatch: pytest.MonkeyPatch) -> None:
     program = LoopProgram(solver, {CELLS: solver.spec(CELLS)}, [])
     monkeypatch.setattr(gate_of_boards, "compare_methods", lambda *_: {})  # PyTorch's methods have no step

@@ -197,6 +197,7 @@ def test_llama_cpps_environment_is_made_once_pinned_and_without_amx(tmp_path: Pa
     assert environment["CXXFLAGS"] == environment["CFLAGS"]
 
 
+@pytest.mark.slow
 def test_a_section_runs_without_llama_cpp(tmp_path: Path):
     """PyTorch, real and tiny, in a process of its own; the others in their cells with what is missing."""
     said: list[str] = []

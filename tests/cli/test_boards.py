@@ -150,6 +150,7 @@ def test_boards_are_evaluated_and_timed(capsys: pytest.CaptureFixture[str]) -> N
     assert rows[0]["mean_steps"] == 2.0 and all(row["boards_per_s"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_shipped_solver_stops_early_and_solves_as_much(capsys: pytest.CaptureFixture[str]) -> None:
     """On all boards of its test: in at most a third of the steps, and of the time; the numbers are those of its card."""
     flags = ["--boards", str(TEST), "--sweep", "--rule", "exit-threshold=0.9", "-t", "1", "-o", "json"]

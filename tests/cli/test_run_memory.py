@@ -16,6 +16,8 @@ from rmse_edge.cli.evaluate import main as evaluate
 from rmse_edge.cli.index import main as index
 from rmse_edge.cli.run import main
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "".join(ALPHABET[1 + i % 60] for i in range(70))
 
 

@@ -18,6 +18,8 @@ from small_tokenizers import byte_level
 from rmse_edge.cli.common import every_character
 from rmse_edge.cli.display import bars, paint, plain, table
 
+pytestmark = pytest.mark.slow
+
 VERBS = ("bench", "data", "evaluate", "export", "index", "quantize", "run", "train")
 ODD = "no-日×…–é"  # é and × are in cp1252, nothing of it in ASCII
 

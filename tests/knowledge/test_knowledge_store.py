@@ -22,6 +22,8 @@ pytest.importorskip("usearch", reason="needs usearch: pip install 'rmse-edge[kno
 from rmse_edge.knowledge import vectors
 from rmse_edge.knowledge.store import KnowledgeBase
 
+pytestmark = pytest.mark.slow
+
 INFO = KnowledgeInfo(24, 2, 8, "model-1")
 
 

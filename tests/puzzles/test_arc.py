@@ -18,6 +18,8 @@ from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.session import train_task
 from rmse_edge.train.sources import IGNORED
 
+pytestmark = pytest.mark.slow
+
 GRID = np.array([[0, 7, 7], [1, 0, 9]])
 
 

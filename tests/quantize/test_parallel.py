@@ -63,6 +63,7 @@ def test_ctrl_c_is_not_for_the_work_aside(capfd: pytest.CaptureFixture[str]) -> 
 
 
 @forks
+@pytest.mark.slow
 def test_work_aside_dies_with_a_process_that_is_killed() -> None:
     """Otherwise it would go on, and hold the locks of files that were being written."""
     code = (

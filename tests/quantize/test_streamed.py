@@ -28,6 +28,8 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, load_quantized, quantize, quantize_folder, save_quantized
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
+pytestmark = pytest.mark.slow
+
 every = pytest.mark.parametrize(
     "case", [c for c in CASES if c.quants != ("fp32",) or c.name == "rmse"], ids=lambda c: c.name
 )
@@ -118,7 +120,6 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Pa
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_a_package_of_a_lean_model_is_that_of_the_float_one(
     target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

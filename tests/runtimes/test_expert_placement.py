@@ -16,6 +16,8 @@ from rmse_edge.layers.experts import SparseExperts
 from rmse_edge.package import Package
 from rmse_edge.quantize import Quantized
 
+pytestmark = pytest.mark.slow
+
 PARTS = (64, 1, 1, 1, 9)
 
 
@@ -62,7 +64,6 @@ def test_what_is_recorded(calm: Quantized) -> None:
 
 @pytest.mark.executorch
 @pytest.mark.native
-@pytest.mark.slow
 def test_the_same_logits_with_and_without(
     calm: Quantized, int4: Runner, runner: Path, executorch_int4: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.measure import stream
 from rmse_edge.runtimes.measure.stream import PAIRS, Stream
 
+pytestmark = pytest.mark.slow
+
 DIALS = Dials(4, 1, 0.6)
 WARM_UP = 128
 COUNT = WARM_UP + 64 * 20 + 10  # two calls a tenth, and a rest that is not timed
@@ -40,7 +42,6 @@ def streamed(remembers: TorchRuntime) -> Stream:
 # ------------------------------------------------------------------------------------------------------ what is counted
 
 
-@pytest.mark.slow
 def test_the_text_is_fed_again_and_again(remembers: TorchRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[tuple[int, list[int], Dials]] = []
     feed = TorchRuntime.feed
@@ -103,7 +104,6 @@ def test_speed_is_that_of_the_median_call(streamed: Stream) -> None:
     assert one.summary()["speed_ratio"] == pytest.approx(0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["memory_down", "past_values", "segment"])
 def test_a_state_that_is_not_finite_is_told(remembers: TorchRuntime, name: str) -> None:
     one = Stream(remembers, random_tokens(300), DIALS, WARM_UP + 64 * 11, WARM_UP)
@@ -139,7 +139,6 @@ def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, s
     return code, *capsys.readouterr()
 
 
-@pytest.mark.slow
 def test_json_names(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, folders["mem"], "--stream", 2750, "-o", "json")
     assert (code, err) == (0, "")
@@ -159,7 +158,6 @@ def test_json_names(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
         assert tenth["tok_per_s"] > 0 and 1 <= tenth["mean_loops"] <= 4 and tenth["mean_surprise"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mem", "tiny"])
 def test_table_and_csv(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
@@ -175,7 +173,6 @@ def test_table_and_csv(
     assert all(float(row["tok_per_s"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(TINY | {"memory": "atlas", "memory_key_dim": 4}))

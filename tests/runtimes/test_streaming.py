@@ -20,6 +20,8 @@ from rmse_edge.runtimes.text.generate import PATIENCE, Generation, Span, TextStr
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.text import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "byte fallback": byte_fallback(),
     "byte fallback, metaspace": byte_fallback(metaspace=True),

@@ -25,6 +25,8 @@ from rmse_edge.train.session import train_task
 from rmse_edge.train.supervision import DeepSupervision
 from rmse_edge.train.trainer import Trainer, build_model
 
+pytestmark = pytest.mark.slow
+
 TASK = {"name": "sudoku", "size": 4, "train": 24, "held_out": 4, "test": 8}
 MODEL = {
     "seq_len": 16, "vocab_size": 6, "puzzle": "sudoku", "hidden_size": 16, "num_heads": 2, "mlp_multiple": 16,

@@ -170,6 +170,7 @@ def test_bfloat16_autocast_trains(tmp_path: Path) -> None:
         assert float(ours["last_loss"]) == pytest.approx(float(theirs["last_loss"]), abs=0.05)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_bigger_batch(tmp_path: Path) -> None:
     logs = []
     for rounds in (1, 4):

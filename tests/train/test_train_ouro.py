@@ -11,6 +11,8 @@ from helpers import assert_one_line
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.train import main as rmse_train
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "architecture": "ouro",
     "model": {

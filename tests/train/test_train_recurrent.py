@@ -26,6 +26,8 @@ from rmse_edge.losses import token_loss
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 DORY = {
     "architecture": "dory",
     "model": {
