@@ -80,7 +80,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     path = folder / PROGRAM
     with path.open("wb") as file:
         lowered.write_to_file(file)
-    profile = options.own.profile_experts
+    own: ExecutorchOptions = options.own or ExecutorchOptions()
+    profile = own.profile_experts
     stored = options.tensors
     if profile is not None:
         stored = {name: profile.placed(name, q) for name, q in stored.items()}

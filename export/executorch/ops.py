@@ -26,6 +26,7 @@ from rmse_edge.quantize.parallel import shared_copy
 from rmse_edge.quantize.tensors import Format
 
 from .operators import float_linear, gated, quantized_experts, quantized_linear, rms_norm, swiglu
+from .options import ExecutorchOptions
 from .placement import ExpertProfile
 from .tiles import BLOCK, tiles_of
 
@@ -156,6 +157,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     Raises:
         ExportError: a weight has a format that these do not read; names it.
     """
+    own: ExecutorchOptions = options.own or ExecutorchOptions()
     model = shared_copy(model)
     release(model)
     left = dict(options.tensors)
@@ -169,7 +171,7 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
             model.set_submodule(path, DelegatedNorm(module))
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
-            _replace_experts(model, path, module, left, options.own.profile_experts)
+            _replace_experts(model, path, module, left, own.profile_experts)
     for name, q in left.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
