@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 namespace rmse {
 
@@ -32,13 +33,21 @@ bool OpenedFile::stamp(Stamp& found) const {
   return true;
 }
 
-std::string OpenedFile::read(int64_t offset, size_t size, void* to) const {
-  for (size_t done = 0; done < size;) {
-    const ssize_t count = pread(file_, static_cast<char*>(to) + done, size - done, offset + static_cast<int64_t>(done));
+std::string OpenedFile::read(int64_t offset, std::span<const iovec> to) const {
+  std::vector<iovec> left(to.begin(), to.end());
+  for (size_t next = 0; next < left.size();) {  // that is not full yet
+    ssize_t count = preadv(file_, left.data() + next, static_cast<int>(left.size() - next), offset);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) return std::strerror(errno);
     if (count == 0) return "it ends before them";
-    done += static_cast<size_t>(count);
+    offset += count;
+    for (; next < left.size() && static_cast<size_t>(count) >= left[next].iov_len; ++next) {
+      count -= static_cast<ssize_t>(left[next].iov_len);
+    }
+    if (next < left.size()) {
+      left[next].iov_base = static_cast<char*>(left[next].iov_base) + count;
+      left[next].iov_len -= static_cast<size_t>(count);
+    }
   }
   return {};
 }

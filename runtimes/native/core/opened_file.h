@@ -1,8 +1,10 @@
 // A file that is read in pieces by several threads, and must stay as it was when it was opened.
 #pragma once
 
-#include <cstddef>
+#include <sys/uio.h>
+
 #include <cstdint>
+#include <span>
 #include <string>
 
 namespace rmse {
@@ -17,8 +19,8 @@ class OpenedFile {
   const std::string& path() const { return path_; }
   int64_t size() const { return opened_.size; }  // bytes, when it was opened
   int descriptor() const { return file_; }
-  // Reads `size` bytes. Returns nothing, or why it could not.
-  std::string read(int64_t offset, size_t size, void* to) const;
+  // Reads what lies at `offset` into pieces of memory, one after the other. Returns nothing, or why it could not.
+  std::string read(int64_t offset, std::span<const iovec> to) const;
   // Whether somebody has written to the file since it was opened: nothing, or a line that says so.
   std::string written_to() const;
   // The same, and also where anything else about it was changed: a link more, or a time that was put back.

@@ -34,7 +34,8 @@ class PartReader {
   size_t operator()(char* to, size_t most) {
     const size_t size = std::min(most, static_cast<size_t>(end_ - at_));
     if (size == 0 || !unread_.empty()) return 0;
-    unread_ = file_.read(at_, size, to);
+    const iovec piece[] = {{to, size}};
+    unread_ = file_.read(at_, piece);
     at_ += static_cast<int64_t>(size);
     return unread_.empty() ? size : 0;
   }

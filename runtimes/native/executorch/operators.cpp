@@ -57,8 +57,6 @@ class Arguments {
   int64_t integer() { return args_[next_++]->toInt(); }
   float number() { return static_cast<float>(args_[next_++]->toDouble()); }
   Tensor& out() { return args_[next_]->toTensor(); }
-  // Whether there are more before `out`, which comes twice.
-  bool more() const { return next_ + 2 < args_.size(); }
 
  private:
   Span<EValue*> args_;
@@ -137,7 +135,7 @@ bool run_experts(Arguments args, bool quantized) {
   shape.top_k = args.integer();
   shape.gate_cap = args.number();
   shape.up_cap = args.number();
-  const Tensor* places = args.more() ? args.optional() : nullptr;  // programs of before have none
+  const Tensor* places = quantized ? args.optional() : nullptr;
   Tensor& out = args.out();
   if (places != nullptr) {
     if (!is(*places, ScalarType::Long, 1) || places->size(0) != shape.experts) return false;
@@ -381,14 +379,13 @@ struct Operator {
   const char* name;
   size_t arguments;
   bool (*run)(Arguments);
-  size_t before = arguments;  // how many it had in programs that are still taken
 };
 
 constexpr Operator kOperators[] = {
     {"quantized_linear.out", 8, run_linear},
     {"float_linear.out", 6, run_float_linear},
     {"sparse_experts.out", 11, [](Arguments args) { return run_experts(args, false); }},
-    {"quantized_experts.out", 15, [](Arguments args) { return run_experts(args, true); }, 14},
+    {"quantized_experts.out", 15, [](Arguments args) { return run_experts(args, true); }},
     {"rms_norm.out", 6, run_norm},
     {"gated.out", 4, run_gated},
     {"swiglu.out", 3, run_swiglu},
@@ -403,7 +400,7 @@ void run(KernelRuntimeContext& context, Span<EValue*> args) {
   constexpr const Operator& op = kOperators[I];
   static const std::string label = std::string("native_call_") + op.name;
   const EventTracerProfileOpScope timed(context.internal_event_tracer(), label.c_str());
-  if (args.size() != op.arguments && args.size() != op.before) {
+  if (args.size() != op.arguments) {
     context.fail(Error::InvalidProgram);
   } else if (!op.run(Arguments(args))) {
     context.fail(Error::InvalidArgument);

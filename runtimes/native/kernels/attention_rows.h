@@ -65,9 +65,7 @@ void products_with(const AttentionRows& of, const float* keys, int64_t count, fl
   if (of.rows < 4 || count < kLanes) {
     for (int64_t r = 0; r < of.rows; ++r) {
       for (int64_t s = 0; s < count; ++s) {
-        const float* const x[1] = {of.query + r * of.dims};
-        float* const to[1] = {scores + r * of.stride + s};
-        float_row<1>(keys + s * of.dims, of.dims, x, to);
+        scores[r * of.stride + s] = float_row(keys + s * of.dims, of.dims, of.query + r * of.dims);
       }
     }
     return;

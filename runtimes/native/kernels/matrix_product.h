@@ -318,11 +318,10 @@ RMSE_INLINE float with_rest(float total, const float* weights, int64_t inputs, c
   return total;
 }
 
-template <int R>
-RMSE_INLINE void float_row(const float* weights, int64_t inputs, const float* const (&x)[R], float* const (&out)[R]) {
-  Lanes sums[R][1] = {};
-  lane_sums<1, R>(weights, inputs, x, sums);
-  for (int r = 0; r < R; ++r) *out[r] = with_rest(added_up(sums[r][0]), weights, inputs, x[r]);
+RMSE_INLINE float float_row(const float* weights, int64_t inputs, const float* x) {
+  Lanes sums[1][1] = {};
+  lane_sums<1, 1>(weights, inputs, {x}, sums);
+  return with_rest(added_up(sums[0][0]), weights, inputs, x);
 }
 
 // Sixteen products, of R rows and as many outputs as that takes: their lanes are added up side by side, since one by one
@@ -378,9 +377,7 @@ void float_product(const float* weights, int64_t outputs, int64_t inputs, int64_
     }
     for (; o < last; ++o) {
       for (int64_t r = 0; r < rows; ++r) {
-        const float* const from[1] = {x + pairs[r].from * inputs};
-        float* const to[1] = {out + pairs[r].to * outputs + o};
-        float_row<1>(weights + o * inputs, inputs, from, to);
+        out[pairs[r].to * outputs + o] = float_row(weights + o * inputs, inputs, x + pairs[r].from * inputs);
       }
     }
   }

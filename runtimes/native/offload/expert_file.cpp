@@ -68,26 +68,8 @@ std::string ExpertFile::cannot_read(const std::string& problem) const {
 std::string ExpertFile::read(int64_t offset, std::span<const iovec> to) const {
   std::string problem;
   for (int attempt = 0; attempt < 2; ++attempt) {
-    std::vector<iovec> left(to.begin(), to.end());
-    int64_t at = offset;
-    size_t next = 0;  // that is not full yet
-    while (next < left.size()) {
-      ssize_t count = preadv(file_.descriptor(), left.data() + next, static_cast<int>(left.size() - next), at);
-      if (count < 0 && errno == EINTR) continue;
-      if (count <= 0) {
-        problem = count == 0 ? "it ends before them" : std::strerror(errno);
-        break;
-      }
-      at += count;
-      for (; next < left.size() && static_cast<size_t>(count) >= left[next].iov_len; ++next) {
-        count -= static_cast<ssize_t>(left[next].iov_len);
-      }
-      if (next < left.size()) {
-        left[next].iov_base = static_cast<char*>(left[next].iov_base) + count;
-        left[next].iov_len -= static_cast<size_t>(count);
-      }
-    }
-    if (next == left.size()) return {};
+    problem = file_.read(offset, to);
+    if (problem.empty()) return {};
   }
   return cannot_read(problem);
 }
