@@ -25,8 +25,9 @@ ExpertCache::ExpertCache(ExpertStore& store, const ExpertFile& file, std::vector
   store_.reserve(count);
   slots_.resize(count);
   for (int32_t slot = static_cast<int32_t>(count) - 1; slot >= 0; --slot) free_.push_back(slot);
-  // Who copies is worth a thread always; who maps takes less time than another processor would lose by it.
-  const int64_t count_readers = maps_ ? std::clamp<int64_t>(spare, 0, 1) : 2;
+  // Who copies is worth a thread always, two where as many processors are left over; who maps takes less time than another
+  // processor would lose by it.
+  const int64_t count_readers = maps_ ? std::clamp<int64_t>(spare, 0, 1) : std::clamp<int64_t>(spare, 1, 2);
   for (int64_t i = 0; i < count_readers; ++i) readers_.emplace_back([this] { run_reader(); });
 }
 
