@@ -8,9 +8,12 @@ Training and test boards share no invariant (`Game.invariant`), so none of one i
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+import itertools
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -23,7 +26,8 @@ TEST_SHARE = 5  # of the invariants, one in so many is of test boards
 FIELDS = ("source", "question", "answer", "rating")
 PATIENCE = 200  # for each board found: so many in a row that were there already, and there are taken to be no others
 LONGEST = 20_000  # of them in a row, at most: of the few new ones that may be left, none comes in any useful time
-LARGEST_LINE = 1 << 20
+
+Line = tuple[int, list[str]]  # of a CSV: its number and its fields
 
 
 @dataclass(frozen=True)
@@ -85,31 +89,30 @@ def write_boards(path: Path, game: Game, boards: Boards, source: str) -> None:
             writer.writerow((source, game.line(given), game.line(answer), rating))
 
 
-def read_boards(path: Path, game: Game, most: int | None = None) -> Boards:
-    """The boards of a CSV, or the first `most` of them.
+def read_boards(path: Path, game: Game, most: int | None = None, seed: int | None = None) -> Boards:
+    """The boards of a CSV.
 
+    Args:
+        most: no more than so many: the first of them.
+        seed: in place of the first, some drawn at random, in the order of the file. Only these are checked: a published file
+            has millions of lines.
     Raises:
         TextError: one line names the file, the line and what is wrong with it.
     """
     rows = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            lines = csv.reader(file)
-            header = next(lines, None)
-            if header is None or len(header) < 3 or header[1][:1].lower() != "q":
-                raise TextError(f"{path}: expected a CSV whose first line is {','.join(FIELDS)}")
-            for row in lines:
-                if not row:
-                    continue  # an empty line, as at the end
+            lines = _lines(path, file)
+            if most is not None:
+                lines = itertools.islice(lines, most) if seed is None else iter(_drawn(lines, most, seed))
+            for number, row in lines:
+                where = f"{path}, line {number}"
                 if len(row) < 3:
-                    raise TextError(f"{path}, line {lines.line_num}: {len(row)} fields, expected {len(FIELDS)}")
-                where = f"{path}, line {lines.line_num}"
+                    raise TextError(f"{where}: {len(row)} fields, expected {len(FIELDS)}")
                 given, answer = (_one(game, text, f"{where}: {name}") for name, text in zip(FIELDS[1:], row[1:3]))
                 if (wrong := game.broken(given, answer)) is not None:
                     raise TextError(f"{where}: its answer is none: {wrong}")
                 rows.append((given, answer, int(row[3]) if len(row) > 3 and row[3].strip().isdigit() else 0))
-                if most is not None and len(rows) >= most:
-                    break
     except FileNotFoundError:
         raise TextError(f"{path}: no such file; expected a CSV of boards") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -119,6 +122,29 @@ def read_boards(path: Path, game: Game, most: int | None = None) -> Boards:
     return _stacked(rows)
 
 
+def _lines(path: Path, file: TextIO) -> Iterator[Line]:
+    """What stands below the header, but for empty lines, as at the end."""
+    lines = csv.reader(file)
+    header = next(lines, None)
+    if header is None or len(header) < 3 or header[1][:1].lower() != "q":
+        raise TextError(f"{path}: expected a CSV whose first line is {','.join(FIELDS)}")
+    for row in lines:
+        if row:
+            yield lines.line_num, row
+
+
+def _drawn(lines: Iterator[Line], count: int, seed: int) -> list[Line]:
+    """`count` of them, all as likely, in their order; no more than these are ever in memory (Vitter's algorithm R)."""
+    draw = random.Random(seed)
+    kept: list[Line] = []
+    for i, line in enumerate(lines):
+        if i < count:
+            kept.append(line)
+        elif (place := draw.randrange(i + 1)) < count:
+            kept[place] = line
+    return sorted(kept)
+
+
 def _one(game: Game, text: str, where: str) -> np.ndarray:
     found = game.read(text, where)
     if len(found) != 1:
@@ -126,13 +152,7 @@ def _one(game: Game, text: str, where: str) -> np.ndarray:
     return found[0]
 
 
-def check_disjoint(game: Game, train: Boards, test: Boards, where: str) -> None:
-    """Fail where a test board is a training board, or a symmetric form of one.
-
-    Raises:
-        TextError: names the first.
-    """
-    known = {game.invariant(given) for given in train.given}
-    for i, given in enumerate(test.given, 1):
-        if game.invariant(given) in known:
-            raise TextError(f"{where}: test board {i} may be a symmetric form of a training board; leave it out")
+def unlike(game: Game, boards: Boards, known: Boards) -> Boards:
+    """Those of `boards` that share no invariant with any of `known`: none of them is a symmetric form of one."""
+    invariants = {game.invariant(given) for given in known.given}
+    return boards.part(np.array([game.invariant(given) not in invariants for given in boards.given], bool))

@@ -17,7 +17,7 @@ from rmse_edge.info import BoardKind
 from rmse_edge.puzzles.game import Game
 from rmse_edge.puzzles.known import game_of
 from rmse_edge.puzzles.measures import THRESHOLDS, table_of_depths, table_of_thresholds
-from rmse_edge.puzzles.sets import Boards, check_disjoint, made, read_boards
+from rmse_edge.puzzles.sets import Boards, made, read_boards, unlike
 from rmse_edge.schema import check_fields
 
 from .recipe import Recipe
@@ -96,11 +96,12 @@ class BoardTask(Solving):
     held_out: Sized = 128  # of them, for validation
     test: Sized = 500
     seed: int = 0  # of the boards
-    data: str | None = None  # a folder with train.csv and test.csv, in place of boards made here; all of them are read
+    data: str | None = None  # a folder with train.csv and test.csv: as many are drawn from there, in place of made ones
     augment: bool = True  # every board that is offered is a random symmetric form of one
     puzzle_lr_scale: float = 1.0  # learning rate of the puzzle's own vectors beside the recipe's
 
     def __post_init__(self) -> None:
+        self.alike = 0  # test boards that are left out
         check_fields(self, ConfigError)
         try:
             self.game: Game = game_of(self.kind, self.size**2)
@@ -113,8 +114,12 @@ class BoardTask(Solving):
             except ArgumentError as error:
                 raise ConfigError(f"{'train' if error.name == 'count' else error.name}: {error.problem}") from None
         else:
-            boards, self.tested = (read_boards(Path(self.data) / name, self.game) for name in (TRAIN_FILE, TEST_FILE))
-            check_disjoint(self.game, boards, self.tested, self.data)
+            files = ((TRAIN_FILE, self.train), (TEST_FILE, self.test))
+            boards, tested = (read_boards(Path(self.data) / name, self.game, n, self.seed) for name, n in files)
+            self.tested = unlike(self.game, tested, boards)
+            self.alike = len(tested) - len(self.tested)
+            if not self.tested:
+                raise ConfigError(f"data: every test board of {self.data} is a symmetric form of a training board")
         require(self, "held_out", self.held_out < len(boards), f"fewer than the {len(boards)} training boards")
         self.held = boards.part(slice(0, self.held_out))
         self.boards = boards.part(slice(self.held_out, None))
@@ -147,6 +152,7 @@ class BoardTask(Solving):
         exact, cells, score = trajectories(model, self.tested)
         return {
             "boards": len(self.tested),
+            **({"left_out": self.alike} if self.alike else {}),
             "by_depth": table_of_depths(exact, cells),
             "by_threshold": table_of_thresholds(exact, score, (*THRESHOLDS, 1.0)),
         }

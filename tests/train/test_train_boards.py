@@ -61,6 +61,20 @@ def test_a_resumed_run_is_the_run_that_never_stopped(architecture: str, tmp_path
     assert not (whole / "tokenizer.json").exists()
 
 
+def test_boards_of_files_are_drawn(tmp_path: Path) -> None:
+    """As of a published set, which has millions; what may be a form of a training board is left out of the test."""
+    assert rmse_data(["sudoku", "--size", "4", "--count", "40", "--test", "10", "-o", str(tmp_path / "d")]) == 0
+    lines = {name: (tmp_path / "d" / name).read_text().splitlines() for name in ("train.csv", "test.csv")}
+    task = SudokuTask(size=4, train=24, held_out=4, test=8, data=str(tmp_path / "d"))
+    assert (len(task.boards), len(task.held), len(task.tested), task.alike) == (20, 4, 8, 0)
+    (tmp_path / "d" / "test.csv").write_text("\n".join([*lines["test.csv"], *lines["train.csv"][1:]]))
+    task = SudokuTask(size=4, train=40, held_out=4, test=50, data=str(tmp_path / "d"))
+    assert (len(task.tested), task.alike) == (10, 40)
+    (tmp_path / "d" / "test.csv").write_text("\n".join(lines["train.csv"]))
+    with pytest.raises(ConfigError, match=r"^data: every test board of .* is a symmetric form of a training board$"):
+        SudokuTask(size=4, train=40, held_out=4, test=50, data=str(tmp_path / "d"))
+
+
 def test_a_lone_recipe_is_welcome_where_it_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(recipe(steps=1).to_json())
     with pytest.raises(UserError, match=r"recipe\.json: is another recipe"):
