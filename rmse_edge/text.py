@@ -82,6 +82,10 @@ class Tokenizer:
         """All ids that stand for a token, added ones included."""
         return set(self._fast.get_vocab(with_added_tokens=True).values())
 
+    def same(self, other: Tokenizer) -> bool:
+        """Whether the other one makes the same tokens of every text."""
+        return self._fast.to_str() == other._fast.to_str()
+
     def fitting(self, vocab_size: int) -> Tokenizer:
         """Itself, if a model of so many tokens knows all of its own.
 
@@ -112,6 +116,16 @@ class Tokenizer:
             return ids
         added = self._fast.encode("").ids[:1] == ids[:1]  # otherwise the text itself has it twice
         return ids[1:] if added else ids
+
+    def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a text, (N,) int64, and behind which character each ends, (N,), 0 for one that stands for none.
+
+        Raises:
+            TextError: as `encode`.
+        """
+        self._encode(self._fast, text, special=True)  # for its message
+        found = self._fast.encode(text)
+        return np.array(found.ids, np.int64), np.array([end for _, end in found.offsets], np.int64)
 
     def encode_more(self, text: str) -> list[int]:
         """Token ids of `text` where it goes on from an earlier text: without what belongs to a text's beginning.

@@ -26,7 +26,7 @@ FLOORS = (
     ("rmse_edge",),  # `import rmse_edge` itself
     ("cli",),
     ("export",),
-    ("runtimes",),
+    ("runtimes", "probe"),
     ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
     ("arch",),
