@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.probes:
         check_sklearn()
     check_folder(args.output)
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     settings = Settings(args.blocks, args.epsilon, args.task or (), args.problems, args.probes, args.seed)
     with total_bar() as begin:
         found = measure(args.model, args.text, settings, args.judge, begin(1.0))
@@ -47,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     print(table(*iterations(found)))
     print()
     print(verdict_lines(found))
+    print()
+    print(exit_line(found))
     print(f"\n{args.output}: probe.json, probe.png, probe.html")
     return None
 
@@ -80,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, metavar="N", help="of problems, probes and resampling"
     )
+    parser.add_argument("-t", "--threads", type=positive_int, metavar="N", help="threads (default: all cores)")
     return parser.parse_args(argv)
 
 
@@ -93,6 +100,11 @@ def check_sklearn() -> None:
 def verdict_lines(found: dict[str, Any]) -> str:
     width = max(len(row["claim"]) for row in found["verdicts"])
     return "\n".join(f"{row['verdict']:<8} {row['claim']:<{width}}  {row['evidence']}" for row in found["verdicts"])
+
+
+def exit_line(found: dict[str, Any]) -> str:
+    rules = ", ".join(f"{name} {rule['saved']:.0%}" for name, rule in found["exits"]["rules"].items())
+    return f"{found['unit']}s saved at 1 % more loss than all of them, by what tokens stop by: {rules}"
 
 
 if __name__ == "__main__":

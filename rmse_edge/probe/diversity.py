@@ -67,5 +67,5 @@ def _give(tables: list[Tensor], kept: list[Tensor], loop: int, of: int) -> None:
 @torch.no_grad()
 def _loss(subject: Subject, blocks: np.ndarray) -> float:
     tokens = torch.from_numpy(blocks)
-    logits = subject.logits(subject.states(tokens[:, :-1])[-1]).float()
+    logits = subject.logits(subject.course(tokens[:, :-1])[0][-1]).float()
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))

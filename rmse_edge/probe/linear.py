@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from rmse_edge.errors import UserError
 
 from .labels import NONE
 
-TRAIN, TEST = 3000, 1500  # positions, at most
+TRAIN, TEST = 2000, 1000  # positions, at most
 FEWEST = 20  # positions of a class, below which it is left out
-ROUNDS = 200
+ROUNDS = 100
 
 
 def probed(
@@ -74,21 +75,26 @@ def _in_both(member: np.ndarray) -> bool:
 
 def _right(x: np.ndarray, y: np.ndarray, tested: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """(m,) bool: which tested rows a regression on (x, y) gets right."""
-    LogisticRegression, StandardScaler, make_pipeline, ConvergenceWarning = sklearn_parts()
+    LogisticRegression, StandardScaler, make_pipeline, ConvergenceWarning, threadpool_limits = sklearn_parts()
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=ROUNDS))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(torch.get_num_threads()):
         warnings.simplefilter(
             "ignore", ConvergenceWarning
         )  # so many rounds for all: what is not found by then counts as not found
         return probe.fit(x, y).predict(tested) == asked
 
 
-def sklearn_parts() -> tuple[Any, Any, Any, Any]:
+def sklearn_parts() -> tuple[Any, ...]:
+    """
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
+        from threadpoolctl import threadpool_limits  # which scikit-learn needs itself
     except ImportError:
         raise UserError("scikit-learn is not installed; install it with: pip install 'rmse-edge[probe]'") from None
-    return LogisticRegression, StandardScaler, make_pipeline, ConvergenceWarning
+    return LogisticRegression, StandardScaler, make_pipeline, ConvergenceWarning, threadpool_limits

@@ -75,6 +75,7 @@ def _panels(found: dict[str, Any]) -> list[tuple[str, Callable[[Any], None]]]:
         ("KL to the last prediction, nats", lines("kl_to_last")),
         ("change of the state", change),
         ("like the last, and settled", shares),
+        ("exits: loss by mean iterations", lambda axis: _exits(axis, found["exits"], unit)),
         ("tokens that settle, by tenth of difficulty", lambda axis: _tenths(axis, found["difficulty"], unit)),
     ]
     if found["probes"]:
@@ -92,6 +93,16 @@ def _tenths(axis: Any, found: dict[str, Any], unit: str) -> None:
     axis.plot(range(1, 11), found["settled_by_tenth"], "o-", ms=3)
     axis.set_xlabel(f"tenth of the tokens, from easy to hard ({Path(found['judge']).name})")
     axis.set_ylabel(f"mean {unit}")
+
+
+def _exits(axis: Any, found: dict[str, Any], unit: str) -> None:
+    axis.plot(range(1, len(found["fixed"]) + 1), found["fixed"], "ko-", ms=3, label="fixed depth")
+    for name, rule in found["rules"].items():
+        axis.plot([r["mean_iterations"] for r in rule["rows"]], [r["loss"] for r in rule["rows"]], lw=1, label=name)
+    low = min(found["fixed"])
+    axis.set_ylim(0.99 * low, 1.15 * low)
+    axis.set_xlabel(f"mean {unit}s")
+    axis.legend(fontsize=7)
 
 
 def _probes(axis: Any, found: dict[str, Any], at: list[int], unit: str) -> None:

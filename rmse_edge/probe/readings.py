@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .subjects import Subject, sparse_layers
 
 LARGEST, TEXTS = 1 << 28, 8  # bytes of logits, and texts, at once
+FIGURES = ("loss", "entropy", "kl", "kl_to_before", "lead", "likeliest", "change", "cosine")
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class Readings:
     loss: np.ndarray  # (K, n, T) nats, of the target
     entropy: np.ndarray  # (K, n, T) nats, of the prediction
     kl: np.ndarray  # (K, n, T) nats, KL(last iteration's prediction || this one's)
+    kl_to_before: np.ndarray  # (K, n, T) nats, KL(this prediction || that of the iteration before); NaN for the first
+    lead: np.ndarray  # (K, n, T) logit of the likeliest token over the next one's
     likeliest: np.ndarray  # (K, n, T) int64, token
     change: np.ndarray  # (K, n, T) |h_k - h_(k-1)| / |h_k|; NaN for the first, which has none before it
     cosine: np.ndarray  # (K, n, T) to the last iteration's state
-    overlap: (
-        np.ndarray | None
-    )  # (K, K) share of a token's experts in one iteration that it uses in another; None: no experts
+    # (K, n, T) the chance that the exit gate has stopped a token by then; None: the model has no gate
+    brake: np.ndarray | None
+    # (K, K) share of a token's experts in one iteration that it uses in another; None: it has no experts in its loop
+    overlap: np.ndarray | None
 
     @property
     def iterations(self) -> int:
@@ -60,15 +65,18 @@ def read(
     for first in range(0, len(blocks), batch):
         some = torch.from_numpy(blocks[first : first + batch])
         with used:
-            states = subject.states(some[:, :-1])
+            states, gates = subject.course(some[:, :-1])
         vectors = [subject.vectors(state).float() for state in states]
         parts.append(_measured(subject, states, vectors, some[:, 1:]))
+        if gates is not None:
+            parts[-1]["brake"] = (-torch.expm1(-softplus(gates).cumsum(0))).numpy()
         kept.append([v.numpy() for v in vectors] if keep is not None else [])
         progress(len(some))
     if keep is not None:
         keep += [np.concatenate(of_iteration) for of_iteration in zip(*kept)]
     arrays = {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
-    return Readings(blocks[:, :-1], blocks[:, 1:], **arrays, overlap=used.overlap())
+    brake = arrays.pop("brake", None)
+    return Readings(blocks[:, :-1], blocks[:, 1:], **arrays, brake=brake, overlap=used.overlap())
 
 
 @torch.no_grad()
@@ -76,9 +84,15 @@ def _measured(subject: Subject, states: list[Tensor], vectors: list[Tensor], tar
     """All but the experts, of one batch."""
     final = torch.log_softmax(subject.logits(states[-1]).float(), -1)
     certain = final.exp()
-    rows: dict[str, list[Tensor]] = {name: [] for name in ("loss", "entropy", "kl", "likeliest", "change", "cosine")}
+    rows: dict[str, list[Tensor]] = {name: [] for name in FIGURES}
+    past: Tensor | None = None
     for k, (state, h) in enumerate(zip(states, vectors)):
         log_p = torch.log_softmax(subject.logits(state).float(), -1)
+        two = log_p.topk(2, -1).values
+        rows["lead"].append(two[..., 0] - two[..., 1])
+        changed = torch.full_like(two[..., 0], torch.nan) if past is None else (log_p.exp() * (log_p - past)).sum(-1)
+        rows["kl_to_before"].append(changed.clamp_min(0))
+        past = log_p
         rows["loss"].append(-log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
         rows["entropy"].append(-(log_p.exp() * log_p).sum(-1))
         rows["kl"].append((certain * (final - log_p)).sum(-1).clamp_min(0))

@@ -15,13 +15,13 @@ from rmse_edge.errors import TextError
 from rmse_edge.progress import Report, Work, silent
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 
-from . import difficulty, diversity, labels, linear, solving, trace
+from . import difficulty, diversity, exits, labels, linear, solving, trace
 from .measures import EPSILON, Verdict, by_iteration, settled_at, settling, verdicts
 from .readings import Readings, read
 from .subjects import Layered, Subject, open_subject
 
 TRACED = 160  # tokens
-EXCHANGED = 2  # blocks on which codes are exchanged
+EXCHANGED = 1  # blocks on which codes are exchanged
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ def measure(
     ids, ends, text, first = _held_out(tokenizer, text_file)
     held = ids[first:]
     blocks, places = _spread(held, subject.length, settings.blocks)
-    classes = labels.of_characters(text) if settings.probes else {}
+    start = int(ends[first - 1])  # characters: who speaks in the last tenth may not have spoken before
+    classes = labels.of_characters(text[start:]) if settings.probes else {}
     tables = diversity.codes(subject.model)
-    loops = len(subject.states(torch.from_numpy(blocks[:1, :2])))
+    loops = len(subject.course(torch.from_numpy(blocks[:1, :2]))[0])
     work = Work(
         {
             "reading": float(len(blocks)),
@@ -78,6 +79,7 @@ def measure(
         "settled": settling(readings, settings.epsilon),
         "experts": None if readings.overlap is None else {"overlap": readings.overlap.tolist()},
     }
+    found["exits"] = exits.frontiers(readings)
     claims = verdicts(readings)
     work.start("judging", 1)
     found["difficulty"] = _judged(subject, tokenizer, judge, ids[:first], readings, settled, settings.seed)
@@ -87,7 +89,7 @@ def measure(
     note = work.start("probes", len(classes) * loops)
     found["probes"] = {}
     for name, of_characters in classes.items():
-        of_tokens = labels.of_tokens(of_characters, ends)[first:]
+        of_tokens = labels.of_tokens(of_characters, ends[first:] - start)
         of_blocks = np.stack([of_tokens[at : at + subject.length] for at in places])
         if (row := linear.probed(states, readings.tokens, of_blocks, settings.seed, lambda: note(1))) is not None:
             found["probes"][name] = row

@@ -25,8 +25,8 @@ class Subject(Protocol):
     vocab_size: int
     length: int  # positions of a text as it was trained on
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
-        """(B, T) int64 -> the state after every iteration, (B, T, n)."""
+    def course(self, tokens: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """(B, T) int64 -> the state after every iteration, (B, T, n), and the logits of the exit gate, (K, B, T); None: no gate."""
 
     def vectors(self, state: Tensor) -> Tensor:
         """Such a state -> what the head's weight is multiplied with: the state behind the last norm, (B, T, d)."""
@@ -49,13 +49,14 @@ class Looped:
         self.vocab_size, self.length = model.config.vocab_size, text_length(model)
 
     @torch.no_grad()
-    def states(self, tokens: Tensor) -> list[Tensor]:
-        found = self.reader.read(tokens).states
-        if len(found) < 2:
+    def course(self, tokens: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        found = self.reader.read(tokens)
+        if len(found.states) < 2:
             raise UserError(
                 f"model_type {self.model.config.model_type}: gives one state of a text; probing compares several loops"
             )
-        return found
+        gated = found.gates is not None and bool(torch.isfinite(found.gates).any())
+        return found.states, found.gates if gated else None
 
     @torch.no_grad()
     def vectors(self, state: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class Layered:
         self.vocab_size, self.length = model.config.vocab_size, model.config.block_size
 
     @torch.no_grad()
-    def states(self, tokens: Tensor) -> list[Tensor]:
+    def course(self, tokens: Tensor) -> tuple[list[Tensor], Tensor | None]:
         found: list[Tensor] = []
         handles = [layer.register_forward_hook(lambda _, __, out: found.append(out)) for layer in self.model.layers]
         try:
@@ -82,7 +83,7 @@ class Layered:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return found, None
 
     @torch.no_grad()
     def vectors(self, state: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def traced(subject: Subject, tokenizer: Tokenizer, ids: np.ndarray) -> list[dict
     their probabilities, the entropy, the loss, and how much the state moved.
     """
     readings = read(subject, ids[None])
-    states = subject.states(torch.from_numpy(ids[None, :-1]))
+    states, _ = subject.course(torch.from_numpy(ids[None, :-1]))
     best = [
         torch.softmax(subject.logits(state)[0].float(), -1).topk(min(GUESSES, subject.vocab_size)) for state in states
     ]

@@ -1,8 +1,8 @@
 """A standard pre-norm GPT of L separate layers: the yardstick a looped model is measured against.
 
-LayerNorm, multi-head attention, GELU MLP of 4 d, as in nanoGPT, with rotary positions instead of learned ones: those take
-more text to learn than the recipe gives, and the comparison is to be about the loop. Trained by the same recipe on the
-same blocks.
+LayerNorm, multi-head attention, GELU MLP of 4 d, as in nanoGPT (github.com/karpathy/nanoGPT, model.py). By default with rotary
+positions instead of learned ones: those take more text to learn than the recipe gives, and the comparison is to be about the
+loop. `positions` "learned" and `bias` give nanoGPT's published block. Trained by the same recipe on the same blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,12 +39,15 @@ class GPTConfig:
     n_layers: Count = 12
     block_size: Positions = 256
     dropout: Share = 0.1
+    positions: Literal["rotary", "learned"] = "rotary"
+    bias: bool = False  # of norms and linear layers, the head's aside
+    tied: bool = False  # the head is the embedding
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         if self.d_model % self.n_heads:
             raise ConfigError(f"n_heads: got {self.n_heads}, expected a divisor of d_model ({self.d_model})")
-        if self.d_model // self.n_heads % 2:
+        if self.positions == "rotary" and self.d_model // self.n_heads % 2:
             raise ConfigError(f"n_heads: got {self.n_heads}, expected heads of an even width (d_model {self.d_model})")
 
     def macs_per_token(self, context: float) -> int:
@@ -57,16 +61,18 @@ class Layer(nn.Module):
         super().__init__()
         d = config.d_model
         self.config = config
-        self.norm_1, self.norm_2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
-        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        self.norm_1, self.norm_2 = nn.LayerNorm(d, bias=config.bias), nn.LayerNorm(d, bias=config.bias)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=config.bias), nn.Linear(d, d, bias=config.bias)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=config.bias), nn.Linear(4 * d, d, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, count, d = x.shape
         qkv = self.qkv(self.norm_1(x)).view(batch, count, 3, self.config.n_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # (B, H, T, hd)
-        seen = F.scaled_dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, is_causal=True)
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.dropout(self.out(seen.transpose(1, 2).reshape(batch, count, d)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm_2(x)))))
 
@@ -79,24 +85,36 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        angles = rotary_angles(np.arange(config.block_size), config.d_model // config.n_heads, 10_000.0)
-        for name, table in zip(("cos", "sin"), angles):
-            self.register_buffer(name, torch.from_numpy(table), persistent=False)  # (T, hd / 2)
+        if config.positions == "learned":
+            self.places = nn.Embedding(config.block_size, config.d_model)
+        else:
+            angles = rotary_angles(np.arange(config.block_size), config.d_model // config.n_heads, 10_000.0)
+            for name, table in zip(("cos", "sin"), angles):
+                self.register_buffer(name, torch.from_numpy(table), persistent=False)  # (T, hd / 2)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.d_model, bias=False)
+        self.norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 into_stream = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layers) ** 0.5 if into_stream else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""
-        x = self.dropout(self.embed(tokens))
-        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        count = tokens.shape[1]
+        x, angles = self.embed(tokens), None
+        if self.config.positions == "learned":
+            x = x + self.places.weight[:count]
+        else:
+            angles = self.cos[:count], self.sin[:count]
+        x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, angles)
         return self.head(self.norm(x))
 
 
@@ -105,7 +123,10 @@ def save_gpt(model: GPT, folder: Path, dtype: torch.dtype = torch.bfloat16) -> N
     config = {"model_type": MODEL_TYPE} | dataclasses.asdict(model.config)
     with changed_folder(folder, CheckpointError) as scratch:
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}, scratch / "model.safetensors")
+        weights = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+        if model.config.tied:
+            del weights["head.weight"]
+        save_file(weights, scratch / "model.safetensors")
 
 
 def load_gpt(folder: Path) -> GPT:
@@ -120,6 +141,8 @@ def load_gpt(folder: Path) -> GPT:
             raise CheckpointError(f"{folder / 'config.json'}: not the configuration of a {MODEL_TYPE}")
         model = GPT(GPTConfig(**config))
         weights = load_file(folder / "model.safetensors")
+        if model.config.tied:
+            weights["head.weight"] = weights["embed.weight"]
         model.load_state_dict({k: v.float() for k, v in weights.items()})
     except CheckpointError:
         raise

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import UserError
 from rmse_edge.probe import difficulty, diversity
+from rmse_edge.probe.exits import frontiers, scores
 from rmse_edge.probe.measures import by_iteration, settled_at, settling, verdicts
 from rmse_edge.probe.readings import read
 from rmse_edge.probe.subjects import Layered, Looped
@@ -34,11 +35,11 @@ class Course:
         self.embedding = torch.randn(VOCABULARY, 8, generator=draw)
         self.head = torch.randn(VOCABULARY, 8, generator=draw)
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
+    def course(self, tokens: Tensor) -> tuple[list[Tensor], None]:
         x = self.embedding[tokens]
         a, b = x[..., :4], x[..., 4:]
         angles = torch.tensor(self.places)
-        return [torch.cat([a * c - b * s, a * s + b * c], -1) for c, s in zip(angles.cos(), angles.sin())]
+        return [torch.cat([a * c - b * s, a * s + b * c], -1) for c, s in zip(angles.cos(), angles.sin())], None
 
     def vectors(self, state: Tensor) -> Tensor:
         return state
@@ -97,14 +98,41 @@ def test_figures_are_what_their_names_say() -> None:
     """Against the formulas, from one token's logits."""
     subject, given = Course([0.0, 0.4, 0.9]), blocks(2, 3)
     readings = read(subject, given)
-    states = subject.states(torch.from_numpy(given[:, :-1]))
+    states, _ = subject.course(torch.from_numpy(given[:, :-1]))
     p = [torch.softmax(subject.logits(s).double(), -1)[1, 2].numpy() for s in states]
     for k in range(3):
         assert readings.loss[k, 1, 2] == pytest.approx(-np.log(p[k][given[1, 3]]), rel=1e-5)
         assert readings.entropy[k, 1, 2] == pytest.approx(-(p[k] * np.log(p[k])).sum(), rel=1e-5)
         assert readings.kl[k, 1, 2] == pytest.approx((p[2] * np.log(p[2] / p[k])).sum(), abs=1e-5)
         assert readings.likeliest[k, 1, 2] == p[k].argmax()
-    assert readings.overlap is None
+        logits = np.sort(subject.logits(states[k])[1, 2].numpy())
+        assert readings.lead[k, 1, 2] == pytest.approx(logits[-1] - logits[-2], rel=1e-4)
+        if k:
+            assert readings.kl_to_before[k, 1, 2] == pytest.approx((p[k] * np.log(p[k] / p[k - 1])).sum(), abs=1e-5)
+    assert readings.overlap is None and readings.brake is None and np.isnan(readings.kl_to_before[0]).all()
+
+
+def test_exits_are_those_of_the_rules() -> None:
+    """Ouro's brake is what its own exits compare; a threshold of the change gives the depths that the model's rule gives."""
+    model = lively_ouro(total_ut_steps=LOOPS)
+    readings = read(Looped(model), blocks(vocabulary=65))
+    found = frontiers(readings)
+    assert list(found["rules"]) == ["gate", "change", "entropy", "KL", "lead", "Prophet"]
+    assert found["fixed"] == pytest.approx(readings.loss.mean((1, 2)).tolist())
+    for name, score in scores(readings).items():
+        for row in found["rules"][name]["rows"]:
+            depth = [[next((k for k in range(LOOPS - 1) if score[k, i, t] >= row["threshold"]), LOOPS - 1)
+                      for t in range(16)] for i in range(6)]  # fmt: skip
+            picked = np.take_along_axis(readings.loss, np.array(depth)[None], 0)
+            assert row["loss"] == pytest.approx(picked.mean()) and row["mean_iterations"] == np.mean(depth) + 1
+        assert found["rules"][name]["rows"][-1]["mean_iterations"] > found["rules"][name]["rows"][0]["mean_iterations"]
+    assert readings.brake is not None
+    reader = Looped(model).reader
+    with torch.no_grad():
+        own = reader.read(torch.from_numpy(blocks(vocabulary=65)[:, :-1])).gates
+    assert own is not None
+    assert np.allclose(readings.brake, 1 - torch.sigmoid(-own).cumprod(0).numpy(), atol=1e-6)
+    assert np.isneginf(scores(readings)["change"][0]).all()
 
 
 def test_settled_is_where_the_next_change_is_small() -> None:
@@ -117,7 +145,7 @@ def test_layers_of_a_gpt_are_read_through_its_last_norm() -> None:
     model = GPT(GPTConfig(vocab_size=VOCABULARY, d_model=16, n_heads=2, n_layers=3, block_size=16)).eval()
     subject = Layered(model)
     tokens = torch.from_numpy(blocks()[:, :-1])
-    states = subject.states(tokens)
+    states, _ = subject.course(tokens)
     with torch.no_grad():
         assert torch.allclose(subject.logits(states[-1]), model(tokens), atol=1e-6)
     assert len(states) == 3
