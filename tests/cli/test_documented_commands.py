@@ -202,6 +202,9 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/offload/placement.py exits.npz full.npz": [],
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -o probe": ["--blocks", "2"],
     "rmse-data problems --text shakespeare.txt -o problems.txt": [],
+    "rmse-probe models/ouro-shakespeare --text shakespeare.txt -t 1 -o probe-ouro": [
+        "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1",
+    ],
 }  # fmt: skip
 
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.
@@ -308,6 +311,7 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/offload/pressure.py wide.rmse --text shakespeare.txt": "a gigabyte, for half an hour; tests/runtimes/test_offload.py runs what it runs",
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
     "rmse-train --text problems.txt --recipe models/ouro-shakespeare/recipe.json -o runs/mixed": TRAINS,
+    "rmse-probe models/rmse-shakespeare --text shakespeare.txt -t 1 -o probe-rmse": "runs above, for fewer texts",
     "rmse-probe runs/mixed --text problems.txt --task hops --task addition --task brackets -o probe": "tests/probe/test_probe_cli.py",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
