@@ -1,10 +1,10 @@
 // runtimes/native/offload alone, without ExecuTorch. test_offload.py compiles and starts it:
 //
-//   native_offload read FILE EXPERTS BUDGET CALLS NEEDED ACCESS [shrink|touch|wait]
+//   native_offload read FILE EXPERTS BUDGET CALLS NEEDED READERS [shrink|touch|wait]
 //
-// (ACCESS: read, map, or ahead, which is map with a thread that reads ahead) calls for NEEDED random experts at a time, checks every byte of what it is given, and prints figures as JSON. Byte i of expert e in
-// piece p, of which the file holds one after the other, is 131 e + 31 p + 7 i, modulo 256. `shrink` and `touch` do that to the file
-// half way; `wait` says "ready" then, and goes on when it reads a line.
+// calls for NEEDED random experts at a time, with READERS threads, checks every byte of what it is given, and prints figures as JSON.
+// Byte i of expert e in piece p, of which the file holds one after the other, is 131 e + 31 p + 7 i, modulo 256. `shrink` and `touch`
+// do that to the file half way; `wait` says "ready" then, and goes on when it reads a line.
 //
 //   native_offload memory ROOT        what is free, of a tree of system files
 //   native_offload budget TEXT TOTAL  bytes of a budget
@@ -21,7 +21,7 @@
 #include "offload/budget.h"
 #include "offload/expert_cache.h"
 #include "offload/expert_file.h"
-#include "offload/expert_store.h"
+#include "offload/expert_slots.h"
 #include "offload/forecast.h"
 
 namespace rmse {
@@ -44,7 +44,7 @@ bool right(const ExpertCache::Given& given) {
 }
 
 int read(const std::string& path, int64_t experts, const std::string& budget, int64_t calls, int64_t needed,
-         const std::string& access, const std::string& event) {
+         int64_t readers, const std::string& event) {
   ExpertFile file(path);
   ExpertLayer layer;
   layer.experts = experts;
@@ -53,11 +53,8 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
     layer.pieces[p] = {offset, kSizes[p]};
     offset += experts * static_cast<int64_t>(kSizes[p]);
   }
-  const auto store = open_store(file, {layer}, access == "read" ? ExpertAccess::kRead : ExpertAccess::kMap);
-  if (store->maps() != (access != "read")) throw std::runtime_error("the system cannot map experts");
-  const auto slot = static_cast<int64_t>(store->slot_bytes());
-  const int64_t bytes = ExpertBudget::parse(budget).bytes(experts * slot);
-  ExpertCache cache(*store, file, {layer}, bytes, access == "ahead" ? 1 : 0);
+  const int64_t bytes = ExpertBudget::parse(budget).bytes(experts * static_cast<int64_t>(layer.bytes()));
+  ExpertCache cache(file, {layer}, bytes, readers);
   std::mt19937 random(1);
   int64_t most = 0;
   for (int64_t call = 0; call < calls; ++call) {
@@ -77,7 +74,7 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
     cache.want(0, call % 3, wanted);
     std::vector<int64_t> guess;
     for (int i = 0; i < 5; ++i) guess.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(experts)));
-    cache.expect(0, guess);
+    cache.expect(guess);
     std::vector<int64_t> found;
     for (auto given = cache.next(); !given.empty(); given = cache.next()) {
       for (const ExpertCache::Given& one : given) {
@@ -86,7 +83,6 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
       }
       most = std::max(most, cache.resident_bytes());
     }
-    cache.still_right();
     if (const std::string problem = cache.problem(); !problem.empty()) throw std::runtime_error(problem);
     std::sort(found.begin(), found.end());
     if (found != wanted) throw std::runtime_error("was given other experts than it wanted");
@@ -95,10 +91,10 @@ int read(const std::string& path, int64_t experts, const std::string& budget, in
   int64_t hits = 0, all = 0;
   for (const ExpertFigures::Loop& loop : f.loops) hits += loop.found, all += loop.wanted;
   std::printf("{\"budget\": %lld, \"most\": %lld, \"wanted\": %lld, \"found\": %lld, \"read\": %lld, \"ahead\": %lld, "
-              "\"used\": %lld, \"wasted\": %lld, \"slot\": %lld}\n",
+              "\"used\": %lld, \"wasted\": %lld}\n",
               static_cast<long long>(bytes), static_cast<long long>(most), static_cast<long long>(all),
               static_cast<long long>(hits), static_cast<long long>(f.bytes_read), static_cast<long long>(f.read_ahead),
-              static_cast<long long>(f.used), static_cast<long long>(f.wasted), static_cast<long long>(slot));
+              static_cast<long long>(f.used), static_cast<long long>(f.wasted));
   return 0;
 }
 
@@ -134,7 +130,7 @@ int main(int argc, char** argv) {
   try {
     if (words.at(0) == "read") {
       return rmse::read(words.at(1), std::stoll(words.at(2)), words.at(3), std::stoll(words.at(4)), std::stoll(words.at(5)),
-                        words.at(6), words.size() > 7 ? words[7] : "");
+                        std::stoll(words.at(6)), words.size() > 7 ? words[7] : "");
     }
     if (words[0] == "memory") {
       std::cout << rmse::available_memory(words.at(1)).value_or(-1) << "\n";

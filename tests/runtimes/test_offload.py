@@ -25,27 +25,14 @@ pytestmark = [pytest.mark.native, pytest.mark.slow]
 LIMIT = ROOT / "docs" / "experiments" / "offload" / "limit.py"
 SIZES = (20000, 2560, 10000, 1280)  # of the pieces of an expert; native_offload.cpp says what is in them
 BYTES = 33920  # of an expert: each piece begins at a multiple of 64
-PAGES = 14 * 4096  # that its pieces may lie on
-SLOT = {"read": BYTES, "map": PAGES, "ahead": PAGES}  # by how experts come into memory; native_offload.cpp says how
 EXPERTS = 2000  # 67 MB
-WAYS = [
-    "read",
-    *(
-        pytest.param(
-            way,
-            marks=pytest.mark.skipif(
-                sys.platform != "linux" or os.sysconf("SC_PAGESIZE") != 4096, reason="needs Linux, and its usual pages"
-            ),
-        )
-        for way in ("map", "ahead")
-    ),
-]
+AT_ONCE = (256 << 10) // BYTES  # neighbours that are read in one go
 
-
-# A disk that fails reads number FAIL_FROM to FAIL_FROM + FAIL_COUNT - 1.
-FAILING = """
+# A disk that fails reads number FAIL_FROM to FAIL_FROM + FAIL_COUNT - 1, and says at last how many it was asked for.
+DISK = """
 #include <dlfcn.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/uio.h>
 static int calls = 0;
@@ -54,6 +41,7 @@ extern "C" ssize_t preadv(int file, const struct iovec* to, int count, off_t off
   if (call >= 0 && call < atoi(getenv("FAIL_COUNT"))) return errno = EIO, -1;
   return ((ssize_t(*)(int, const struct iovec*, int, off_t))dlsym(RTLD_NEXT, "preadv"))(file, to, count, offset);
 }
+__attribute__((destructor)) static void say() { fprintf(stderr, "%d reads\\n", calls); }
 """
 
 
@@ -67,7 +55,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("offload") / "native_offload"
     parts = [
         NATIVE / "offload" / f"{name}.cpp"
-        for name in ("budget", "expert_cache", "expert_file", "expert_store", "forecast")
+        for name in ("budget", "expert_cache", "expert_file", "expert_slots", "forecast")
     ]
     parts.append(NATIVE / "core" / "opened_file.cpp")
     command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", f"-I{NATIVE}", "-pthread"]
@@ -92,9 +80,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(
-    program: Path, path: Path, way: str, budget: str, calls: int, needed: int, *before: str | Path
+    program: Path, path: Path, readers: int, budget: str, calls: int, needed: int, *before: str | Path
 ) -> dict[str, Any]:
-    command = [*before, program, "read", path, EXPERTS, budget, calls, needed, way]
+    command = [*before, program, "read", path, EXPERTS, budget, calls, needed, readers]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     if before and done.returncode == 77:
         pytest.skip(done.stderr.strip())
@@ -104,21 +92,19 @@ def read(
 
 @pytest.mark.parametrize("needed", [10, 120])
 @pytest.mark.parametrize("slots", [1, 3, 64, EXPERTS])
-@pytest.mark.parametrize("way", WAYS)
-def test_experts_are_those_of_the_file(program: Path, stored: Path, way: str, slots: int, needed: int) -> None:
+@pytest.mark.parametrize("readers", [1, 2])
+def test_experts_are_those_of_the_file(program: Path, stored: Path, readers: int, slots: int, needed: int) -> None:
     """Of calls that need fewer than fit, and more; in memory there is never more than the budget."""
-    found = read(program, stored, way, str(slots * SLOT[way]), 60, needed)
-    assert found["wanted"] == 60 * needed and 0 < found["most"] <= found["budget"] == slots * SLOT[way]
+    found = read(program, stored, readers, str(slots * BYTES), 60, needed)
+    assert found["wanted"] == 60 * needed and 0 < found["most"] <= found["budget"] == slots * BYTES
     # What was guessed and still being read when it was needed was not found, and is read once all the same.
     reads = found["wanted"] - found["found"] + found["ahead"]
     assert (reads - found["used"]) * BYTES <= found["read"] <= reads * BYTES
     if slots == EXPERTS:
         assert found["wasted"] == 0
     if slots > needed:
-        assert found["found"] > 0
-    if slots > needed and way != "map":
-        assert found["ahead"] >= found["used"] + found["wasted"] > 0
-    else:  # no room for guesses, or nobody who reads them
+        assert found["found"] > 0 and found["ahead"] >= found["used"] + found["wasted"] > 0
+    else:  # no room for guesses
         assert found["ahead"] == 0
 
 
@@ -129,7 +115,7 @@ def test_experts_of_four_times_the_memory(program: Path, stored: Path, cached: b
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED if cached else os.POSIX_FADV_DONTNEED)
     os.close(file)
-    found = read(program, stored, "read", "8M", 40, 100, sys.executable, LIMIT, "16M")
+    found = read(program, stored, 2, "8M", 40, 100, sys.executable, LIMIT, "16M")
     assert found["wanted"] == 4000 and found["most"] <= 8 << 20
     assert EXPERTS * BYTES > 4 * (16 << 20) * 0.95
 
@@ -192,12 +178,11 @@ def test_what_is_free(program: Path, tmp_path: Path, files: dict[str, str], free
 
 
 @pytest.mark.parametrize("event", ["shrink", "touch"])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_file_that_changes(program: Path, tmp_path: Path, way: str, event: str) -> None:
+def test_a_file_that_changes(program: Path, tmp_path: Path, event: str) -> None:
     """While it is read from: one line, and nothing that was read is used."""
     path = tmp_path / "experts"
     write_experts(path, EXPERTS)
-    command = [program, "read", path, str(EXPERTS), "64K", "40", "10", way, event]
+    command = [program, "read", path, str(EXPERTS), "64K", "40", "10", "1", event]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"{path}: was written to while it was in use; export the package again\n"
@@ -206,37 +191,54 @@ def test_a_file_that_changes(program: Path, tmp_path: Path, way: str, event: str
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that no byte can be read of")
 def test_a_file_that_cannot_be_read(program: Path) -> None:
     done = subprocess.run(
-        [program, "read", "/proc/self/mem", "9", "100%", "1", "2", "read"], capture_output=True, text=True, timeout=60
+        [program, "read", "/proc/self/mem", "9", "100%", "1", "2", "1"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "/proc/self/mem: its experts cannot be read (Input/output error)\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a loader that takes a library before others")
-def test_a_read_that_fails(program: Path, stored: Path, tmp_path: Path) -> None:
-    """Once: it is read again. Again and again: one line."""
-    source, shim = tmp_path / "failing.c", tmp_path / "failing.so"
-    source.write_text(FAILING)
-    done = subprocess.run(["g++", "-x", "c++", "-shared", "-fPIC", source, "-o", shim, "-ldl"], capture_output=True)
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DISK, to be loaded before other libraries."""
+    if sys.platform != "linux":
+        pytest.skip("needs a loader that takes a library before others")
+    source = tmp_path_factory.mktemp("disk") / "disk.cpp"
+    source.write_text(DISK)
+    library = source.with_suffix(".so")
+    done = subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library, "-ldl"], capture_output=True)
     assert done.returncode == 0, done.stderr
-    command = [str(word) for word in (program, "read", stored, EXPERTS, "1M", 40, 10, "read")]
-    for count, code in (("1", 0), ("1000", 2)):
-        own = {**os.environ, "LD_PRELOAD": str(shim), "FAIL_FROM": "100", "FAIL_COUNT": count}
-        failed = subprocess.run(command, capture_output=True, text=True, timeout=120, env=own)
-        assert failed.returncode == code
-        if code == 0:
-            assert json.loads(failed.stdout)["wanted"] == 400 and failed.stderr == ""
-        else:
-            assert failed.stderr == f"{stored}: its experts cannot be read (Input/output error)\n"
-            assert failed.stdout == ""
+    return library
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_file_that_is_replaced_or_gone(program: Path, tmp_path: Path, way: str) -> None:
+def from_disk(
+    disk: Path, fail_count: int, program: Path, path: Path, budget: str, calls: int, needed: int
+) -> subprocess.CompletedProcess[str]:
+    command = [str(word) for word in (program, "read", path, EXPERTS, budget, calls, needed, 2)]
+    own = {**os.environ, "LD_PRELOAD": str(disk), "FAIL_FROM": "100", "FAIL_COUNT": str(fail_count)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=own)
+
+
+def test_a_read_that_fails(program: Path, stored: Path, disk: Path) -> None:
+    """Once: it is read again. Again and again: one line."""
+    done = from_disk(disk, 1, program, stored, "1M", 40, 10)
+    assert done.returncode == 0 and json.loads(done.stdout)["wanted"] == 400
+    failed = from_disk(disk, 1000, program, stored, "1M", 40, 10)
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.startswith(f"{stored}: its experts cannot be read (Input/output error)\n")
+    assert len(failed.stderr.splitlines()) == 2  # the other one is the disk's
+
+
+def test_neighbours_are_read_in_one_go(program: Path, stored: Path, disk: Path) -> None:
+    done = from_disk(disk, 0, program, stored, "100%", 1, EXPERTS)
+    assert done.returncode == 0 and json.loads(done.stdout)["wanted"] == EXPERTS
+    assert done.stderr == f"{len(SIZES) * -(-EXPERTS // AT_ONCE)} reads\n"
+
+
+def test_a_file_that_is_replaced_or_gone(program: Path, tmp_path: Path) -> None:
     """What was opened stays what it was; another process that reads it may be killed."""
     path = tmp_path / "experts"
     write_experts(path, EXPERTS)
-    command = [str(word) for word in (program, "read", path, EXPERTS, "512K", 40, 10, way, "wait")]
+    command = [str(word) for word in (program, "read", path, EXPERTS, "512K", 40, 10, 2, "wait")]
     both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -264,9 +266,9 @@ WIDE = 400 << 20  # bytes of experts of a package that is run under a quarter of
 BUDGETS = ("least", "30%", "60%", "100%")
 
 
-def least(runner: Runner, way: str = "read") -> str:
+def least(runner: Runner) -> str:
     """The smallest budget that works, as the refusal of a smaller one names it."""
-    line = runner.refusal("--prompt-tokens", "1", "--expert-ram", "1", "--expert-io", way)
+    line = runner.refusal("--prompt-tokens", "1", "--expert-ram", "1")
     return line.rsplit(" ", 1)[1].strip()
 
 
@@ -276,15 +278,12 @@ def test_logits_and_depths_are_those_without_a_budget(int4: Runner, tmp_path: Pa
     """To the bit, in calls of 1 and of 64 rows."""
     tokens = random_tokens(sum(PARTS), 3, FEW)
     flags = ("--parts", ",".join(map(str, PARTS)), "-t", threads)
-    ways = ("map", "read") if sys.platform == "linux" else ("read",)
     expected, depth = int4.feed(tokens, tmp_path / "logits", *flags)
     assert len(set(depth)) > 1
     for budget in BUDGETS:
-        for way in ways:
-            given = least(int4, way) if budget == "least" else budget
-            bounded = ("--expert-ram", given, "--expert-io", way)
-            found, own = int4.feed(tokens, tmp_path / "logits", *flags, *bounded)
-            assert np.array_equal(found, expected) and np.array_equal(own, depth)
+        bounded = ("--expert-ram", least(int4) if budget == "least" else budget)
+        found, own = int4.feed(tokens, tmp_path / "logits", *flags, *bounded)
+        assert np.array_equal(found, expected) and np.array_equal(own, depth)
 
 
 @pytest.mark.executorch
@@ -323,7 +322,6 @@ def test_what_is_no_budget(int4: Runner, fp32: Runner, executorch_int4: Path) ->
     assert "a percentage of the experts" in int4.refusal(*tokens, "--expert-ram", "much")
     assert "no quantised experts" in fp32.refusal(*tokens, "--expert-ram", "50%")
     assert "needs --expert-ram" in int4.refusal(*tokens, "--stats")
-    assert "needs --expert-ram" in int4.refusal(*tokens, "--expert-io", "map")
     with pytest.raises(ArgumentError, match=r"^expert_ram: .* the smallest budget that works is") as refused:
         open_runtime(executorch_int4, expert_ram="1")
     assert_one_line(str(refused.value))
@@ -438,11 +436,7 @@ def test_wider_experts_say_the_same(int4: Runner, runner: Path, executorch_int4:
 
 
 @pytest.mark.executorch
-@pytest.mark.parametrize(
-    "flags",
-    [(), *(("--expert-ram", "30%", "--expert-io", way) for way in ("map", "read"))],
-    ids=["mapped", "budget-map", "budget-read"],
-)
+@pytest.mark.parametrize("flags", [(), ("--expert-ram", "30%")], ids=["mapped", "budget"])
 def test_a_program_that_becomes_shorter_under_a_runner(
     runner: Path, executorch_int4: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:

@@ -42,9 +42,7 @@ HEAD = (
 
 @dataclass
 class Row:
-    name: str
-    budget: str | None  # of --expert-ram
-    way: str  # of --expert-io; empty: as it suits
+    budget: str | None  # of --expert-ram; None: mapped
     limit: str | None  # of all memory
     threads: int
     full: bool  # no exits
@@ -57,7 +55,6 @@ class Row:
         words = [str(runner), str(package), "--prompt-tokens", prompt, "--temperature", "0", "--ignore-eos"]
         words += ["-t", str(self.threads), "-o", "json", *(["--exit-threshold", "1"] if self.full else [])]
         words += ["--expert-ram", self.budget] if self.budget else []
-        words += ["--expert-io", self.way] if self.budget and self.way else []
         _, little = self._run([*words, "-n", "1"])
         said, much = self._run([*words, "-n", str(count)])
         if not self.failed:
@@ -91,13 +88,9 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     found = []
     for full in (True, False) if args.exits else (True,):
         for threads in args.threads:
-            found.append(Row("mapped", None, "", None, threads, full))
-            found += [Row("budget", b, way, None, threads, full) for b in args.budgets for way in args.ways]
+            found += [Row(budget, None, threads, full) for budget in (None, *args.budgets)]
             if args.limit:
-                found.append(Row("mapped", None, "", args.limit, threads, full))
-                found += [
-                    Row("budget", b, way, args.limit, threads, full) for b in args.limited_budgets for way in args.ways
-                ]
+                found += [Row(budget, args.limit, threads, full) for budget in (None, *args.limited_budgets)]
     return found
 
 
@@ -131,7 +124,6 @@ def main() -> None:
     parser.add_argument("--limit", default="300M", help="of all memory; empty: no rows under a limit")
     parser.add_argument("--budgets", type=lambda text: text.split(","), default=["75%", "50%", "25%"])
     parser.add_argument("--limited-budgets", type=lambda text: text.split(","), default=["200M", "100M"])
-    parser.add_argument("--ways", type=lambda text: text.split(","), default=[""], help="of --expert-io, side by side")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--exits", action="store_true", help="also with the model's own exits")
     args = parser.parse_args()
@@ -154,7 +146,7 @@ def main() -> None:
         base = next(
             r for r in rows if r.limit is None and not r.budget and (r.threads, r.full) == (row.threads, row.full)
         )
-        what = f"{row.budget} in memory" + (f", {row.way}" if row.way else "") if row.budget else "mapped"
+        what = f"{row.budget} in memory" if row.budget else "mapped"
         head = f"| {what} | {row.limit or ''} | {row.threads} | {'all' if row.full else 'exits'} | "
         if row.failed or not row.documents:
             print(head + f"{row.failed} |" + " |" * (len(HEAD) - 5))

@@ -125,8 +125,6 @@ std::vector<Flag> common_flags(Options& o) {
        [&](const std::string& v) { o.packed_weights = v; }},
       {"--expert-ram", "", "SIZE|N%|auto", "keep so much of the experts in memory, read the others when they are needed",
        [&](const std::string& v) { o.expert_ram = ExpertBudget::parse(v); }},
-      {"--expert-io", "", "map|read", "with --expert-ram: on mapped pages of the file, or copied from it (as it suits their size)",
-       [&](const std::string& v) { choose(o.expert_io, v, "map", "read"); }},
       {"--help", "-h", "", "show this", [&](const std::string&) { o.help = true; }},
   };
   flags.insert(flags.end(), others.begin(), others.end());
@@ -237,10 +235,6 @@ Options Options::parse(int argc, const char* const* argv) {
     }
   }
   if (options.package.empty() && !options.help) fail("missing PACKAGE");
-  if (!options.expert_io.empty()) {
-    if (!options.expert_ram) fail("--expert-io: needs --expert-ram");
-    options.expert_ram->access = options.expert_io == "map" ? ExpertAccess::kMap : ExpertAccess::kRead;
-  }
   return options;
 }
 

@@ -21,7 +21,6 @@ struct Options {
   std::string output;   // text, md or json
   std::string packed_weights;
   std::optional<ExpertBudget> expert_ram;  // none: experts are read where the system has mapped them
-  std::string expert_io;                   // map, read; empty: as it suits their size
   std::vector<int64_t> prompt_tokens;
   std::optional<int64_t> max_loops, min_loops;
   std::map<std::string, double> exits;  // thresholds of exit rules, by their dials

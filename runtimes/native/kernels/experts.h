@@ -52,8 +52,6 @@ class ExpertSource {
   virtual void want(std::span<const int64_t> experts) = 0;
   // Some of these that were not given yet, in memory until the next call of this; none: all were given, or one cannot be had.
   virtual std::span<const ExpertAt> next() = 0;
-  // Asked when all were computed: whether they were what they should be.
-  virtual bool still_right() = 0;
 };
 
 // x (rows, d) -> out (rows, d): for every active row the softmax-weighted sum of the `top_k` experts with the largest

@@ -103,7 +103,7 @@ void take_groups(const fs::path& root, std::optional<int64_t>& least) {
 }  // namespace
 
 ExpertBudget ExpertBudget::parse(const std::string& text) {
-  if (text == "auto") return {Kind::kAuto, 0, {}};
+  if (text == "auto") return {Kind::kAuto, 0};
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   std::string unit(end, text.data() + text.size());
@@ -111,7 +111,7 @@ ExpertBudget ExpertBudget::parse(const std::string& text) {
   if (error != std::errc() || !std::isfinite(value) || value <= 0) refuse();
   if (unit == "%") {
     if (value > 100) throw std::invalid_argument("got '" + text + "', expected at most 100%");
-    return {Kind::kPercent, value, {}};
+    return {Kind::kPercent, value};
   }
   for (const char* ending : {"iB", "B"}) {
     if (unit.ends_with(ending)) {
@@ -123,7 +123,7 @@ ExpertBudget ExpertBudget::parse(const std::string& text) {
   if (unit.size() > 1 || (!unit.empty() && power == 0)) refuse();
   value *= std::pow(1024.0, static_cast<double>(power));
   if (value > 0x1p62) refuse();
-  return {Kind::kBytes, value, {}};
+  return {Kind::kBytes, value};
 }
 
 int64_t ExpertBudget::bytes(int64_t total) const {

@@ -7,14 +7,10 @@
 
 namespace rmse {
 
-// How experts come into memory.
-enum class ExpertAccess { kAuto, kMap, kRead };
-
 struct ExpertBudget {
   enum class Kind { kBytes, kPercent, kAuto };
   Kind kind = Kind::kAuto;
   double value = 0;  // bytes, or percent of all experts
-  ExpertAccess access = ExpertAccess::kAuto;
 
   // "300M" (of 1024 x 1024 bytes; also K, G, T, with B or iB behind them), "25%", "auto". Throws std::invalid_argument: what was
   // expected.

@@ -11,24 +11,20 @@ using Clock = std::chrono::steady_clock;
 constexpr int64_t kFewest = 4;  // experts that are worth computing side by side
 // Neighbours are copied in one go up to here: of more, a second thread had better begin with the rest.
 constexpr size_t kMostBytes = 256 << 10;
-// Where one expert had to be waited for, the next ones will: so many are taken to be on the disk, too.
-constexpr int64_t kOthers = 64;
-constexpr int64_t kLeaving = 16;  // of so many experts one leaves when others leave
 
 }  // namespace
 
-ExpertCache::ExpertCache(ExpertStore& store, const ExpertFile& file, std::vector<ExpertLayer> layers, int64_t budget, int64_t spare)
-    : store_(store), maps_(store.maps()), file_(file), layers_(std::move(layers)), firsts_{0}, slow_(kOthers) {
-  for (const ExpertLayer& layer : layers_) firsts_.push_back(firsts_.back() + layer.experts);
-  experts_.resize(firsts_.back());
-  const int64_t count = std::min(budget / static_cast<int64_t>(store_.slot_bytes()), firsts_.back());
-  store_.reserve(count);
-  slots_.resize(count);
-  for (int32_t slot = static_cast<int32_t>(count) - 1; slot >= 0; --slot) free_.push_back(slot);
-  // Who copies is worth a thread always, two where as many processors are left over; who maps takes less time than another
-  // processor would lose by it.
-  const int64_t count_readers = maps_ ? std::clamp<int64_t>(spare, 0, 1) : std::clamp<int64_t>(spare, 1, 2);
-  for (int64_t i = 0; i < count_readers; ++i) readers_.emplace_back([this] { run_reader(); });
+ExpertCache::ExpertCache(const ExpertFile& file, std::vector<ExpertLayer> layers, int64_t budget, int64_t spare)
+    : file_(file), memory_(file, layers, budget), layers_(std::move(layers)), slots_(memory_.count()) {
+  int64_t experts = 0;
+  for (const ExpertLayer& layer : layers_) {
+    firsts_.push_back(experts);
+    experts += layer.experts;
+  }
+  experts_.resize(experts);
+  for (int32_t slot = 0; slot < std::ssize(slots_); ++slot) slots_[slot].place = idle_.insert(idle_.end(), slot);
+  // One is worth its copying in any case, two where as many processors are left over.
+  for (int64_t i = 0; i < std::clamp<int64_t>(spare, 1, 2); ++i) readers_.emplace_back([this] { run_reader(); });
 }
 
 ExpertCache::~ExpertCache() {
@@ -40,129 +36,70 @@ ExpertCache::~ExpertCache() {
   for (std::thread& reader : readers_) reader.join();
 }
 
+int64_t ExpertCache::bytes() const { return memory_.count() * static_cast<int64_t>(memory_.bytes()); }
+
 int64_t ExpertCache::resident_bytes() const {
   const std::lock_guard lock(mutex_);
-  return static_cast<int64_t>((slots_.size() - free_.size()) * store_.slot_bytes());
+  return std::ranges::count_if(slots_, [](const Slot& slot) { return slot.expert >= 0; }) * static_cast<int64_t>(memory_.bytes());
 }
 
 // ------------------------------------------------------------------------------------------------------- the slots
 
-void ExpertCache::append(int32_t slot) {
-  Slot& own = slots_[slot];
-  own.before = newest_;
-  own.behind = kNone;
-  own.listed = true;
-  (newest_ == kNone ? oldest_ : slots_[newest_].behind) = slot;
-  newest_ = slot;
+void ExpertCache::use(Expert& expert) {
+  busy_.splice(busy_.end(), idle_, slots_[expert.slot].place);
+  expert.state = State::kInUse;
 }
 
-void ExpertCache::unlist(int32_t slot) {
-  Slot& own = slots_[slot];
-  if (!own.listed) return;
-  (own.before == kNone ? oldest_ : slots_[own.before].behind) = own.behind;
-  (own.behind == kNone ? newest_ : slots_[own.behind].before) = own.before;
-  own.listed = false;
+void ExpertCache::rest(Expert& expert) {
+  idle_.splice(idle_.end(), busy_, slots_[expert.slot].place);
+  expert.state = State::kIdle;
 }
 
-int32_t ExpertCache::take_slot(std::vector<StoredExpert>& gone) {
-  // Mapped experts leave several at once, which costs the processors what one costs (`ExpertFile::drop`).
-  const int64_t most = maps_ ? std::max<int64_t>(1, slots() / kLeaving) : 1;
-  for (int64_t i = 0; free_.empty() || (i > 0 && i < most); ++i) {
-    if (oldest_ == kNone) break;
-    const int32_t slot = oldest_;
-    unlist(slot);
-    Expert& expert = experts_[slots_[slot].expert];
-    gone.push_back(stored(slots_[slot].expert));
-    slots_[slot].expert = -1;
-    free_.push_back(slot);
-    figures_.wasted += expert.ahead;
-    expert = {};
+int32_t ExpertCache::take_slot() {
+  const int32_t slot = idle_.front();
+  busy_.splice(busy_.end(), idle_, idle_.begin());
+  if (const int64_t gone = slots_[slot].expert; gone >= 0) {
+    figures_.wasted += experts_[gone].ahead;
+    experts_[gone] = {};
   }
-  if (free_.empty()) return kNone;
-  const int32_t slot = free_.back();
-  free_.pop_back();
   return slot;
-}
-
-// Not all at once: what is computed makes room for what is read meanwhile.
-int64_t ExpertCache::most_given() const { return std::max(kFewest, slots() / 4); }
-
-size_t ExpertCache::layer_of(int64_t expert) const {
-  return std::upper_bound(firsts_.begin(), firsts_.end(), expert) - firsts_.begin() - 1;
-}
-
-StoredExpert ExpertCache::stored(int64_t expert) const {
-  const size_t layer = layer_of(expert);
-  return {&layers_[layer], expert - firsts_[layer]};
-}
-
-// Neighbours, for who copies; what is mapped at once, as many as a call of `next` gives.
-ExpertCache::Request ExpertCache::take_request(bool reader) {
-  std::deque<int64_t>& queue = reader && (maps_ || demand_.empty()) ? guesses_ : demand_;
-  Request request;
-  if (queue.empty()) return request;
-  request.layer = layer_of(queue.front());
-  const size_t bytes = layers_[request.layer].bytes();
-  const bool at_once = maps_ && !reader;
-  while (!queue.empty()) {
-    const int64_t expert = queue.front();
-    if (request && at_once && std::ssize(request.slots) == most_given()) break;
-    if (request && !at_once && (expert != request.experts.back() + 1 || (request.slots.size() + 1) * bytes > kMostBytes)) break;
-    const int32_t slot = take_slot(request.gone);
-    if (slot == kNone) break;
-    request.experts.push_back(expert);
-    request.slots.push_back(slot);
-    queue.pop_front();
-    slots_[slot].expert = expert;
-    Expert& own = experts_[expert];
-    own.slot = slot;
-    own.ahead = own.state == State::kGuessed;
-    figures_.read_ahead += own.ahead;
-    own.state = State::kLoading;
-  }
-  return request;
 }
 
 // ------------------------------------------------------------------------------------------------------- reading
 
-// Neighbours in one go.
-std::string ExpertCache::bring(const Request& request) {
-  const ExpertLayer& layer = layers_[request.layer];
-  const std::span<const int32_t> slots = request.slots;
-  std::string why;
-  for (size_t i = 0, end = 0; i < slots.size() && why.empty(); i = end) {
-    for (end = i + 1; end < slots.size() && request.experts[end] == request.experts[end - 1] + 1; ++end) {
-    }
-    why = store_.bring(layer, request.experts[i] - firsts_[request.layer], slots.subspan(i, end - i));
+ExpertCache::Request ExpertCache::take_request(bool reader) {
+  std::deque<int64_t>& queue = reader && demand_.empty() ? guesses_ : demand_;
+  if (queue.empty()) return {};
+  Request request = {layer_, queue.front(), {}};
+  const size_t most = std::max<size_t>(1, kMostBytes / layers_[layer_].bytes());
+  for (int64_t e = request.first; !queue.empty() && queue.front() == e && request.slots.size() < most && !idle_.empty(); ++e) {
+    queue.pop_front();
+    Expert& expert = own(e);
+    expert.slot = take_slot();
+    slots_[expert.slot].expert = firsts_[layer_] + e;
+    expert.ahead = expert.state == State::kGuessed;
+    figures_.read_ahead += expert.ahead;
+    expert.state = State::kLoading;
+    request.slots.push_back(expert.slot);
   }
-  return why;
+  return request;
 }
 
-// Brings experts into the slots that they were given; `lock` is let go of meanwhile.
+// Reads experts into the slots that they were given; `lock` is let go of meanwhile.
 void ExpertCache::load(const Request& request, std::unique_lock<std::mutex>& lock) {
-  if (!request.gone.empty()) store_.drop(request.gone);  // before somebody else can fill what they leave
+  const ExpertLayer& layer = layers_[request.layer];
   lock.unlock();
-  const int64_t waits = store_.waits();
-  std::string why = bring(request);
-  const bool waited = store_.waits() > waits;
+  std::string why = memory_.read(layer, request.first, request.slots);
   lock.lock();
-  if (!why.empty() && problem_.empty()) problem_ = why;
-  slow_ = waited ? kOthers : std::max<int64_t>(0, slow_ - std::ssize(request.slots));
-  figures_.bytes_read += static_cast<int64_t>(layers_[request.layer].bytes() * request.slots.size());
-  for (size_t i = 0; i < request.slots.size(); ++i) {
-    const int32_t slot = request.slots[i];
-    Expert& loaded = experts_[request.experts[i]];
-    if (!why.empty()) {
-      loaded = {};
-      slots_[slot].expert = -1;
-      free_.push_back(slot);
-      continue;
-    }
-    loaded.state = State::kReady;
+  if (!why.empty() && problem_.empty()) problem_ = std::move(why);
+  figures_.bytes_read += static_cast<int64_t>(layer.bytes() * request.slots.size());
+  for (int64_t i = 0; i < std::ssize(request.slots); ++i) {
+    Expert& loaded = experts_[slots_[request.slots[i]].expert];
     if (loaded.wanted) {
-      ready_.push_back(request.experts[i]);
+      loaded.state = State::kInUse;
+      ready_.push_back(request.first + i);  // only this call's layer has wanted experts
     } else {
-      append(slot);
+      rest(loaded);
     }
   }
   arrived_.notify_all();
@@ -171,10 +108,11 @@ void ExpertCache::load(const Request& request, std::unique_lock<std::mutex>& loc
 void ExpertCache::run_reader() {
   std::unique_lock lock(mutex_);
   while (!ending_) {
-    if (const Request request = problem_.empty() ? take_request(/*reader=*/true) : Request{}) {
-      load(request, lock);
-    } else {
+    const Request request = problem_.empty() ? take_request(/*reader=*/true) : Request{};
+    if (request.slots.empty()) {
       work_.wait(lock);
+    } else {
+      load(request, lock);
     }
   }
 }
@@ -182,111 +120,80 @@ void ExpertCache::run_reader() {
 // ------------------------------------------------------------------------------------------------------- a call
 
 void ExpertCache::release_given() {
-  for (const int32_t slot : given_slots_) append(slot);
-  given_slots_.clear();
+  for (const Given& given : given_) rest(own(given.expert));
   given_.clear();
 }
 
 void ExpertCache::want(int64_t layer, int64_t loop, std::span<const int64_t> experts) {
   const std::lock_guard lock(mutex_);
   release_given();
-  const auto forget = [&](std::deque<int64_t>& queue) {
-    for (const int64_t expert : queue) experts_[expert] = {};
-    queue.clear();
-  };
-  forget(guesses_);
-  forget(demand_);
-  for (const int64_t expert : ready_) {  // of a call that failed
-    experts_[expert].wanted = false;
-    append(experts_[expert].slot);
-  }
-  ready_.clear();
-  if (std::string why = file_.changed(); !why.empty() && problem_.empty()) problem_ = std::move(why);
-  if (loop >= static_cast<int64_t>(figures_.loops.size())) figures_.loops.resize(loop + 1);
+  for (const int64_t e : guesses_) own(e) = {};
+  guesses_.clear();
+  layer_ = layer;
+  if (problem_.empty()) problem_ = file_.changed();
+  if (!problem_.empty()) return;
+  if (loop >= std::ssize(figures_.loops)) figures_.loops.resize(loop + 1);
   ExpertFigures::Loop& figures = loop < 0 ? figures_.outside : figures_.loops[loop];
-  wanted_ = left_ = static_cast<int64_t>(experts.size());
+  wanted_ = left_ = std::ssize(experts);
   for (const int64_t e : experts) {
-    const int64_t number = firsts_[layer] + e;
-    Expert& expert = experts_[number];
+    Expert& expert = own(e);
     expert.wanted = true;
     ++figures.wanted;
-    if (expert.ahead) ++figures_.used;
+    figures_.used += expert.ahead;
     expert.ahead = false;
-    if (expert.state == State::kReady) {
+    if (expert.state == State::kIdle) {
       ++figures.found;
-      unlist(expert.slot);
-      ready_.push_back(number);
+      use(expert);
+      ready_.push_back(e);
     } else if (expert.state == State::kAbsent) {
       expert.state = State::kQueued;
-      demand_.push_back(number);
+      demand_.push_back(e);
     }
-  }
-  if (maps_) {
-    announce(demand_);
-    return;
   }
   for (size_t i = 0; i < std::min(demand_.size(), readers_.size()); ++i) work_.notify_one();
 }
 
-// The disk is asked for all before the first is waited for.
-void ExpertCache::announce(const std::deque<int64_t>& experts) const {
-  if (slow_ == 0) return;
-  for (const int64_t expert : experts) store_.announce(stored(expert));
-}
-
-void ExpertCache::expect(int64_t layer, std::span<const int64_t> experts) {
+void ExpertCache::expect(std::span<const int64_t> experts) {
   const std::lock_guard lock(mutex_);
-  int64_t room = slots() - wanted_;
-  for (const int64_t e : experts) {
-    Expert& expert = experts_[firsts_[layer] + e];
-    if (room-- <= 0) break;
-    if (expert.state == State::kReady && slots_[expert.slot].listed) {  // not before what nobody expects
-      unlist(expert.slot);
-      append(expert.slot);
-    } else if (expert.state == State::kAbsent && !readers_.empty()) {
+  const auto room = static_cast<size_t>(std::max<int64_t>(0, memory_.count() - wanted_));
+  for (const int64_t e : experts.first(std::min(room, experts.size()))) {
+    Expert& expert = own(e);
+    if (expert.state == State::kIdle) {  // not before what nobody expects
+      use(expert);
+      rest(expert);
+    } else if (expert.state == State::kAbsent) {
       expert.state = State::kGuessed;
-      guesses_.push_back(firsts_[layer] + e);
+      guesses_.push_back(e);
     }
   }
-  if (maps_) announce(guesses_);
-  if ((maps_ || demand_.empty()) && !guesses_.empty()) work_.notify_one();
+  if (demand_.empty() && !guesses_.empty()) work_.notify_one();
 }
 
 std::span<const ExpertCache::Given> ExpertCache::next() {
   std::unique_lock lock(mutex_);
   release_given();
-  if (!guesses_.empty() || (!maps_ && !demand_.empty())) work_.notify_one();  // there is room again
+  if (!guesses_.empty() || !demand_.empty()) work_.notify_one();  // there is room again
   if (ready_.empty() && left_ > 0) {
     const auto start = Clock::now();
     while (ready_.empty() && problem_.empty()) {
-      if (const Request request = take_request(/*reader=*/false)) {
-        load(request, lock);
-      } else {
+      if (const Request request = take_request(/*reader=*/false); request.slots.empty()) {
         arrived_.wait(lock);
+      } else {
+        load(request, lock);
       }
     }
     figures_.stall_ns += std::chrono::nanoseconds(Clock::now() - start).count();
   }
   if (!problem_.empty()) return {};
-  while (!ready_.empty() && static_cast<int64_t>(given_.size()) < most_given()) {
-    const int64_t expert = ready_.back();
+  const int64_t most = std::max(kFewest, memory_.count() / 4);  // not all: what is computed makes room for what is read meanwhile
+  while (!ready_.empty() && std::ssize(given_) < most) {
+    const int64_t e = ready_.back();
     ready_.pop_back();
-    Expert& given = experts_[expert];
-    given.wanted = false;
-    const size_t layer = layer_of(expert);
-    const int64_t e = expert - firsts_[layer];
-    given_.push_back({e, store_.at(layers_[layer], e, given.slot)});
-    given_slots_.push_back(given.slot);
+    own(e).wanted = false;
+    given_.push_back({e, memory_.at(layers_[layer_], own(e).slot)});
   }
-  left_ -= static_cast<int64_t>(given_.size());
+  left_ -= std::ssize(given_);
   return given_;
-}
-
-bool ExpertCache::still_right() {
-  std::string why = file_.changed();
-  const std::lock_guard lock(mutex_);
-  if (!why.empty() && problem_.empty()) problem_ = std::move(why);
-  return problem_.empty();
 }
 
 std::string ExpertCache::problem() const {

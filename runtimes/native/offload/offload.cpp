@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cinttypes>
 #include <cstdio>
 #include <mutex>
 #include <sstream>
@@ -81,7 +80,7 @@ class Offload::Source final : public ExpertSource {
       for (int64_t& expert : layer_->guess) expert = places_[expert];
     }
     std::sort(layer_->guess.begin(), layer_->guess.end());  // neighbours are read in one go
-    cache.expect(layer_->number, layer_->guess);
+    cache.expect(layer_->guess);
   }
 
   std::span<const ExpertAt> next() override {
@@ -93,8 +92,6 @@ class Offload::Source final : public ExpertSource {
     }
     return placed_;
   }
-
-  bool still_right() override { return owner_->cache_->still_right(); }
 
  private:
   Offload* owner_ = nullptr;
@@ -123,14 +120,13 @@ void Offload::begin(const ExpertBudget& budget) {
   }
   std::vector<ExpertLayer> stored;
   for (const auto& layer : layers_) stored.push_back(layer->stored);
-  store_ = open_store(file_, stored, budget.access);
-  const auto least = static_cast<int64_t>(store_->slot_bytes());
+  const auto least = static_cast<int64_t>(ExpertSlots::bytes_of(stored));
   const int64_t bytes = budget.bytes(total_bytes());
   if (bytes < least) {
     throw ArgumentError("expert_ram", mebibytes(bytes) + " hold no expert of " + mebibytes(least) +
                                           "; the smallest budget that works is " + std::to_string((least + 1023) / 1024) + "K");
   }
-  cache_ = std::make_unique<ExpertCache>(*store_, file_, stored, bytes, spare_processors());
+  cache_ = std::make_unique<ExpertCache>(file_, stored, bytes, spare_processors());
   for (const auto& layer : layers_) {
     for (size_t i = 0; i < layer->mapped.pieces.size(); ++i) {
       give_back(layer->mapped.pieces[i], layer->mapped.sizes[i] * layer->stored.experts);
@@ -149,7 +145,7 @@ int64_t Offload::total_bytes() const {
   return total;
 }
 
-int64_t Offload::budget_bytes() const { return cache_->slots() * static_cast<int64_t>(store_->slot_bytes()); }
+int64_t Offload::budget_bytes() const { return cache_->bytes(); }
 
 Offload::Layer* Offload::layer_of(const Mapped& mapped, const ExpertShape& shape) {
   for (const auto& layer : layers_) {
@@ -186,7 +182,7 @@ std::string Offload::figures() const {
     json << "{\"wanted\": " << of.wanted << ", \"found\": " << of.found << "}";
   };
   json << "{\"expert_bytes\": " << total_bytes() << ", \"budget_bytes\": " << budget_bytes()
-       << ", \"resident_bytes\": " << cache_->resident_bytes() << ", \"slots\": " << cache_->slots() << ", \"loops\": [";
+       << ", \"resident_bytes\": " << cache_->resident_bytes() << ", \"loops\": [";
   for (size_t k = 0; k < f.loops.size(); ++k) {
     if (k > 0) json << ", ";
     loop(f.loops[k]);

@@ -17,7 +17,6 @@
 #include "budget.h"
 #include "expert_cache.h"
 #include "expert_file.h"
-#include "expert_store.h"
 #include "forecast.h"
 
 namespace rmse {
@@ -64,7 +63,6 @@ class Offload {
 
   ExpertFile file_;
   std::vector<std::unique_ptr<Layer>> layers_;
-  std::unique_ptr<ExpertStore> store_;
   std::unique_ptr<ExpertCache> cache_;  // null: the trial is running
   std::string problem_;
   int64_t loop_ = -1;
