@@ -118,7 +118,7 @@ class QuantizedExperts(StoredExperts):
         logits = self.router(x)
         return logits + table_row(self.step_logits, k) if self.tells_loops else logits
 
-    def _shared(self, rows: Tensor) -> Tensor:
+    def shared_mlp(self, rows: Tensor) -> Tensor:
         return self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
 
     def exported(self, rows: Tensor, logits: Tensor, scores: Tensor, active: Tensor) -> Tensor:

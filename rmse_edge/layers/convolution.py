@@ -76,3 +76,20 @@ def convolved(x: Tensor, past: Tensor, taps: list[Tensor], terms: int) -> Tensor
         first = len(taps) - 1 - lag
         found = found + joined[:, :, first : first + count] * weight
     return found * terms**-0.5
+
+
+def depthwise(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each channel convolved by itself, nothing added or scaled.
+
+    Args:
+        x: (B, G, C, n).
+        past: the k - 1 positions before, in their order, (B, G, k - 1, n).
+        weight: (n, 1, k), of which the last is of the position itself.
+        bias: (n,).
+    """
+    joined, count, size = torch.cat([past, x], 2), x.shape[2], weight.shape[-1]
+    terms = [joined[:, :, tap : tap + count] * weight[:, 0, tap] for tap in range(size)]
+    found = terms[0]
+    for term in terms[1:]:
+        found = found + term
+    return found if bias is None else found + bias

@@ -240,6 +240,7 @@ class SparseExperts(nn.Module):
         scoring: Scoring = "softmax",
         scale: float = 1.0,
         caps: Caps = NO_CAPS,
+        shared_gate: bool = False,
     ) -> None:
         """
         Args:
@@ -250,6 +251,7 @@ class SparseExperts(nn.Module):
             scoring: what the router makes of its logits.
             scale: by which what the routed experts give is multiplied.
             caps: as in `swiglu`.
+            shared_gate: what the shared experts give is multiplied by a sigmoid of each position (Qwen2-MoE).
         """
         super().__init__()
         self.n_experts, self.top_k, self.scoring, self.scale, self.caps = n_experts, top_k, scoring, scale, caps
@@ -264,6 +266,7 @@ class SparseExperts(nn.Module):
         if shared_width is not None:
             self.shared_gate_up_proj = nn.Linear(d_model, 2 * shared_width, bias=False)
             self.shared_down_proj = nn.Linear(shared_width, d_model, bias=False)
+        self.shared_gate_proj = nn.Linear(d_model, 1, bias=False) if shared_gate else None
         # Rows each expert received since the last balance() call; kept out of checkpoints.
         self.register_buffer("load", torch.zeros(n_experts), persistent=False)
         # Called as observer(k, routing) by every eager forward pass, rows of the whole batch in order, zeros for those
@@ -333,6 +336,11 @@ class SparseExperts(nn.Module):
         return chosen_by(*self.weighed(self.router_logits(rows, k)), self.top_k)
 
     def _shared(self, rows: Tensor) -> Tensor:
+        found = self.shared_mlp(rows)
+        return found if self.shared_gate_proj is None else found * torch.sigmoid(self.shared_gate_proj(rows))
+
+    def shared_mlp(self, rows: Tensor) -> Tensor:
+        """The shared experts, (N, d) -> (N, d)."""
         return self.shared_down_proj(swiglu(self.shared_gate_up_proj(rows)))
 
     def exported(self, rows: Tensor, logits: Tensor, scores: Tensor, active: Tensor) -> Tensor:

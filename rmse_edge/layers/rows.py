@@ -31,10 +31,12 @@ class Kept:
     name: str
     heads: int  # of all layers
     width: int
-    ring: int | None = None  # slots of a ring; None: all positions are kept
+    # Slots of a ring; None: all positions are kept; 0: none is, the rows are read within the call alone.
+    ring: int | None = None
     ordered: bool = False  # the ring is read in the order of its positions, by `ring_order`
     cache: str | None = None  # whose type they are rounded to before use, with others of this name; None: float32
     which: int = 0  # 0: keys, 1: values
+    absorbed: bool = False  # a state is made of them: of a loop, `commit` reads what was kept before the call
 
     def call(self, chunk: int) -> tuple[int, ...]:
         """The shape of a call's rows."""
@@ -85,14 +87,19 @@ class KeptRows(nn.Module):
         """
         first = () if (loops := loops or self.max_loops) is None else (loops,)
         found = []
-        for kind in self.kinds:
+        for kind in self._in_slots():
             source = f"{prefix}{kind.name}"
             update: Update = Append(source) if kind.ring is None else Ring(source)
             shape = (*first, 1, kind.heads, kind.ring or capacity, kind.width)
+            by = (*readers, "commit") if first and kind.absorbed else readers
             found.append(
-                StateSpec(f"past_{source}", shape, self.dtype(kind), len(first), update, readers, per_loop=bool(first))
+                StateSpec(f"past_{source}", shape, self.dtype(kind), len(first), update, by, per_loop=bool(first))
             )
         return tuple(found)
+
+    def _in_slots(self) -> tuple[Kept, ...]:
+        """The kinds that hosts keep."""
+        return tuple(kind for kind in self.kinds if kind.ring != 0)
 
     def specs(self, prefix: str, chunk: int) -> tuple[TensorSpec, ...]:
         """PREFIXNAME of every kind: a call's rows, not yet as hosts keep them."""
@@ -103,7 +110,7 @@ class KeptRows(nn.Module):
         first = () if loops is None else (loops,)
         return tuple(
             TensorSpec(f"{prefix}{kind.name}", (*first, *kind.call(chunk)), self.dtype(kind), len(first))
-            for kind in self.kinds
+            for kind in self._in_slots()
         )
 
     def nothing(self, prefix: str, like: Tensor) -> Tensors:
@@ -132,7 +139,7 @@ class KeptRows(nn.Module):
         before: Tensors = {}
         if past is None:
             return CallRows(self, k, before, active, held)
-        for kind in self.kinds:
+        for kind in self._in_slots():
             rows = past[kind.name]
             if kind.cache is not None:
                 rows = self._cache(kind).from_cache(rows, kind.which, k, torch.float32)
@@ -148,7 +155,7 @@ class KeptRows(nn.Module):
     def kept(self, rows: Tensors, source: str, prefix: str, loops: bool = False) -> Tensors:
         """A call's rows, by SOURCENAME, as hosts keep them, by PREFIXNAME; with `loops` of all loops, (K, B, heads, C, n)."""
         found = {}
-        for kind in self.kinds:
+        for kind in self._in_slots():
             given = rows[f"{source}{kind.name}"]
             if kind.cache is not None:
                 stacked = given if loops else given.unsqueeze(0)

@@ -53,7 +53,9 @@ def test_the_architectures_there_are() -> None:
     names = {case.name for case in CASES}
     assert all(isinstance(arch_of(name), Arch) for name in model_types())  # no other file of the folder counts as one
     assert names <= set(model_types()) and all(case.arch in (None, arch_of(case.name)) for case in CASES)
-    with pytest.raises(ConfigError, match=r"^config: model_type: got 'towel', expected one of .*rmse, tower\b"):
+    with pytest.raises(
+        ConfigError, match=r"^config: model_type: got 'towel', expected one of .*rmse, rodimus, tower\b"
+    ):
         arch_of("towel")
 
 
@@ -280,7 +282,9 @@ def faults() -> list[Any]:
     for case in TEXTS:
         for name, state in model_info(case.model(), case.name, 0).state.items():
             planted = {"kept": kept} | ({"one row": one_row} if state.kind == "replace" and state.shape[-2] > 1 else {})
-            found += [pytest.param(case, fault(name), id=f"{case.name}-{name}-{how}") for how, fault in planted.items()]
+            for how, fault in planted.items():
+                marks = [pytest.mark.nightly] if case.many_states and how != "kept" else []
+                found.append(pytest.param(case, fault(name), id=f"{case.name}-{name}-{how}", marks=marks))
     return found
 
 

@@ -1,0 +1,14 @@
+"""Hybrids: any layers of rmse_edge/layers/mixers in any order, some of them looped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`ARCH`, on first use: its configuration alone needs no PyTorch."""
+    if name != "ARCH":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .entry import ARCH
+
+    return ARCH
