@@ -3,7 +3,6 @@ package dev.rmseedge.core.host
 import dev.rmseedge.core.PackageException
 import dev.rmseedge.core.TextException
 import dev.rmseedge.core.engine.Engine
-import dev.rmseedge.core.engine.Method
 import dev.rmseedge.core.engine.Tensor
 import dev.rmseedge.core.model.Dial
 import dev.rmseedge.core.model.Dials
@@ -12,15 +11,6 @@ import dev.rmseedge.core.model.ModelInfo
 import dev.rmseedge.core.model.TensorSpec
 import dev.rmseedge.core.model.givenTensors
 import dev.rmseedge.core.pack.LoopPackage
-
-/**
- * What feeding tokens gave.
- *
- * @property logits (n or 1, V): for every token fed, or for the last one; empty where reading was stopped before it.
- * @property depth of every position that was read, the iterations that it executed.
- * @property iterations per call, the deepest position's depth: what the call really cost.
- */
-class Fed(val logits: FloatArray, val depth: IntArray, val iterations: IntArray)
 
 /**
  * A looped language model that remembers what it was fed, over the methods of a package.
@@ -89,21 +79,14 @@ class LoopRuntime(val pack: LoopPackage, private val engine: Engine) : AutoClose
         checkTokens(info, position, tokens)
         checkPrefix(info, position, tokens.size, prefix)
         set(info.check(dials))
-        val logits = FloatArray((if (allLogits) tokens.size else 1) * info.text.vocabSize)
-        val depth = IntArray(tokens.size)
-        val iterations = mutableListOf<Int>()
-        var done = 0
+        val reading = Reading(info.text.vocabSize, tokens.size, allLogits)
+        whole = false
         for (call in planCalls(info, position, tokens.size, prefix)) {
-            if (done > 0 && !goOn()) return Fed(FloatArray(0), depth.copyOf(done), iterations.toIntArray())
-            val last = done + call.tokens == tokens.size
-            iterations += run(call, tokens, done, prefix, withHead = allLogits || last)
-            val made = calls.getValue(call.rows)
-            for (row in 0 until call.tokens) depth[done + row] = made.made("depth").longs[row].toInt()
-            if (allLogits) copyLogits(made, 0, call.tokens, logits, done)
-            if (!allLogits && last) copyLogits(made, call.tokens - 1, 1, logits, 0)
-            done += call.tokens
+            if (reading.count > 0 && !goOn()) break
+            run(call, tokens, prefix, reading)
         }
-        return Fed(logits, depth, iterations.toIntArray())
+        whole = true
+        return reading.fed()
     }
 
     /** Runs the loop of [rows] rows alone for as long as [again] says so, behind whatever was fed; `reset` it afterwards. */
@@ -134,17 +117,16 @@ class LoopRuntime(val pack: LoopPackage, private val engine: Engine) : AutoClose
         memory?.close()
     }
 
-    /** One call, after which everything kept belongs to the position behind it. Returns the iterations that ran. */
-    private fun run(call: PlannedCall, tokens: IntArray, from: Int, prefix: Int, withHead: Boolean): Int {
-        whole = false
+    /** One call, and all that is done behind it. */
+    private fun run(call: PlannedCall, tokens: IntArray, prefix: Int, reading: Reading) {
         val calls = calls.getValue(call.rows)
-        val iterations = calls.run(tokens, from, call.tokens, position, noiseSeed, prefix, withHead)
+        val head = reading.wantsHead(call.tokens)
+        val loops = calls.run(tokens, reading.count, call.tokens, position, noiseSeed, prefix, head)
+        reading.take(calls, call.tokens, loops)
         growTo(position + call.tokens)
         kept.update(position, call.tokens, calls::made)
         position += call.tokens
-        if (memory != null && remember && position % info.segment!! == 0L) memory.learn()
-        whole = true
-        return iterations
+        if (memory != null && remember && position % info.segment!! == 0L) reading.learned(position, memory.learn())
     }
 
     private fun growTo(positions: Long) {
@@ -158,11 +140,6 @@ class LoopRuntime(val pack: LoopPackage, private val engine: Engine) : AutoClose
             if (dial.dtype == Dtype.INT64) tensor.longs.put(0, value.toLong()) else tensor.floats.put(0, value.toFloat())
         }
     }
-
-    private fun copyLogits(calls: Calls, from: Int, count: Int, to: FloatArray, at: Int) {
-        val size = info.text.vocabSize
-        calls.made("logits").floats.duplicate().apply { position(from * size) }.get(to, at * size, count * size)
-    }
 }
 
 /** The tensors that calls of all sizes read, wherever those that grow lie just now. */
@@ -170,36 +147,4 @@ private class SharedTensors(private val kept: Kept, private val dials: Map<Strin
     override val entries: Set<Map.Entry<String, Tensor>> get() = (dials + kept.all).entries
 
     override fun get(key: String): Tensor? = dials[key] ?: kept.all[key]
-}
-
-/** The neural memory: what it holds before a text, and how it learns the segment that was just completed. */
-private class Memory(engine: Engine, private val pack: LoopPackage, private val kept: Kept) : AutoCloseable {
-    private val rows = pack.info.segment!!
-    private val memorize = engine.load(pack, "memorize", rows)
-    private val learned: Map<String, Tensor>
-
-    init {
-        engine.load(pack, "blank", rows).use { blank ->
-            val made = bind(blank)
-            blank.run()
-            kept.setBlank(made)
-        }
-        learned = bind(memorize)
-    }
-
-    fun learn() {
-        memorize.run()
-        for (name in pack.info.memory.keys) kept.all.getValue(name).copy(learned.getValue("next_$name"))
-    }
-
-    override fun close() = memorize.close()
-
-    /** Binds what a method takes and gives; returns the latter. */
-    private fun bind(method: Method): Map<String, Tensor> {
-        method.spec.inputs.forEachIndexed { i, input -> method.read(i, kept.all[input.name] ?: count(input)) }
-        return method.spec.outputs.mapIndexed { i, output -> output.name to Tensor(output).also { method.write(i, it) } }.toMap()
-    }
-
-    /** n_valid: a segment is whole when it is learned. */
-    private fun count(spec: TensorSpec) = Tensor(spec).apply { longs.put(0, rows.toLong()) }
 }

@@ -48,7 +48,11 @@ class Bench(private val runtime: LoopRuntime, private val ids: IntArray, private
     private val info = runtime.info
     private val full = info.maxLoops
     private val third = maxOf(1, full / 3)
-    private val depths = settings.depths.ifEmpty { listOf(full, maxOf(1, full / 2), third) }.distinct().let { if (settings.depths.isEmpty()) it.sortedDescending() else it }
+    private val depths = settings.depths.ifEmpty { listOf(full, maxOf(1, full / 2), third) }.distinct()
+
+    /** Of the adaptive rows; the model's own without them. */
+    val dials: Dials get() = settings.adaptive ?: info.dials
+
     private val rows: List<BenchRow>
     private val loopRows: List<BenchRow>
 
@@ -59,8 +63,9 @@ class Bench(private val runtime: LoopRuntime, private val ids: IntArray, private
         val needed = settings.tokensNeeded(info)
         if (ids.size < needed) throw TextException("the text has ${ids.size} tokens, this bench needs $needed; choose shorter rows or a longer text")
         val modes = depths.map { "fixed" to info.check(Dials(it)) } + listOfNotNull(settings.adaptive?.let { "adaptive" to info.check(it) })
-        val tests = listOf(Triple("pp", settings.prompt, ::prefill), Triple("tg", settings.generate, ::decode)).filter { it.second > 0 }
-        rows = tests.flatMap { (kind, count, work) -> modes.map { (mode, dials) -> BenchRow("$kind$count", mode, dials, work) } }
+        fun rowsOf(kind: String, count: Int, work: (BenchRow) -> Double) =
+            if (count == 0) emptyList() else modes.map { (mode, dials) -> BenchRow("$kind$count", mode, dials, work) }
+        rows = rowsOf("pp", settings.prompt, ::prefill) + rowsOf("tg", settings.generate, ::decode)
         // Full depth and a third are always among them: their ratio says what stopping early saves.
         val loopDepths = (depths + full + third).distinct().sortedDescending()
         loopRows = info.chunks.flatMap { chunk -> loopDepths.map { BenchRow("loop$chunk", "fixed", Dials(it)) { row -> loop(chunk, row) } } }

@@ -86,6 +86,7 @@ private class Flow(private val info: ModelInfo, private val methods: Map<String,
         for (state in info.memory.values) require("blank_$rows", state.tensor)
         run("memorize_$rows")
         for ((name, state) in info.memory) require("memorize_$rows", state.tensor.copy(name = "next_$name"))
+        require("memorize_$rows", TensorSpec("surprise", Dtype.FLOAT32, listOf(1)))
     }
 
     private fun begin(rows: Int) {
