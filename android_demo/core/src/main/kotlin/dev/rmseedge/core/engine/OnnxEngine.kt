@@ -8,7 +8,7 @@ import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtSession
 import ai.onnxruntime.TensorInfo
 import dev.rmseedge.core.PackageException
-import dev.rmseedge.core.json.Fields
+import dev.rmseedge.core.json.refuseField
 import dev.rmseedge.core.json.members
 import dev.rmseedge.core.json.name
 import dev.rmseedge.core.model.Dtype
@@ -81,7 +81,7 @@ class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = nul
     }
 
     private fun refuse(file: File, field: String, got: String, expected: String): Nothing =
-        PackageIndex.namingManifest("${file.parent}") { Fields.refuse(field, got, expected) }
+        PackageIndex.namingManifest("${file.parent}") { refuseField(field, got, expected) }
 }
 
 private class OnnxMethod(private val environment: OrtEnvironment, private val session: OrtSession, override val spec: MethodSpec) : Method {

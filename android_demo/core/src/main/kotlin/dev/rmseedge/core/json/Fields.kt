@@ -28,15 +28,14 @@ class Fields(value: Any?, private val path: String = "") {
     fun <T> or(default: T, name: String, reader: Reader<T>): T = if (name in this) at(name, reader) else default
 
     /** Fails over a member that fits its type but not its neighbours. */
-    fun refuse(name: String, got: Any?, expected: String): Nothing = refuse(pathOf(name), got, expected)
+    fun refuse(name: String, got: Any?, expected: String): Nothing = refuseField(pathOf(name), got, expected)
 
     private fun pathOf(name: String) = if (path.isEmpty()) name else "$path.$name"
-
-    companion object {
-        fun refuse(field: String, got: Any?, expected: String): Nothing =
-            throw JsonException("$field: got ${(if (got is String) got else quoted(got)).take(300)}, expected $expected")
-    }
 }
+
+/** Fails over the value of a field, by its whole path. */
+fun refuseField(field: String, got: Any?, expected: String): Nothing =
+    throw JsonException("$field: got ${(got as? String ?: quoted(got)).take(300)}, expected $expected")
 
 private fun unfit(value: Any?, path: String, expected: String): Nothing =
     throw JsonException("$path: got ${quoted(value)}, expected $expected")

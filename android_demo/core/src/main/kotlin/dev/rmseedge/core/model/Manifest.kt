@@ -2,6 +2,7 @@ package dev.rmseedge.core.model
 
 import dev.rmseedge.core.ArgumentException
 import dev.rmseedge.core.json.Fields
+import dev.rmseedge.core.json.refuseField
 import dev.rmseedge.core.json.Reader
 import dev.rmseedge.core.json.fields
 import dev.rmseedge.core.json.flag
@@ -34,7 +35,7 @@ private val shape = Reader { value, path ->
     val shape = sizes.read(value, path)
     // The product of more could overflow before it is compared with anything.
     val fits = shape.size <= MOST_AXES && shape.fold(1.0) { product, size -> product * size } <= ModelInfo.LARGEST_STATE
-    if (fits) shape else Fields.refuse(path, shape, "the shape of a tensor that fits")
+    if (fits) shape else refuseField(path, shape, "the shape of a tensor that fits")
 }
 
 private val tensor = Reader { value, path ->
@@ -51,7 +52,7 @@ private val method = Reader { value, path ->
 
 private val range = Reader { value, path ->
     val ends = items(whole(0..LARGEST_VOCABULARY)).read(value, path)
-    if (ends.size != 2 || ends[0] >= ends[1]) Fields.refuse(path, ends, "the first id of a range and that behind it")
+    if (ends.size != 2 || ends[0] >= ends[1]) refuseField(path, ends, "the first id of a range and that behind it")
     ends[0] until ends[1]
 }
 

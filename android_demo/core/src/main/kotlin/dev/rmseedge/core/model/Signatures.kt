@@ -1,6 +1,6 @@
 package dev.rmseedge.core.model
 
-import dev.rmseedge.core.json.Fields
+import dev.rmseedge.core.json.refuseField
 
 /**
  * Follows every tensor from the method that gives it to those that take it, without running any: a manifest can be whole, its hash
@@ -12,7 +12,7 @@ internal fun checkSignatures(info: ModelInfo, methods: Map<String, MethodSpec>) 
     for ((called, spec) in methods) {
         for (tensor in spec.inputs + spec.outputs) {
             if (tensor.ofSlots(info.slots(0)).nbytes > Int.MAX_VALUE) {
-                Fields.refuse("methods.$called.${tensor.name}", tensor.shape, "below 2 GiB")
+                refuseField("methods.$called.${tensor.name}", tensor.shape, "below 2 GiB")
             }
         }
     }
@@ -47,7 +47,7 @@ internal fun givenTensors(info: ModelInfo, rows: Int): Map<String, TensorSpec> {
         add("retrieved_valid", Dtype.BOOL, 1, info.hitRows)
     }
     for (name in info.noise.keys + info.state.keys) {
-        if (name in given) Fields.refuse("model.${if (name in info.noise) "noise" else "state"}.$name", "a name that hosts give themselves", "another")
+        if (name in given) refuseField("model.${if (name in info.noise) "noise" else "state"}.$name", "a name that hosts give themselves", "another")
     }
     for (name in info.noise.keys) add(name, Dtype.FLOAT32, 1, rows, info.width)
     for ((name, state) in info.state) given[name] = state.tensor
@@ -64,7 +64,7 @@ private class Flow(private val info: ModelInfo, private val methods: Map<String,
         begin(rows)
         run("prelude_$rows")
         if (info.text.prefix && method("loop_$rows").inputs.none { it.name == "prefix" }) {
-            Fields.refuse("model.text.prefix", true, "false, since loop_$rows takes no prefix")
+            refuseField("model.text.prefix", true, "false, since loop_$rows takes no prefix")
         }
         run("loop_$rows")
         require("loop_$rows", TensorSpec("h", Dtype.FLOAT32, listOf(1, rows, info.width)))
@@ -95,7 +95,7 @@ private class Flow(private val info: ModelInfo, private val methods: Map<String,
     }
 
     private fun method(called: String): MethodSpec =
-        methods[called] ?: Fields.refuse("methods", methods.keys.joinToString(), "$called among them")
+        methods[called] ?: refuseField("methods", methods.keys.joinToString(), "$called among them")
 
     private fun run(called: String) {
         method(called).inputs.forEach { take(called, it) }
@@ -104,23 +104,23 @@ private class Flow(private val info: ModelInfo, private val methods: Map<String,
 
     private fun take(called: String, tensor: TensorSpec) {
         val field = "methods.$called.inputs.${tensor.name}"
-        val given = have[tensor.name] ?: Fields.refuse(field, "a tensor that nothing gives", "some of ${have.keys.joinToString()}")
-        if (tensor.slotsAxis != given.slotsAxis) Fields.refuse("$field.slots_axis", tensor.slotsAxis, "${given.slotsAxis}")
-        if (!tensor.fits(given)) Fields.refuse(field, tensor.toString(), given.toString())
+        val given = have[tensor.name] ?: refuseField(field, "a tensor that nothing gives", "some of ${have.keys.joinToString()}")
+        if (tensor.slotsAxis != given.slotsAxis) refuseField("$field.slots_axis", tensor.slotsAxis, "${given.slotsAxis}")
+        if (!tensor.fits(given)) refuseField(field, tensor.toString(), given.toString())
     }
 
     private fun give(called: String, tensor: TensorSpec) {
         val field = "methods.$called.outputs.${tensor.name}"
-        if (tensor.slotsAxis != null) Fields.refuse("$field.slots_axis", tensor.slotsAxis, "null")
+        if (tensor.slotsAxis != null) refuseField("$field.slots_axis", tensor.slotsAxis, "null")
         val known = have.getOrPut(tensor.name) { tensor }
-        if (!known.fits(tensor)) Fields.refuse(field, tensor.toString(), known.toString())
+        if (!known.fits(tensor)) refuseField(field, tensor.toString(), known.toString())
         made.putIfAbsent(tensor.name, tensor)
     }
 
     private fun require(called: String, wanted: TensorSpec) {
         val got = made[wanted.name]
         if (got == null || !got.fits(wanted)) {
-            Fields.refuse("methods.$called.outputs.${wanted.name}", got?.toString() ?: "no such tensor", wanted.toString())
+            refuseField("methods.$called.outputs.${wanted.name}", got?.toString() ?: "no such tensor", wanted.toString())
         }
     }
 }

@@ -155,9 +155,10 @@ class LoopPackage private constructor(
 
         /** Everything below a folder that is no folder, by its path from there. */
         private fun filesIn(folder: Path): Set<String> = Files.walk(folder).use { paths ->
-            paths.filter { !Files.isDirectory(it, LinkOption.NOFOLLOW_LINKS) }
+            paths.iterator().asSequence()
+                .filterNot { Files.isDirectory(it, LinkOption.NOFOLLOW_LINKS) }
                 .map { folder.relativize(it).joinToString("/") }
-                .toList().toSet()
+                .toSet()
         }
     }
 }
