@@ -32,9 +32,10 @@ FLOORS = (
     ("arch",),
     ("layers", "puzzles"),
     ("info",),
-    ("loop",),
+    ("archive", "loop"),
     ("chat", "losses", "package", "shards", "vocabulary"),
     ("numbers", "parts", "text"),
+    ("cache",),
     ("files", "progress", "schema"),
     ("errors",),
 )

@@ -246,6 +246,8 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m runs/gated": EXPORTS,
     "rmse-bench gated-onnx.rmse --ids FILE -p 256 -n 64 -d 4,2,1 -r 3 -t 1 --exit-epsilon 0.2": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
+    "rmse-export -m models/rmse-shakespeare --archive": "tests/test_archive.py",
+    'rmse-run rmse-shakespeare-onnx.rmse.zip -p "ROMEO:"': "tests/test_archive.py",
     "rmse-export -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export -m runs/mine": EXPORTS,
     "rmse-export -m runs/facts -o runs/facts.rmse": EXPORTS,
