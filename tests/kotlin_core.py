@@ -32,7 +32,7 @@ from rmse_edge.runtimes.host.base import Arrays, Fed, Surprise
 from rmse_edge.runtimes.host.signatures import read_model
 
 NEEDED = ("kotlin", "api", "gson", "onnxruntime")  # of android_demo/parts.lock
-SOURCES = (ROOT / "android_demo" / "core" / "src" / "main" / "kotlin", ROOT / "tests" / "android" / "Driver.kt")
+SOURCES = tuple(ROOT / "android_demo" / "core" / "src" / kind / "kotlin" for kind in ("main", "test"))
 DRIVER, CLASSES, LIBRARIES = "driver.jar", "onnxruntime.jar", "libraries"  # in the folder of `build`
 JNI = "jni/x86_64/libonnxruntime4j_jni.so"
 GSON = PARTS / "gson" / "usr" / "share" / "java" / "gson.jar"
@@ -56,7 +56,7 @@ def missing() -> str:
 
 def built() -> Path:
     """The folder with the core and the tests' driver compiled, once for these sources and parts."""
-    sources = [file for source in SOURCES for file in ([source] if source.is_file() else sorted(source.rglob("*.kt")))]
+    sources = [file for source in SOURCES for file in sorted(source.rglob("*.kt"))]
     known = hashlib.sha256(b"".join(file.read_bytes() for file in (LOCK, *sources))).hexdigest()[:16]
     folder = ROOT / "build" / "android" / f"tests-{known}"
     with FileLock(f"{folder}.lock"):
@@ -96,7 +96,7 @@ class Core:
         native = f"-Donnxruntime.native.path={self.folder / LIBRARIES}"
         # ONNX Runtime's JNI library asks for others by name.
         environment = os.environ | {"LD_LIBRARY_PATH": str(self.folder / LIBRARIES)}
-        return Server([*JAVA, native, "-cp", path, "DriverKt", *map(str, arguments)], environment)
+        return Server([*JAVA, native, "-cp", path, "dev.rmseedge.core.DriverKt", *map(str, arguments)], environment)
 
     def document(self, *arguments: object) -> Any:
         """What a command gives.

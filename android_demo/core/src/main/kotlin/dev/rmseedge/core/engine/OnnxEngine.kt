@@ -8,9 +8,9 @@ import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtSession
 import ai.onnxruntime.TensorInfo
 import dev.rmseedge.core.PackageException
-import dev.rmseedge.core.json.refuseField
 import dev.rmseedge.core.json.members
 import dev.rmseedge.core.json.name
+import dev.rmseedge.core.json.refuseField
 import dev.rmseedge.core.model.Dtype
 import dev.rmseedge.core.model.MethodSpec
 import dev.rmseedge.core.model.TensorSpec
@@ -100,7 +100,12 @@ private class OnnxMethod(private val environment: OrtEnvironment, private val se
 
     private fun bind(side: MutableMap<String, OnnxTensor>, argument: TensorSpec, tensor: Tensor) {
         val shape = tensor.spec.shape.map(Int::toLong).toLongArray()
-        val bound = OnnxTensor.createTensor(environment, tensor.bytes.duplicate().order(tensor.bytes.order()), shape, TYPES.getValue(argument.dtype))
+        val bound = OnnxTensor.createTensor(
+            environment,
+            tensor.bytes.duplicate().order(tensor.bytes.order()),
+            shape,
+            TYPES.getValue(argument.dtype),
+        )
         side.put(argument.name, bound)?.close()
     }
 }

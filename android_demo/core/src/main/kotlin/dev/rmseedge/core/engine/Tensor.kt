@@ -6,7 +6,11 @@ import java.nio.ByteOrder
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 
-/** The memory of one tensor, zeroed, where engines read and write it without a copy. For one thread at a time. */
+/**
+ * The memory of one tensor, zeroed, where engines read and write it without a copy. For one thread at a time.
+ *
+ * It is a direct buffer, which Android counts as part of an app's heap: so does the state of a long text, and weights never do.
+ */
 class Tensor(val spec: TensorSpec) {
     val bytes: ByteBuffer = ByteBuffer.allocateDirect(Math.toIntExact(spec.nbytes)).order(ByteOrder.nativeOrder())
     val floats: FloatBuffer = bytes.asFloatBuffer()

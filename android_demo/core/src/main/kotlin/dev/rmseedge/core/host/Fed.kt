@@ -26,7 +26,11 @@ internal class Reading(private val vocabSize: Int, private val tokens: Int, priv
 
     fun take(calls: Calls, read: Int, loops: Int) {
         for (row in 0 until read) depth[count + row] = calls.made("depth").longs[row].toInt()
-        if (allLogits) copyLogits(calls, 0, read, count) else if (wantsHead(read)) copyLogits(calls, read - 1, 1, 0)
+        if (allLogits) {
+            copyLogits(calls, 0, read, count)
+        } else if (wantsHead(read)) {
+            copyLogits(calls, read - 1, 1, 0)
+        }
         iterations += loops
         count += read
     }
@@ -36,7 +40,11 @@ internal class Reading(private val vocabSize: Int, private val tokens: Int, priv
     }
 
     fun fed(): Fed {
-        val there = if (allLogits) count * vocabSize else if (count == tokens) vocabSize else 0
+        val there = when {
+            allLogits -> count * vocabSize
+            count == tokens -> vocabSize
+            else -> 0
+        }
         return Fed(logits.copyOf(there), depth.copyOf(count), iterations.toIntArray(), surprises)
     }
 

@@ -129,18 +129,23 @@ object Json {
         writer.serializeNulls = true
         when (value) {
             null -> writer.nullValue()
+
             is Map<*, *> -> {
                 writer.beginObject()
                 for ((name, part) in value) write(writer.name(name as String), part)
                 writer.endObject()
             }
+
             is Iterable<*> -> {
                 writer.beginArray()
                 for (part in value) write(writer, part)
                 writer.endArray()
             }
+
             is Boolean -> writer.value(value)
+
             is Number -> writer.value(value)
+
             else -> writer.value(value.toString())
         }
     }

@@ -61,14 +61,17 @@ class Bench(private val runtime: LoopRuntime, private val ids: IntArray, private
 
     init {
         val needed = settings.tokensNeeded(info)
-        if (ids.size < needed) throw TextException("the text has ${ids.size} tokens, this bench needs $needed; choose shorter rows or a longer text")
+        if (ids.size < needed) {
+            throw TextException("the text has ${ids.size} tokens, this bench needs $needed; choose shorter rows or a longer text")
+        }
         val modes = depths.map { "fixed" to info.check(Dials(it)) } + listOfNotNull(settings.adaptive?.let { "adaptive" to info.check(it) })
         fun rowsOf(kind: String, count: Int, work: (BenchRow) -> Double) =
             if (count == 0) emptyList() else modes.map { (mode, dials) -> BenchRow("$kind$count", mode, dials, work) }
         rows = rowsOf("pp", settings.prompt, ::prefill) + rowsOf("tg", settings.generate, ::decode)
         // Full depth and a third are always among them: their ratio says what stopping early saves.
         val loopDepths = (depths + full + third).distinct().sortedDescending()
-        loopRows = info.chunks.flatMap { chunk -> loopDepths.map { BenchRow("loop$chunk", "fixed", Dials(it)) { row -> loop(chunk, row) } } }
+        loopRows =
+            info.chunks.flatMap { chunk -> loopDepths.map { BenchRow("loop$chunk", "fixed", Dials(it)) { row -> loop(chunk, row) } } }
     }
 
     /**

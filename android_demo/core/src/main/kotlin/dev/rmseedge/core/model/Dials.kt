@@ -42,7 +42,12 @@ class Dial private constructor(
             loops(MAX_LOOPS, "iterations at most"),
             loops(MIN_LOOPS, "iterations before a token may stop"),
             Dial(
-                "exit_threshold", Dtype.FLOAT32, "brake score to stop at; 1 disables", 0.0, true, 1.0,
+                "exit_threshold",
+                Dtype.FLOAT32,
+                "brake score to stop at; 1 disables",
+                0.0,
+                true,
+                1.0,
                 "a positive number (1 disables it)",
             ),
             rule("exit_epsilon", "state change"),
@@ -51,7 +56,12 @@ class Dial private constructor(
             rule("exit_kl", "KL divergence (nats) of two loops' predictions"),
             rule("exit_entropy_change", "entropy change (nats)"),
             Dial(
-                "exit_steady", Dtype.INT64, "loops without another likeliest token to stop at; 0 disables", 0.0, false, 0.0,
+                "exit_steady",
+                Dtype.INT64,
+                "loops without another likeliest token to stop at; 0 disables",
+                0.0,
+                false,
+                0.0,
                 "0 (off) or a whole number",
             ),
         )
@@ -81,8 +91,8 @@ class Dials(values: Map<String, Double>) {
         changes.keys.firstOrNull { it !in values }?.let {
             throw ArgumentException(it, "no dial has this name, expected one of ${values.keys.joinToString()}")
         }
-        val most = changes[Dial.MAX_LOOPS]
-        val lowered = if (most == null || Dial.MIN_LOOPS in changes) emptyMap() else mapOf(Dial.MIN_LOOPS to minOf(get(Dial.MIN_LOOPS), maxOf(1.0, most)))
+        val most = changes[Dial.MAX_LOOPS] ?: get(Dial.MAX_LOOPS)
+        val lowered = Dial.MIN_LOOPS to minOf(get(Dial.MIN_LOOPS), maxOf(1.0, most))
         return Dials(values + lowered + changes)
     }
 

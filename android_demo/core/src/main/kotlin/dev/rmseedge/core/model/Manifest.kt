@@ -2,7 +2,6 @@ package dev.rmseedge.core.model
 
 import dev.rmseedge.core.ArgumentException
 import dev.rmseedge.core.json.Fields
-import dev.rmseedge.core.json.refuseField
 import dev.rmseedge.core.json.Reader
 import dev.rmseedge.core.json.fields
 import dev.rmseedge.core.json.flag
@@ -13,8 +12,9 @@ import dev.rmseedge.core.json.name
 import dev.rmseedge.core.json.number
 import dev.rmseedge.core.json.oneOf
 import dev.rmseedge.core.json.positive
-import dev.rmseedge.core.json.text as anyText
+import dev.rmseedge.core.json.refuseField
 import dev.rmseedge.core.json.whole
+import dev.rmseedge.core.json.text as anyText
 
 // What a manifest may ask for at most: one with more is not to be believed, and nothing is allocated by it.
 private const val MOST_LOOPS = 64

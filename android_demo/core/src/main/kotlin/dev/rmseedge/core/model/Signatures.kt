@@ -46,8 +46,8 @@ internal fun givenTensors(info: ModelInfo, rows: Int): Map<String, TensorSpec> {
         add("retrieved_scores", Dtype.FLOAT32, 1, info.hitRows)
         add("retrieved_valid", Dtype.BOOL, 1, info.hitRows)
     }
-    for (name in info.noise.keys + info.state.keys) {
-        if (name in given) refuseField("model.${if (name in info.noise) "noise" else "state"}.$name", "a name that hosts give themselves", "another")
+    for ((field, names) in listOf("noise" to info.noise.keys, "state" to info.state.keys)) {
+        names.firstOrNull(given::containsKey)?.let { refuseField("model.$field.$it", "a name that hosts give themselves", "another") }
     }
     for (name in info.noise.keys) add(name, Dtype.FLOAT32, 1, rows, info.width)
     for ((name, state) in info.state) given[name] = state.tensor

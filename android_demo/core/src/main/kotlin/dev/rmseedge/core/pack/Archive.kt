@@ -22,7 +22,13 @@ object Archive {
 
     /** Unpacks [archive]; see the other `unpack`. */
     @Throws(PackageException::class)
-    fun unpack(archive: File, parent: File, name: String, target: String = LoopPackage.TARGET, progress: Progress = { _, _ -> }): LoopPackage {
+    fun unpack(
+        archive: File,
+        parent: File,
+        name: String,
+        target: String = LoopPackage.TARGET,
+        progress: Progress = { _, _ -> },
+    ): LoopPackage {
         if (!archive.isFile) throw PackageException("$archive: no such file; make one with rmse-export --archive")
         return unpack(archive.inputStream(), parent, name, target, archive.name, progress = progress)
     }
@@ -110,9 +116,13 @@ private class Unpacking(
         return when {
             entry.name.any { it == '\\' || it == ':' || it.isISOControl() } || parts.any { it.isEmpty() || it == "." || it == ".." } ->
                 "leaves the folder it is unpacked in"
+
             entry.name.length > LONGEST_NAME -> "no name of a file"
+
             !known.add(entry.name.lowercase()) -> "occurs twice"
+
             entry.method != ZipEntry.STORED -> "is compressed, expected stored (zip -0)"
+
             else -> null
         }
     }
@@ -120,7 +130,7 @@ private class Unpacking(
     private fun write(name: String) {
         val index = index
         if (index != null && name !in index.files) refuse(name, "not listed in the package's ${PackageIndex.SUMS}; export it again")
-        val most = if (name in INDEX) Json.LARGEST.toLong() else index?.sizes?.get(name)
+        val most = if (name in INDEX) Json.LARGEST.toLong() else index?.sizes?.get(name) ?: room
         val file = File(folder, name).apply { parentFile?.mkdirs() }
         var size = 0L
         file.outputStream().use { output ->
@@ -129,7 +139,7 @@ private class Unpacking(
                 if (count < 0) break
                 size += count
                 written += count
-                if (most != null && size > most) refuse(name, "larger than the $most bytes that it may have; the archive is damaged, export it again")
+                if (size > most) refuse(name, "larger than the $most bytes that it may have; the archive is damaged, export it again")
                 if (written > room) throw PackageException("$label: needs more than the $room bytes that are free here; free some space")
                 output.write(piece, 0, count)
                 progress(written, index?.sizes?.values?.sum() ?: written)

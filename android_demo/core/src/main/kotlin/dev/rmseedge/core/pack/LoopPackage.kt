@@ -59,18 +59,16 @@ class LoopPackage private constructor(
         return File(folder, name)
     }
 
-    /** Memory in bytes that the model is going to take, with the state of a text of so many tokens. */
-    fun predictedBytes(positions: Long = 0): Long {
-        // Integers are packed anew into memory; other weights are used where their file is mapped, and packed besides.
-        val weights = if (info.quant == "int4" || info.quant == "int8") nbytes else 2 * nbytes
-        return ENGINE_BYTES + weights + info.keptBytes(positions)
-    }
+    /**
+     * Memory in bytes that the model is going to take, with the state of a text of so many tokens, above what the process takes without
+     * it: an estimate from above. Weights are there twice, in their mapped file and laid out for the operators.
+     */
+    fun predictedBytes(positions: Long = 0): Long = ENGINE_BYTES + 2 * nbytes + info.keptBytes(positions)
 
     /** The same package at another place, where it was moved to. */
     internal fun movedTo(folder: File) = LoopPackage(folder, info, methods, index)
 
-    internal fun section(name: String): Fields =
-        PackageIndex.namingManifest(folder.path) { index.manifest.at(name, fields) }
+    internal fun section(name: String): Fields = PackageIndex.namingManifest(folder.path) { index.manifest.at(name, fields) }
 
     private fun readText(name: String): String = try {
         Json.readText(path(name))
@@ -85,8 +83,8 @@ class LoopPackage private constructor(
         private const val SAMPLE = "sample.txt"
         private const val TOKENIZER = "tokenizer.json"
 
-        /** What the engine takes without a model. */
-        private const val ENGINE_BYTES = 24L shl 20
+        /** What the engine takes besides the weights: its library, sessions, the Java heap. */
+        private const val ENGINE_BYTES = 56L shl 20
 
         /**
          * Reads and verifies a package: its format, its target, that no file is missing, changed or unlisted, and that its methods fit
@@ -98,11 +96,15 @@ class LoopPackage private constructor(
         @Throws(PackageException::class)
         fun open(folder: File, target: String = TARGET, label: String = folder.path, progress: Progress = { _, _ -> }): LoopPackage {
             if (!folder.isDirectory) {
-                throw PackageException("$label: ${if (folder.exists()) "is no folder, expected a package folder" else "no such package folder"}; make one with rmse-export")
+                val what = if (folder.exists()) "is no folder, expected a package folder" else "no such package folder"
+                throw PackageException("$label: $what; make one with rmse-export")
             }
             try {
                 val index = PackageIndex.read(
-                    label, small(folder, label, PackageIndex.MANIFEST), small(folder, label, PackageIndex.SUMS), target,
+                    label,
+                    small(folder, label, PackageIndex.MANIFEST),
+                    small(folder, label, PackageIndex.SUMS),
+                    target,
                 )
                 val nbytes = checkFiles(folder, label, index, progress)
                 return PackageIndex.namingManifest(label) {
@@ -121,7 +123,7 @@ class LoopPackage private constructor(
             val file = File(folder, name)
             if (!file.isFile) throw PackageException("$label/$name: missing; $label is not a package")
             if (file.length() > Json.LARGEST) {
-                throw PackageException("$label/$name: larger than ${Json.LARGEST shr 20} MiB, which no such file is; export the package again")
+                throw PackageException("$label/$name: larger than ${Json.LARGEST shr 20} MiB, which no such file is; export again")
             }
             return file.readBytes()
         }
@@ -145,9 +147,14 @@ class LoopPackage private constructor(
             val total = files.values.sumOf { it.length() }
             var done = 0L
             for ((name, digest) in index.digests) {
-                val found = sha256(files.getValue(name)) { read -> progress(run { done += read; done }, total) }
+                val found = sha256(files.getValue(name)) { read ->
+                    done += read
+                    progress(done, total)
+                }
                 if (found != digest) {
-                    throw PackageException("$label/$name: its SHA-256 is not that in ${PackageIndex.SUMS}; the file is damaged, export again")
+                    throw PackageException(
+                        "$label/$name: its SHA-256 is not that in ${PackageIndex.SUMS}; the file is damaged, export again",
+                    )
                 }
             }
             return total

@@ -44,7 +44,9 @@ internal class PackageIndex private constructor(
             return namingManifest(where) {
                 val own = fields.at("target", name)
                 if (own != target) {
-                    throw PackageException("$where: made for $own, and this app runs packages made for $target; export with --target $target")
+                    throw PackageException(
+                        "$where: made for $own, and this app runs packages made for $target; export with --target $target",
+                    )
                 }
                 PackageIndex(fields, digests, fields.at("sizes", members(long(0..(1L shl 53)))), own)
             }

@@ -39,7 +39,9 @@ internal class Safetensors private constructor(private val file: FileChannel, pr
     }
 
     private fun place(name: String, part: Fields): Place {
-        val (first, end) = part.at("data_offsets", items(long(0..Long.MAX_VALUE))).also { if (it.size != 2) part.refuse("data_offsets", it, "two of them") }
+        val offsets = part.at("data_offsets", items(long(0..Long.MAX_VALUE)))
+        if (offsets.size != 2) part.refuse("data_offsets", offsets, "two of them")
+        val (first, end) = offsets
         val shape = part.at("shape", items(whole(0..Int.MAX_VALUE)))
         val form = NAMES[part.at("dtype", text)]?.let { TensorSpec(name, it, shape) }
         val fits = first <= end && begin + end <= file.size() && (form == null || form.nbytes == end - first)
@@ -65,7 +67,9 @@ internal class Safetensors private constructor(private val file: FileChannel, pr
             for ((name, tensor) in tensors) {
                 val end = at + tensor.nbytes
                 members[name] = linkedMapOf(
-                    "dtype" to labels.getValue(tensor.spec.dtype), "shape" to tensor.spec.shape, "data_offsets" to listOf(at, end),
+                    "dtype" to labels.getValue(tensor.spec.dtype),
+                    "shape" to tensor.spec.shape,
+                    "data_offsets" to listOf(at, end),
                 )
                 at = end
             }

@@ -38,7 +38,9 @@ object SessionFile {
     /** Writes the runtime's state to [file], whole or not at all; only its owner may read it. */
     @Throws(SessionException::class)
     fun save(runtime: LoopRuntime, file: File, text: SessionText) {
-        if (!runtime.whole) throw SessionException("$file: not saved, since the text was broken off while the model was reading; run it again")
+        if (!runtime.whole) {
+            throw SessionException("$file: not saved, since the text was broken off while the model was reading; run it again")
+        }
         val tensors = runtime.tensors()
         val header = linkedMapOf(
             "format" to FORMAT, "version" to VERSION, "model" to runtime.info.fingerprint, "name" to runtime.info.name,
@@ -80,7 +82,9 @@ object SessionFile {
         }
         val info = runtime.info
         if (info.fingerprint.isEmpty() || header["model"] != info.fingerprint) {
-            throw SessionException("$file: a session of another model (${header["name"].orEmpty().take(200)}), not of ${info.name}; start a new one")
+            throw SessionException(
+                "$file: a session of another model (${header["name"].orEmpty().take(200)}), not of ${info.name}; start a new one",
+            )
         }
         val position = field(file, header, "position", NUMBER).toLong()
         val most = info.longest
@@ -90,7 +94,9 @@ object SessionFile {
         val (pending, context, open) = listOf("pending", "context", "open").map { tokens(file, header, it, info.text.vocabSize) }
         checkForms(file, stored.forms, runtime.forms(position), info.name) // so that no more is read than the model keeps anyway
         val tensors = stored.forms.keys.associateWith(stored::read)
-        if (header[SHA256] != digest(tensors, header)) throw SessionException("$file: its SHA-256 does not fit; the file is damaged, start a new session")
+        if (header[SHA256] != digest(tensors, header)) {
+            throw SessionException("$file: its SHA-256 does not fit; the file is damaged, start a new session")
+        }
         tensors.values.forEach { checkNumbers(file, it) }
         runtime.restore(position, tensors)
         return SessionText(pending, Tail(context, open), header["chat"].orEmpty())
@@ -98,8 +104,9 @@ object SessionFile {
 
     private fun field(file: File, header: Map<String, String>, name: String, form: Regex): String {
         val value = header[name].orEmpty()
-        if (!form.matches(value)) throw SessionException("$file: $name: got '${value.take(60)}', expected ${if (form == NUMBER) "a number of tokens" else "tokens"}; start a new session")
-        return value
+        if (form.matches(value)) return value
+        val expected = if (form == NUMBER) "a number of tokens" else "tokens"
+        throw SessionException("$file: $name: got '${value.take(60)}', expected $expected; start a new session")
     }
 
     private fun tokens(file: File, header: Map<String, String>, name: String, vocabSize: Int): List<Int> {
@@ -115,17 +122,22 @@ object SessionFile {
             val (got, expected) = found[name] to known[name]
             if (got != null && expected != null && got.fits(expected)) continue
             val said = if (name !in found) "none" else "${got ?: "one of another type"}"
-            throw SessionException("$file: its tensors are not those of $model ($name: got $said, expected ${expected ?: "none"}); start a new session")
+            throw SessionException(
+                "$file: its tensors are not those of $model ($name: got $said, expected ${expected ?: "none"}); start a new session",
+            )
         }
     }
 
     private fun checkNumbers(file: File, tensor: Tensor) {
-        val what = when (tensor.spec.dtype) {
-            Dtype.FLOAT32 -> "numbers that are not finite".takeUnless { (0 until tensor.floats.capacity()).all { tensor.floats[it].isFinite() } }
-            Dtype.FLOAT16 -> "numbers that are not finite".takeUnless { (0 until tensor.nbytes step 2).all { isFiniteHalf(tensor.bytes.getShort(it)) } }
-            Dtype.BOOL -> "flags that are neither true nor false".takeUnless { (0 until tensor.nbytes).all { tensor.bytes[it] in 0..1 } }
-            else -> null
-        } ?: return
+        val dtype = tensor.spec.dtype
+        val fits = when (dtype) {
+            Dtype.FLOAT32 -> (0 until tensor.floats.capacity()).all { tensor.floats[it].isFinite() }
+            Dtype.FLOAT16 -> (0 until tensor.nbytes step dtype.nbytes).all { isFiniteHalf(tensor.bytes.getShort(it)) }
+            Dtype.BOOL -> (0 until tensor.nbytes).all { tensor.bytes[it] in 0..1 }
+            else -> true
+        }
+        if (fits) return
+        val what = if (dtype == Dtype.BOOL) "flags that are neither true nor false" else "numbers that are not finite"
         throw SessionException("$file: ${tensor.spec.name}: holds $what; start a new session")
     }
 

@@ -42,7 +42,8 @@ class Sampler(private val sampling: Sampling) {
     @Throws(UserException::class)
     fun pick(logits: FloatArray, unused: List<IntRange> = emptyList()): Int {
         val draw = random.uniform()
-        val usable = if (unused.isEmpty()) logits else logits.copyOf().also { copy -> for (ids in unused) copy.fill(Float.NEGATIVE_INFINITY, ids.first, ids.last + 1) }
+        val usable = if (unused.isEmpty()) logits else logits.copyOf()
+        for (ids in unused) usable.fill(Float.NEGATIVE_INFINITY, ids.first, ids.last + 1)
         var likeliest = 0 // the lowest index on ties
         for (i in usable.indices) if (usable[i] > usable[likeliest]) likeliest = i
         if (usable.any(Float::isNaN) || !usable[likeliest].isFinite()) {

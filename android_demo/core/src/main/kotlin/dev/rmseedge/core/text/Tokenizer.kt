@@ -77,7 +77,9 @@ class Tokenizer private constructor(private val file: File, private val kind: Ki
 
     companion object {
         private const val LARGEST_ID = 1 shl 24
-        private val WHITE_SPACE = Regex("[\\u0009-\\u000D \\u0085\\u00A0\\u1680\\u2000-\\u200A\\u2028\\u2029\\u202F\\u205F\\u3000]") // Unicode's
+
+        /** Unicode's White_Space. */
+        private val WHITE_SPACE = Regex("[\\u0009-\\u000D \\u0085\\u00A0\\u1680\\u2000-\\u200A\\u2028\\u2029\\u202F\\u205F\\u3000]")
         private val anything = Reader { value, _ -> value }
 
         /**
@@ -90,7 +92,7 @@ class Tokenizer private constructor(private val file: File, private val kind: Ki
             val spec = Fields(Json.read(file))
             val model = spec.at("model", fields)
             val kind = kindOf(spec, model) ?: throw PackageException(
-                "$file: a tokenizer of the kind ${shownKind(spec, model)}; this app reads those of characters and of words, which rmse-edge makes",
+                "$file: a tokenizer of the kind ${shownKind(spec, model)}; this app reads those of characters and of words",
             )
             Tokenizer(file, kind, model.at("vocab", members(whole(0..LARGEST_ID))), model.orNull("unk_token", anyText))
         } catch (error: JsonException) {

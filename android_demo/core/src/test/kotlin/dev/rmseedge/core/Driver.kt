@@ -1,4 +1,5 @@
-import dev.rmseedge.core.UserException
+package dev.rmseedge.core
+
 import dev.rmseedge.core.engine.OnnxEngine
 import dev.rmseedge.core.host.LoopRuntime
 import dev.rmseedge.core.host.SplitMix64
@@ -8,6 +9,7 @@ import dev.rmseedge.core.measure.Bench
 import dev.rmseedge.core.measure.BenchSettings
 import dev.rmseedge.core.measure.ProcessMemory
 import dev.rmseedge.core.measure.benchReport
+import dev.rmseedge.core.model.Dials
 import dev.rmseedge.core.pack.Archive
 import dev.rmseedge.core.pack.LoopPackage
 import dev.rmseedge.core.session.SessionFile
@@ -86,12 +88,12 @@ private fun unpack(archive: String, parent: String, name: String, room: String?)
     }
 }
 
-/** Resident bytes without the model, and with it at work. */
+/** Resident bytes without the model, and with it at work: through calls of every size. */
 private fun memory(folder: String): List<Long> {
     val before = ProcessMemory.now()!!.resident
-    return opened(folder) { pack ->
-        TextSession(pack.pack, pack.engine).use { session ->
-            session.generate("ROMEO:", GenerationSettings(maxNewTokens = 70)) { }
+    return opened(folder) { opened ->
+        LoopRuntime(opened.pack, opened.engine).use { runtime ->
+            runtime.feed(IntArray(70))
             listOf(before, ProcessMemory.now()!!.resident)
         }
     }
@@ -129,7 +131,9 @@ private fun logits(from: Map<*, *>): FloatArray {
 private fun sampling(options: Map<*, *>): Sampling {
     fun number(name: String, default: Number) = options[name] as Number? ?: default
     return Sampling(
-        number("temperature", 0.8).toDouble(), number("top_k", 0).toInt(), number("top_p", 1.0).toDouble(),
+        number("temperature", 0.8).toDouble(),
+        number("top_k", 0).toInt(),
+        number("top_p", 1.0).toDouble(),
         (options["seed"] as String? ?: "0").toULong(),
     )
 }
@@ -176,7 +180,9 @@ private class Server(opened: Opened) {
 
     private fun generate(asked: Map<*, *>): Map<String, Any?> {
         val settings = GenerationSettings(
-            (asked["count"] as Long).toInt(), sampling(asked["options"] as Map<*, *>), (asked["stop"] as List<*>).map { it as String },
+            (asked["count"] as Long).toInt(),
+            sampling(asked["options"] as Map<*, *>),
+            (asked["stop"] as List<*>).map { it as String },
         )
         val control = GenerationControl(dials(asked))
         val spans = mutableListOf<List<Any>>()
@@ -191,6 +197,8 @@ private class Server(opened: Opened) {
         return found.toMap() + mapOf("tokens" to found.tokens.toList(), "depth" to found.depth.toList(), "spans" to spans + rest)
     }
 
-    private fun dials(asked: Map<*, *>) =
-        session.info.dialsWith((asked["dials"] as Map<*, *>).entries.associate { (name, value) -> name as String to (value as Number).toDouble() })
+    private fun dials(asked: Map<*, *>): Dials {
+        val changes = asked["dials"] as Map<*, *>
+        return session.info.dialsWith(changes.entries.associate { (name, value) -> name as String to (value as Number).toDouble() })
+    }
 }
