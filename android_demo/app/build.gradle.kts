@@ -16,7 +16,7 @@ android {
         ndk.abiFilters += listOf("arm64-v8a", "x86_64")
     }
 
-    sourceSets["main"].assets.srcDir("../../build/android/assets") // where `make android-assets` puts a package
+    sourceSets["main"].assets.srcDir("../../build/android/assets") // where build_apk.sh puts a package, or anyone
 
     androidResources.noCompress += "zip"
     packaging.jniLibs.useLegacyPackaging = true // libraries are compressed in the APK, and unpacked when it is installed

@@ -44,7 +44,7 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
         write.setOnClickListener { ask() }
         stop.setOnClickListener { workspace.stop() }
         renew.setOnClickListener { workspace.renew() }
-        share.setOnClickListener { activity.shareText(writing.text.value.text(), "text/plain") }
+        share.setOnClickListener { hand() }
         marks.onItemSelectedListener = object : AdapterView.OnItemSelectedListener {
             override fun onItemSelected(parent: AdapterView<*>, view: View?, position: Int, id: Long) = restyle()
 
@@ -78,11 +78,20 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
         }
     }
 
+    private fun hand() {
+        val text = writing.text.value.text()
+        if (text.length <= LONGEST_SHARED) {
+            activity.shareText(text, "text/plain")
+        } else {
+            workspace.notice.value = activity.getString(R.string.too_long_to_share)
+        }
+    }
+
     private fun showModel(model: Loaded?) {
         if (model == null || (model === shownModel && wanted.isEmpty())) return
         shownModel = model
         val info = model.pack.info
-        val dials = info.dials.with(wanted.filterKeys { it == Dial.MAX_LOOPS || it in info.rules })
+        val dials = model.dials.with(wanted.filterKeys { it == Dial.MAX_LOOPS || it in info.rules })
         wanted = emptyMap()
         val rule = info.rules.firstOrNull { Dial.BY_NAME.getValue(it).off != null }
         loops.show(DialScale.of(Dial.MAX_LOOPS, info.maxLoops), dials[Dial.MAX_LOOPS])
@@ -140,5 +149,6 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
 
     private companion object {
         const val DIAL = "dial."
+        const val LONGEST_SHARED = 200_000 // characters: what is shared passes through the system's memory
     }
 }

@@ -21,19 +21,22 @@ class ModelStore(private val context: Context) {
     /** Their names, in order. */
     val names: List<String> get() = root.list().orEmpty().filter { !it.startsWith(".") }.sorted()
 
-    /** The name that the package inside the app has, here or once it is unpacked; null: the app was built without one. */
-    val bundled: String? get() = asset?.let(::modelName)
-
     private val asset: String? get() = context.assets.list("")?.firstOrNull { it.endsWith(SUFFIX) }
 
     fun folder(name: String): File = File(root, name)
 
-    /** Unpacks the package inside the app, unless that was done. Blocks. */
+    /** Unpacks the package inside the app, unless that was done, and returns its name; null: it was built without one. Blocks. */
     fun unpackBundled(progress: (Long, Long) -> Unit): String? {
         val file = asset ?: return null
         val name = modelName(file)
-        if (name !in names) context.assets.open(file).use { Archive.unpack(it, root, name, progress = progress) }
+        if (name !in names || isOutdated(name)) context.assets.open(file).use { Archive.unpack(it, root, name, progress = progress) }
         return name
+    }
+
+    /** Whether a package is that of an app that was updated since it was unpacked. */
+    fun isOutdated(name: String): Boolean {
+        val updated = context.packageManager.getPackageInfo(context.packageName, 0).lastUpdateTime
+        return name == asset?.let(::modelName) && folder(name).lastModified() < updated
     }
 
     /** Unpacks the archive that the user chose. Blocks. Returns its name here. */

@@ -105,9 +105,7 @@ class Workspace(private val context: Context) {
         val model = loaded.value ?: return
         if (!begin(Work.Timing(0, 1))) return
         worker.submit(::end) {
-            writing.park(model) // a bench reads texts of its own
-            timing.time(model, settings)
-            writing.unpark(model)
+            writing.aside(model) { timing.time(model, settings) }
         }
     }
 
@@ -116,9 +114,7 @@ class Workspace(private val context: Context) {
         val model = loaded.value ?: return
         if (!begin(Work.Timing(0, 1))) return
         worker.submit(::end) {
-            writing.park(model)
-            timing.report(model, cores)
-            writing.unpark(model)
+            writing.aside(model) { timing.report(model, cores) }
         }
     }
 
@@ -136,13 +132,14 @@ class Workspace(private val context: Context) {
 
     /** What worked is loaded again; at the very first start, the package inside the app. */
     private fun start() {
+        worker.submit { writing.open() }
         val broken = guard.broken
         val start = guard.atStart?.takeIf { it.model in models.names }
         if (broken != null) {
             notice.value = context.getString(R.string.load_broke, broken.model, broken.threads)
             guard.failed() // said once; now it is up to the user
         }
-        if (start != null) {
+        if (start != null && !models.isOutdated(start.model)) {
             load(start)
         } else if (broken == null) {
             loadBundled()

@@ -36,23 +36,28 @@ class Writing(
     val statistics = Live<GenerationStatistics?>(null)
 
     /** The texts that are kept, the newest first. */
-    val kept = Live(store.all())
+    val kept = Live(emptyList<Kept>())
 
     /** The loops of the latest tokens. */
     val loops = LoopSeries(LATEST)
 
     private var id = newId()
 
+    /** Whether the model's state is that at the end of the text: only then it goes on with it. */
+    private var atEnd = false
+
     @Volatile
     private var control: GenerationControl? = null
 
-    init {
+    /** Finds what was kept, and shows what was on the screen last. */
+    fun open() {
+        kept.value = store.all()
         notes[CURRENT]?.toLongOrNull()?.let(store::find)?.let(::show)
     }
 
     /** Lets the model go on from [prompt], until it ends, is stopped, or the text is full. */
     fun write(model: Loaded, prompt: String) {
-        if (text.value.model != model.settings.model) renew(model)
+        if (!atEnd) renew(model)
         val control = GenerationControl(model.dials).also { this.control = it }
         statistics.value = null
         var given: String? = prompt
@@ -88,6 +93,7 @@ class Writing(
         model?.session?.reset()
         show(Kept(newId(), Transcript(model?.settings?.model.orEmpty())))
         statistics.value = null
+        atEnd = model != null
     }
 
     /** Shows a kept text, and goes on with it where [model] wrote it. */
@@ -96,9 +102,10 @@ class Writing(
         resume(model)
     }
 
-    /** Puts a model that was just loaded where the text on the screen ends. */
+    /** Puts a model, one that was just loaded, where the text on the screen ends; where it cannot go on, a notice says so. */
     fun resume(model: Loaded?) {
         val session = store.session(id)
+        atEnd = false
         if (model == null || text.value.size == 0) return
         if (model.settings.model != text.value.model || !session.exists()) {
             notice.value = context.getString(R.string.text_of_other_model)
@@ -106,8 +113,8 @@ class Writing(
         }
         try {
             model.session.restore(session)
+            atEnd = true
         } catch (error: SessionException) {
-            model.session.reset()
             notice.value = error.message.orEmpty()
         }
     }
@@ -120,16 +127,18 @@ class Writing(
         kept.value = store.all()
     }
 
-    /** Lays the model's state aside. */
-    fun park(model: Loaded) = model.session.save(parked)
-
-    /** Takes up what [park] laid aside. */
-    fun unpark(model: Loaded) {
-        model.session.restore(parked)
-        parked.delete()
+    /** Lets [task] read other texts with the model, whose state is laid aside meanwhile. */
+    fun aside(model: Loaded, task: () -> Unit) {
+        val parked = File(context.cacheDir, "parked.session")
+        if (atEnd) model.session.save(parked)
+        try {
+            task()
+        } finally {
+            model.session.reset()
+            if (atEnd) model.session.restore(parked)
+            parked.delete()
+        }
     }
-
-    private val parked get() = File(context.cacheDir, "parked.session")
 
     private fun keep(model: Loaded) {
         if (text.value.size == 0) return
