@@ -31,14 +31,19 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_WHEEL = $(ARM)/executorch-$(VERSION)
 
 # Marks of tests (pyproject.toml) that make packages for devices, or of every architecture, or build the runner.
-DEVICES := packages or executorch or coreml or native or arm
+DEVICES := packages or executorch or coreml or native or arm or android
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools test test-devices quick nightly test-arm fuzz benchmarks lint style types clean
+# The Android app, and the package inside it: int4 without rounded activations, since the phone's engine does not know that of experts.
+APK := build/android/rmse-edge.apk
+APK_MODEL := build/android/rmse-shakespeare.rmse.zip
+
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools apk test test-devices quick nightly test-arm fuzz benchmarks lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
 	@echo "make runner  build $(RUNNER), which runs ExecuTorch packages without Python"
 	@echo "make runner-aarch64    the same for 64-bit ARM, with $(ARM_CXX)"
+	@echo "make apk     build $(APK) with the shipped model in int4; see android_demo/README.md"
 	@echo "make test    lint + the tests without packages of ExecuTorch and Core ML"
 	@echo "make test-devices    the tests of those, of the runner, and of packages of every architecture"
 	@echo "make quick   the tests that need no export and no exporter: a minute"
@@ -98,6 +103,14 @@ arm-wheel: $(STAMP)
 	        --platform manylinux_2_28_aarch64 --python-version 311 --dest $(ARM)/new executorch==$(VERSION) && \
 	    $(BIN)/python -m zipfile -e $(ARM)/new/executorch-$(VERSION)-*.whl $(ARM)/new/unpacked && \
 	    mv $(ARM)/new/unpacked $(ARM_WHEEL) && rm -r $(ARM)/new; }
+
+apk: $(STAMP) $(APK_MODEL)
+	@PYTHON=$(BIN)/python android_demo/build_apk.sh -m $(APK_MODEL) -o $(APK)
+
+$(APK_MODEL): $(MODEL)/model.safetensors $(MODEL)/config.json | $(STAMP)
+	@mkdir -p $(@D)
+	$(BIN)/rmse-export --target onnx -m $(MODEL) --quant int4 --accuracy-level 0 --calibrate $(MODEL)/sample.txt \
+	    --archive --force -o $@
 
 arm-tools: $(STAMP)
 	@.ci/arm-tools

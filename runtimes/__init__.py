@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rmse_edge.archive import unpacked
 from rmse_edge.errors import ArgumentError, PackageError, UserError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
@@ -132,7 +133,7 @@ def open_runtime(
     threads: int | None = None,
     expert_ram: str | None = None,
 ) -> Runtime:
-    """The runtime for a package folder or a checkpoint folder.
+    """The runtime for a package, as a folder or an archive, or for a checkpoint folder.
 
     Args:
         runtime: "torch", "onnx", "executorch" or "coreml"; by default whatever the folder was made for.
@@ -172,7 +173,7 @@ def open_boards(
 
 
 def _package_of(path: str | Path, runtime: str | None, device: str) -> Package | None:
-    """The package of a folder, verified; None: it is to be run by PyTorch.
+    """The package of a folder or an archive, verified; None: it is to be run by PyTorch.
 
     Raises:
         UserError: see `open_runtime`.
@@ -182,6 +183,7 @@ def _package_of(path: str | Path, runtime: str | None, device: str) -> Package |
         raise ArgumentError("runtime", f"got {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     if not path.exists():
         raise UserError(f"{path}: no such package or checkpoint folder")
+    path = unpacked(path)
     if (path / MANIFEST).is_file() or path.suffix == ".rmse":
         package = Package.open(path)
         if runtime not in (None, package.target):

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from paths import ROOT
 
 if TYPE_CHECKING:
     from architectures import Case
+    from kotlin_core import Core
     from memo import Memo
     from native_runner import Runner
 
@@ -156,6 +157,18 @@ def runner() -> Path:
             pytest.skip(f"needs {tool}")
     folder = executorch_folder()
     return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+
+
+@pytest.fixture(scope="session")
+def core() -> Iterator[Core]:
+    """The Kotlin core of the Android app, compiled against Android's API, on desktop Java."""
+    from kotlin_core import Core, built, missing
+
+    if reason := missing():
+        pytest.skip(reason)
+    core = Core(built())
+    yield core
+    core.close()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from plan import UNITS, coremltools
 from reference import Reference
 from report import Outcome, Report, bullets
 
+from rmse_edge.archive import unpacked
 from rmse_edge.cli.common import Parser, positive_int, verb
 from rmse_edge.errors import PackageError, UserError
 from rmse_edge.package import Package
@@ -63,7 +64,7 @@ def checked(args: argparse.Namespace) -> Package:
         raise UserError(f"--tokens: got {args.tokens}, expected at least {LEAST_TOKENS}")
     if args.output is not None and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
         raise UserError(f"-o: {args.output} cannot be written; give a file name in a folder that exists")
-    package = Package.open(args.package)
+    package = Package.open(unpacked(args.package))
     if package.target != "coreml":
         raise PackageError(f"{args.package}: made for {package.target}; make one with rmse-export --target coreml")
     limit = package.manifest["model"]["text"]["max_seq_len"]

@@ -283,10 +283,11 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     ]  # fmt: skip
     while not inputs[-1]:
         inputs.pop()
+    # Level 0 is what it has without the attribute, which ONNX Runtime knows since 1.30 only.
+    level = {"accuracy_level": accuracy_level} if accuracy_level else {}
     new = helper.make_node(
-        "QMoE", inputs, node.output, node.name, domain=CONTRIB,
-        expert_weight_bits=q.format.bits, accuracy_level=accuracy_level,
-    )  # fmt: skip
+        "QMoE", inputs, node.output, node.name, domain=CONTRIB, expert_weight_bits=q.format.bits, **level
+    )
     new.attribute.extend(node.attribute)
     if block is not None:
         new.attribute.append(helper.make_attribute("block_size", block))

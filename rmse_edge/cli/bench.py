@@ -30,6 +30,7 @@ from .common import (
     existing_file,
     existing_path,
     list_of,
+    model_folder,
     non_negative_int,
     one_of,
     positive_int,
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.arguments["tokens"] = "--stream"
     parser.add_argument(
         "model", type=existing_path, nargs="*",
-        help="package (NAME.rmse) or checkpoint folder; several are timed side by side and compared with the first",
+        help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder; several are timed side by side and compared with the first",
     )  # fmt: skip
     parser.add_argument(
         "--config", type=existing_file, metavar="FILE", help="config.json of random weights to time instead"
@@ -155,6 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("prompt", "generate", "depths", "repetitions"):
         if instead and getattr(args, flag) != parser.get_default(flag):
             raise UserError(f"{instead}: has rows of its own and no repetitions; leave out --{flag}")
+    args.model = [model_folder(path) for path in args.model]
     return args
 
 

@@ -316,6 +316,17 @@ def existing_folder(text: str) -> Path:
     return path
 
 
+def model_folder(path: Path) -> Path:
+    """The folder of a model that was given as a package, a checkpoint or an archive, which is unpacked into the cache.
+
+    Raises:
+        UserError: the archive cannot be unpacked.
+    """
+    from rmse_edge.archive import unpacked
+
+    return unpacked(path)
+
+
 def output_path(text: str) -> Path:
     """A path to be written: its parent folder must be there, so that a long run does not fail at its end."""
     path = Path(text).expanduser()

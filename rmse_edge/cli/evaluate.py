@@ -21,6 +21,7 @@ from .common import (
     existing_file,
     existing_path,
     finite_float,
+    model_folder,
     non_negative_float,
     non_negative_int,
     output_path,
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure loss, perplexity and loops per token on a text; with --sweep, over thresholds and depths.",
     )
     parser.arguments["path"] = "--plot"
-    parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
+    parser.add_argument("model", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--text", type=existing_file, metavar="FILE", help="UTF-8 text (default: the folder's sample.txt)"
@@ -141,7 +142,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--store: keeps exit rules, at the trained depth; leave --max-loops out")
     if args.points and args.rule and args.rule[1]:
         raise UserError("--points: --rule says which values are measured; leave one of them out")
+    if args.store and args.model.is_file():
+        raise UserError(f"--store: {args.model} is an archive, in which nothing is changed; give the package's folder")
     args.points = args.points or POINTS
+    args.model = model_folder(args.model)
     args.text = args.text or args.model / "sample.txt"
     return args
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,10 @@ def parser() -> Parser:
     p.add_argument(
         "-o", "--output", type=output_path, metavar="DIR", help="package folder (default: ./MODEL-TARGET.rmse)"
     )
+    p.add_argument(
+        "--archive", action="store_true",
+        help="write the package as one file (default: ./MODEL-TARGET.rmse.zip), for phones and downloads",
+    )  # fmt: skip
     p.add_argument("--target", default="onnx", help=f"what to export for: {', '.join(TARGETS)}")
     p.add_argument(
         "--quant", help="how weights are stored: fp32, fp16, int8, int4 (default: the checkpoint's, or fp32)"
@@ -70,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
     from rmse_edge.errors import UserError
 
+    if args.output and not args.archive and args.output.name.endswith(".rmse.zip"):
+        raise UserError(f"-o: {args.output} is the name of an archive; add --archive")
     if args.model and args.config:
         raise UserError("--model and --config: give one of them")
+    from rmse_edge.archive import check_archive
     from rmse_edge.checkpoint import load_checkpoint, shapes_of
     from rmse_edge.export import ExportRequest, describe, export_package
     from rmse_edge.export.pipeline import check_formats
@@ -123,8 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             model = cached_in(model, how.kv)
         print_description(describe(model, request, formats), args.format)
         return 0
-    output = args.output or Path(f"{name}-{args.target}.rmse")
-    check_destination(output, args.force)  # before minutes of quantising
+    output = args.output or Path(f"{name}-{args.target}{'.rmse.zip' if args.archive else '.rmse'}")
+    # before minutes of quantising
+    check_archive(output, args.force) if args.archive else check_destination(output, args.force)
     integers = stored
     with total_bar() as part:
         if how and args.config:
@@ -135,9 +144,25 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if args.profile_experts:
             request = with_profile(request, model, folder, args.profile_experts)
         share = 1 - QUANTIZING if how and not args.config else 1.0
-        package = export_package(model, output, request, checkpoint, part(share), integers)
-    print_result(package)
+        with packed_into(output) if args.archive else nullcontext(output) as folder:
+            package = export_package(model, folder, request, checkpoint, part(share), integers)
+    print_result(package, output)
     return 0
+
+
+@contextmanager
+def packed_into(path: Path) -> Iterator[Path]:
+    """A place for a package, beside which nothing is left when the block ends, but the archive `path` of it."""
+    from rmse_edge.archive import write_entries
+    from rmse_edge.errors import ExportError
+    from rmse_edge.files import named, new_file
+    from rmse_edge.package import Package
+
+    with new_file(path, ExportError) as part:
+        folder = part.with_suffix("")  # without .zip
+        with named(folder, path):
+            yield folder
+        write_entries(Package.open(folder), part)
 
 
 def options_given(args) -> dict[str, object]:
@@ -232,9 +257,9 @@ def print_description(description: dict, form: str) -> None:
                 print(f"  {arrow} {name:<16} {dtype:<8} {'x'.join(map(str, shape)) or 'scalar'}")
 
 
-def print_result(package) -> None:
+def print_result(package, output: Path) -> None:
     parity = package.manifest["parity"]
-    print(f"{package.folder}: {package.nbytes:,} bytes")
+    print(f"{output}: {output.stat().st_size if output.is_file() else package.nbytes:,} bytes")
     for setting, r in parity["settings"].items():
         if "boards" in r:
             compared = f"{r['boards']} boards, same cells {r['same_cells']:.1%}"

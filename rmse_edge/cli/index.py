@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from rmse_edge.errors import UserError
 
-from .common import Parser, existing_file, existing_path, key_value, positive_float, positive_int, verb
+from .common import Parser, existing_file, existing_path, key_value, model_folder, positive_float, positive_int, verb
 from .flags import add_runtime_flags, open_model
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Build a knowledge base from texts, add to it, or look into it. Texts that are there are skipped.",
     )
     parser.arguments["text"] = "--query"
-    parser.add_argument("model", nargs="?", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
+    parser.add_argument(
+        "model", nargs="?", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder"
+    )
     parser.add_argument("texts", nargs="*", type=existing_file, metavar="TEXT", help="UTF-8 files; a line is a passage")
     parser.add_argument(
         "-o", "--output", required=True, metavar="KB",
@@ -61,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{args.texts[0] if args.texts else '--replace'}: texts are added by a command of their own")
     if args.query is not None and not args.model:
         parser.error("--query needs MODEL")
+    args.model = args.model and model_folder(args.model)
     return args
 
 

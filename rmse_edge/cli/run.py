@@ -15,7 +15,7 @@ from rmse_edge.files import check_file
 
 from .boards import refuse_flags_of_texts, run_boards
 from .chat import NO_QUESTION, talk
-from .common import INTERRUPTED, Parser, existing_path, list_of, non_negative_int, positive_int, verb
+from .common import INTERRUPTED, Parser, existing_path, list_of, model_folder, non_negative_int, positive_int, verb
 from .display import DepthWriter, offload_lines, plain
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-run",
         description="Continue a prompt, or talk (--chat). Text goes to stdout, statistics to stderr.",
     )
-    parser.add_argument("model", type=existing_path, help="package (NAME.rmse) or checkpoint folder")
+    parser.add_argument("model", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without it, all of stdin")
     given.add_argument(
@@ -185,6 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--system: is a message of a conversation; add --chat")
     if args.system is not None and args.session:
         raise UserError("--system: the session's conversation has begun already; leave one of them out")
+    args.model = model_folder(args.model)
     return args
 
 

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rmse_edge.cache import cache_folder
 from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import new_file
 
@@ -94,14 +95,6 @@ def compiled() -> Path:
     if not path.is_file():
         compile_to(path, folder)
     return path
-
-
-def cache_folder() -> Path:
-    """RMSE_EDGE_CACHE, or rmse-edge in the user's cache folder."""
-    own = os.environ.get("RMSE_EDGE_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmse-edge"
 
 
 def compile_to(path: Path, folder: Path) -> None:

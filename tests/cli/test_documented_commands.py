@@ -28,7 +28,11 @@ from rmse_edge.cli.train import main as rmse_train
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*/README.md")]
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "android_demo/README.md")),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("models/*/README.md"),
+    ]
 )
 SCRIPTS = sorted(ROOT.glob("docs/**/*.py"))
 STARTS = re.compile(r"(?:\w+=\S+ +)*(rmse-[a-z]+|python|make|pip|build/native/rmse-runner)\b(?!:)")
@@ -231,6 +235,7 @@ BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
 NOT_RUN: dict[str, str] = {
+    "make apk": "tests/android/test_apk.py builds it with a tiny model, its nightly test as here",
     "make demo": "tests/test_shipped.py does what it does",
     "make test test-devices": "this is it",
     "make runner": "tests/runtimes/test_runner.py builds it",
@@ -251,6 +256,9 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m runs/gated": EXPORTS,
     "rmse-bench gated-onnx.rmse --ids FILE -p 256 -n 64 -d 4,2,1 -r 3 -t 1 --exit-epsilon 0.2": "tests/runtimes/test_bench.py; its model is trained above",
     "rmse-export -m models/rmse-shakespeare": EXPORTS,
+    "rmse-export -m models/rmse-shakespeare --archive": "tests/test_archive.py",
+    "rmse-export -m models/ouro-shakespeare --archive": "tests/test_archive.py",
+    'rmse-run rmse-shakespeare-onnx.rmse.zip -p "ROMEO:"': "tests/test_archive.py",
     "rmse-export -m rmse-shakespeare-int4": EXPORTS,
     "rmse-export -m runs/mine": EXPORTS,
     "rmse-export -m runs/facts -o runs/facts.rmse": EXPORTS,

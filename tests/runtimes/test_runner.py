@@ -22,11 +22,12 @@ from paths import NATIVE
 from small_tokenizers import cut_short
 
 from rmse_edge.arch.rmse.model import RMSE
+from rmse_edge.archive import pack
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ParityError
 from rmse_edge.export.gate.compare import agreement
 from rmse_edge.export.gate.reference import conversation
-from rmse_edge.package import MANIFEST, SUMS, write_sums
+from rmse_edge.package import MANIFEST, SUMS, Package, write_sums
 from rmse_edge.quantize import Quantized
 from rmse_edge.runtimes import Dials, open_runtime
 from rmse_edge.runtimes.engines.kernels import executorch_folder
@@ -347,6 +348,13 @@ def listed(change: Callable[[str], str]) -> Callable[[Path], object]:
     return lambda folder: (folder / SUMS).write_text(change((folder / SUMS).read_text()))
 
 
+def archived(folder: Path) -> None:
+    """In the place of the folder that it holds."""
+    pack(Package.open(folder), folder.with_name("p.rmse.zip"))
+    shutil.rmtree(folder)
+    folder.with_name("p.rmse.zip").rename(folder)
+
+
 def a_pipe(folder: Path) -> None:
     (folder / "sample.txt").unlink()
     os.mkfifo(folder / "sample.txt")
@@ -370,6 +378,7 @@ def first_input(manifest: dict[str, Any]) -> dict[str, Any]:
 NOISE = np.random.default_rng(0).bytes(5000)
 BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such package folder"),
+    "an archive": (archived, "is an archive; unpack it into a folder: unzip NAME.rmse.zip -d NAME.rmse"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json: missing"),
     "no JSON": (written(MANIFEST, b'{"a":'), "not readable as JSON"),
     "nested deeply": (written(MANIFEST, b"[" * 10**6), "nested too deeply"),

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <set>
 #include <stdexcept>
+#include <string_view>
 
 #include "json.h"
 #include "sha256.h"
@@ -67,6 +69,13 @@ Json read_manifest(const fs::path& path) {
   return manifest;
 }
 
+// A zip of a package, as `rmse-export --archive` writes it.
+bool is_archive(const fs::path& path) {
+  char first[4] = {};
+  return fs::is_regular_file(path) && std::ifstream(path, std::ios::binary).read(first, sizeof first) &&
+         std::string_view(first, sizeof first) == std::string_view("PK\x03\x04", 4);
+}
+
 std::map<std::string, int64_t> file_sizes(const Json& manifest) {
   std::map<std::string, int64_t> sizes;
   for (const auto& [name, size] : members(member(manifest, "sizes"))) {
@@ -84,6 +93,7 @@ std::map<std::string, int64_t> file_sizes(const Json& manifest) {
 // --------------------------------------------------------------------------------------------------------- package
 
 Package Package::open(const std::string& folder, const std::string& target) {
+  if (is_archive(folder)) refuse(folder, "is an archive; unpack it into a folder: unzip NAME.rmse.zip -d NAME.rmse");
   if (!fs::is_directory(folder)) {
     refuse(folder, std::string(fs::exists(folder) ? "is no folder, expected a package folder" : "no such package folder") +
                        "; make one with rmse-export");

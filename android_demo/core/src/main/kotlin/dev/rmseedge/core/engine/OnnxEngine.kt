@@ -1,0 +1,111 @@
+package dev.rmseedge.core.engine
+
+import ai.onnxruntime.NodeInfo
+import ai.onnxruntime.OnnxJavaType
+import ai.onnxruntime.OnnxTensor
+import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtException
+import ai.onnxruntime.OrtSession
+import ai.onnxruntime.TensorInfo
+import dev.rmseedge.core.PackageException
+import dev.rmseedge.core.json.members
+import dev.rmseedge.core.json.name
+import dev.rmseedge.core.json.refuseField
+import dev.rmseedge.core.model.Dtype
+import dev.rmseedge.core.model.MethodSpec
+import dev.rmseedge.core.model.TensorSpec
+import dev.rmseedge.core.pack.LoopPackage
+import dev.rmseedge.core.pack.PackageIndex
+import java.io.File
+
+private val TYPES = mapOf(
+    Dtype.FLOAT32 to OnnxJavaType.FLOAT,
+    Dtype.FLOAT16 to OnnxJavaType.FLOAT16,
+    Dtype.BFLOAT16 to OnnxJavaType.BFLOAT16,
+    Dtype.INT64 to OnnxJavaType.INT64,
+    Dtype.INT32 to OnnxJavaType.INT32,
+    Dtype.INT8 to OnnxJavaType.INT8,
+    Dtype.UINT8 to OnnxJavaType.UINT8,
+    Dtype.BOOL to OnnxJavaType.BOOL,
+)
+
+/**
+ * ONNX Runtime. The loop runs inside the graph, whose weights the engine reads from their file by its path.
+ *
+ * A graph serves calls of all sizes: a second session would lay out the weights a second time.
+ *
+ * @param threads of one call; null: the engine's own choice.
+ */
+class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = null) : Engine {
+    private val environment = OrtEnvironment.getEnvironment()
+    private val graphs: Map<String, String> = PackageIndex.namingManifest(pack.folder.path) { pack.lowering.at("graphs", members(name)) }
+    private val sessions = mutableMapOf<String, OrtSession>() // by file
+
+    override val description: String get() = "onnxruntime ${environment.version}"
+
+    override fun load(method: String, spec: MethodSpec): Method {
+        val graph = graphs[method] ?: throw PackageException("${pack.folder}: holds no $method; it has ${graphs.keys.joinToString()}")
+        val file = pack.path(graph)
+        try {
+            val session = sessions.getOrPut(graph) { session(file) }
+            check(file, method, "inputs", spec.inputs, session.inputInfo)
+            check(file, method, "outputs", spec.outputs, session.outputInfo)
+            return OnnxMethod(environment, session, spec)
+        } catch (error: OrtException) {
+            throw PackageException("$file: onnxruntime cannot load it (${error.message}); export the package again", error)
+        }
+    }
+
+    override fun close() = sessions.values.forEach(OrtSession::close)
+
+    private fun session(file: File): OrtSession = OrtSession.SessionOptions().use { options ->
+        // Several sessions live in one process: idle threads that spin would take cores from the one at work.
+        options.addConfigEntry("session.intra_op.allow_spinning", "0")
+        options.setCPUArenaAllocator(false)
+        options.setMemoryPatternOptimization(false)
+        threads?.let(options::setIntraOpNumThreads)
+        environment.createSession(file.path, options)
+    }
+
+    /** Holds the manifest against the graph. Sizes that vary from call to call are -1 there: rows, slots. */
+    private fun check(file: File, method: String, side: String, said: List<TensorSpec>, found: Map<String, NodeInfo>) {
+        if (said.size != found.size) {
+            refuse(file, "methods.$method.$side", "${said.size} tensors", "${found.size}, as the graph has them")
+        }
+        for (tensor in said) {
+            val info = found[tensor.name]?.info as? TensorInfo
+            val fits = info != null && info.type == TYPES[tensor.dtype] && info.shape.size == tensor.shape.size &&
+                info.shape.indices.all { info.shape[it] == -1L || info.shape[it] == tensor.shape[it].toLong() }
+            if (!fits) refuse(file, "methods.$method.$side", "$tensor", "${info?.shape?.toList()} ${info?.type}, as the graph has it")
+        }
+    }
+
+    private fun refuse(file: File, field: String, got: String, expected: String): Nothing =
+        PackageIndex.namingManifest("${file.parent}") { refuseField(field, got, expected) }
+}
+
+private class OnnxMethod(private val environment: OrtEnvironment, private val session: OrtSession, override val spec: MethodSpec) : Method {
+    private val inputs = linkedMapOf<String, OnnxTensor>()
+    private val outputs = linkedMapOf<String, OnnxTensor>()
+
+    override fun read(input: Int, tensor: Tensor) = bind(inputs, spec.inputs[input], tensor)
+
+    override fun write(output: Int, tensor: Tensor) = bind(outputs, spec.outputs[output], tensor)
+
+    override fun run() {
+        session.run(inputs, emptySet(), outputs).close() // what was bound stays open
+    }
+
+    override fun close() = (inputs.values + outputs.values).forEach(OnnxTensor::close)
+
+    private fun bind(side: MutableMap<String, OnnxTensor>, argument: TensorSpec, tensor: Tensor) {
+        val shape = tensor.spec.shape.map(Int::toLong).toLongArray()
+        val bound = OnnxTensor.createTensor(
+            environment,
+            tensor.bytes.duplicate().order(tensor.bytes.order()),
+            shape,
+            TYPES.getValue(argument.dtype),
+        )
+        side.put(argument.name, bound)?.close()
+    }
+}
