@@ -284,7 +284,7 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     while not inputs[-1]:
         inputs.pop()
     # Level 0 is what it has without the attribute, which ONNX Runtime knows since 1.30 only.
-    level = {"accuracy_level": accuracy_level} if accuracy_level else {}
+    level: dict[str, Any] = {"accuracy_level": accuracy_level} if accuracy_level else {}
     new = helper.make_node(
         "QMoE", inputs, node.output, node.name, domain=CONTRIB, expert_weight_bits=q.format.bits, **level
     )

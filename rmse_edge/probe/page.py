@@ -39,7 +39,7 @@ def write_page(found: dict[str, Any], picture: Path, page: Path) -> None:
 
 def iterations(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table by iteration: its head and its rows."""
-    head = (
+    head: tuple[str, ...] = (
         found["unit"],
         "loss",
         "entropy",
@@ -50,7 +50,7 @@ def iterations(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, 
         "cosine",
         "settled",
     )
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(row["iteration"]),
             f"{row['loss']:.4f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _panels(found: dict[str, Any]) -> list[tuple[str, Callable[[Any], None]]]:
     if found["probes"]:
         panels.append(("linear probes, share right", lambda axis: _probes(axis, found["probes"], at, unit)))
     for task, row in found["tasks"].items():
-        panels.append((f"{task}: solved", lambda axis, row=row: _task(axis, row, unit)))
+        panels.append((f"{task}: solved", partial(_task, row=row, unit=unit)))
     if found["experts"]:
         panels.append(("experts in common", lambda axis: _matrix(axis, found["experts"]["overlap"], unit)))
     if found["codes"]:

@@ -60,7 +60,8 @@ def addition(draw: np.random.Generator, difficulty: int) -> Problem:
 
 def brackets(draw: np.random.Generator, difficulty: int) -> Problem:
     """Brackets of four kinds, of which `difficulty` are open at the end; as many pairs were opened and closed between."""
-    text, open_ones, closed = "", [], difficulty
+    text, closed = "", difficulty
+    open_ones: list[str] = []
     while len(open_ones) < difficulty or closed:
         if closed and draw.random() < 0.5:
             text += str(draw.choice(PAIRS))
