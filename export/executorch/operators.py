@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmse_edge.layers import experts
+from rmse_edge.layers import attend, experts  # noqa: F401  (attend: its operator is known from then on)
 from rmse_edge.layers.experts import chosen_by, gathered_experts
 
 from .tiles import weight_of
