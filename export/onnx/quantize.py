@@ -11,6 +11,7 @@ are stored once per channel, and `Expand` gives every block its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
@@ -284,7 +285,7 @@ def _moe(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_lev
     while not inputs[-1]:
         inputs.pop()
     # Level 0 is what it has without the attribute, which ONNX Runtime knows since 1.30 only.
-    level = {"accuracy_level": accuracy_level} if accuracy_level else {}
+    level: dict[str, Any] = {"accuracy_level": accuracy_level} if accuracy_level else {}
     new = helper.make_node(
         "QMoE", inputs, node.output, node.name, domain=CONTRIB, expert_weight_bits=q.format.bits, **level
     )
