@@ -10,7 +10,10 @@ from paths import ROOT
 
 INDEX = ROOT / "docs" / "README.md"
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(f for folder in ("docs", "models", "findings", "android_demo") for f in ROOT.glob(f"{folder}/**/*.md"))]
+    [
+        *ROOT.glob("*.md"),
+        *(f for folder in ("docs", "models", "findings", "android_demo") for f in ROOT.glob(f"{folder}/**/*.md")),
+    ]
 )
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
