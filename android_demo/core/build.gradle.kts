@@ -10,10 +10,12 @@ kotlin {
 }
 
 java {
+    sourceCompatibility = JavaVersion.toVersion(libs.versions.jvm.get())
     targetCompatibility = JavaVersion.toVersion(libs.versions.jvm.get())
 }
 
 dependencies {
     compileOnly(libs.onnxruntime) // the app brings Android's build of the same classes
+    testImplementation(libs.onnxruntime)
     implementation(libs.gson)
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from architectures import TEXTS, Case, settings_of, text_of, whole
 from conftest import made_once, made_package
+from helpers import reseal
 from kotlin_core import Core, CoreRuntime
 from paths import ROOT
 
@@ -193,9 +195,9 @@ def test_dials_act_at_once_and_a_text_can_be_stopped(run: CoreRuntime) -> None:
     """From the token behind the change on; what was stopped goes on as if it had not been."""
     found = run.generate(PROMPT, 30, when={"shallow after": 10}, temperature=0.0)
     assert max(found["depth"][:10]) > 1 and set(found["depth"][10:]) == {1}
-    run.reset()
+    run.ask("new text")
     whole_text = run.generate(PROMPT, 30, temperature=0.0)
-    run.reset()
+    run.ask("new text")
     first = run.generate(PROMPT, 30, when={"stop after": 12}, temperature=0.0)
     assert (first["finish_reason"], len(first["tokens"])) == ("interrupted", 12)
     rest = run.generate("", 18, temperature=0.0)
@@ -217,23 +219,20 @@ def test_what_a_text_cannot_be_is_one_line(run: CoreRuntime) -> None:
         with pytest.raises(UserError, match=said.replace(".", r"\.").replace("(", r"\(")):
             run.generate(prompt, 5, dials, temperature=0.0)
     assert run.ask("save", path=run.session, chat="")["position"] == position
-    run.reset()
+    run.ask("new text")
     with pytest.raises(UserError, match="no tokens to run"):
         run.generate("", 5)
 
 
-def test_a_full_text_is_a_sentence(core: Core, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = made_once(
-        "ouro-40.rmse",
-        tmp_path_factory,
-        lambda folder: rmse_export(["-m", str(DENSE), "--max-seq-len", "40", "-o", str(folder)]),
-    )
+def test_a_full_text_is_a_sentence(core: Core, dense: tuple[Any, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(dense[1], tmp_path / "short.rmse")
+    reseal(folder, lambda manifest: manifest["model"]["text"].update(max_seq_len=40))
     runtime = CoreRuntime(core, folder, tmp_path)
     found = runtime.generate("ROMEO:", 100, temperature=0.0)
     assert (found["finish_reason"], len(found["tokens"])) == ("max_seq_len", 35)
     with pytest.raises(UserError, match=r"^41 tokens are more than the 40 this package was exported for"):
         runtime.generate("", 5)
-    runtime.reset()
+    runtime.ask("new text")
     with pytest.raises(UserError, match=r"^50 tokens are more than the 40 this package was exported for"):
         runtime.generate("R" * 50, 5)
     runtime.close()
@@ -336,10 +335,12 @@ def test_a_bench_says_what_rmse_bench_says(
     assert found["adaptive_speedup"].keys() == expected["adaptive_speedup"].keys()
 
 
-def test_what_generating_takes_is_foreseen(core: Core, shipped: tuple[Any, Path]) -> None:
+@pytest.mark.parametrize("made", ["shipped", "dense"])
+def test_what_generating_takes_is_foreseen(core: Core, made: str, request: pytest.FixtureRequest) -> None:
     """The memory that a package is said to need is not less than it takes, nor three times as much."""
+    _, package = request.getfixturevalue(made)
     fresh = core.serve()
-    before, after = fresh.ask(["memory", str(shipped[1])])
+    before, after = fresh.ask(["memory", str(package)])
     fresh.close()
-    predicted = core.document("open", shipped[1])["predicted_bytes"]
+    predicted = core.document("open", package)["predicted_bytes"]
     assert after - before <= predicted <= 3 * (after - before)

@@ -147,18 +147,22 @@ private fun bench(opened: Opened, repetitions: Int): Map<String, Any?> = LoopRun
 }
 
 private class Server(opened: Opened) {
-    private val session = TextSession(opened.pack, opened.engine)
-    private val runtime = session.runtime
+    private val runtime = LoopRuntime(opened.pack, opened.engine)
+
+    // Made when a text is asked for: the models of some tests have no tokenizer.
+    private val session by lazy { TextSession(runtime, opened.pack.tokenizer()) }
 
     fun answer(asked: Map<*, *>): Map<String, Any?> {
+        val path by lazy { File(asked["path"] as String) }
         when (asked["do"]) {
-            "reset" -> session.reset()
+            "reset" -> runtime.reset()
+            "new text" -> session.reset()
             "feed" -> return feed(asked)
-            "save" -> SessionFile.save(runtime, File(asked["path"] as String), SessionText(chat = asked["chat"] as String))
-            "restore" -> SessionFile.restore(runtime, File(asked["path"] as String))
+            "save" -> SessionFile.save(runtime, path, SessionText(chat = asked["chat"] as String))
+            "restore" -> SessionFile.restore(runtime, path)
             "generate" -> return generate(asked)
-            "save text" -> session.save(File(asked["path"] as String))
-            "restore text" -> session.restore(File(asked["path"] as String))
+            "save text" -> session.save(path)
+            "restore text" -> session.restore(path)
             else -> error("what is ${asked["do"]}")
         }
         return mapOf("position" to runtime.position, "state_bytes" to runtime.stateBytes)
@@ -190,7 +194,7 @@ private class Server(opened: Opened) {
         val until = asked["stop after"] as Long?
         val found = session.generate(asked["prompt"] as String, settings, control) { event ->
             event.spans.mapTo(spans) { listOf(it.text, it.depth) }
-            if (event.index + 1L == shallow) control.dials = session.info.dialsWith(mapOf("max_loops" to 1.0))
+            if (event.index + 1L == shallow) control.dials = runtime.info.dialsWith(mapOf("max_loops" to 1.0))
             if (event.index + 1L == until) control.stop()
         }
         val rest = found.rest.map { listOf(it.text, it.depth) }
@@ -199,6 +203,6 @@ private class Server(opened: Opened) {
 
     private fun dials(asked: Map<*, *>): Dials {
         val changes = asked["dials"] as Map<*, *>
-        return session.info.dialsWith(changes.entries.associate { (name, value) -> name as String to (value as Number).toDouble() })
+        return runtime.info.dialsWith(changes.entries.associate { (name, value) -> name as String to (value as Number).toDouble() })
     }
 }

@@ -36,6 +36,6 @@ interface Method : AutoCloseable {
     /** Binds an output, by its place in [spec]. */
     fun write(output: Int, tensor: Tensor)
 
-    /** Every argument must be bound. */
+    /** Every argument must be bound. A `PackageException` says what the engine cannot do. */
     fun run()
 }

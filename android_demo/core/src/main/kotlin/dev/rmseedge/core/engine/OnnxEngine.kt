@@ -11,6 +11,7 @@ import dev.rmseedge.core.PackageException
 import dev.rmseedge.core.json.members
 import dev.rmseedge.core.json.name
 import dev.rmseedge.core.json.refuseField
+import dev.rmseedge.core.json.whole
 import dev.rmseedge.core.model.Dtype
 import dev.rmseedge.core.model.MethodSpec
 import dev.rmseedge.core.model.TensorSpec
@@ -43,6 +44,12 @@ class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = nul
 
     override val description: String get() = "onnxruntime ${environment.version}"
 
+    /** What to do about a graph that cannot be loaded: experts that round activations need ONNX Runtime 1.30. */
+    private val advice: String
+        get() = pack.lowering.or(0, "accuracy_level", whole(0..4)).let { level ->
+            if (level == 0) "export the package again" else "export it with --accuracy-level 0"
+        }
+
     override fun load(method: String, spec: MethodSpec): Method {
         val graph = graphs[method] ?: throw PackageException("${pack.folder}: holds no $method; it has ${graphs.keys.joinToString()}")
         val file = pack.path(graph)
@@ -50,9 +57,10 @@ class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = nul
             val session = sessions.getOrPut(graph) { session(file) }
             check(file, method, "inputs", spec.inputs, session.inputInfo)
             check(file, method, "outputs", spec.outputs, session.outputInfo)
-            return OnnxMethod(environment, session, spec)
+            return OnnxMethod("${pack.folder}: $method", environment, session, spec)
         } catch (error: OrtException) {
-            throw PackageException("$file: onnxruntime cannot load it (${error.message}); export the package again", error)
+            val reason = error.message.orEmpty().substringAfter("failed:").take(LONGEST_REASON)
+            throw PackageException("$file: $description cannot load it ($reason); $advice", error)
         }
     }
 
@@ -82,9 +90,18 @@ class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = nul
 
     private fun refuse(file: File, field: String, got: String, expected: String): Nothing =
         PackageIndex.namingManifest("${file.parent}") { refuseField(field, got, expected) }
+
+    private companion object {
+        const val LONGEST_REASON = 400
+    }
 }
 
-private class OnnxMethod(private val environment: OrtEnvironment, private val session: OrtSession, override val spec: MethodSpec) : Method {
+private class OnnxMethod(
+    private val name: String,
+    private val environment: OrtEnvironment,
+    private val session: OrtSession,
+    override val spec: MethodSpec,
+) : Method {
     private val inputs = linkedMapOf<String, OnnxTensor>()
     private val outputs = linkedMapOf<String, OnnxTensor>()
 
@@ -92,8 +109,10 @@ private class OnnxMethod(private val environment: OrtEnvironment, private val se
 
     override fun write(output: Int, tensor: Tensor) = bind(outputs, spec.outputs[output], tensor)
 
-    override fun run() {
+    override fun run() = try {
         session.run(inputs, emptySet(), outputs).close() // what was bound stays open
+    } catch (error: OrtException) {
+        throw PackageException("$name: onnxruntime cannot run it (${error.message}); export the package again, or free some memory", error)
     }
 
     override fun close() = (inputs.values + outputs.values).forEach(OnnxTensor::close)

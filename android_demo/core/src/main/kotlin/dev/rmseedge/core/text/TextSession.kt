@@ -17,10 +17,11 @@ import java.io.File
  * Nothing here starts a thread: [generate] blocks, and calls back on the thread that it was called on. For one thread at a time; only
  * [GenerationControl] may be used from another.
  */
-class TextSession(pack: LoopPackage, engine: Engine) : AutoCloseable {
-    val runtime = LoopRuntime(pack, engine)
+class TextSession(val runtime: LoopRuntime, val tokenizer: Tokenizer) : AutoCloseable {
+    /** Of a package by itself; a `PackageException` where its tokenizer cannot be read, or the engine cannot load it. */
+    constructor(pack: LoopPackage, engine: Engine) : this(LoopRuntime(pack, engine), pack.tokenizer())
+
     val info: ModelInfo get() = runtime.info
-    val tokenizer: Tokenizer = pack.tokenizer()
 
     /** Tokens of the text that were not fed yet, such as the last one generated: what is fed next begins with them. */
     private var pending: List<Int> = emptyList()
