@@ -282,9 +282,7 @@ def faults() -> list[Any]:
     for case in TEXTS:
         for name, state in model_info(case.model(), case.name, 0).state.items():
             planted = {"kept": kept} | ({"one row": one_row} if state.kind == "replace" and state.shape[-2] > 1 else {})
-            for how, fault in planted.items():
-                marks = [pytest.mark.nightly] if case.many_states and how != "kept" else []
-                found.append(pytest.param(case, fault(name), id=f"{case.name}-{name}-{how}", marks=marks))
+            found += [pytest.param(case, fault(name), id=f"{case.name}-{name}-{how}") for how, fault in planted.items()]
     return found
 
 

@@ -9,18 +9,41 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import small_hybrid
 from helpers import assert_one_line, random_tokens
+from paths import ROOT
 from published_code import fed, whole
 
 from rmse_edge.arch.common.hybrid_model import HybridModel
 from rmse_edge.arch.hybrid.config import HybridConfig, filled
 from rmse_edge.arch.registry import read_config
-from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.checkpoint import load_checkpoint, save_checkpoint, stored_keys
 from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.loop.contract import Append, check_spec
 from rmse_edge.loop.dials import Dials
+from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+
+
+def small_hybrid() -> HybridModel:
+    """Every mixer in the loop, layers before and behind it, windows that texts are longer than, and an untrained loop."""
+    torch.manual_seed(9)
+    config = HybridConfig(
+        vocab_size=65, d_model=32, think=(1, 6), think_loops=2, untrained_loops=1, max_position_embeddings=512,
+        layers=(
+            "shared_key_attention", "atlas", "gated_deltanet", "mamba3", "rodimus_plus", "gated_attention", "gated_deltanet",
+        ),
+        n_heads=4, n_kv_heads=2, head_dim=8, rotary_dims=4, window=24, shared_key_window=20, taps=3,
+        deltanet_key_heads=2, deltanet_value_heads=4, deltanet_key_dim=8, deltanet_value_dim=8,
+        mamba_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_angles=2, mamba_rank=2,
+        rodimus_channels=32, rodimus_state_dim=8, rodimus_gate_rank=8,
+        atlas_heads=2, atlas_head_dim=8, atlas_hidden=8, atlas_steps=2, atlas_segment=16,
+        n_experts=6, top_k=2, expert_width=32, shared_width=32, exit_rules=("gate", "delta", "cosine"),
+    )  # fmt: skip
+    model = HybridModel(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
+    return model
+
 
 FIGURE = {"atlas": 1, "mamba3": 3.5, "gated_deltanet": 3.5, "gated_attention": 2}
 
@@ -104,6 +127,17 @@ def test_all_loops_may_be_computed_for_what_later_positions_read() -> None:
         np.testing.assert_allclose(logits, whole_text.logits, atol=2e-5)
         assert np.array_equal(depth, whole_text.depth) and len(set(depth)) > 1
     assert np.abs(fed(model, text, (80,), stopping)[0] - whole_text.logits.numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "quant"), [("hybrid", "int4"), ("qwen3_next", "int8"), ("rodimus_plus", "int4")])
+def test_every_tensor_has_a_line_in_the_quantiser_s_table(name: str, quant: str) -> None:
+    """Matrices become integers; what decides, decays or scales stays float."""
+    model = small_hybrid() if name == "hybrid" else load_checkpoint(ROOT / "tests" / "data" / name)
+    found = quantize(model.eval(), QuantizeRequest(Scheme(quant), method="rtn"), None, "a fingerprint")
+    known = {*found.tensors, *found.report["float_tensors"]}
+    assert known >= set(stored_keys(model.config, list(model.state_dict())))
+    assert not any(part in name for name in found.tensors for part in ("conv1d", "norm", "gates", "A_log", "router"))
+    assert {"embed_tokens.weight", "lm_head.weight", "layers.1.mixers.0.out_proj.weight"} <= set(found.tensors)
 
 
 def test_a_checkpoint_with_other_tensors_is_refused(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def inverse_of_unit_lower(strict: Tensor) -> Tensor:
     count = strict.shape[-1]
     row = torch.arange(count, device=strict.device)
     found = None
-    size, most = 1, count if isinstance(count, int) else BLOCK
-    while size < most:
+    size = 1
+    while size < BLOCK and not _at_most(count, size):
         here, there = row // size, row // (2 * size)
         pair = (there[:, None] == there) & (here[:, None] != here)
         below = strict * pair.to(strict.dtype)
@@ -49,3 +49,12 @@ def inverse_of_unit_lower(strict: Tensor) -> Tensor:
             found = found + found @ below @ found
         size *= 2
     return torch.ones_like(strict) if found is None else found  # of one position: I
+
+
+def _at_most(count: int, size: int) -> bool:
+    """Whether a number of positions is known to be so small. Of a symbolic one nothing is asked: its graph serves all calls."""
+    if not torch.compiler.is_exporting():
+        return count <= size
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes a second to import
+
+    return statically_known_true(count <= size)
