@@ -45,7 +45,9 @@ private fun guard(steps: List<String>): Map<String, String?> {
     val notes = object : Notes {
         override fun get(name: String) = kept[name]
 
-        override fun commit(changes: Map<String, String?>) = changes.forEach { (name, value) -> if (value == null) kept -= name else kept[name] = value }
+        override fun commit(changes: Map<String, String?>) {
+            for ((name, value) in changes) if (value == null) kept -= name else kept[name] = value
+        }
     }
     for (step in steps) {
         val (what, model) = step.split(':', limit = 2)
@@ -67,9 +69,10 @@ private fun dial(asked: Fields): Map<String, Any> {
     return mapOf("values" to values, "steps" to values.map(scale::step), "nearest" to scale.step(asked.at("value", number)))
 }
 
-private fun scale(asked: Fields): Map<String, Any> = DepthScale(asked.at("loops", whole(1..64)), asked.at("dark", whole(0..1)) == 1).let { scale ->
+private fun scale(asked: Fields): Map<String, Any> {
+    val scale = DepthScale(asked.at("loops", whole(1..64)), dark = asked.at("dark", whole(0..1)) == 1)
     val depths = 1..scale.loops
-    mapOf(
+    return mapOf(
         "background" to depths.map(scale::background),
         "bar" to depths.map(scale::bar),
         "underline" to depths.map(scale::underline),

@@ -59,7 +59,7 @@ class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = nul
             check(file, method, "outputs", spec.outputs, session.outputInfo)
             return OnnxMethod("${pack.folder}: $method", environment, session, spec)
         } catch (error: OrtException) {
-            val reason = error.message.orEmpty().substringAfter("failed:").take(LONGEST_REASON)
+            val reason = error.message.orEmpty().substringAfter("failed:").takeLast(LONGEST_REASON)
             throw PackageException("$file: $description cannot load it ($reason); $advice", error)
         }
     }
@@ -92,7 +92,7 @@ class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = nul
         PackageIndex.namingManifest("${file.parent}") { refuseField(field, got, expected) }
 
     private companion object {
-        const val LONGEST_REASON = 400
+        const val LONGEST_REASON = 240 // the end of what it says names the operator
     }
 }
 
