@@ -86,6 +86,7 @@ def test_what_a_configuration_may_not_say(values: dict[str, Any], message: str, 
     assert_one_line(str(caught.value), message)
 
 
+@pytest.mark.slow
 def test_one_loop_of_every_mixer_is_the_plain_stack_bit_for_bit() -> None:
     looped, text = small_hybrid().eval(), random_tokens(100, vocab=65)
     values = looped.config.to_dict() | {"think": None, "think_loops": 1, "untrained_loops": 0}
@@ -99,6 +100,7 @@ def test_one_loop_of_every_mixer_is_the_plain_stack_bit_for_bit() -> None:
     assert not np.array_equal(fed(looped, text, (100,), Dials(2))[0], once)
 
 
+@pytest.mark.slow
 def test_the_state_does_not_grow_where_no_layer_attends_beyond_its_window() -> None:
     model = small_hybrid().eval()
     spec = model.spec(1)
@@ -113,6 +115,7 @@ def test_the_state_does_not_grow_where_no_layer_attends_beyond_its_window() -> N
     assert runtime.info.kept_bytes(100_000) == few
 
 
+@pytest.mark.slow
 def test_all_loops_may_be_computed_for_what_later_positions_read() -> None:
     """With "all" a state takes in what every loop makes of a position; with "repeat" what its last one made."""
     model, text = small_hybrid().eval(), random_tokens(80, vocab=65)

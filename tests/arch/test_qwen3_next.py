@@ -58,6 +58,7 @@ def test_every_layer_gives_the_published_states(model: HybridModel, known: dict[
     assert_close(model.norm(heard["layer3"])[0], known["hidden_states"][4, 0])
 
 
+@pytest.mark.slow
 def test_a_text_in_calls_leaves_the_published_cache(model: HybridModel, known: dict[str, Tensor]) -> None:
     """66 tokens in calls of 64, one by one and of other sizes, then four more."""
     tokens = known["input_ids"][0].numpy()
@@ -89,6 +90,7 @@ def test_the_greedy_tokens_are_the_published_ones(model: HybridModel, known: dic
     assert found == known["greedy_after_prefill"].flatten().tolist()
 
 
+@pytest.mark.slow
 def test_one_loop_of_some_layers_is_the_plain_stack_bit_for_bit(known: dict[str, Tensor]) -> None:
     plain, tokens = load_checkpoint(GOLDEN), known["input_ids"][0].numpy()
     values = json.loads((GOLDEN / "config.json").read_text())
