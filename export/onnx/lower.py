@@ -82,11 +82,25 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
             verbose=False,
         )
     without_codes(exported.model)
+    name_apart(exported.model)
     model = exported.model_proto
     name_sizes(model, method.takes)
     for apply in PASSES:
         apply(model)
     return model
+
+
+def name_apart(model: ir.Model) -> None:
+    """Give values within the graph other names than its inputs and outputs have.
+
+    Given:  inputs theta, cos;  cos = Cos(theta), which the tracer calls by its operator
+    Result: inputs theta, cos;  cos_within_0 = Cos(theta)
+    """
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    names, own = {value.name for value in ends}, {id(value) for value in ends}
+    within = (value for node in ir.traversal.RecursiveGraphIterator(model.graph) for value in node.outputs)
+    for i, value in enumerate(value for value in within if value.name in names and id(value) not in own):
+        value.name = f"{value.name}_within_{i}"
 
 
 def without_codes(model: ir.Model) -> None:

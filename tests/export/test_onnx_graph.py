@@ -20,7 +20,7 @@ from paths import ROOT
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
 from rmse_edge.export import ExportRequest, export_package
-from rmse_edge.export.program import ROWS, SLOTS
+from rmse_edge.export.program import ROWS, SLOTS, ExportedMethod
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
@@ -490,3 +490,21 @@ def test_weights_of_linear_layers_are_laid_out_for_the_product() -> None:
     assert [n.op_type for n in model.graph.node] == ["Neg", "Transpose", "Add"]
     assert {t.name: t.dims[0] for t in model.graph.initializer} == {"w": 2, "w.T": 3}
     np.testing.assert_array_equal(onnx_reference.ReferenceEvaluator(model).run(None, {})[0], np.zeros((3, 2)))
+
+
+def test_an_operator_may_be_called_like_a_tensor_of_its_method() -> None:
+    """The tracer names results by their operators: cos of an angle is no `cos` that a host gives."""
+
+    class Turned(torch.nn.Module):
+        def forward(self, theta: torch.Tensor, cos: torch.Tensor) -> tuple[torch.Tensor]:
+            return (theta.cos() * 2 + cos.cos(),)
+
+    lower = later("rmse_edge.export.onnx.lower")
+    takes = TensorSpec("theta", (2,)), TensorSpec("cos", (2,))
+    program = torch.export.export(Turned(), tuple(t.zeros() for t in takes))
+    traced = ExportedMethod("prelude", (1,), takes, (TensorSpec("mul", (2,)),), program)
+    model = lower.to_onnx(traced, compact=False)
+    onnx.checker.check_model(model)
+    given = {"theta": np.array([0.5, 1.0], np.float32), "cos": np.array([2.0, 3.0], np.float32)}
+    found = onnx_reference.ReferenceEvaluator(model).run(None, given)[0]
+    np.testing.assert_allclose(found, np.cos(given["theta"]) * 2 + np.cos(given["cos"]), rtol=1e-6)
