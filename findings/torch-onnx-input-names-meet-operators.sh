@@ -2,7 +2,7 @@
 # PyTorch 2.13.0, onnxscript 0.7.2: torch.onnx.export gives inputs the names of `input_names` after it has named the results within the graph
 # by their operators, and does not look whether one is taken. An input that is called "cos", as rotary angles often are, and a cosine in
 # the model make a graph with two values of one name: the export reports success, onnx.checker (1.23.2) and ONNX Runtime (1.31.1)
-# refuse the file. Parameters of forward that are called so themselves do not help: the names are the same.
+# refuse the file. Where forward itself calls its argument so, the tracer numbers the result, and all is well.
 #
 # Seen, Linux x86-64, Python 3.11:
 #   input_names theta, angle: checker fine, y = [3.0, 3.0]
@@ -28,8 +28,8 @@ logging.disable(logging.WARNING)
 
 
 class Turned(torch.nn.Module):
-    def forward(self, theta: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-        return 2 * theta.cos() + cos
+    def forward(self, theta: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        return 2 * theta.cos() + angle
 
 
 def tried(*names: str) -> str:
