@@ -21,12 +21,14 @@ def draw(found: dict[str, Any], picture: Path) -> None:
     matplotlib = check_matplotlib()
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     panels = _panels(found)
     rows = -(-len(panels) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(COLUMNS * WIDTH, rows * HEIGHT), squeeze=False)
     for axis, (title, paint) in zip(axes.flat, panels):
         paint(axis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title, fontsize=10)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
