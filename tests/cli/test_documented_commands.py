@@ -315,6 +315,7 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 6496 -o wide.rmse": "a gigabyte; tests/runtimes/test_offload.py widens a tiny package",
     "python docs/experiments/offload/widen.py rmse-shakespeare-executorch.rmse --width 640 -o wide640.rmse": "as above",
     "python docs/experiments/offload/pressure.py wide.rmse --text shakespeare.txt": "a gigabyte, for half an hour; as below",
+    'python docs/experiments/offload/pressure.py wide.rmse --text shakespeare.txt --limit "" --tokens 200 --budgets 50%,25% --threads 1 --exits': "as below",
     'python docs/experiments/offload/pressure.py wide640.rmse --text shakespeare.txt --limit "" --tokens 300 --rounds 5 --budgets 50%,25%': "a hundred megabytes, for minutes; tests/runtimes/test_offload.py runs what it runs",
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt --profile-experts shakespeare.txt": EXPORTS,
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
