@@ -21,7 +21,7 @@ from rmse_edge.numbers import KvDtype
 from rmse_edge.progress import Report, Work, silent
 from rmse_edge.puzzles.sets import Boards
 from rmse_edge.shards import check_finite
-from rmse_edge.text import consecutive_blocks, random_blocks, split
+from rmse_edge.text import consecutive_blocks, random_blocks, split, spread
 
 from .boards import compare_boards, split_boards
 from .compare import compare
@@ -106,8 +106,7 @@ def blocks_of(ids: np.ndarray, length: int, request: QuantizeRequest) -> tuple[T
     if request.evaluation_tokens == 0:
         return calibration, None
     every = torch.from_numpy(consecutive_blocks(held_out, length))
-    wanted = min(len(every), max(1, request.evaluation_tokens // length))
-    return calibration, every[np.linspace(0, len(every) - 1, wanted).astype(int)]
+    return calibration, every[spread(len(every), max(1, request.evaluation_tokens // length))]
 
 
 def quantize(

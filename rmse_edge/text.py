@@ -16,6 +16,7 @@ from .errors import TextError
 from .files import write_text
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as Fast
 
 SPLITS = ("train", "validation", "all")
@@ -123,8 +124,7 @@ class Tokenizer:
         Raises:
             TextError: as `encode`.
         """
-        self._encode(self._fast, text, special=True)  # for its message
-        found = self._fast.encode(text)
+        found = self._encoded(self._fast, text, special=True)
         return np.array(found.ids, np.int64), np.array([end for _, end in found.offsets], np.int64)
 
     def encode_more(self, text: str) -> list[int]:
@@ -152,8 +152,11 @@ class Tokenizer:
         return found[0] if found else None
 
     def _encode(self, fast: Fast, text: str, special: bool) -> list[int]:
+        return self._encoded(fast, text, special).ids
+
+    def _encoded(self, fast: Fast, text: str, special: bool) -> Encoding:
         try:
-            return fast.encode(text, add_special_tokens=special).ids
+            return fast.encode(text, add_special_tokens=special)
         except Exception:  # tokenizers raises bare Exception for a word without an [UNK]
             lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if lone is not None:  # how Python holds bytes of the command line that are not UTF-8
@@ -283,6 +286,13 @@ def random_blocks(ids: np.ndarray, count: int, length: int, seed: tuple[int, ...
         raise TextError(f"the text has {len(ids)} tokens, too few for blocks of {length}")
     starts = np.random.default_rng(seed).integers(0, len(ids) - length, count)
     return ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """Of `total` things the places of `count`, or of all if there are fewer, as evenly as may be; the first and the last among
+    them.
+    """
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def consecutive_blocks(ids: np.ndarray, length: int) -> np.ndarray:

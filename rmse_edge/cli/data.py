@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rmse_edge.errors import UserError
+from rmse_edge.probe import KINDS
 
 from .common import Parser, existing_file, fraction, list_of, non_negative_int, one_of, output_path, positive_int, verb
 
 TEXTS, GAMES, MIXED = ("shakespeare",), ("sudoku", "maze"), "problems"
-KINDS = ("hops", "addition", "brackets")
 OF_GAMES = {"size": {"sudoku": 9, "maze": 30}, "count": 1000, "test": 200, "seed": 0}
 
 

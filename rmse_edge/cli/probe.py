@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rmse_edge.probe import EPSILON, KINDS
+
 from .common import (
     Parser,
     existing_file,
@@ -20,8 +22,6 @@ from .common import (
     verb,
 )
 from .display import table
-
-TASKS = ("hops", "addition", "brackets")
 
 
 @verb("rmse-probe")
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=existing_file, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for what is written")
     parser.add_argument(
-        "--task", action="append", choices=TASKS,
+        "--task", action="append", choices=KINDS,
         help="problems of known difficulty to solve, too; several times for several kinds",
     )  # fmt: skip
     parser.add_argument("--problems", type=positive_int, default=400, metavar="N", help="of each kind")
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--blocks", type=positive_int, default=32, metavar="N", help="texts of the model's own length")
     parser.add_argument(
-        "--epsilon", type=positive_float, default=0.1, metavar="E",
+        "--epsilon", type=positive_float, default=EPSILON, metavar="E",
         help="a token has settled when its state changes by less, relative to its length",
     )  # fmt: skip
     parser.add_argument("--no-probes", dest="probes", action="store_false", help="leave out linear probes")

@@ -222,6 +222,13 @@ def _(x, logits, scores, active, gate_up, down, top_k, gate_cap, up_cap):
     return torch.empty_like(x)
 
 
+def members(picks: Tensor, n_experts: int) -> Tensor:
+    """Which experts were chosen: (N, K, top_k) int64 -> (N, K, E), 1 or 0. Its product with its own transpose says how many two
+    loops have in common.
+    """
+    return torch.zeros(*picks.shape[:2], n_experts).scatter_(2, picks, 1.0)
+
+
 class SparseExperts(nn.Module):
     """Router, routed experts and shared experts."""
 

@@ -43,7 +43,8 @@ def frontiers(readings: Readings) -> dict[str, Any]:
     """
     full = float(readings.loss[-1].mean())
     found: dict[str, Any] = {"fixed": [float(loss.mean()) for loss in readings.loss], "rules": {}}
-    for name, score in scores(readings).items():
+    every_rule = scores(readings)
+    for name, score in every_rule.items():
         best = score[:-1].max(0).reshape(-1)  # what decides whether a token leaves before the last
         every = np.concatenate([score[:-1].reshape(-1), best])
         every = every[np.isfinite(every)]
@@ -54,7 +55,7 @@ def frontiers(readings: Readings) -> dict[str, Any]:
         fitting = [row["mean_iterations"] for row in rows if row["loss"] <= (1 + COST) * full]
         saved = 1 - min([*fitting, float(readings.iterations)]) / readings.iterations
         found["rules"][name] = {"rows": sorted(rows, key=lambda row: row["mean_iterations"]), "saved": saved}
-    found["rules"]["Prophet"]["published"] = _row(readings.loss, scores(readings)["Prophet"], 1.0)
+    found["rules"]["Prophet"]["published"] = _row(readings.loss, every_rule["Prophet"], 1.0)
     return found
 
 

@@ -16,6 +16,7 @@ import torch
 from rmse_edge.errors import UserError
 
 from .labels import NONE
+from .measures import error_of
 
 TRAIN, TEST = 2000, 1000  # positions, at most
 FEWEST = 20  # positions of a class, below which it is left out
@@ -64,7 +65,7 @@ def probed(
         "shuffled": float(_right(last[tuple(learnt.T)], shuffled, last[tuple(tested.T)], asked).mean()),
         "by_iteration": by_iteration,
         "gain": float(gain.mean()),
-        "gain_error": float(of_texts.std(ddof=1) / len(of_texts) ** 0.5) if len(of_texts) > 1 else None,
+        "gain_error": error_of(of_texts),
     }
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from .readings import Readings
 
-EPSILON = 0.1  # relative change below which a token counts as settled
 # Differences in nats that are taken for none: deeper is never worse if its loss rises by no more than this.
 NOTHING = {"entropy": 1e-3, "loss": 2e-3, "change": 1e-3}
 
@@ -31,8 +30,12 @@ class Verdict:
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
     """Of (n, T): the mean, and the standard error of the mean over texts, None for a single one."""
     of_texts = values.mean(1)
-    error = float(of_texts.std(ddof=1) / len(of_texts) ** 0.5) if len(of_texts) > 1 else None
-    return float(of_texts.mean()), error
+    return float(of_texts.mean()), error_of(of_texts)
+
+
+def error_of(of_texts: np.ndarray) -> float | None:
+    """The standard error of the mean of (n,), None for a single one."""
+    return float(of_texts.std(ddof=1) / len(of_texts) ** 0.5) if len(of_texts) > 1 else None
 
 
 def settled_at(change: np.ndarray, epsilon: float) -> np.ndarray:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import KINDS
+
 HARDEST = 8  # hops, digits, open brackets
 LETTERS = "abcdefgh"
 PAIRS = ("()", "[]", "{}", "<>")
@@ -72,9 +74,7 @@ def brackets(draw: np.random.Generator, difficulty: int) -> Problem:
     return _problem(text, "".join(pair[1] for pair in reversed(open_ones)), difficulty)
 
 
-PROBLEMS: dict[str, Callable[[np.random.Generator, int], Problem]] = {
-    "hops": hops, "addition": addition, "brackets": brackets,
-}  # fmt: skip
+PROBLEMS: dict[str, Callable[[np.random.Generator, int], Problem]] = dict(zip(KINDS, (hops, addition, brackets)))
 
 
 def drawn(name: str, count: int, seed: int, hardest: int = HARDEST) -> list[Problem]:

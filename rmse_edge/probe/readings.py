@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from rmse_edge.layers.experts import members
+
 from .subjects import Subject, sparse_layers
 
 LARGEST, TEXTS = 1 << 28, 8  # bytes of logits, and texts, at once
@@ -122,7 +124,7 @@ class _Used:
             if len(heard) < 2:
                 continue  # outside of the loop
             picks = torch.stack([heard[k] for k in sorted(heard)], 1)  # (N, K, top_k)
-            member = torch.zeros(*picks.shape[:2], layer.n_experts).scatter_(2, picks, 1.0)
+            member = members(picks, layer.n_experts)
             both = (member @ member.transpose(1, 2)).double().sum(0).numpy() / picks.shape[2]
             self.shared = both if self.shared is None else self.shared + both
             self.count += len(picks)

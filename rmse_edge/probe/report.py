@@ -13,10 +13,10 @@ import torch
 
 from rmse_edge.errors import TextError
 from rmse_edge.progress import Report, Work, silent
-from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
+from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, spread
 
-from . import difficulty, diversity, exits, labels, linear, solving, trace
-from .measures import EPSILON, Verdict, by_iteration, settled_at, settling, verdicts
+from . import EPSILON, difficulty, diversity, exits, labels, linear, solving, trace
+from .measures import Verdict, by_iteration, settled_at, settling, verdicts
 from .readings import Readings, read
 from .subjects import Layered, Subject, open_subject
 
@@ -120,7 +120,7 @@ def _spread(held: np.ndarray, length: int, count: int) -> tuple[np.ndarray, np.n
         raise TextError(f"the text's last tenth has {len(held)} tokens; too few to probe a model on")
     length = min(length, len(held) - 1)
     every = consecutive_blocks(held, length)
-    picks = np.linspace(0, len(every) - 1, min(count, len(every))).astype(int)
+    picks = spread(len(every), count)
     return every[picks], picks * length
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rmse_edge.arch.rmse.costs import average_context, macs_per_token
 from rmse_edge.arch.rmse.model import RMSE, Stop
 from rmse_edge.checkpoint import load_checkpoint
-from rmse_edge.layers.experts import Routing
+from rmse_edge.layers.experts import Routing, members
 from rmse_edge.loop.stop import gate_stops
 from rmse_edge.losses import token_loss
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
@@ -161,7 +161,7 @@ def expert_usage(model: RMSE, blocks: Tensor) -> dict[str, Any]:
         for part in tqdm(blocks.split(4), desc="experts", unit="batch", leave=False, disable=None):
             losses_by_depth(model, part[:, :-1], part[:, 1:])
             picks = torch.stack([chosen[k] for k in range(loops)], 1)  # (N, K, top_k)
-            member = torch.zeros(*picks.shape[:2], count).scatter_(2, picks, 1.0)  # (N, K, E)
+            member = members(picks, count)  # (N, K, E)
             both = member @ member.transpose(1, 2)  # (N, K, K): how many experts two loops have in common
             shared += both.double().sum(0)
             jaccard += (both / (2 * top_k - both)).double().sum(0)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ConfigError
 from rmse_edge.schema import Expected
-from rmse_edge.text import consecutive_blocks, random_blocks
+from rmse_edge.text import consecutive_blocks, random_blocks, spread
 
 IGNORED = -100
 Batch = dict[str, Tensor]
@@ -99,8 +99,7 @@ class TextSource:
         return next_tokens(torch.from_numpy(random_blocks(self.train, count, self.block, seed)))
 
     def validation(self, count: int) -> Batch:
-        picks = np.linspace(0, len(self.blocks) - 1, min(count, len(self.blocks))).astype(int)
-        return next_tokens(torch.from_numpy(self.blocks[picks]))
+        return next_tokens(torch.from_numpy(self.blocks[spread(len(self.blocks), count)]))
 
 
 def check_memory(name: str, vocab_size: int, config: Any) -> None:

@@ -15,8 +15,8 @@ from paths import ROOT
 
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.cli.data import main as rmse_data
-from rmse_edge.cli.probe import TASKS
 from rmse_edge.cli.probe import main as rmse_probe
+from rmse_edge.probe import KINDS
 from rmse_edge.probe.problems import PROBLEMS
 from rmse_edge.text import train_character_tokenizer
 from rmse_edge.train.gpt import GPT, GPTConfig, save_gpt
@@ -43,7 +43,7 @@ def ouro(tmp_path: Path, text: Path) -> Path:
 
 
 def test_names_of_tasks_are_those_of_problems() -> None:
-    assert tuple(PROBLEMS) == TASKS
+    assert tuple(PROBLEMS) == KINDS
 
 
 def test_everything_is_measured_and_drawn(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.numbers import EndTokens, Token, VocabularySize
+from rmse_edge.numbers import EndTokens, Loops, Positions, Some, Token, VocabularySize
 
 from .recurrent import RecurrentConfig
 
@@ -52,10 +52,26 @@ class LayerPlan:
 class HybridBase(RecurrentConfig, ABC):
     """A configuration of such a model."""
 
+    trained: ClassVar[str] = "think_loops"
+    listed: ClassVar[tuple[str, ...]] = ("think",)  # fields that are lists in a file, and tuples here
+
     vocab_size: VocabularySize = 256
     bos_token_id: Token | None = None
     eos_token_id: EndTokens = None
     pad_token_id: Token | None = None
+    max_position_embeddings: Positions = 65_536  # positions of a text, at most, where a layer attends to all of them
+    tie_word_embeddings: bool = False  # the head is the embedding
+    think: tuple[Some, Some] | None = None  # the first layer that is looped, and the one behind the last; None: all
+    think_loops: Loops = 1  # the trained depth
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+        """
+        Raises:
+            ConfigError: as `PublishedConfig.from_dict`.
+        """
+        lists = {name: tuple(values[name]) for name in cls.listed if isinstance(values.get(name), list)}
+        return super().from_dict({**values, **lists}, where)
 
     @property
     @abstractmethod
@@ -69,8 +85,8 @@ class HybridBase(RecurrentConfig, ABC):
 
     @property
     @abstractmethod
-    def looped(self) -> tuple[int, int]:
-        """The first layer that is looped, and the one behind the last."""
+    def count(self) -> int:
+        """Layers."""
 
     @property
     @abstractmethod
@@ -83,20 +99,15 @@ class HybridBase(RecurrentConfig, ABC):
         """Of the norms before mixers, before MLPs, and before the head."""
 
     @property
-    @abstractmethod
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-
-    @property
-    @abstractmethod
-    def capacity(self) -> int:
-        """Positions of a text, at most, if a layer attends to all of them."""
+    def looped(self) -> tuple[int, int]:
+        """The first layer that is looped, and the one behind the last."""
+        return self.think or (0, self.count)
 
     @property
     def sections(self) -> tuple[slice, slice, slice]:
         """Layers before, in and behind the loop."""
         first, end = self.looped
-        return slice(0, first), slice(first, end), slice(end, len(self.plan))
+        return slice(0, first), slice(first, end), slice(end, self.count)
 
     @property
     def mixers(self) -> tuple[MixerPlan, ...]:
@@ -112,6 +123,11 @@ class HybridBase(RecurrentConfig, ABC):
     def attends_to_all(self) -> bool:
         """Whether some layer keeps keys and values of the whole text."""
         return any(mixer.kind == "gated_attention" and mixer.sizes["window"] is None for mixer in self.mixers)
+
+    def check_think(self, layers: str) -> None:
+        """Fail where `think` is no range of the layers, which messages call so."""
+        first, end = self.looped
+        self.require(0 <= first < end <= self.count, "think", f"0 <= first < end <= {layers}")
 
     def check_hybrid(self) -> None:
         """Fail where loops, exit rules and layers do not go together."""

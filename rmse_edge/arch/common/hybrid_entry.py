@@ -56,12 +56,11 @@ def stated(c: HybridBase) -> dict[str, Any]:
     found: dict[str, Any] = {
         "max_loops": c.max_loops,
         "width": c.width,
-        "rules": ("max_loops", "min_loops", *c.rules),
         "segment": c.segment,
         "text.vocab_size": c.vocab_size,
         "text.rotary_dims": dims,
     }
-    return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}
+    return found | recurrent.stated_exits(c)
 
 
 def table(c: HybridBase) -> QuantTable:
@@ -92,7 +91,7 @@ def table(c: HybridBase) -> QuantTable:
 
 def tied(c: HybridBase) -> Mapping[str, str]:
     """`Arch.tied`."""
-    return {HEAD: EMBEDDING} if c.tied else {}
+    return {HEAD: EMBEDDING} if c.tie_word_embeddings else {}
 
 
 def build(config: HybridBase) -> HybridModel:

@@ -78,7 +78,7 @@ class HybridModel(ExitRules):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.width, config.eps)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
+        if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.encoder, self.core, self.decoder = (
             MixerStack(
@@ -110,7 +110,7 @@ class HybridModel(ExitRules):
         for name, weight in self.layers.named_parameters():
             if name.endswith((".out_proj.weight", ".o_proj.weight", "mlp.down_proj", ".mlp.down_proj.weight")):
                 weight.mul_(branch)
-        if not self.config.tied:
+        if not self.config.tie_word_embeddings:
             self.lm_head.weight.normal_(std=self.config.width**-0.5)
 
     @property
@@ -120,11 +120,11 @@ class HybridModel(ExitRules):
     # ------------------------------------------------------------------------------------------------ LoopModel
 
     def call_sizes(self) -> tuple[int, ...]:
-        most = min(SEGMENT, self.config.capacity, self.config.segment or SEGMENT)
+        most = min(SEGMENT, self.config.max_position_embeddings, self.config.segment or SEGMENT)
         return tuple(dict.fromkeys((1, most)))
 
     def spec(self, chunk: int) -> LoopSpec:
-        c, capacity = self.config, self.config.capacity
+        c, capacity = self.config, self.config.max_position_embeddings
         if not 1 <= chunk <= capacity:
             raise ConfigError(f"chunk: got {chunk}, expected 1..{capacity}, the positions of a call")
         vector, (dims, _) = TensorSpec("h", (1, chunk, c.width)), c.turning

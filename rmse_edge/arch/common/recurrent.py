@@ -112,5 +112,10 @@ def stated(
         parameters: without the exit gate's.
     """
     found = dense.stated(c, rope_theta, width, parameters + gate_parameters(c, width), further_thetas)
-    found["rules"] = ("max_loops", "min_loops", *c.rules)
-    return found | {f"dials.{name}": value for name, value in vars(c.dials).items()}
+    return found | stated_exits(c)
+
+
+def stated_exits(c: RecurrentConfig) -> dict[str, Any]:
+    """The part of `Arch.stated` that is about exits."""
+    dials = {f"dials.{name}": value for name, value in vars(c.dials).items()}
+    return {"rules": ("max_loops", "min_loops", *c.rules), **dials}

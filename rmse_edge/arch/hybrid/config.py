@@ -17,7 +17,7 @@ from pydantic import Field
 
 from rmse_edge.arch.common.hybrid import MATRICES, HybridBase, LayerPlan, MixerPlan
 from rmse_edge.errors import ConfigError
-from rmse_edge.numbers import SEGMENT, Count, Loops, Positions, Positive, Some
+from rmse_edge.numbers import SEGMENT, Count, Positions, Positive, Some
 from rmse_edge.schema import Expected, check_fields
 
 MOST_LAYERS = 1024
@@ -45,16 +45,12 @@ class HybridConfig(HybridBase):
     """Shape and behaviour of one hybrid."""
 
     model_type: ClassVar[str] = "hybrid"
-    trained: ClassVar[str] = "think_loops"
     architectures: ClassVar[tuple[str, ...]] = ("HybridForCausalLM",)
+    listed: ClassVar[tuple[str, ...]] = ("layers", "think")
 
     d_model: Count = 256
     layers: Layers = ("gated_deltanet", "gated_deltanet", "gated_deltanet", "gated_attention")  # of `KINDS`
-    think: tuple[Some, Some] | None = None  # the first layer that is looped, and the one behind the last; None: all
-    think_loops: Loops = 1  # the trained depth
-    max_position_embeddings: Positions = 65_536  # positions of a text, at most, where a layer attends to all of them
     norm_eps: Positive = 1e-6
-    tie_word_embeddings: bool = False
     # Layers that attend.
     n_heads: Count = 4
     n_kv_heads: Count = 2
@@ -112,9 +108,6 @@ class HybridConfig(HybridBase):
             found["layers"] = filled(ratios, count)
         elif count is not None:
             raise ConfigError(f"{where}: n_layers: is read with ratios; without them, layers says how many there are")
-        for name in ("layers", "think"):
-            if isinstance(found.get(name), list):
-                found[name] = tuple(found[name])
         return super().from_dict(found, where)
 
     def __post_init__(self) -> None:
@@ -123,9 +116,8 @@ class HybridConfig(HybridBase):
             if kind not in KINDS:
                 raise ConfigError(f"layers[{i}]: got {kind!r}, expected one of {', '.join(KINDS)}")
         if self.think is None:
-            object.__setattr__(self, "think", (0, len(self.layers)))
-        first, end = self.looped
-        self.require(0 <= first < end <= len(self.layers), "think", f"0 <= first < end <= {len(self.layers)} layers")
+            object.__setattr__(self, "think", self.looped)
+        self.check_think(f"{self.count} layers")
         self.require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of n_heads ({self.n_heads})")
         even = f"an even number, at most head_dim ({self.head_dim})"
         self.require(self.rotary_dims % 2 == 0 and self.rotary_dims <= self.head_dim, "rotary_dims", even)
@@ -149,8 +141,8 @@ class HybridConfig(HybridBase):
         return self.d_model
 
     @property
-    def looped(self) -> tuple[int, int]:
-        return self.think or (0, len(self.layers))
+    def count(self) -> int:
+        return len(self.layers)
 
     @property
     def turning(self) -> tuple[int, float]:
@@ -160,14 +152,6 @@ class HybridConfig(HybridBase):
     @property
     def eps(self) -> float:
         return self.norm_eps
-
-    @property
-    def tied(self) -> bool:
-        return self.tie_word_embeddings
-
-    @property
-    def capacity(self) -> int:
-        return self.max_position_embeddings
 
     @property
     def plan(self) -> tuple[LayerPlan, ...]:
@@ -201,8 +185,8 @@ class HybridConfig(HybridBase):
             return {name: getattr(self, f"atlas_{name}") for name in names} | {"taps": self.taps}
         sizes = {name: getattr(self, name) for name in ("n_heads", "head_dim", "rotary_dims")}
         if kind == "shared_key_attention":
-            return sizes | {"window": min(self.shared_key_window, self.capacity)}
-        window = None if self.window is None else min(self.window, self.capacity)
+            return sizes | {"window": min(self.shared_key_window, self.max_position_embeddings)}
+        window = None if self.window is None else min(self.window, self.max_position_embeddings)
         return sizes | {"n_kv_heads": self.n_kv_heads, "window": window, "norm_eps": self.norm_eps}
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rmse_edge.arch.common.hybrid import HybridBase, LayerPlan, MixerPlan
 from rmse_edge.errors import ConfigError
-from rmse_edge.numbers import Count, Loops, Positions, Positive, Some, VocabularySize
+from rmse_edge.numbers import Count, Positions, Positive, Some, VocabularySize
 from rmse_edge.schema import Expected, check_fields
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -23,8 +23,8 @@ class Qwen3NextConfig(HybridBase):
     """Shape and behaviour of one Qwen3-Next model. The defaults are those of transformers 5.24.0."""
 
     model_type: ClassVar[str] = "qwen3_next"
-    trained: ClassVar[str] = "think_loops"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen3NextForCausalLM",)
+    listed: ClassVar[tuple[str, ...]] = ("layer_types", "mlp_only_layers", "think")
     passed_over: ClassVar[frozenset[str]] = frozenset(
         "attention_dropout output_router_logits router_aux_loss_coef max_window_layers".split()
     )
@@ -48,7 +48,6 @@ class Qwen3NextConfig(HybridBase):
     rms_norm_eps: Positive = 1e-6
     rope_theta: Positive = 10_000.0
     partial_rotary_factor: Portion = 0.25
-    tie_word_embeddings: bool = False
     linear_conv_kernel_dim: Count = 4
     linear_key_head_dim: Count = 128
     linear_value_head_dim: Count = 128
@@ -62,9 +61,6 @@ class Qwen3NextConfig(HybridBase):
     num_experts: Some = 512
     layer_types: tuple[LayerType, ...] | None = None  # None: every `full_attention_interval`th attends
     full_attention_interval: Count = 4
-    # What published files do not have: the first layer that is looped and the one behind the last, and how often.
-    think: tuple[Some, Some] | None = None  # None: all layers
-    think_loops: Loops = 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
@@ -85,9 +81,6 @@ class Qwen3NextConfig(HybridBase):
                     raise ConfigError(f"{where}: {key}: got {found[key]!r}, rope_parameters says {rope[key]!r}")
         if found.get("mlp_only_layers", ()) is None:
             found["mlp_only_layers"] = ()
-        for name in ("layer_types", "mlp_only_layers", "think"):
-            if isinstance(found.get(name), list):
-                found[name] = tuple(found[name])
         return super().from_dict(found, where)
 
     def __post_init__(self) -> None:
@@ -101,8 +94,7 @@ class Qwen3NextConfig(HybridBase):
         assert self.layer_types is not None
         if len(self.layer_types) != count:
             raise ConfigError(f"layer_types: got {len(self.layer_types)} layers, expected num_hidden_layers ({count})")
-        first, end = self.looped
-        self.require(0 <= first < end <= count, "think", f"0 <= first < end <= num_hidden_layers ({count})")
+        self.check_think(f"num_hidden_layers ({count})")
         heads = self.num_attention_heads
         divisor = f"a divisor of num_attention_heads ({heads})"
         self.require(heads % self.num_key_value_heads == 0, "num_key_value_heads", divisor)
@@ -123,8 +115,8 @@ class Qwen3NextConfig(HybridBase):
         return self.hidden_size
 
     @property
-    def looped(self) -> tuple[int, int]:
-        return self.think or (0, self.num_hidden_layers)
+    def count(self) -> int:
+        return self.num_hidden_layers
 
     @property
     def turning(self) -> tuple[int, float]:
@@ -135,14 +127,6 @@ class Qwen3NextConfig(HybridBase):
     @property
     def eps(self) -> float:
         return self.rms_norm_eps
-
-    @property
-    def tied(self) -> bool:
-        return self.tie_word_embeddings
-
-    @property
-    def capacity(self) -> int:
-        return self.max_position_embeddings
 
     def is_sparse(self, i: int) -> bool:
         """Whether layer i has experts."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from rmse_edge.arch.common.hybrid import HybridBase, LayerPlan, MixerPlan
 from rmse_edge.errors import ConfigError
-from rmse_edge.numbers import Count, EndTokens, Loops, Positions, Positive, Some, Token, VocabularySize
+from rmse_edge.numbers import Count, EndTokens, Positions, Positive, Token, VocabularySize
 from rmse_edge.schema import check_fields
 
 # Keys of the objects -> the field, or None: how the published code computes the same.
@@ -41,7 +41,6 @@ class RodimusConfig(HybridBase):
     """Shape and behaviour of one Rodimus model. The defaults are those of the published code."""
 
     model_type: ClassVar[str] = "rodimus"
-    trained: ClassVar[str] = "think_loops"
     architectures: ClassVar[tuple[str, ...]] = ("RodimusForCausalLM",)
     passed_over: ClassVar[frozenset[str]] = frozenset(
         "rescale_prenorm_residual residual_in_fp32 use_fast_path use_fused_cross_entropy use_fused_swiglu dropout "
@@ -59,7 +58,6 @@ class RodimusConfig(HybridBase):
     vocab_size: VocabularySize = 50_277
     norm_epsilon: Positive = 1e-5
     max_position_embeddings: Positions = 2048
-    tie_word_embeddings: bool = False
     d_conv: Count = 4
     expand_ratio: Positive = 2.0
     mem_size: Count = 64
@@ -69,9 +67,6 @@ class RodimusConfig(HybridBase):
     ffn_expand_ratio: Positive = 4 / 3
     bos_token_id: Token | None = 0
     eos_token_id: EndTokens = 0
-    # What published files do not have: the first layer that is looped and the one behind the last, and how often.
-    think: tuple[Some, Some] | None = None  # None: all layers
-    think_loops: Loops = 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
@@ -103,14 +98,11 @@ class RodimusConfig(HybridBase):
             for key, expected in (("num_heads_k", 1), ("num_heads_v", heads)):
                 if given.get(key, expected) != expected:
                     raise ConfigError(f"{where}: {section}.{key}: got {given[key]!r}, expected {expected!r}")
-        if isinstance(found.get("think"), list):
-            found["think"] = tuple(found["think"])
         return super().from_dict(found, where)
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
-        first, end = self.looped
-        self.require(0 <= first < end <= self.n_layer, "think", f"0 <= first < end <= n_layer ({self.n_layer})")
+        self.check_think(f"n_layer ({self.n_layer})")
         if self.block_type == "rodimus_plus":
             for name in ("num_heads", "window_size"):
                 self.require(getattr(self, name) is not None, name, "a number, since block_type is rodimus_plus")
@@ -125,8 +117,8 @@ class RodimusConfig(HybridBase):
         return self.d_model
 
     @property
-    def looped(self) -> tuple[int, int]:
-        return self.think or (0, self.n_layer)
+    def count(self) -> int:
+        return self.n_layer
 
     @property
     def turning(self) -> tuple[int, float]:
@@ -136,14 +128,6 @@ class RodimusConfig(HybridBase):
     @property
     def eps(self) -> float:
         return self.norm_epsilon
-
-    @property
-    def tied(self) -> bool:
-        return self.tie_word_embeddings
-
-    @property
-    def capacity(self) -> int:
-        return self.max_position_embeddings
 
     @property
     def plan(self) -> tuple[LayerPlan, ...]:
