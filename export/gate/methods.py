@@ -23,6 +23,7 @@ ROUNDINGS, MOST = 4, 0.05
 # Slots of appended states that grow, at most and at least: the most there are may be far more than this takes to compare.
 EXAMPLE_SLOTS, FEWEST_SLOTS = 300, 64
 EXAMPLE_STATE = 128 << 20  # bytes of such states: several copies are there at once
+BLOCK = 1 << 20  # numbers that are compared at once
 
 
 def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0, slots: int | None = None) -> Arrays:
@@ -112,17 +113,9 @@ def compare_methods(
     """
     worst: dict[str, float] = {}
 
-    def differ(a: np.ndarray, b: np.ndarray) -> float:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if not a.size:
-            return 0.0
-        if mean_square:
-            return float(np.sqrt(np.square(a - b).mean() / max(1e-6, np.square(a).mean())))
-        return float(np.abs(a - b).max() / max(1.0, np.abs(a).max()))
-
     def note(label: str, name: str, a: np.ndarray, b: np.ndarray, own: float = 0.0) -> None:
         """`own`: what rounding once more changes in `a`."""
-        difference, allowed = differ(a, b), max(tolerance, min(ROUNDINGS * own, MOST))
+        difference, allowed = differ(a, b, mean_square), max(tolerance, min(ROUNDINGS * own, MOST))
         worst[label] = max(worst.get(label, 0.0), difference)
         if not difference <= allowed:
             raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {allowed:.0e})")
@@ -134,11 +127,16 @@ def compare_methods(
         feeds = example_feeds(spec, reference, slots=slots)
         results: dict[str, Arrays] = {}
         own: dict[tuple[str, str], float] = {}  # by method and tensor
+        stacks = {t.name for t in stacked(spec)}
         for name in spec.methods:
             given = feeds | results.get("loop", {}) | results.get("coda", {}) | dials
             expected = {k: v.copy() for k, v in reference.run(name, chunk, given).items()}
             with vectors_moved(program.model):
                 moved = reference.run(name, chunk, rounded_once_more(given) | dials)
+            for t in signature(spec, name)[1]:
+                a, b = (_ran(r, t.name, expected, stacks) for r in (expected, moved))
+                own[name, t.name] = differ(a, b, mean_square)
+            del moved  # of a large model what a loop gives is much, and the package's comes now
             got = {k: np.array(v) for k, v in candidate.run(name, chunk, given).items()}
             if name == "commit" and getattr(candidate, "rings", None):
                 # What the engine keeps is compared as a whole: what was to be written, and what was not.
@@ -149,10 +147,7 @@ def compare_methods(
             for t in signature(spec, name)[1]:
                 if t.name not in got:  # the engine keeps it
                     continue
-                emitted = name == "loop" and t in stacked(spec)
-                ran = slice(int(expected["iterations"])) if emitted else slice(None)
-                a, b, c = (np.atleast_1d(r[t.name])[ran] for r in (expected, got, moved))
-                own[name, t.name] = differ(a, c)
+                a, b = (_ran(r, t.name, expected, stacks) for r in (expected, got))
                 note(f"{name}_{chunk}", t.name, a, b, own[name, t.name])
             results[name] = expected
         tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
@@ -170,6 +165,31 @@ def compare_methods(
             a, b = (found[t.name][:iterations] for found in (results["loop"], emits))
             note(f"step_{chunk}", t.name, a, b, own.get(("loop", t.name), 0.0))
     return worst
+
+
+def _ran(found: Arrays, name: str, expected: Arrays, stacks: set[str]) -> np.ndarray:
+    """A tensor that a method gave; of the loop's stacks the iterations that it ran."""
+    ran = slice(int(expected["iterations"])) if name in stacks and "iterations" in expected else slice(None)
+    return np.atleast_1d(found[name])[ran]
+
+
+def differ(a: np.ndarray, b: np.ndarray, mean_square: bool) -> float:
+    """The largest difference of two arrays relative to the first's largest value, or with `mean_square` the root of the mean
+    square relative to that of the first.
+    """
+    a, b = np.asarray(a).reshape(-1), np.asarray(b).reshape(-1)
+    if a.shape != b.shape:
+        return np.inf
+    largest = size = squares = own = 0.0
+    for start in range(0, a.size, BLOCK):  # in float64 only a part of them
+        x, y = (part[start : start + BLOCK].astype(np.float64) for part in (a, b))
+        if mean_square:
+            squares, own = squares + np.square(x - y).sum(), own + np.square(x).sum()
+        else:
+            largest, size = np.maximum(largest, np.abs(x - y).max()), np.maximum(size, np.abs(x).max())  # NaN stays
+    if mean_square:
+        return float(np.sqrt(squares / max(1e-6 * a.size, own))) if a.size else 0.0
+    return float(largest / max(1.0, size))
 
 
 def committed(spec: LoopSpec, found: Arrays) -> Arrays:
