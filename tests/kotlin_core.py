@@ -1,4 +1,4 @@
-"""The Kotlin core of android_demo/, compiled against Android's API and run on desktop Java, with ONNX Runtime's own Java classes."""
+"""The Kotlin core of android_demo/, compiled against Android's API and run on desktop Java, with the app's own ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from desktop_jni import make_libraries
+from bionic import make_libraries
 from filelock import FileLock
 from helpers import assert_one_line
 from paths import ROOT
@@ -34,10 +34,12 @@ from rmse_edge.runtimes.host.signatures import read_model
 NEEDED = ("kotlin", "api", "gson", "onnxruntime")  # of android_demo/parts.lock
 SOURCES = tuple(ROOT / "android_demo" / "core" / "src" / kind / "kotlin" for kind in ("main", "test"))
 DRIVER, CLASSES, LIBRARIES = "driver.jar", "onnxruntime.jar", "libraries"  # in the folder of `build`
-JNI = "jni/x86_64/libonnxruntime4j_jni.so"
+ENGINE = ("libonnxruntime.so", "libonnxruntime4j_jni.so")
+COMPILER = ("gcc", "readelf")  # makes the C library that Android's libraries ask for
 GSON = PARTS / "gson" / "usr" / "share" / "java" / "gson.jar"
 STDLIB = PARTS / "kotlin" / "lib" / "kotlin-stdlib.jar"
-JAVA = ("java", "-Xmx1g", "-XX:+UseSerialGC")
+JAVA_FLAGS = ("-Xmx1g", "-XX:+UseSerialGC")
+MAIN = "dev.rmseedge.core.DriverKt"
 
 
 def missing() -> str:
@@ -46,6 +48,8 @@ def missing() -> str:
         return "needs Linux on x86-64"
     if shutil.which("java") is None:
         return "needs a Java runtime (apt-get install openjdk-17-jdk-headless)"
+    if lacking := [tool for tool in COMPILER if shutil.which(tool) is None]:
+        return f"needs {lacking[0]} (apt-get install gcc)"
     try:
         for name in NEEDED:
             have(read_lock()[name], PARTS)
@@ -68,14 +72,14 @@ def built() -> Path:
 
 
 def build(folder: Path) -> None:
-    """Compile them without a warning, and lay out ONNX Runtime for this machine."""
-    package = PARTS / "onnxruntime" / "Plugins"
-    (folder / LIBRARIES).mkdir(parents=True)
-    with zipfile.ZipFile(package / "Android" / "onnxruntime.aar") as archive:
+    """Compile them without a warning, and lay out ONNX Runtime for this machine's processor."""
+    libraries = folder / LIBRARIES
+    libraries.mkdir(parents=True)
+    with zipfile.ZipFile(PARTS / "onnxruntime" / "Plugins" / "Android" / "onnxruntime.aar") as archive:
         (folder / CLASSES).write_bytes(archive.read("classes.jar"))
-        jni = archive.read(JNI)
-    linux = package / "Linux" / "x64" / "libonnxruntime.so"
-    make_libraries(jni, linux, Path("/lib/x86_64-linux-gnu"), folder / LIBRARIES)
+        for name in ENGINE:
+            (libraries / name).write_bytes(archive.read(f"jni/x86_64/{name}"))
+    make_libraries([libraries / name for name in ENGINE], libraries, "x86_64")
     command = [ROOT / "android_demo" / "compile.sh", folder / DRIVER, f"{folder / CLASSES}:{GSON}", *SOURCES]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
@@ -84,19 +88,30 @@ def build(folder: Path) -> None:
 
 
 class Core:
-    """The core in a folder that `build` made."""
+    """The core on a Java of the caller's.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        java: the command that starts it.
+        classes: what it runs.
+        libraries: the folder of ONNX Runtime's native ones and of what they ask for.
+    """
+
+    def __init__(self, java: Sequence[str], classes: Sequence[Path], libraries: Path) -> None:
+        native = f"-Donnxruntime.native.path={libraries}"
+        self._command = [*java, *JAVA_FLAGS, native, "-cp", ":".join(map(str, classes)), MAIN]
+        self._libraries = libraries
         self._commands: Server | None = None
+
+    @staticmethod
+    def desktop(folder: Path) -> Core:
+        """In a folder that `build` made."""
+        return Core(["java"], [folder / DRIVER, folder / CLASSES, GSON, STDLIB], folder / LIBRARIES)
 
     def serve(self, *arguments: object) -> Server:
         """A process of it that answers what it is asked: without arguments commands, otherwise of the package given."""
-        path = ":".join(map(str, (self.folder / DRIVER, self.folder / CLASSES, GSON, STDLIB)))
-        native = f"-Donnxruntime.native.path={self.folder / LIBRARIES}"
-        # ONNX Runtime's JNI library asks for others by name.
-        environment = os.environ | {"LD_LIBRARY_PATH": str(self.folder / LIBRARIES)}
-        return Server([*JAVA, native, "-cp", path, "dev.rmseedge.core.DriverKt", *map(str, arguments)], environment)
+        # ONNX Runtime's libraries ask for others by name.
+        environment = os.environ | {"LD_LIBRARY_PATH": str(self._libraries)}
+        return Server([*self._command, *map(str, arguments)], environment)
 
     def document(self, *arguments: object) -> Any:
         """What a command gives.

@@ -15,41 +15,24 @@ from conftest import made_once, made_package
 from helpers import reseal
 from kotlin_core import Core, CoreRuntime
 from paths import ROOT
+from shipped import sample
 
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.export import main as rmse_export
-from rmse_edge.cli.quantize import main as rmse_quantize
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import UserError
 from rmse_edge.export.gate.compare import compare, settings_for
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import PAGE
 from rmse_edge.package import Package
-from rmse_edge.quantize import load_quantized
 from rmse_edge.runtimes import runtime_for
 from rmse_edge.runtimes.host.session import restore_session, save_session
-from rmse_edge.text import Tokenizer
 
 pytestmark = [pytest.mark.android, pytest.mark.onnx, pytest.mark.slow]
 
-SHIPPED, DENSE = (ROOT / "models" / name for name in ("rmse-shakespeare", "ouro-shakespeare"))
+DENSE = ROOT / "models" / "ouro-shakespeare"
 PROMPT = "ROMEO:\nIt is the east, and "
-
-
-@pytest.fixture(scope="session")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The shipped model in int4, and its package as the app has it."""
-    source = made_once(
-        "shakespeare-int4",
-        tmp_path_factory,
-        lambda folder: rmse_quantize(["-m", str(SHIPPED), "--method", "rtn", "-o", str(folder)]),
-    )
-    flags = ["-m", str(source), "--accuracy-level", "0"]
-    package = made_once(
-        "shakespeare-int4.rmse", tmp_path_factory, lambda folder: rmse_export([*flags, "-o", str(folder)])
-    )
-    return load_quantized(source).model, package
 
 
 @pytest.fixture(scope="session")
@@ -62,21 +45,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture
-def run(core: Core, shipped: tuple[Any, Path], tmp_path: Path) -> Iterator[CoreRuntime]:
-    runtime = CoreRuntime(core, shipped[1], tmp_path)
+def run(core: Core, shipped_int4: tuple[Any, Path], tmp_path: Path) -> Iterator[CoreRuntime]:
+    runtime = CoreRuntime(core, shipped_int4[1], tmp_path)
     yield runtime
     runtime.close()
-
-
-def sample(count: int) -> np.ndarray:
-    ids = Tokenizer(SHIPPED / "tokenizer.json").encode((SHIPPED / "sample.txt").read_text(encoding="utf-8"))
-    return np.array(ids[:count])
 
 
 # -------------------------------------------------------------------------------------------------- as PyTorch says
 
 
-@pytest.mark.parametrize("made", ["shipped", "dense"])
+@pytest.mark.parametrize("made", ["shipped_int4", "dense"])
 def test_the_core_says_what_pytorch_says(core: Core, made: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As the parity gate asks of every runtime, by its exact rule, at full depth and by each exit rule: logits, depths, and what the
     memory made of every segment, over 256 tokens of a conversation with a session in the middle.
@@ -165,14 +143,14 @@ def flag(name: str) -> str:
 @pytest.mark.parametrize(("options", "dials"), TEXT_FLAGS.values(), ids=TEXT_FLAGS)
 def test_texts_are_those_of_rmse_run(
     run: CoreRuntime,
-    shipped: tuple[Any, Path],
+    shipped_int4: tuple[Any, Path],
     options: dict[str, Any],
     dials: dict[str, float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Tokens, depths and statistics; 200 tokens, over three writes of the memory and a wrapped ring."""
     flags = [str(word) for name, value in (options | dials).items() for word in (flag(name), value)]
-    assert rmse_run([str(shipped[1]), "-p", PROMPT, "-n", "200", "-t", "1", "-o", "json", *flags]) == 0
+    assert rmse_run([str(shipped_int4[1]), "-p", PROMPT, "-n", "200", "-t", "1", "-o", "json", *flags]) == 0
     expected, found = json.loads(capsys.readouterr().out), run.generate(PROMPT, 200, dials, **options)
     same = ["tokens", "depth", "finish_reason", "histogram", "mean_loops", "prompt_mean_loops", "generated_tokens"]
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
@@ -180,10 +158,10 @@ def test_texts_are_those_of_rmse_run(
 
 
 def test_a_stop_string_ends_a_text(
-    run: CoreRuntime, shipped: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+    run: CoreRuntime, shipped_int4: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-p", PROMPT, "-n", "60", "--temperature", "0", "--stop", "the ", "-t", "1", "-o", "json"]
-    assert rmse_run([str(shipped[1]), *flags]) == 0
+    assert rmse_run([str(shipped_int4[1]), *flags]) == 0
     expected = json.loads(capsys.readouterr().out)
     found = run.generate(PROMPT, 60, stop=["the "], temperature=0.0)
     assert (found["finish_reason"], found["tokens"]) == ("stop", expected["tokens"])
@@ -242,10 +220,10 @@ def test_a_full_text_is_a_sentence(core: Core, dense: tuple[Any, Path], tmp_path
 
 
 def test_sessions_go_from_python_to_the_core_and_back(
-    run: CoreRuntime, shipped: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: CoreRuntime, shipped_int4: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same file, whatever is in its header; both go on with the same tokens."""
-    python, dials = runtime_for(Package.open(shipped[1]), threads=1), run.info.dials
+    python, dials = runtime_for(Package.open(shipped_int4[1]), threads=1), run.info.dials
     text = sample(140)
     python.feed(text[:130], dials)
     chat = 'it\'s "so"\\ \u00e9\u200b\ud7ff\U0001f600 日本\n'
@@ -261,15 +239,15 @@ def test_sessions_go_from_python_to_the_core_and_back(
     # A text that rmse-run began is ended by the core as by rmse-run, the token that nobody fed yet included.
     flags = ["-t", "1", "-o", "json", "--temperature", "0"]
     session = str(tmp_path / "text")
-    assert rmse_run([str(shipped[1]), "-p", PROMPT, "-n", "50", *flags, "--save-session", session]) == 0
+    assert rmse_run([str(shipped_int4[1]), "-p", PROMPT, "-n", "50", *flags, "--save-session", session]) == 0
     capsys.readouterr()
-    assert rmse_run([str(shipped[1]), "-p", "Now", "-n", "20", *flags, "--session", session]) == 0
+    assert rmse_run([str(shipped_int4[1]), "-p", "Now", "-n", "20", *flags, "--session", session]) == 0
     expected = json.loads(capsys.readouterr().out)
     run.ask("restore text", path=session)
     found = run.generate("Now", 20, temperature=0.0)
     assert (found["tokens"], found["depth"]) == (expected["tokens"], expected["depth"])
     run.ask("save text", path=session)
-    assert rmse_run([str(shipped[1]), "-p", "", "-n", "9", *flags, "--session", session]) == 0
+    assert rmse_run([str(shipped_int4[1]), "-p", "", "-n", "9", *flags, "--session", session]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == run.generate("", 9, temperature=0.0)["tokens"]
 
 
@@ -314,11 +292,11 @@ def test_a_bad_session_is_refused_and_changes_nothing(
 
 
 def test_a_bench_says_what_rmse_bench_says(
-    core: Core, shipped: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+    core: Core, shipped_int4: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same rows under the same names, the same depths; times are its own."""
-    found = core.document("bench", shipped[1], 2)
-    assert rmse_bench([str(shipped[1]), "-p", "70", "-n", "20", "-r", "2", "-t", "1", "-o", "json"]) == 0
+    found = core.document("bench", shipped_int4[1], 2)
+    assert rmse_bench([str(shipped_int4[1]), "-p", "70", "-n", "20", "-r", "2", "-t", "1", "-o", "json"]) == 0
     expected = json.loads(capsys.readouterr().out)
     assert list(found) == list(expected)
     assert found["runtime"].startswith("onnxruntime ")
@@ -335,7 +313,7 @@ def test_a_bench_says_what_rmse_bench_says(
     assert found["adaptive_speedup"].keys() == expected["adaptive_speedup"].keys()
 
 
-@pytest.mark.parametrize("made", ["shipped", "dense"])
+@pytest.mark.parametrize("made", ["shipped_int4", "dense"])
 def test_what_generating_takes_is_foreseen(core: Core, made: str, request: pytest.FixtureRequest) -> None:
     """The memory that a package is said to need is not less than it takes, nor three times as much."""
     _, package = request.getfixturevalue(made)

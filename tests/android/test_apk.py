@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -14,28 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kotlin_core import missing
+from app import DEMO, built
 from paths import ROOT
 
-from android_demo.parts import PARTS, have, read_lock
-from rmse_edge.archive import pack
-from rmse_edge.errors import UserError
-from rmse_edge.package import Package
+from android_demo.parts import PARTS, read_lock
 
 pytestmark = [pytest.mark.android, pytest.mark.slow]
 
-DEMO = ROOT / "android_demo"
 ABIS = ("arm64-v8a", "x86_64")
 PAGE = 16 << 10  # of new phones; libraries laid out for smaller ones cannot be mapped there
 LARGEST = 45_000_000  # bytes of the app with the int4 package of the shipped model
 SHIPPED = 10_000_000  # bytes that that package may take of it
-
-
-def built(*flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [str(DEMO / "build_apk.sh"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def tool(part: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -51,29 +39,6 @@ def signer(*arguments: str) -> subprocess.CompletedProcess[str]:
     jars = (PARTS / "apksigner/usr/share/java/apksigner.jar", PARTS / "apksig/usr/share/java/apksig.jar")
     command = ["java", "-cp", ":".join(map(str, jars)), "com.android.apksigner.ApkSignerTool", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def archive(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("archive") / "tiny.rmse.zip"
-    pack(Package.open(package), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def apk(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if why := missing():
-        pytest.skip(why)
-    if shutil.which("javac") is None:
-        pytest.skip("needs a JDK (apt-get install openjdk-17-jdk-headless)")
-    try:
-        for name in read_lock().keys() - {"ktlint"}:
-            have(read_lock()[name], PARTS)
-    except UserError as error:
-        pytest.skip(f"needs parts of android_demo/parts.lock, and {error}")
-    path = tmp_path_factory.mktemp("apk") / "demo.apk"
-    built("-m", str(archive), "-o", str(path))
-    return path
 
 
 def test_the_app_is_signed(apk: Path, tmp_path: Path) -> None:

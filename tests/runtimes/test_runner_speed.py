@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arm import COMPILER, CPUS, QEMU, emulated
 from helpers import FEW, random_tokens
 from native_runner import Runner, flip, make
 from paths import ROOT
@@ -23,8 +24,6 @@ pytestmark = [pytest.mark.executorch, pytest.mark.native, pytest.mark.slow]
 
 ARM = ROOT / "build" / "native-aarch64"
 ARM_WHEEL = ARM / f"executorch-{version('executorch')}" / "executorch"
-QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
-CPUS = ("cortex-a72", "neoverse-n1")  # without and with instructions for dot products
 
 # Of logits of about 10, over all processors. fp32: products are summed in another order. int4: here and there an
 # activation is rounded to the neighbouring integer, and later loops build on that.
@@ -156,11 +155,11 @@ def test_launches_at_the_same_time_share_packed_weights(fp32: Runner, tmp_path: 
 
 @pytest.fixture(scope="module")
 def arm_runner() -> Path:
-    if shutil.which("aarch64-linux-gnu-g++") is None or shutil.which(QEMU[0]) is None:
+    if shutil.which(f"{COMPILER}g++") is None or shutil.which(QEMU) is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64, which make test-arm installs")
     if not ARM_WHEEL.is_dir():
         pytest.skip(f"needs {ARM_WHEEL.relative_to(ROOT)}, which make test-arm fetches")
-    return make(ARM_WHEEL, ARM, "CXX=aarch64-linux-gnu-g++")
+    return make(ARM_WHEEL, ARM, f"CXX={COMPILER}g++")
 
 
 @pytest.mark.arm
@@ -171,7 +170,7 @@ def test_arm_processors_say_the_same(
 ) -> None:
     """Logits within a tolerance, and the same top token wherever it leads by as much."""
     here: Runner = request.getfixturevalue(quant)
-    there = Runner([*QEMU, cpu, arm_runner], Path(here.command[-1]))
+    there = Runner([*emulated(cpu), arm_runner], Path(here.command[-1]))
     tokens = random_tokens(140, seed=12, vocab=65 if quant == "fp32" else FEW)
     full = ("--exit-threshold", "1")  # a position that stops a loop earlier is compared with nothing
     (ours, _), (theirs, _) = (run.feed(tokens, tmp_path / "logits", *full) for run in (here, there))
