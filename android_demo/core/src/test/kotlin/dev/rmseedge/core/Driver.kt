@@ -55,6 +55,8 @@ private fun answer(words: List<String>): Any? {
         "unpack" -> described(unpack(rest[0], rest[1], rest[2], rest.getOrNull(3)))
         "numbers" -> numbers(Json.read(File(rest[0])) as Map<*, *>)
         "tokens" -> Tokenizer.open(File(rest[0])).let { all -> rest.drop(1).map { all.encode(it).toList() } }
+        "more tokens" -> Tokenizer.open(File(rest[0])).let { all -> rest.drop(1).map { all.encodeMore(it).toList() } }
+        "texts" -> Tokenizer.open(File(rest[0])).let { all -> rest.drop(1).map { ids -> all.decode(ids.split(' ').map(String::toInt)) } }
         "memory" -> memory(rest[0])
         "bench" -> opened(rest[0]) { bench(it, rest[1].toInt()) }
         else -> error("no command ${words[0]}")

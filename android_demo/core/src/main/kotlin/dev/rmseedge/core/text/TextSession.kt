@@ -52,7 +52,7 @@ class TextSession(val runtime: LoopRuntime, val tokenizer: Tokenizer) : AutoClos
     ): GenerationStatistics {
         val begins = if (prompt.isEmpty() && position == 0L) listOfNotNull(info.bosTokenId) else emptyList()
         val told = pending.size // tokens that `tail` knows already
-        val fed = pending + begins + tokenizer.encode(prompt).toList()
+        val fed = pending + begins + (if (position == 0L) tokenizer.encode(prompt) else tokenizer.encodeMore(prompt)).toList()
         checkTokens(info, runtime.position, fed.toIntArray())
         val prefix = if (info.text.prefix && settings.prefix && position == 0L) fed.size else 0
         val generator = Generator(runtime, tokenizer, fed, told, prefix, settings, control, tail)
