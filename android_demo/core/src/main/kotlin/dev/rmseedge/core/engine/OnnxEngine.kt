@@ -38,7 +38,8 @@ private val TYPES = mapOf(
  * @param threads of one call; null: the engine's own choice.
  */
 class OnnxEngine(private val pack: LoopPackage, override val threads: Int? = null) : Engine {
-    private val environment = OrtEnvironment.getEnvironment()
+    // Its build for Android has a client for telemetry.
+    private val environment = OrtEnvironment.getEnvironment().apply { setTelemetry(false) }
     private val graphs: Map<String, String> = PackageIndex.namingManifest(pack.folder.path) { pack.lowering.at("graphs", members(name)) }
     private val sessions = mutableMapOf<String, OrtSession>() // by file
 
