@@ -25,7 +25,7 @@ PACKAGES = {
 FLOORS = (
     ("rmse_edge",),  # `import rmse_edge` itself
     ("cli",),
-    ("export",),
+    ("export", "harness"),
     ("runtimes", "probe"),
     ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
@@ -193,6 +193,8 @@ EXPORTERS = (
         "transformers",
         "lancedb",
         "pyarrow",
+        "lm_eval",
+        "datasets",
     ),
     *("torch.onnx._internal.exporter", "torch._inductor"),
 )
