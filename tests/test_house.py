@@ -19,6 +19,7 @@ PACKAGES = {
     "export": "rmse_edge.export",
     "runtimes": "rmse_edge.runtimes",
     "quantize": "rmse_edge.quantize",
+    "models": "rmse_edge.shipped",
 }
 
 # Rooms from the top down, those of one floor side by side: a module imports from its own room and from floors below.
@@ -26,7 +27,8 @@ FLOORS = (
     ("rmse_edge",),  # `import rmse_edge` itself
     ("cli",),
     ("export", "harness"),
-    ("runtimes", "probe"),
+    ("probe",),
+    ("runtimes",),
     ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
     ("arch",),
@@ -36,7 +38,7 @@ FLOORS = (
     ("chat", "losses", "package", "shards", "vocabulary"),
     ("numbers", "parts", "text"),
     ("cache",),
-    ("files", "progress", "schema"),
+    ("files", "progress", "schema", "shipped"),
     ("errors",),
 )
 # The same inside of the large rooms.
