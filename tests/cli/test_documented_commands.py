@@ -208,6 +208,7 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/offload/replay.py exits.npz full.npz": [],
     "python docs/experiments/offload/placement.py exits.npz full.npz": [],
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -o probe": ["--blocks", "2"],
+    'rmse-trace models/rmse-shakespeare -p "ROMEO:" -o trace': ["-n", "4"],
     "rmse-data problems --text shakespeare.txt -o problems.txt": [],
     "rmse-probe models/ouro-shakespeare --text shakespeare.txt -t 1 -o probe-ouro": [
         "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1",
@@ -328,6 +329,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-lm-eval --model rmse --model_args package=models/rmse-shakespeare --tasks docs/examples/shakespeare.yaml": "tests/test_harness.py, and its nightly test the command",
     "pip install 'rmse-edge[eval]'": "installs",
     "pip install 'rmse-edge[optimum,onnx]'": "installs",
+    "rmse-trace models/rmse-shakespeare --text shakespeare.txt -o trace-text": "tests/probe/test_trace_cli.py",
     "rmse-export": EXPORTS,
     'rmse-run rmse-shakespeare-onnx.rmse --prompt "ROMEO:"': "runs above, with --show-depth",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
