@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _panels(found: dict[str, Any]) -> list[tuple[float, str, Callable[[Any], Non
     """(inches, title, what paints it) of each."""
     mean = f"{found['mean_loops']:.2f} of {found['loops']} on average"
     panels: list[tuple[float, str, Callable[[Any], None]]] = [
-        (2.6, f"loops of each token, {mean}", lambda axis: _depths(axis, found))
+        (2.6, f"loops of each token, {mean}", partial(_depths, found=found))
     ]
     if found["trace"][0]["iterations"]:
         for name, title in (
@@ -58,13 +59,13 @@ def _panels(found: dict[str, Any]) -> list[tuple[float, str, Callable[[Any], Non
         ):
             values = of_loops(found, name)
             values = np.log10(np.maximum(values, 1e-6)) if name == "change" else values
-            panels.append((2.4, title, lambda axis, values=values: _by_token(axis, values, found)))
+            panels.append((2.4, title, partial(_by_token, values=values, found=found)))
     for i, layer in enumerate(found["experts"]):
         which = f" of layer {i + 1} of {len(found['experts'])}" if len(found["experts"]) > 1 else ""
         title = f"experts{which}: share of the tokens that use each, the most used first"
-        panels.append((2.2, title, lambda axis, layer=layer: _experts(axis, np.array(layer), len(found["trace"]))))
+        panels.append((2.2, title, partial(_experts, counts=np.array(layer), tokens=len(found["trace"]))))
     if found["surprises"]:
-        panels.append((2.2, "surprise of the memory at the end of each segment", lambda axis: _surprises(axis, found)))
+        panels.append((2.2, "surprise of the memory at the end of each segment", partial(_surprises, found=found)))
     return panels
 
 
