@@ -6,6 +6,7 @@
 # make nightly    the tests that say again of other models what these two say of some
 # make test-arm   the tests of the runner on ARM
 # make benchmarks times looped models beside llama.cpp on a dense one; an hour or more
+# make docs       the documents and the API as a site, in build/site; links that lead nowhere are refused
 #
 # All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
 # On Linux the default torch brings CUDA. For the smaller CPU build give the address of an index of CPU wheels, once:
@@ -13,7 +14,7 @@
 
 PYTHON ?=
 TORCH_INDEX ?=
-EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,dev
+EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,eval,optimum,docs,dev
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -37,7 +38,7 @@ DEVICES := packages or executorch or coreml or native or arm or android
 APK := build/android/rmse-edge.apk
 APK_MODEL := build/android/rmse-shakespeare.rmse.zip
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools apk test test-devices quick nightly test-arm fuzz benchmarks lint style types clean
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools apk test test-devices quick nightly test-arm fuzz benchmarks docs lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
@@ -51,6 +52,7 @@ help:
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
 	@echo "make benchmarks  looped models beside llama.cpp on a dense one; an hour or more"
+	@echo "make docs    build/site: the documents and the API as pages"
 	@echo "make lint    ruff, ruff format --check, mypy"
 	@echo "make clean   remove what was built; .venv stays"
 
@@ -141,6 +143,14 @@ fuzz: runner
 # An hour or more, most of it once: docs/benchmarks.md. One model alone: make benchmarks BENCHMARKS="--models dense -t 1"
 benchmarks: runner
 	$(BIN)/python -m benchmarks $(BENCHMARKS)
+
+# The API is read from the package as it is installed, in build/site-lib, since its folders are mapped.
+docs: $(STAMP)
+	@$(BIN)/python docs/site/gather.py
+	@rm -rf build/lib build/bdist.* build/site-lib
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --target build/site-lib .
+	@rm -rf build/lib build/bdist.*
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml
 
 lint: style types
 

@@ -19,14 +19,16 @@ PACKAGES = {
     "export": "rmse_edge.export",
     "runtimes": "rmse_edge.runtimes",
     "quantize": "rmse_edge.quantize",
+    "models": "rmse_edge.shipped",
 }
 
 # Rooms from the top down, those of one floor side by side: a module imports from its own room and from floors below.
 FLOORS = (
     ("rmse_edge",),  # `import rmse_edge` itself
     ("cli",),
-    ("export",),
-    ("runtimes", "probe"),
+    ("export", "harness"),
+    ("probe",),
+    ("runtimes",),
     ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
     ("arch",),
@@ -36,7 +38,7 @@ FLOORS = (
     ("chat", "losses", "package", "shards", "vocabulary"),
     ("numbers", "parts", "text"),
     ("cache",),
-    ("files", "progress", "schema"),
+    ("files", "progress", "schema", "shipped"),
     ("errors",),
 )
 # The same inside of the large rooms.
@@ -193,6 +195,8 @@ EXPORTERS = (
         "transformers",
         "lancedb",
         "pyarrow",
+        "lm_eval",
+        "datasets",
     ),
     *("torch.onnx._internal.exporter", "torch._inductor"),
 )

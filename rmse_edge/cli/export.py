@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,27 +10,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Parser, existing_file, output_path, positive_int, random_model, total_bar, verb
+from .common import (
+    PARSER,
+    Parser,
+    existing_file,
+    output_path,
+    positive_int,
+    random_model,
+    run_verb,
+    total_bar,
+    verb,
+)
 from .quantize import add_quantize_flags, quantized, request_of
 
 if TYPE_CHECKING:
     from rmse_edge.export import ExportRequest
     from rmse_edge.quantize import QuantizeRequest
 
-DEFAULT_MODEL = "models/rmse-shakespeare"
+DESCRIPTION = "Export a looped model into a package for a device runtime."
+DEFAULT_MODEL = "rmse-shakespeare"  # of those that come with this package
 TARGETS = ("onnx", "executorch", "coreml")
 BITS = ("int8", "int4")
 QUANTIZING = 0.5  # of the time that quantising and exporting take together, about
 
 
 def parser() -> Parser:
-    p = Parser(prog="rmse-export", description="Export a looped model into a package for a device runtime.")
+    p = Parser(prog="rmse-export", description=DESCRIPTION)
     p.arguments |= {"compact": "--no-compact", "overwrite": "--force"}
+    add_flags(p)
+    return p
+
+
+def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-m",
         "--model",
         metavar="DIR",
-        help=f"checkpoint folder, float or made by rmse-quantize (default: {DEFAULT_MODEL})",
+        help=f"checkpoint folder, float or made by rmse-quantize (default: {DEFAULT_MODEL}, which comes with rmse-edge)",
     )
     p.add_argument(
         "--config", metavar="FILE", help="a config.json instead of a checkpoint: random weights, for benches"
@@ -67,12 +84,25 @@ def parser() -> Parser:
     p.add_argument("--dry-run", action="store_true", help="print methods, shapes and sizes, and write nothing")
     p.add_argument("--format", choices=("text", "json"), default="text", help="format of --dry-run's output")
     add_quantize_flags(p)
-    return p
 
 
 @verb("rmse-export")
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = parser().parse_args(argv)
+    return export(parser().parse_args(argv))
+
+
+def export_parsed(name: str, args: argparse.Namespace) -> int:
+    """The command under another name, whose own parser was given the flags; its exit code."""
+
+    def run(_: Sequence[str] | None) -> int | None:
+        PARSER.set(parser())  # messages name its flags
+        return export(args)
+
+    return run_verb(name, run)
+
+
+def export(args: argparse.Namespace) -> int | None:
+    """What the command does, with the flags of `add_flags`."""
     from rmse_edge.errors import UserError
 
     if args.output and not args.archive and args.output.name.endswith(".rmse.zip"):
@@ -87,12 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.package import check_destination
     from rmse_edge.quantize import Scheme, can_stream, is_quantized_checkpoint, load_quantized, quantize
     from rmse_edge.quantize.quantizer import cached_in
+    from rmse_edge.shipped import shipped
 
     if args.threads:
         import torch
 
         torch.set_num_threads(args.threads)
-    folder = Path(args.model or DEFAULT_MODEL)
+    folder = Path(args.model) if args.model else shipped(DEFAULT_MODEL)
     stored = load_quantized(folder) if not args.config and is_quantized_checkpoint(folder) else None
     quant = args.quant or (stored.quant if stored else "fp32")
     request = ExportRequest(

@@ -37,9 +37,10 @@ def parser() -> Parser:
     return p
 
 
-def add_quantize_flags(p: Parser) -> None:
+def add_quantize_flags(p: argparse.ArgumentParser) -> None:
     """How to quantise: shared with rmse-export."""
-    p.arguments |= {"ids": "--calibrate", "symmetric": "--asymmetric"}
+    if isinstance(p, Parser):  # it may be another program's
+        p.arguments |= {"ids": "--calibrate", "symmetric": "--asymmetric"}
     group = p.add_argument_group("quantisation")
     group.add_argument(
         "--calibrate", type=existing_file, metavar="FILE",

@@ -36,6 +36,8 @@ class Readings:
     brake: np.ndarray | None
     # (K, K) share of a token's experts in one iteration that it uses in another; None: it has no experts in its loop
     overlap: np.ndarray | None
+    # (K, E) of each of these layers: how many of the n T tokens chose each expert; empty: there are none
+    used: tuple[np.ndarray, ...] = ()
 
     @property
     def iterations(self) -> int:
@@ -78,7 +80,9 @@ def read(
         keep += [np.concatenate(of_iteration) for of_iteration in zip(*kept)]
     arrays = {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
     brake = arrays.pop("brake", None)
-    return Readings(blocks[:, :-1], blocks[:, 1:], **arrays, brake=brake, overlap=used.overlap())
+    return Readings(
+        blocks[:, :-1], blocks[:, 1:], **arrays, brake=brake, overlap=used.overlap(), used=tuple(used.counts)
+    )
 
 
 @torch.no_grad()
@@ -112,22 +116,30 @@ class _Used:
         self.layers = sparse_layers(subject.model)
         self.shared: np.ndarray | None = None
         self.count = 0
+        self.by_layer: dict[int, np.ndarray] = {}  # of the layers in the loop, see `Readings.used`
 
     def __enter__(self) -> None:
-        self.chosen: list[dict[int, Tensor]] = [{} for _ in self.layers]
+        # By loop, the parts of the text in order: with a memory it is read segment by segment.
+        self.chosen: list[dict[int, list[Tensor]]] = [{} for _ in self.layers]
         for layer, heard in zip(self.layers, self.chosen):
-            layer.observer = lambda k, routing, heard=heard: heard.update({k: routing.experts})
+            layer.observer = lambda k, routing, heard=heard: heard.setdefault(k, []).append(routing.experts)
 
     def __exit__(self, *_: object) -> None:
-        for layer, heard in zip(self.layers, self.chosen):
+        for i, (layer, heard) in enumerate(zip(self.layers, self.chosen)):
             layer.observer = None
             if len(heard) < 2:
                 continue  # outside of the loop
-            picks = torch.stack([heard[k] for k in sorted(heard)], 1)  # (N, K, top_k)
+            picks = torch.stack([torch.cat(heard[k]) for k in sorted(heard)], 1)  # (N, K, top_k)
             member = members(picks, layer.n_experts)
             both = (member @ member.transpose(1, 2)).double().sum(0).numpy() / picks.shape[2]
             self.shared = both if self.shared is None else self.shared + both
             self.count += len(picks)
+            chosen = member.sum(0).long().numpy()
+            self.by_layer[i] = self.by_layer[i] + chosen if i in self.by_layer else chosen
+
+    @property
+    def counts(self) -> list[np.ndarray]:
+        return list(self.by_layer.values())
 
     def overlap(self) -> np.ndarray | None:
         return None if self.shared is None else self.shared / self.count

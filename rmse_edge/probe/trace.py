@@ -9,18 +9,23 @@ import torch
 
 from rmse_edge.text import Tokenizer
 
-from .readings import read
+from .readings import Readings, read
 from .subjects import Subject
 
 GUESSES = 5
 
 
 @torch.no_grad()
-def traced(subject: Subject, tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
+def traced(
+    subject: Subject, tokenizer: Tokenizer, ids: np.ndarray, readings: Readings | None = None
+) -> list[dict[str, Any]]:
     """For every token of a text (N + 1,) but the last: its text, the next one's, and by iteration the likeliest next tokens with
     their probabilities, the entropy, the loss, and how much the state moved.
+
+    Args:
+        readings: of this text, where they are there already.
     """
-    readings = read(subject, ids[None])
+    readings = readings or read(subject, ids[None])
     states, _ = subject.course(torch.from_numpy(ids[None, :-1]))
     best = [
         torch.softmax(subject.logits(state)[0].float(), -1).topk(min(GUESSES, subject.vocab_size)) for state in states

@@ -121,6 +121,9 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
         known = {*re.findall(r'"(--?[a-z][a-z-]*)"', source), *(f"--{name.replace('_', '-')}" for name in dials)}
     else:
         sub = rest[0] if rest and rest[0] in ("report", "gpt") and program == "rmse-train" else None
+        if program == "rmse-lm-eval":
+            pytest.importorskip("lm_eval")
+            sub = "run"
         known = set(known_flags(program, sub))
     assert set(flags) <= known, sorted(set(flags) - known)
     for word in rest:
@@ -205,6 +208,7 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/offload/replay.py exits.npz full.npz": [],
     "python docs/experiments/offload/placement.py exits.npz full.npz": [],
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -o probe": ["--blocks", "2"],
+    'rmse-trace models/rmse-shakespeare -p "ROMEO:" -o trace': ["-n", "4"],
     "rmse-data problems --text shakespeare.txt -o problems.txt": [],
     "rmse-probe models/ouro-shakespeare --text shakespeare.txt -t 1 -o probe-ouro": [
         "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1",
@@ -322,6 +326,12 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --text problems.txt --recipe models/ouro-shakespeare/recipe.json -o runs/mixed": TRAINS,
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -t 1 -o probe-rmse": "runs above, for fewer texts",
     "rmse-probe runs/mixed --text problems.txt --task hops --task addition --task brackets -o probe": "tests/probe/test_probe_cli.py",
+    "rmse-lm-eval --model rmse --model_args package=models/rmse-shakespeare --tasks docs/examples/shakespeare.yaml": "tests/test_harness.py, and its nightly test the command",
+    "pip install 'rmse-edge[eval]'": "installs",
+    "pip install 'rmse-edge[optimum,onnx]'": "installs",
+    "rmse-trace models/rmse-shakespeare --text shakespeare.txt -o trace-text": "tests/probe/test_trace_cli.py",
+    "rmse-export": EXPORTS,
+    'rmse-run rmse-shakespeare-onnx.rmse --prompt "ROMEO:"': "runs above, with --show-depth",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",
