@@ -32,6 +32,7 @@ from toy_recurrent import ToyRecurrent
 from toy_tower import ARCH as TOWER
 from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
 
+from rmse_edge.arch.common.hybrid_model import HybridModel
 from rmse_edge.arch.common.identity import fingerprint, model_info
 from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.arch.common.recursive_model import RecursiveSolver
@@ -42,6 +43,7 @@ from rmse_edge.arch.hrm_text.config import HrmTextConfig
 from rmse_edge.arch.hrm_text.model import HrmText
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
+from rmse_edge.arch.hybrid.config import HybridConfig
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
 from rmse_edge.arch.registry import Arch, register
@@ -287,6 +289,27 @@ def decided_inkling() -> Inkling:
         model.lm_head.weight.copy_(model.model.embed_tokens.weight[:65])
         model.lm_head.weight *= 4.0
         model.lm_head.weight[:, 0] = 0.0  # what embeddings share would take all logits to their cap
+    return model
+
+
+def small_hybrid() -> HybridModel:
+    """Every mixer in the loop, layers before and behind it, windows that texts are longer than, and an untrained loop."""
+    torch.manual_seed(9)
+    config = HybridConfig(
+        vocab_size=65, d_model=32, think=(1, 6), think_loops=2, untrained_loops=1, max_position_embeddings=512,
+        layers=(
+            "shared_key_attention", "atlas", "gated_deltanet", "mamba3", "rodimus_plus", "gated_attention", "gated_deltanet",
+        ),
+        n_heads=4, n_kv_heads=2, head_dim=8, rotary_dims=4, window=24, shared_key_window=20, taps=3,
+        deltanet_key_heads=2, deltanet_value_heads=4, deltanet_key_dim=8, deltanet_value_dim=8,
+        mamba_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_angles=2, mamba_rank=2,
+        rodimus_channels=32, rodimus_state_dim=8, rodimus_gate_rank=8,
+        atlas_heads=2, atlas_head_dim=8, atlas_hidden=8, atlas_steps=2, atlas_segment=16,
+        n_experts=6, top_k=2, expert_width=32, shared_width=32, exit_rules=("gate", "delta", "cosine"),
+    )  # fmt: skip
+    model = HybridModel(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
     return model
 
 
