@@ -90,12 +90,14 @@ class Case:
     wrong: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     trains: bool = False  # rmse-train knows it
     slow: bool = False  # make quick leaves its tests out: it has many layers, and others do the same with fewer
+    # All of it is left to the nightly run: many layers with state of many kinds. What is its own has a file of its own.
+    nightly: bool = False
     # For rmse-run and rmse-runner, so that they read a prompt as `whole_text` reads a text.
     run_flags: tuple[str, ...] = ()
 
     def is_nightly(self, target: str, quant: str) -> bool:
         """Whether the nightly run makes this package, and not every change."""
-        return self.always is not None and (target, quant) not in self.always
+        return self.nightly or (self.always is not None and (target, quant) not in self.always)
 
     def ids(self, count: int) -> np.ndarray:
         """Tokens of the model's vocabulary, (count,) int64."""
@@ -313,6 +315,20 @@ def small_hybrid() -> HybridModel:
     return model
 
 
+def decided_hybrid() -> HybridModel:
+    """A model whose states hold on to the token they are of, as `decided_huginn`, and few experts are close to another."""
+    model = small_hybrid()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("balance_bias"):
+                buffer.copy_(torch.arange(6.0))
+        for name, p in model.named_parameters():
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj", "shared_down_proj.weight")):
+                p *= 0.3
+        model.lm_head.weight.copy_(model.embed_tokens.weight * 0.5)
+    return model
+
+
 def small_trm() -> RecursiveSolver:
     """An MLP over positions, and boards that stop at several depths."""
     return lively_solver(
@@ -424,6 +440,7 @@ CASES = (
         always=ONE,
         slow=True,
     ),
+    Case("hybrid", small_hybrid, calm=decided_hybrid, trains=True, slow=True, nightly=True),
 )
 
 for _case in CASES:
