@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_one_line
+from paths import ROOT
 
 from rmse_edge.arch.hybrid.config import HybridConfig
 from rmse_edge.arch.trm import TrmConfig
@@ -90,6 +91,14 @@ def test_what_does_not_go_together_is_one_line(options: dict[str, Any], said: st
     assert_one_line(str(error.value), said)
     with pytest.raises(ConfigError, match="the task parity needs a model of texts"):
         make_task({"name": "parity"}, TrmConfig())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/experiments/hybrid").glob("*.json")), ids=lambda path: path.stem)
+def test_the_recipes_of_hybrids_are_ones(path: Path) -> None:
+    recipe = Recipe.from_file(path)
+    assert recipe.architecture == "hybrid" and (recipe.task is None) == (path.stem == "recipe")
+    if recipe.task is not None:
+        make_task(recipe.task, recipe.model_config())
 
 
 def test_a_model_learns_what_a_task_asks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
