@@ -32,6 +32,7 @@ from toy_recurrent import ToyRecurrent
 from toy_tower import ARCH as TOWER
 from toy_tower import CountsPadding, ForgetsDeepLoops, LastKeysForAll, lively_tower
 
+from rmse_edge.arch.common.hybrid_model import HybridModel
 from rmse_edge.arch.common.identity import fingerprint, model_info
 from rmse_edge.arch.common.recurrent import UNTRAINED
 from rmse_edge.arch.common.recursive_model import RecursiveSolver
@@ -42,6 +43,7 @@ from rmse_edge.arch.hrm_text.config import HrmTextConfig
 from rmse_edge.arch.hrm_text.model import HrmText
 from rmse_edge.arch.huginn_raven.config import HuginnConfig
 from rmse_edge.arch.huginn_raven.model import Huginn
+from rmse_edge.arch.hybrid.config import HybridConfig
 from rmse_edge.arch.inkling2_loop_text.config import InklingConfig
 from rmse_edge.arch.inkling2_loop_text.model import Inkling
 from rmse_edge.arch.registry import Arch, register
@@ -88,12 +90,14 @@ class Case:
     wrong: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     trains: bool = False  # rmse-train knows it
     slow: bool = False  # make quick leaves its tests out: it has many layers, and others do the same with fewer
+    # All of it is left to the nightly run: many layers with state of many kinds. What is its own has a file of its own.
+    nightly: bool = False
     # For rmse-run and rmse-runner, so that they read a prompt as `whole_text` reads a text.
     run_flags: tuple[str, ...] = ()
 
     def is_nightly(self, target: str, quant: str) -> bool:
         """Whether the nightly run makes this package, and not every change."""
-        return self.always is not None and (target, quant) not in self.always
+        return self.nightly or (self.always is not None and (target, quant) not in self.always)
 
     def ids(self, count: int) -> np.ndarray:
         """Tokens of the model's vocabulary, (count,) int64."""
@@ -290,6 +294,41 @@ def decided_inkling() -> Inkling:
     return model
 
 
+def small_hybrid() -> HybridModel:
+    """Every mixer in the loop, layers before and behind it, windows that texts are longer than, and an untrained loop."""
+    torch.manual_seed(9)
+    config = HybridConfig(
+        vocab_size=65, d_model=32, think=(1, 6), think_loops=2, untrained_loops=1, max_position_embeddings=512,
+        layers=(
+            "shared_key_attention", "atlas", "gated_deltanet", "mamba3", "rodimus_plus", "gated_attention", "gated_deltanet",
+        ),
+        n_heads=4, n_kv_heads=2, head_dim=8, rotary_dims=4, window=24, shared_key_window=20, taps=3,
+        deltanet_key_heads=2, deltanet_value_heads=4, deltanet_key_dim=8, deltanet_value_dim=8,
+        mamba_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_angles=2, mamba_rank=2,
+        rodimus_channels=32, rodimus_state_dim=8, rodimus_gate_rank=8,
+        atlas_heads=2, atlas_head_dim=8, atlas_hidden=8, atlas_steps=2, atlas_segment=16,
+        n_experts=6, top_k=2, expert_width=32, shared_width=32, exit_rules=("gate", "delta", "cosine"),
+    )  # fmt: skip
+    model = HybridModel(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
+    return model
+
+
+def decided_hybrid() -> HybridModel:
+    """A model whose states hold on to the token they are of, as `decided_huginn`, and few experts are close to another."""
+    model = small_hybrid()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("balance_bias"):
+                buffer.copy_(torch.arange(6.0))
+        for name, p in model.named_parameters():
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj", "shared_down_proj.weight")):
+                p *= 0.3
+        model.lm_head.weight.copy_(model.embed_tokens.weight * 0.5)
+    return model
+
+
 def small_trm() -> RecursiveSolver:
     """An MLP over positions, and boards that stop at several depths."""
     return lively_solver(
@@ -401,6 +440,7 @@ CASES = (
         always=ONE,
         slow=True,
     ),
+    Case("hybrid", small_hybrid, calm=decided_hybrid, trains=True, slow=True, nightly=True),
 )
 
 for _case in CASES:

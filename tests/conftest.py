@@ -73,10 +73,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in EXPORTS.keys() & getattr(item, "fixturenames", ()):
             item.add_marker(EXPORTS[name])
             item.add_marker("slow")
-        if any(
-            getattr(value, "slow", False) for value in getattr(getattr(item, "callspec", None), "params", {}).values()
-        ):
-            item.add_marker("slow")
+        given = getattr(getattr(item, "callspec", None), "params", {}).values()
+        for mark in ("slow", "nightly"):  # of architectures
+            if any(getattr(value, mark, False) for value in given):
+                item.add_marker(mark)
     order = {name: rank for rank, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return report(argv[1:])
     parser = Parser(
         prog="rmse-train",
-        description="Train a model on a text file, or on the task of a recipe (recall, facts, sudoku, maze, arc). `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
+        description="Train a model on a text file, or on the task of a recipe (recall, facts, mqar, parity, modular_addition, needle, sudoku, maze, arc). `rmse-train report CHECKPOINT --text FILE` measures a trained one.",
     )
     parser.arguments |= {"changes": "--set", "mode": "--parallel", "start": "--init"}
     parser.add_argument(

@@ -82,7 +82,7 @@ class Recipe:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size {self.batch_size}")
         config = self.model_config()
-        if self.task is not None and not isinstance(config, (RMSEConfig, RecursiveConfig)):
+        if self.task is not None and isinstance(config, GPTConfig):
             raise ConfigError(f"task: got {self.task!r}, expected none for architecture {self.architecture}")
         if isinstance(config, RecursiveConfig):
             self._check_boards()
@@ -91,7 +91,7 @@ class Recipe:
                 f"{'model.' * (self.block_size is None)}block_size: got {self.block}, expected at least {2 * SEGMENT}: a memory is read from the "
                 "second segment on"
             )
-        if self.block_of(config) is None:
+        if self.task is None and self.block_of(config) is None:  # a task's sequences have lengths of their own
             raise ConfigError("block_size: is missing, expected the number of positions of a training sequence")
         if isinstance(config, GPTConfig) and self.block_size not in (None, config.block_size):
             raise ConfigError(f"block_size: got {self.block_size}, expected that of the model ({config.block_size})")

@@ -110,10 +110,19 @@ def check_memory(name: str, vocab_size: int, config: Any) -> None:
     """
     if not isinstance(config, RMSEConfig):
         raise ConfigError(f"architecture: got {config.model_type!r}, the task {name} needs {RMSEConfig.model_type}")
-    if vocab_size > config.vocab_size:
-        raise ConfigError(f"model.vocab_size: got {config.vocab_size}, the task {name} needs {vocab_size}")
+    check_words(name, vocab_size, config)
     if config.memory == "none":
         raise ConfigError(f"model.memory: got 'none', the task {name} needs one (titans or atlas)")
+
+
+def check_words(name: str, vocab_size: int, config: Any) -> None:
+    """Fail where a model of this configuration has fewer tokens than the task `name`.
+
+    Raises:
+        ConfigError: names the field of the model.
+    """
+    if vocab_size > config.vocab_size:
+        raise ConfigError(f"model.vocab_size: got {config.vocab_size}, the task {name} needs {vocab_size}")
 
 
 def require(task: object, name: str, ok: bool, expected: str) -> None:

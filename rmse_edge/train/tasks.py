@@ -11,10 +11,20 @@ from rmse_edge.schema import first_of
 from .arc import Arc
 from .boards import MazeTask, SudokuTask
 from .facts import Facts
+from .mqar import Mqar
+from .needle import Needle
 from .recall import Recall
 from .sources import Task
+from .tracking import ModularAddition, Parity
 
-TASKS: dict[str, Any] = {"recall": Recall, "facts": Facts, "sudoku": SudokuTask, "maze": MazeTask, "arc": Arc}
+TASKS: dict[str, Any] = {
+    "recall": Recall,
+    "facts": Facts,
+    **{task.name: task for task in (Mqar, Parity, ModularAddition, Needle)},
+    "sudoku": SudokuTask,
+    "maze": MazeTask,
+    "arc": Arc,
+}
 
 
 def make_task(options: dict[str, Any], config: Any) -> Task:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import small_hybrid
 from helpers import assert_one_line, random_tokens
 from paths import ROOT
 from published_code import fed, whole
@@ -22,28 +23,6 @@ from rmse_edge.loop.contract import Append, check_spec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-
-
-def small_hybrid() -> HybridModel:
-    """Every mixer in the loop, layers before and behind it, windows that texts are longer than, and an untrained loop."""
-    torch.manual_seed(9)
-    config = HybridConfig(
-        vocab_size=65, d_model=32, think=(1, 6), think_loops=2, untrained_loops=1, max_position_embeddings=512,
-        layers=(
-            "shared_key_attention", "atlas", "gated_deltanet", "mamba3", "rodimus_plus", "gated_attention", "gated_deltanet",
-        ),
-        n_heads=4, n_kv_heads=2, head_dim=8, rotary_dims=4, window=24, shared_key_window=20, taps=3,
-        deltanet_key_heads=2, deltanet_value_heads=4, deltanet_key_dim=8, deltanet_value_dim=8,
-        mamba_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_angles=2, mamba_rank=2,
-        rodimus_channels=32, rodimus_state_dim=8, rodimus_gate_rank=8,
-        atlas_heads=2, atlas_head_dim=8, atlas_hidden=8, atlas_steps=2, atlas_segment=16,
-        n_experts=6, top_k=2, expert_width=32, shared_width=32, exit_rules=("gate", "delta", "cosine"),
-    )  # fmt: skip
-    model = HybridModel(config)
-    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
-    torch.nn.init.normal_(model.exit_gate.weight, std=0.5)
-    return model
-
 
 FIGURE = {"atlas": 1, "mamba3": 3.5, "gated_deltanet": 3.5, "gated_attention": 2}
 

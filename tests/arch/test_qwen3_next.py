@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import greedy
 from helpers import assert_one_line
 from paths import ROOT
 from published_code import assert_close, assert_refused, fed, whole
@@ -19,8 +20,11 @@ from rmse_edge.arch.common.hybrid_model import HybridModel
 from rmse_edge.arch.qwen3_next.config import Qwen3NextConfig
 from rmse_edge.arch.registry import read_config
 from rmse_edge.checkpoint import load_checkpoint, save_checkpoint
+from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.errors import CheckpointError, ConfigError
 from rmse_edge.loop.dials import Dials
+from rmse_edge.package import Package
+from rmse_edge.runtimes import runtime_for
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 GOLDEN = ROOT / "tests" / "data" / "qwen3_next"
@@ -88,6 +92,17 @@ def test_the_greedy_tokens_are_the_published_ones(model: HybridModel, known: dic
         found.append(int(logits[-1].argmax()))
         logits = runtime.feed([found[-1]], Dials(1)).logits
     assert found == known["greedy_after_prefill"].flatten().tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
+@pytest.mark.nightly
+def test_an_onnx_package_gives_the_published_greedy_tokens(known: dict[str, Tensor], tmp_path: Path) -> None:
+    """From the published files to a package, through the parity gate."""
+    assert rmse_export(["-m", str(GOLDEN), "-o", str(tmp_path / "p.rmse")]) == 0
+    runtime = runtime_for(Package.open(tmp_path / "p.rmse"))
+    tokens = greedy(runtime, known["input_ids"][0, :66].numpy(), Dials(1), count=8)
+    assert tokens == known["greedy_after_prefill"].flatten().tolist()
 
 
 @pytest.mark.slow

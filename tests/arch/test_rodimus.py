@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rmse_edge.arch.common.hybrid_model import HybridModel
 from rmse_edge.arch.hybrid.config import HybridConfig
-from rmse_edge.arch.registry import read_config
+from rmse_edge.arch.registry import arch_of, read_config
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ConfigError
 from rmse_edge.loop.dials import Dials
@@ -50,6 +50,16 @@ def test_the_published_logits_at_once_and_in_calls(name: str, text: int) -> None
     tokens = expected["input_ids"][text].numpy()
     for cut in ((20,), (1,) * 20, (7, 7, 6), (5, *[1] * 15)):
         assert_close(fed(model, tokens, cut, Dials(1))[0], expected["logits"][text])
+
+
+@both
+@torch.no_grad()
+def test_training_reads_the_published_logits(name: str) -> None:
+    """Both texts as one batch, as `rmse-train` computes them."""
+    model, expected = load_checkpoint(DATA / name), known(name)
+    states, _, depth = model.trajectory(expected["input_ids"])
+    assert_close(model.read_out(states[-1]), expected["logits"])
+    assert arch_of("rodimus").trains and depth.unique().tolist() == [1]
 
 
 @both

@@ -21,6 +21,7 @@ from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.errors import ExportError
 from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.export.program import ROWS, SLOTS, ExportedMethod
+from rmse_edge.layers.memory.atlas import newton_schulz
 from rmse_edge.loop.contract import TensorSpec
 from rmse_edge.package import Package
 from rmse_edge.runtimes import open_runtime
@@ -67,6 +68,23 @@ def stored(package: Path) -> dict[tuple[str, int, int], set[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------- graphs
+
+
+class Orthogonal(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return newton_schulz(x)
+
+
+def test_a_matrix_of_zeros_stays_one() -> None:
+    """What keeps its norm from 0 is small: the exporter drops sums with constants of less than 1e-8."""
+    x = torch.randn(2, 5, 3) * torch.tensor([1.0, 0.0])[:, None, None]
+    program = torch.export.export(Orthogonal(), (x,))
+    onnx_program = torch.onnx.export(program, opset_version=23, verbose=False)
+    assert onnx_program is not None
+    session = onnxruntime.InferenceSession(onnx_program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, newton_schulz(x), atol=1e-5)
+    assert not found[1].any()
 
 
 def test_graphs_are_within_what_onnx_runtime_reads(package: Path) -> None:

@@ -26,7 +26,6 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 DATA = ROOT / "tests" / "data"
-kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def small(kind: str, **changes: Any) -> HybridModel:
@@ -78,11 +77,19 @@ def mixer_of(kind: str) -> Mixer:
 # --------------------------------------------------------------------------------------------------- cut in other ways
 
 
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *(pytest.param(kind, {}, id=kind) for kind in KINDS),
+        pytest.param("mamba3", {"mamba_angles": 0}, id="mamba3-real"),
+    ],
+)
 @pytest.mark.parametrize("sizes", [(1,), (1, 7), (1, 64)], ids=str)
-def test_calls_of_any_size_give_the_same_numbers_and_states(kind: str, sizes: tuple[int, ...]) -> None:
+def test_calls_of_any_size_give_the_same_numbers_and_states(
+    kind: str, changes: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
     """150 positions in calls of 1, 7 and 64, the last one padded, against all at once."""
-    model, text = small(kind), random_tokens(150, vocab=65)
+    model, text = small(kind, **changes), random_tokens(150, vocab=65)
     dials = {name: torch.from_numpy(value) for name, value in Dials(1).arrays().items()}
     whole = model.whole_text(torch.from_numpy(text), dials).logits
     left = []

@@ -49,12 +49,15 @@ def test_all_three_stages(tmp_path: Path) -> None:
     [
         (
             {"architecture": "gru"},
-            "architecture: got 'gru', expected one of gpt, dory, hrm, hrm_text, huginn_raven, inkling2_loop_text, ouro, rmse, trm",
+            "architecture: got 'gru', expected one of gpt, dory, hrm, hrm_text, huginn_raven, hybrid, inkling2_loop_text, ouro, qwen3_next, rmse, rodimus, trm",
         ),
         ({"depths": [2, 4]}, "depths: got [2, 4], expected loops in 1..3, the depth that is trained"),
         ({"model": RECIPE["model"] | {"block_size": None}}, "block_size: is missing, expected the number"),  # type: ignore[operator]
         ({"model": RECIPE["model"] | {"d_model": 32}}, "model: unknown key 'd_model'"),  # type: ignore[operator]
-        ({"task": {"name": "recall"}}, "task: got {'name': 'recall'}, expected none for architecture ouro"),
+        (
+            {"architecture": "gpt", "model": {}, "task": {"name": "recall"}},
+            "task: got {'name': 'recall'}, expected none for architecture gpt",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_one_line(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import small_dory, small_hrm_text, small_huginn, small_inkling
+from architectures import small_dory, small_hrm_text, small_huginn, small_hybrid, small_inkling
 from helpers import assert_one_line, random_tokens
 from safetensors.torch import load_file
 from small_models import text_source
@@ -65,7 +65,16 @@ INKLING = DORY | {
         "max_position_embeddings": 128, "eos_token_id": None, "exit_rules": ["delta"],
     },
 }  # fmt: skip
-ALL = (small_dory, small_huginn, small_hrm_text, small_inkling)
+HYBRID = DORY | {
+    "architecture": "hybrid",
+    "model": {
+        "d_model": 32, "layers": ["gated_attention", "atlas", "mamba3"], "think": [1, 3], "think_loops": 3, "n_heads": 2,
+        "n_kv_heads": 1, "head_dim": 16, "rotary_dims": 4, "window": 16, "mamba_heads": 2, "mamba_head_dim": 16,
+        "mamba_state_dim": 16, "mamba_angles": 4, "atlas_heads": 2, "atlas_head_dim": 8, "atlas_hidden": 8,
+        "atlas_segment": 16, "n_experts": 6, "top_k": 2, "expert_width": 32, "shared_width": 32, "exit_rules": ["delta"],
+    },
+}  # fmt: skip
+ALL = (small_dory, small_huginn, small_hrm_text, small_inkling, small_hybrid)
 
 
 @pytest.fixture
@@ -81,7 +90,7 @@ def recipe_file(folder: Path, recipe: dict[str, Any], **changes: object) -> Path
     return path
 
 
-@pytest.mark.parametrize(("build", "change"), [*zip(ALL, (0.3, 0.75, 0.4, 0.95))])
+@pytest.mark.parametrize(("build", "change"), [*zip(ALL, (0.3, 0.75, 0.4, 0.95, 0.5))])
 @pytest.mark.parametrize("rule", ["", "exit_epsilon", "exit_threshold"])
 def test_a_trajectory_says_what_the_model_says_of_a_text(build: Any, change: float, rule: str) -> None:
     model, tokens = build().eval(), torch.from_numpy(random_tokens(80))
@@ -134,7 +143,9 @@ def test_a_gate_begins_alike_in_every_loop(build: Any) -> None:
     torch.testing.assert_close(share, torch.full((1, 5), 1 / model.config.trained_loops))
 
 
-@pytest.mark.parametrize("recipe", [DORY, HUGINN, HRM_TEXT, INKLING], ids=["dory", "huginn", "hrm_text", "inkling"])
+@pytest.mark.parametrize(
+    "recipe", [DORY, HUGINN, HRM_TEXT, INKLING, HYBRID], ids=["dory", "huginn", "hrm_text", "inkling", "hybrid"]
+)
 def test_trained_without_a_gate_which_comes_last(recipe: dict[str, Any], text: Path, tmp_path: Path) -> None:
     flags = ["--text", str(text), "--recipe", str(recipe_file(tmp_path, recipe)), "-o", str(tmp_path / "run")]
     assert rmse_train(flags) == 0

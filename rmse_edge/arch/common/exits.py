@@ -52,7 +52,7 @@ class ExitRules(nn.Module):
     def gate(self, before: Tensor, after: Tensor) -> Tensor:
         """The exit gate's logit, (B, C), of the states (B, C, d) on both sides of a loop."""
         moved, size = ((t.square().sum(-1, keepdim=True)) for t in (after - before, after))
-        change = (moved / size.clamp_min(1e-30) + 1e-12).sqrt()  # its slope stays finite where nothing moved
+        change = (moved / size.clamp_min(1e-30)).clamp_min(1e-12).sqrt()  # its slope stays finite where nothing moved
         return self.exit_gate(torch.cat([rms(after), change], -1)).squeeze(-1)
 
     def judged(

@@ -114,6 +114,7 @@ def hybrid(config: type[HybridBase], **published: Any) -> Arch:
         settings=config.settings,
         tied=tied,
         quantization=table,
+        trains=True,
         gate_bias=recurrent.gate_bias,
         stated=stated,
         **published,

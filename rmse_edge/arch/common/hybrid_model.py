@@ -33,12 +33,13 @@ from rmse_edge.layers.mixers.gated_deltanet import GatedDeltaNet
 from rmse_edge.layers.mixers.mamba3 import Mamba3
 from rmse_edge.layers.mixers.rodimus import Rodimus
 from rmse_edge.layers.mixers.shared_key_attention import SharedKeyAttention
-from rmse_edge.layers.mixers.stack import MixerLayer, MixerStack, call_specs, of_call
+from rmse_edge.layers.mixers.stack import MixerLayer, MixerStack, call_specs, of_call, of_rows
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.layers.router_margins import RouterMargins
-from rmse_edge.layers.trajectory import of_one_text
+from rmse_edge.layers.trajectory import of_one_text, trajectory_of
 from rmse_edge.loop.contract import InjectedHits, LoopSpec, Tensors, TensorSpec, WholeText
+from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.whole import in_one_call
 from rmse_edge.numbers import SEGMENT, SLOTS
 
@@ -240,8 +241,55 @@ class HybridModel(ExitRules):
     # ------------------------------------------------------------------------------------------------ TextModel
 
     def whole_text(self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None) -> WholeText:
-        dims, theta = self.config.turning
-        angles = of_one_text(given_angles(np.arange(len(tokens)), dims, theta))
         with RouterMargins(self) as margins:
-            found = in_one_call(self, tokens, angles, dials, hits, lambda *_: margins.take(len(tokens)))
+            found = in_one_call(
+                self, tokens, self.angles_of(len(tokens)), dials, hits, lambda *_: margins.take(len(tokens))
+            )
             return replace(found, margin=torch.minimum(found.margin, margins.take(len(tokens))))  # of the decoder
+
+    def angles_of(self, count: int) -> Tensors:
+        """What a host tells a call of the first `count` positions of a text, (1, count, n/2) each."""
+        dims, theta = self.config.turning
+        return of_one_text(given_angles(np.arange(count), dims, theta))
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def trajectory(
+        self,
+        tokens: Tensor,
+        loops: int | None = None,
+        stop: Stop | None = None,
+        every: bool = True,
+        watcher: Watcher | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """All states (B, T, d) of whole sequences (B, T) from an empty past; arguments and result as of `HasTrajectory`."""
+        call = self._of_sequences(tokens)
+        x0 = self.encoder(self.embed_tokens(tokens), 0, None, call)[0]
+
+        def iterate(h: Tensor, k: int, active: Tensor | None, held: Tensors | None) -> tuple[Tensor, Tensors]:
+            after, rows, _ = self.core(h, k, None, call, active, None if held is None else self._named(held, HELD, ""))
+            return after, self._named(rows, "", HELD)
+
+        return trajectory_of(
+            iterate,
+            self.config.kv_policy,
+            x0,
+            self.core.rows.nothing(HELD, x0),
+            self.config.trained_loops if loops is None else loops,
+            gate=self.gate if self.config.gated else None,
+            stop=stop,
+            every=every,
+            watcher=watcher,
+        )
+
+    def read_out(self, state: Tensor) -> Tensor:
+        """Logits (B, T, V) of states (B, T, d) of a trajectory."""
+        return self.lm_head(self.norm(self.decoder(state, 0, None, self._of_sequences(state))[0]))
+
+    def _of_sequences(self, rows: Tensor) -> Call:
+        """A call of whole sequences, whose positions are those of `rows` (B, T, ...)."""
+        batch, count = rows.shape[:2]
+        told = {name: t.to(rows.device) for name, t in self.angles_of(count).items()}
+        told["n_valid"] = torch.full((batch,), count, device=rows.device)
+        fixed = of_rows(self.stacks, told, count)
+        return Call(torch.zeros_like(told["n_valid"]), told["n_valid"], fixed)

@@ -68,7 +68,7 @@ class HybridConfig(HybridBase):
     mamba_heads: Count = 8
     mamba_head_dim: Count = 64
     mamba_state_dim: Count = 64
-    mamba_angles: Count = 16  # pairs of channels that turn
+    mamba_angles: Some = 16  # pairs of channels that turn; 0: none do
     mamba_rank: Count = 1
     mamba_activation: Literal["heavy_tail", "softplus"] = "heavy_tail"
     rodimus_channels: Count = 512

@@ -110,12 +110,13 @@ class Atlas(Memory):
 def newton_schulz(x: Tensor) -> Tensor:
     """Five iterations towards the nearest orthogonal matrix, (B, n, m) -> (B, n, m); singular values end near 0.7 to 1.1.
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X on X / |X|, on the shorter side.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X on X / |X|, on the shorter side. Zeros stay zeros.
     """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]
     x = x.transpose(1, 2) if tall else x
-    x = x * torch.rsqrt(x.square().sum((1, 2), keepdim=True) + 1e-14)
+    # Not + 1e-14: ONNX's exporter drops what it adds of less than 1e-8, and zeros would become 0 / 0.
+    x = x * torch.rsqrt(x.square().sum((1, 2), keepdim=True).clamp_min(1e-14))
     for _ in range(ITERATIONS):
         square = x @ x.transpose(1, 2)
         x = a * x + (b * square + c * square @ square) @ x

@@ -142,7 +142,7 @@ class AtlasLayer(Mixer):
             own[name], past[name] = rows.add(name, made)
         query, count = unit(q), x.shape[1]
         if torch.compiler.is_exporting() or count <= self.segment:
-            y, new = self._read(query, state), self.absorb(own, past, state, call)
+            y, new = self._read(query, state), self.absorb(own, past, state, call) if call.leaves else {}
         else:
             y, new = self._whole(query, own, past, state, call)
         y = y * torch.rsqrt(1 + y.square().mean(-1, keepdim=True))

@@ -47,6 +47,9 @@ class Call(NamedTuple):
     position: Tensor  # (B,) of the first row
     n_valid: Tensor  # (B,) rows that are not padding
     fixed: Tensors  # angles and masks, by name
+    leaves: bool = (
+        True  # the state behind the call is asked for: not of a loop, whose states `absorb` makes, nor in training
+    )
 
     def valid(self, count: int) -> Tensor:
         """(B, count) bool: rows that are not padding."""
@@ -94,7 +97,7 @@ class Mixer(nn.Module, ABC):
             x: (B, C, d) normed states.
             state: before the call, (B, ...) each.
         Returns:
-            (what the positions read, (B, C, d); the state after the call).
+            (what the positions read, (B, C, d); the state after the call, which means nothing where it leaves none).
         """
 
     def absorb(self, rows: Tensors, past: Past, state: Tensors, call: Call) -> Tensors:

@@ -38,6 +38,7 @@ from .base import Call, Carried, Mixer, Past, Rows, StateKind, by_blocks
 
 Activation = Literal["softplus", "heavy_tail"]
 LEAST_DECAY = 1e-4
+CARRIED = ("memory", "theta", "last_keys", "last_values")
 
 
 def heavy_tail(x: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class Mamba3(Mixer):
         Args:
             heads, head_dim: H and P, of values.
             state_dim: N, channels of keys and queries.
-            angles: n, pairs of these that turn; at most N / 2.
+            angles: n, pairs of these that turn, at most N / 2; 0: none do, which is the recurrence in real numbers.
             rank: R, keys of a position.
         """
         super().__init__()
@@ -113,9 +114,10 @@ class Mamba3(Mixer):
     @property
     def states(self) -> tuple[StateKind, ...]:
         """The matrix, the angles it has come to, and keys and values of the position before."""
+        theta = (StateKind("theta", (self.heads, 1, self.angles)),) if self.angles else ()
         return (
             StateKind("memory", (self.heads, self.head_dim, self.state_dim)),
-            StateKind("theta", (self.heads, 1, self.angles)),
+            *theta,
             StateKind("last_keys", (self.heads, self.rank, self.state_dim)),
             StateKind("last_values", (self.heads, 1, self.head_dim)),
         )
@@ -151,9 +153,10 @@ class Mamba3(Mixer):
         parts = [rows["values"], dt, decay, lam, dt * angles, self._of_heads(rows["keys"], self.b_bias), there]
         if query is not None:
             parts.append(self._of_heads(query, self.c_bias))
-        names = [kind.name for kind in self.states]
-        y, new = by_blocks(self._block, tuple(parts), tuple(state[name] for name in names))
-        return y, dict(zip(names, new))
+        nothing = {} if self.angles else {"theta": (dt * angles)[:, :, :1]}  # of no width
+        y, new = by_blocks(self._block, tuple(parts), tuple((state | nothing)[name] for name in CARRIED))
+        after = dict(zip(CARRIED, new))
+        return y, {kind.name: after[kind.name] for kind in self.states}
 
     def _of_heads(self, x: Tensor, bias: Tensor) -> Tensor:
         """Keys or queries (B, R, C, N) -> with the vectors of each head, (B, H, C, R * N)."""
@@ -162,6 +165,8 @@ class Mamba3(Mixer):
     def _turned(self, x: Tensor, theta: Tensor) -> Tensor:
         """Keys or queries (B, H, C, R * N), turned by theta (B, H, C, n): (B, H, C * R, N), positions outermost."""
         n = self.angles
+        if n == 0:
+            return x.unflatten(-1, (self.rank, -1)).flatten(2, 3)
         x = x.unflatten(-1, (self.rank, -1))  # (B, H, C, R, N)
         cos, sin = theta.cos().unsqueeze(3), theta.sin().unsqueeze(3)
         turned = rotate(x[..., : 2 * n], cos, sin)

@@ -182,13 +182,15 @@ class MixerStack(nn.Module):
             active: (B, C) bool, positions that have not stopped; None: all.
             held: rows by name, of which stopped positions keep theirs.
         Returns:
-            (x behind the last layer; the rows of the call; the states after it; by name).
+            (x behind the last layer; the rows of the call; the states after it, of a loop or without a past none; by name).
         """
         order = {} if past is None else {size: call.fixed[f"ring_order_{size}"] for size in self.ordered}
         before = None
         if past is not None:
             before = {name.removeprefix("past_"): t for name, t in past.items() if name.startswith("past_")}
         rows = self.rows.of_call(k, before, order, active, held)
+        leaves = self.max_loops is None and past is not None
+        call = call._replace(leaves=leaves)
         every = iter(self._named())
         after: Tensors = {}
         for layer in self.layers:
@@ -201,7 +203,8 @@ class MixerStack(nn.Module):
                 for prefix, mixer in own
             ]
             x, new = layer(x, k, [MixerRows(rows, prefix) for prefix, _ in own], states, call, active)
-            after |= {f"{prefix}{name}": t for (prefix, _), found in zip(own, new) for name, t in found.items()}
+            if leaves:
+                after |= {f"{prefix}{name}": t for (prefix, _), found in zip(own, new) for name, t in found.items()}
         return x, rows.rows(""), after
 
     def absorbed(self, rows: Tensors, past: Tensors, call: Call) -> Tensors:
