@@ -13,7 +13,7 @@
 
 PYTHON ?=
 TORCH_INDEX ?=
-EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,dev
+EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,serve,dev
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

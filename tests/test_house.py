@@ -25,7 +25,7 @@ PACKAGES = {
 FLOORS = (
     ("rmse_edge",),  # `import rmse_edge` itself
     ("cli",),
-    ("export",),
+    ("export", "serve"),
     ("runtimes", "probe"),
     ("exits", "quantize", "train", "hf", "knowledge"),
     ("checkpoint",),
