@@ -33,7 +33,7 @@ COUNTED = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/cha
 BODY_SECONDS = 30.0  # in which the body of a request must have come
 # The page loads nothing from elsewhere, and no other page may show it.
 HEADERS = {
-    "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
