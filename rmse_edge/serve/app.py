@@ -199,7 +199,13 @@ class Api:
         if job.asked.kind == "chat":
             yield sent(answers.opening(job, model))
         while isinstance(event := await job.events.get(), Piece):
-            yield sent(answers.chunk(job, model, event))
+            burst = [sent(answers.chunk(job, model, event))]
+            # What is there already goes out at once, and the next wait lets the loop see whether the client has left.
+            while not job.events.empty() and isinstance(event := job.events.get_nowait(), Piece):
+                burst.append(sent(answers.chunk(job, model, event)))
+            yield "".join(burst)
+            if not isinstance(event, Piece):
+                break
         if isinstance(event, RequestError):
             yield sent(event.document())
             return

@@ -34,9 +34,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Ends the engine before it waits for the connections: they wait for the engine."""
+    """Ends the engine, if there is one, before it waits for the connections: they wait for the engine."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, begun: Callable[[], object]) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine | None, begun: Callable[[], object]) -> None:
         super().__init__(config)
         self.engine, self.begun = engine, begun
 
@@ -45,14 +45,16 @@ class Server(uvicorn.Server):
         self.begun()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.engine.close()
+        if self.engine is not None:
+            self.engine.close()
         await super().shutdown(sockets)
 
 
-def server(app: ASGIApp, engine: Engine, begun: Callable[[], object] = lambda: None) -> Server:
+def server(app: ASGIApp, engine: Engine | None, begun: Callable[[], object] = lambda: None) -> Server:
     """Serves where its `run` is told, until a signal or `should_exit` ends it.
 
     Args:
+        engine: that the application asks; None: it asks none.
         begun: called when connections are taken.
     """
     config = uvicorn.Config(

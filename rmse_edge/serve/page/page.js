@@ -272,4 +272,5 @@ export async function start(source) {
     open();
   });
   await open();
+  return { open, problem }; // for a source that loads another model
 }

@@ -1,0 +1,56 @@
+// Runs the browser's host in Node: node driver.mjs PARTS PACKAGE < JOB > RESULT, both JSON.
+// JOB: {feeds: [[ids of one call after the other]], dials, write: {prompt, ...}}
+
+import { openSync, readSync, closeSync, fstatSync, readFileSync } from "node:fs";
+import { FileBytes } from "../../web_demo/host/bytes.js";
+import { Package } from "../../web_demo/host/package.js";
+import { Writer } from "../../web_demo/host/runtime.js";
+
+const [parts, path] = process.argv.slice(2);
+const ort = await import(`${parts}/onnxruntime-web/dist/ort.wasm.min.mjs`);
+const tokenizers = await import(`${parts}/tokenizers/dist/tokenizers.min.mjs`);
+ort.env.wasm.numThreads = 1;
+
+// A file as a browser's picker gives it: read by slices.
+const blob = {
+  size: fstatSync(openSync(path)).size,
+  slice: (start, end) => ({
+    async arrayBuffer() {
+      const file = openSync(path), found = new Uint8Array(end - start);
+      readSync(file, found, 0, end - start, start);
+      closeSync(file);
+      return found.buffer;
+    },
+  }),
+};
+
+const said = {};
+try {
+  const job = JSON.parse(readFileSync(0));
+  const pack = await Package.fromArchive(new FileBytes(blob));
+  const writer = await Writer.open(pack, ort, tokenizers), { runtime } = writer;
+  if (job.feeds) {
+    const dials = runtime.info.dialsWith(job.dials ?? {});
+    Object.assign(said, { logits: [], depth: [] });
+    for (const ids of job.feeds) {
+      const { logits, depth } = await runtime.feed(ids, dials, true);
+      said.logits.push(...logits.map((row) => Array.from(row)));
+      said.depth.push(...depth);
+    }
+  }
+  said.texts = [];
+  for (const { prompt, dials, ...asked } of job.write ?? []) {
+    const found = { text: "", tokens: [], depth: [] }, start = performance.now();
+    for await (const piece of writer.write(prompt, { ...asked, dials: runtime.info.dialsWith(dials ?? {}) })) {
+      found.text += piece.spans.map((span) => span.text).join("");
+      found.tokens.push(...piece.tokens);
+      found.depth.push(...piece.depth);
+    }
+    found.tokens_per_s = (1000 * found.tokens.length) / (performance.now() - start);
+    said.texts.push(found);
+  }
+} catch (error) {
+  said.error = error.message;
+}
+console.log(JSON.stringify(said));
+process.exit(0);
