@@ -9,6 +9,7 @@ isolated, and the model runs on one thread.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +22,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rmse_edge.cli.common import Parser, existing_path, verb
+from rmse_edge.errors import UserError
+from rmse_edge.serve.listen import bind, server
+
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "android_demo"))  # whose script fetches parts of both
-
-from parts import have, read_lock  # noqa: E402
-
-from rmse_edge.cli.common import Parser, existing_path, verb  # noqa: E402
-from rmse_edge.errors import UserError  # noqa: E402
-from rmse_edge.serve.listen import bind, server  # noqa: E402
-
 LOCK = HERE / "parts.lock"
 PARTS = HERE.parent / "build" / "web" / "parts"
 PAGE = HERE.parent / "rmse_edge" / "serve" / "page"
@@ -95,8 +92,13 @@ def fetched() -> Path:
     Raises:
         UserError: one cannot be fetched, or is another file than `parts.lock` says.
     """
-    for part in read_lock(LOCK).values():
-        have(part, PARTS)
+    # The script that fetches the parts of the other app fetches these as well.
+    spec = importlib.util.spec_from_file_location("rmse_edge_parts", HERE.parent / "android_demo" / "parts.py")
+    assert spec is not None and spec.loader is not None
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for part in script.read_lock(LOCK).values():
+        script.have(part, PARTS)
     return PARTS
 
 

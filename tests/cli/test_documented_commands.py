@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCUMENTS = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "android_demo/README.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "android_demo/README.md", "web_demo/README.md")),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("models/*/README.md"),
     ]
@@ -329,6 +329,8 @@ NOT_RUN: dict[str, str] = {
     "pip install -c constraints.txt '.[onnx,serve]'": "installs",
     "rmse-serve rmse-shakespeare-onnx.rmse": SERVES,
     "rmse-serve rmse-shakespeare-onnx.rmse --host 0.0.0.0 --api-key-file keys.txt": SERVES,
+    "python web_demo rmse-shakespeare-onnx.rmse": "serves until it is ended; tests/web",
+    "python web_demo": "as above",
     "python docs/experiments/serve/load.py MODEL [-n 1000] [--clients 16] [--seconds 600]": SERVES,
     "python docs/experiments/serve/load.py rmse-shakespeare-onnx.rmse --seconds 600": SERVES,
     "pip install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict": "installs",

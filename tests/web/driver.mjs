@@ -1,10 +1,10 @@
 // Runs the browser's host in Node: node driver.mjs PARTS PACKAGE < JOB > RESULT, both JSON.
-// JOB: {feeds: [[ids of one call after the other]], dials, write: {prompt, ...}}
+// JOB: {runs: [{dials, feeds: [[ids], ...]}], texts: [{prompt, dials, temperature, seed, max_tokens}]}, each from an empty past
 
 import { openSync, readSync, closeSync, fstatSync, readFileSync } from "node:fs";
 import { FileBytes } from "../../web_demo/host/bytes.js";
 import { Package } from "../../web_demo/host/package.js";
-import { Writer } from "../../web_demo/host/runtime.js";
+import { Runtime, Writer } from "../../web_demo/host/runtime.js";
 
 const [parts, path] = process.argv.slice(2);
 const ort = await import(`${parts}/onnxruntime-web/dist/ort.wasm.min.mjs`);
@@ -28,20 +28,23 @@ const said = {};
 try {
   const job = JSON.parse(readFileSync(0));
   const pack = await Package.fromArchive(new FileBytes(blob));
-  const writer = await Writer.open(pack, ort, tokenizers), { runtime } = writer;
-  if (job.feeds) {
-    const dials = runtime.info.dialsWith(job.dials ?? {});
-    Object.assign(said, { logits: [], depth: [] });
-    for (const ids of job.feeds) {
-      const { logits, depth } = await runtime.feed(ids, dials, true);
-      said.logits.push(...logits.map((row) => Array.from(row)));
-      said.depth.push(...depth);
+  const runtime = await Runtime.open(pack, ort);
+  said.runs = [];
+  for (const { dials, feeds } of job.runs ?? []) {
+    const run = { logits: [], depth: [] };
+    runtime.reset();
+    for (const ids of feeds) {
+      const { logits, depth } = await runtime.feed(ids, runtime.info.dialsWith(dials), true);
+      run.logits.push(...logits.map((row) => Array.from(row)));
+      run.depth.push(...depth);
     }
+    said.runs.push(run);
   }
   said.texts = [];
-  for (const { prompt, dials, ...asked } of job.write ?? []) {
+  for (const { prompt, dials, ...asked } of job.texts ?? []) {
     const found = { text: "", tokens: [], depth: [] }, start = performance.now();
-    for await (const piece of writer.write(prompt, { ...asked, dials: runtime.info.dialsWith(dials ?? {}) })) {
+    const writer = await Writer.withTokenizer(pack, runtime, tokenizers);
+    for await (const piece of writer.write(prompt, { ...asked, dials: runtime.info.dialsWith(dials) })) {
       found.text += piece.spans.map((span) => span.text).join("");
       found.tokens.push(...piece.tokens);
       found.depth.push(...piece.depth);

@@ -141,10 +141,12 @@ export class Writer {
 
   // `tokenizers`: the module @huggingface/tokenizers.
   static async open(pack, ort, tokenizers) {
-    const { tokenizer: file } = pack.manifest.text ?? {};
-    if (!file) throw new Error("the package has no tokenizer.json, so nothing can be typed");
-    const tokenizer = new tokenizers.Tokenizer(await pack.json(file), {});
-    return new Writer(await Runtime.open(pack, ort), tokenizer);
+    if (!pack.manifest.text?.tokenizer) throw new Error("the package has no tokenizer.json, so nothing can be typed");
+    return Writer.withTokenizer(pack, await Runtime.open(pack, ort), tokenizers);
+  }
+
+  static async withTokenizer(pack, runtime, tokenizers) {
+    return new Writer(runtime, new tokenizers.Tokenizer(await pack.json(pack.manifest.text.tokenizer), {}));
   }
 
   encode(text) {
