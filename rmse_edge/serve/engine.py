@@ -61,7 +61,7 @@ class Finished:
 Event = Started | Piece | Finished | RequestError
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way; made in the event loop that awaits its events."""
 
