@@ -14,7 +14,7 @@
 
 PYTHON ?=
 TORCH_INDEX ?=
-EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,eval,optimum,docs,dev
+EXTRAS ?= onnx,executorch,coreml,train,hf,knowledge,lancedb,serve,eval,optimum,docs,dev
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
-from .errors import PackageError
-from .loop.dials import Dials
+from .errors import ArgumentError, PackageError
+from .loop.dials import DIALS, Dials
 from .numbers import Count, Loops, Positive, Some, Token, VocabularySize
 from .schema import Finite, Name, Shape, Whole, validated
 
@@ -181,6 +181,18 @@ class ModelInfo:
     def dials_with(self, **overrides: float | int | None) -> Dials:
         """The checkpoint's dials with those given (not None) replaced, checked."""
         return self.dials.changed(self.max_loops, self.untrained, **overrides)
+
+    def dials_asked(self, values: Mapping[str, float | int | None]) -> Dials:
+        """As `dials_with`, for values that somebody asked for: a rule that the model lacks is refused, not ignored.
+
+        Raises:
+            ArgumentError: a dial is out of the model's range, or the model was not built with that rule.
+        """
+        for name, value in values.items():
+            off = DIALS[name].off
+            if name not in self.rules and off is not None and value not in (None, off):
+                raise ArgumentError(name, f"{self.name} has no such rule; it has {', '.join(self.rules)}")
+        return self.dials_with(**values)
 
     def check(self, dials: Dials) -> Dials:
         """Itself, if the model can run it.

@@ -12,7 +12,11 @@ INDEX = ROOT / "docs" / "README.md"
 DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
-        *(f for folder in ("docs", "models", "findings", "android_demo") for f in ROOT.glob(f"{folder}/**/*.md")),
+        *(
+            f
+            for folder in ("docs", "models", "findings", "android_demo", "web_demo")
+            for f in ROOT.glob(f"{folder}/**/*.md")
+        ),
     ]
 )
 LINK = re.compile(r"\]\(([^()\s]+)\)")

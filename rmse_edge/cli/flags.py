@@ -58,11 +58,7 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
     Raises:
         UserError: a dial is out of the model's range, or the model was not built with that rule.
     """
-    for name, dial in DIALS.items():
-        value = getattr(args, name)
-        if name not in info.rules and dial.off is not None and value not in (None, dial.off):
-            raise UserError(f"--{name.replace('_', '-')}: {info.name} has no such rule; it has {', '.join(info.rules)}")
-    return info.dials_with(**{name: getattr(args, name) for name in DIALS})
+    return info.dials_asked({name: getattr(args, name) for name in DIALS})
 
 
 def add_memory_flags(parser: Parser) -> None:

@@ -41,11 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.chat import ChatTemplate
     from rmse_edge.runtimes import LoopRuntime
     from rmse_edge.runtimes.host.session import SessionError, restore_session, save_session
-    from rmse_edge.runtimes.host.tail import BEGINNING, Tail
-    from rmse_edge.runtimes.text.conversation import Conversation
-    from rmse_edge.runtimes.text.generate import Generation
     from rmse_edge.runtimes.text.sampling import Sampler, Sampling
-    from rmse_edge.text import Tokenizer, TokenNumbers, check_ids
+    from rmse_edge.runtimes.text.writer import Writer, open_tokenizer
+    from rmse_edge.text import Tokenizer, check_ids
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
     text = read_prompt(args)
@@ -59,44 +57,26 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     template = ChatTemplate.open(args.model) if args.chat else None
     runtime = open_model(args)
     assert isinstance(runtime, LoopRuntime)
-    runtime.noise_seed = args.seed
     dials = chosen_dials(args, runtime.info)
     check_ids(args.prompt_tokens, runtime.info.vocab_size)
-    path = args.model / "tokenizer.json"
-    tokenizer: Tokenizer | TokenNumbers = TokenNumbers()  # ids are read and shown where there is no tokenizer
-    if path.is_file() or not args.prompt_tokens:
-        tokenizer = Tokenizer(path).fitting(runtime.info.vocab_size)
+    # Ids are read and shown where there is no tokenizer.
+    tokenizer = open_tokenizer(args.model, runtime.info.vocab_size, needed=not args.prompt_tokens)
     librarian = prepare_memory(runtime, args, warn)
-    stop = list(args.stop or ())
-    if template is not None:
-        assert isinstance(tokenizer, Tokenizer)
-        if not args.ignore_eos and (end := template.end_of_turn(tokenizer)):
-            stop.append(end)
-
-    # A text that goes on from a session has begun, and a prefix is a beginning.
-    prefixed = args.prefix == "all" or (args.prefix is None and runtime.info.language.prefix)
-
-    def generate(prompt: Sequence[int], tail: Tail = BEGINNING, told: int = 0) -> Generation:
-        eos = () if args.ignore_eos else runtime.info.language.eos_token_ids
-        prefix = len(prompt) if prefixed and not runtime.position else 0
-        return Generation(
-            runtime, tokenizer, prompt, dials, sampler, args.max_new_tokens, eos, stop, librarian, tail, told, prefix
-        )
-
+    prefix = None if args.prefix is None else args.prefix == "all"
+    writer = Writer(
+        runtime, tokenizer, dials, sampler, args.max_new_tokens, args.stop or (), args.ignore_eos, prefix, librarian
+    )
     resumed = restore_session(runtime, args.session) if args.session else None
     if template is not None:
-        assert isinstance(tokenizer, Tokenizer)
-        return converse(args, Conversation(runtime, tokenizer, template, dials, generate, anew=prefixed), resumed, text)
+        return converse(args, writer.conversation(template), resumed, text)
     assert text is not None
-    ids = args.prompt_tokens
-    if isinstance(tokenizer, Tokenizer) and not ids:
-        ids = tokenizer.encode_more(text) if resumed else tokenizer.encode(text) or begin_of_text(runtime.info.config)
     if resumed:
-        generation = generate(resumed.pending + ids, resumed.tail, len(resumed.pending))
+        ids = args.prompt_tokens
+        if isinstance(tokenizer, Tokenizer) and not ids:
+            ids = tokenizer.encode_more(text)
+        generation = writer.generate(resumed.pending + ids, resumed.tail, len(resumed.pending))
     else:
-        # Text goes on from the prompt. Numbers begin anew, unless they are shown behind it.
-        anew = isinstance(tokenizer, TokenNumbers) and not args.show_prompt
-        generation = generate(ids, told=len(ids) if anew else 0)
+        generation = writer.begun(args.prompt_tokens or text, args.show_prompt)
     base = runtime.position
     show(generation, args)
     finish(generation, text, args)
@@ -224,14 +204,6 @@ def read_stdin() -> str:
     from rmse_edge.text import decode_utf8
 
     return decode_utf8(sys.stdin.buffer.read(), "stdin")
-
-
-def begin_of_text(config: dict[str, Any]) -> list[int]:
-    """What an empty prompt starts from."""
-    bos = config.get("bos_token_id")
-    if bos is None:
-        raise UserError("the prompt is empty and the model has no begin-of-text token; give at least one character")
-    return [bos]
 
 
 def converse(

@@ -23,6 +23,8 @@ from rmse_edge.text import Tokenizer
 
 from .generate import Generation, TextStream
 
+Read = tuple[str, list[int]]  # text that a runtime has read, and the last tokens of it that were not fed yet
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -47,7 +49,7 @@ class Conversation:
 
     # What the runtime has read: its text, and the last tokens of it that were not fed yet. There may be two ways of seeing
     # it, with those tokens or without. None: it is not known, or not worth going on from.
-    _read: list[tuple[str, list[int]]] = field(init=False, default_factory=list)
+    _read: list[Read] = field(init=False, default_factory=list)
     _tail: Tail = field(init=False, default=BEGINNING)
     _asked: tuple[Message, str] | None = field(init=False, default=None)  # the question, and the text before its answer
     _base: int = field(init=False, default=0)  # the runtime's position before the question
@@ -117,8 +119,16 @@ class Conversation:
         values = parse_json(session.chat, "the session", SessionError, "start a new one")
         kept = validated(Kept, values, "the session", SessionError, "start a new one", "chat")
         self.messages = list(kept.messages)
-        self._read = [(text, list(pending)) for text, pending in kept.read]
-        self._tail = session.tail
+        self.go_on([(text, list(pending)) for text, pending in kept.read], session.tail)
+
+    @property
+    def standing(self) -> tuple[list[Read], Tail]:
+        """What the runtime has read, for `go_on` of another conversation on the same state; empty where that is not known."""
+        return list(self._read), self._tail
+
+    def go_on(self, read: Sequence[Read], tail: Tail) -> None:
+        """The runtime stands where another conversation's `standing` says."""
+        self._read, self._tail = list(read), tail
 
     def _rest(self, text: str) -> tuple[list[int], int | None]:
         """The tokens to feed for `text`, and how many of them are pending; None for those: it is to be read anew."""

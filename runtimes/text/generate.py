@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -228,10 +229,14 @@ class Generation:
 
         May be broken off at any point, by Ctrl-C too: `rest()` and the statistics hold for what was made until then.
         """
+        for piece in self.pieces(with_prompt):
+            yield from piece
+
+    def pieces(self, with_prompt: bool = False) -> Iterator[Iterator[Span]]:
+        """The same token by token: what each makes certain, often nothing. Each is to be read before the next."""
         for _ in self.steps():
-            if with_prompt and len(self.made) == 1:
-                yield from self.prompt_spans()
-            yield from self._fresh_spans()
+            fresh = self._fresh_spans()
+            yield chain(self.prompt_spans(), fresh) if with_prompt and len(self.made) == 1 else fresh
             if self._stream.stopped:
                 self.finish_reason = "stop"
                 return

@@ -84,6 +84,10 @@ class Librarian:
         runtime.on_surprise = librarian.hear
         return librarian
 
+    def begin(self) -> None:
+        """Another text begins: what was found for the one before is forgotten, and a knowledge base that failed asked again."""
+        self.heard, self.consultations, self.failed = 0, [], None
+
     def hear(self, surprise: Surprise) -> None:
         """A segment has ended."""
         self.heard += 1

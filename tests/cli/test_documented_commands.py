@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCUMENTS = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "android_demo/README.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "android_demo/README.md", "web_demo/README.md")),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("models/*/README.md"),
     ]
@@ -238,6 +238,7 @@ PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_{ouro,dory,hrm_text,inkl
 BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
+SERVES = "serves until it is ended; tests/serve"
 NOT_RUN: dict[str, str] = {
     "make apk": "tests/android/test_apk.py builds it with a tiny model, its nightly test as here",
     "make demo": "tests/test_shipped.py does what it does",
@@ -339,6 +340,13 @@ NOT_RUN: dict[str, str] = {
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",
+    "pip install -c constraints.txt '.[onnx,serve]'": "installs",
+    "rmse-serve rmse-shakespeare-onnx.rmse": SERVES,
+    "rmse-serve rmse-shakespeare-onnx.rmse --host 0.0.0.0 --api-key-file keys.txt": SERVES,
+    "python web_demo rmse-shakespeare-onnx.rmse": "serves until it is ended; tests/web",
+    "python web_demo": "as above",
+    "python docs/experiments/serve/load.py MODEL [-n 1000] [--clients 16] [--seconds 600]": SERVES,
+    "python docs/experiments/serve/load.py rmse-shakespeare-onnx.rmse --seconds 600": SERVES,
     "pip install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict": "installs",
 }
 

@@ -1,0 +1,183 @@
+// A looped language model that remembers what it was fed: runtimes/host/text.py in JavaScript, steered by the manifest.
+
+import { Calls, planCalls } from "./calls.js";
+import { Engine, zeros } from "./engine.js";
+import { starts } from "./random.js";
+import { Sampler } from "./sampler.js";
+import { TextStream } from "./text.js";
+
+// The dials that are no numbers of loops, by the value that turns them off.
+const WHOLE = new Set(["max_loops", "min_loops", "exit_steady"]);
+
+// What a host needs to know, of the manifest's "model".
+export class Info {
+  constructor(model) {
+    Object.assign(this, model);
+    if (!this.text) throw new Error(`${this.name}: fills in boards and reads no text, which this page does not show`);
+    const appended = Object.values(this.state).find((state) => state.kind === "append");
+    this.capacity = appended ? appended.shape.at(-2) : null;
+    const limits = [this.text.max_seq_len, this.capacity].filter((limit) => limit !== null);
+    this.longest = limits.length ? Math.min(...limits) : null;
+  }
+
+  // Slots of the appended state behind so many positions; null: nothing is appended.
+  slots(positions) {
+    if (this.capacity === null || this.page === null) return this.capacity;
+    return Math.min(this.capacity, this.page * Math.max(1, Math.ceil(positions / this.page)));
+  }
+
+  shape(state, slots) {
+    return slots === null || state.kind !== "append" ? state.shape : [...state.shape.slice(0, -2), slots, state.shape.at(-1)];
+  }
+
+  // The model's own dials with those given put in.
+  dialsWith(given) {
+    const dials = { ...this.dials, ...given };
+    for (const [name, value] of Object.entries(dials)) {
+      if (!(name in this.dials)) throw new Error(`${name}: is no dial`);
+      if (!Number.isFinite(value) || (WHOLE.has(name) && !Number.isInteger(value))) throw new Error(`${name}: got ${value}`);
+    }
+    if (dials.max_loops < 1 || dials.max_loops > this.max_loops) throw new Error(`max_loops: got ${dials.max_loops}, expected 1..${this.max_loops}`);
+    if (!("min_loops" in given)) dials.min_loops = Math.min(dials.min_loops, dials.max_loops);
+    if (dials.min_loops < 1 || dials.min_loops > dials.max_loops) throw new Error(`min_loops: got ${dials.min_loops}, expected 1..${dials.max_loops}`);
+    return dials;
+  }
+}
+
+const scalar = (name, value) => WHOLE.has(name)
+  ? { type: "int64", dims: [], data: BigInt64Array.of(BigInt(value)) }
+  : { type: "float32", dims: [], data: Float32Array.of(value) };
+const whole = (value) => ({ type: "int64", dims: [1], data: BigInt64Array.of(BigInt(value)) });
+
+export class Runtime {
+  position = 0;
+  noiseSeed = 0;
+  #calls;
+  #hits = {};
+
+  // `ort`: the module onnxruntime-web.
+  static async open(pack, ort) {
+    const runtime = new Runtime(), info = new Info(pack.manifest.model);
+    const methods = info.methods.filter((method) => !["begin", "step", "embed_segment"].includes(method));
+    const engine = await Engine.open(pack, ort, methods, info.chunks);
+    runtime.info = info;
+    runtime.engine = engine;
+    runtime.#calls = await Calls.open(info, engine);
+    if (info.retrieval) { // nothing is ever retrieved here
+      const rows = info.retrieval.slots * info.retrieval.hits;
+      runtime.#hits = {
+        retrieved: zeros("float32", [1, rows, info.width]),
+        retrieved_scores: zeros("float32", [1, rows]),
+        retrieved_valid: zeros("bool", [1, rows]),
+      };
+    }
+    return runtime;
+  }
+
+  close() {
+    return this.engine.close();
+  }
+
+  reset() {
+    this.#calls.reset();
+    this.position = 0;
+  }
+
+  // Continue the text: logits of every token, or of the last one, and the loops of each.
+  async feed(tokens, dials, all = false) {
+    const { info } = this, logits = [], depth = [];
+    if (info.longest !== null && this.position + tokens.length > info.longest) {
+      throw new Error(`${this.position + tokens.length} tokens are more than the ${info.longest} that the package takes; shorten the text`);
+    }
+    const told = Object.fromEntries(Object.entries(dials).map(([name, value]) => [name, scalar(name, value)]));
+    const prefix = info.text.prefix && !this.position ? tokens.length : 0;
+    let done = 0;
+    for (const [chunk, n] of planCalls(this.position, tokens.length, info.chunks, info.segment, prefix)) {
+      const head = all || done + n === tokens.length;
+      const ids = zeros("int64", [1, chunk]);
+      tokens.slice(done, done + n).forEach((token, i) => { ids.data[i] = BigInt(token); });
+      const inputs = { tokens: ids, ...this.#hits, ...starts(info.noise, this.noiseSeed, this.position, chunk, info.width) };
+      const found = await this.#calls.run(chunk, inputs, this.#context(chunk, n, prefix), told, this.position, n, head);
+      for (let i = 0; i < n; i++) depth.push(Number(found.depth.data[i]));
+      if (head) {
+        const size = info.text.vocab_size;
+        for (let i = all ? 0 : n - 1; i < n; i++) logits.push(found.logits.data.slice(i * size, (i + 1) * size));
+      }
+      done += n;
+      this.position += n;
+      if (this.#calls.segment && this.position % info.segment === 0) await this.#calls.memorize();
+    }
+    return { logits, depth };
+  }
+
+  // What a call is told about where it stands.
+  #context(chunk, n, prefix) {
+    const { rotary_dims: dims, rope_theta: theta, further_thetas: further } = this.info.text, found = {};
+    for (const [ending, base] of dims ? [["", theta], ...Object.entries(further).map(([name, base]) => [`_${name}`, base])] : []) {
+      const cos = zeros("float32", [1, chunk, dims / 2]), sin = zeros("float32", [1, chunk, dims / 2]);
+      for (let row = 0; row < chunk; row++) {
+        for (let pair = 0; pair < dims / 2; pair++) {
+          const angle = (this.position + row) * base ** ((-2 * pair) / dims);
+          cos.data[(row * dims) / 2 + pair] = Math.cos(angle);
+          sin.data[(row * dims) / 2 + pair] = Math.sin(angle);
+        }
+      }
+      found[`cos${ending}`] = cos;
+      found[`sin${ending}`] = sin;
+    }
+    if (this.#calls.slots !== null) {
+      found.slots = { type: "int64", dims: [this.#calls.slots], data: BigInt64Array.from({ length: this.#calls.slots }, (_, i) => BigInt(i)) };
+    }
+    if (this.info.text.prefix) found.prefix = whole(prefix);
+    return { ...found, position: whole(this.position), n_valid: whole(n) };
+  }
+}
+
+// A model and its tokenizer: texts go in, texts with their depths come out.
+export class Writer {
+  constructor(runtime, tokenizer) {
+    Object.assign(this, { runtime, tokenizer });
+  }
+
+  // `tokenizers`: the module @huggingface/tokenizers.
+  static async open(pack, ort, tokenizers) {
+    if (!pack.manifest.text?.tokenizer) throw new Error("the package has no tokenizer.json, so nothing can be typed");
+    return Writer.withTokenizer(pack, await Runtime.open(pack, ort), tokenizers);
+  }
+
+  static async withTokenizer(pack, runtime, tokenizers) {
+    return new Writer(runtime, new tokenizers.Tokenizer(await pack.json(pack.manifest.text.tokenizer), {}));
+  }
+
+  encode(text) {
+    const ids = this.tokenizer.encode(text).ids;
+    if (ids.some((id) => id === undefined)) {
+      const unknown = [...text].find((character) => this.tokenizer.encode(character).ids.includes(undefined));
+      throw new Error(`the tokenizer has no token for ${JSON.stringify(unknown)}`);
+    }
+    if (ids.length) return ids;
+    const begin = this.runtime.info.config.bos_token_id;
+    if (begin === null || begin === undefined) throw new Error("the prompt is empty and the model has no begin-of-text token; give at least one character");
+    return [begin];
+  }
+
+  // Pieces {spans, tokens, depth} of what follows `prompt`. `asked.dials` may be changed on the way.
+  async *write(prompt, asked) {
+    const { runtime } = this, { info } = runtime, ids = this.encode(prompt);
+    const stream = new TextStream((tokens) => this.tokenizer.decode(tokens, { skip_special_tokens: false }), ids);
+    const sampler = new Sampler(asked);
+    runtime.reset();
+    runtime.noiseSeed = asked.seed ?? 0;
+    let fed = ids;
+    for (let made = 0; made < asked.max_tokens; made++) {
+      if (made && info.longest !== null && runtime.position >= info.longest) break;
+      const { logits, depth } = await runtime.feed(fed, asked.dials);
+      const token = sampler.pick(logits.at(-1), info.text.unused_token_ids);
+      const ended = info.text.eos_token_ids.includes(token);
+      yield { spans: ended ? [] : stream.push(token, depth.at(-1)), tokens: [token], depth: [depth.at(-1)] };
+      if (ended) break;
+      fed = [token];
+    }
+    yield { spans: stream.finish(), tokens: [], depth: [] };
+  }
+}
