@@ -6,6 +6,7 @@ at 95 %: with three seeds 2.5 standard deviations to either side.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def difference(runs: Sequence[Run], first: str, second: str, axis: Axis) -> Diff
     """The loss of `first` less that of `second`, for every seed of both.
 
     At equal tokens: of the whole validation split, after training. At equal FLOPs: on the curves, at the end of the one
-    that has spent fewer.
+    that has spent fewer; a seed whose dearer run had not been validated by then is left out.
     """
     ours, theirs = by_seed(runs, first), by_seed(runs, second)
     found = []
@@ -104,6 +105,7 @@ def difference(runs: Sequence[Run], first: str, second: str, axis: Axis) -> Diff
         else:
             end = min(a.along(axis)[-1], b.along(axis)[-1])
             found.append(a.at(axis, end) - b.at(axis, end))
+    found = [value for value in found if not math.isnan(value)]
     return Difference(tuple(found))
 
 

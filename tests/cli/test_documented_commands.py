@@ -211,6 +211,7 @@ RUN: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 
+SAMPLE = str(ROOT / "models" / "ouro-shakespeare" / "sample.txt")
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.
 SLOW: dict[str, list[str]] = {
     "python docs/experiments/executorch/state.py [--windows 128,256] [--reps 60]": [
@@ -220,6 +221,16 @@ SLOW: dict[str, list[str]] = {
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
+    "python docs/experiments/space_time/compare.py --text shakespeare.txt": [
+        "--text", SAMPLE, "--seeds", "0", "--only", "gpt-1,loop-2", "-o", "results.json", *(word for change in (
+            "steps=4", "warmup=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
+        ) for word in ("--set", change)),
+    ],
+    "python docs/experiments/space_time/depths.py --text shakespeare.txt": [
+        "--text", SAMPLE, "--seeds", "0", "--only", "none,last", "-o", "depths.json", *(word for change in (
+            "steps=2", "warmup=1", "gate_steps=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
+        ) for word in ("--set", change)),
+    ],
     "python docs/experiments/trm/ablations.py": [
         "--seeds", "0", "-o", "results.json", *(word for change in (
             "steps=2", "warmup=1", "eval_every=2", "task.train=24", "task.held_out=4", "task.test=4", "batch_size=4",

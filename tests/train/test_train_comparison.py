@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import runpy
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_one_line
 from paths import ROOT
+from small_models import lively_model, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +50,8 @@ def test_at_equal_flops_the_dearer_model_has_read_fewer_tokens() -> None:
     assert difference(runs, "b", "a", "flops").values == pytest.approx((0.2, 0.1))
     assert difference(runs, "a", "b", "flops").values == pytest.approx((-0.2, -0.1))
     assert difference(runs, "a", "missing", "flops").values == ()
+    dear = [run("a", 0, 10.0, 3.0), run("c", 0, 100.0, 3.0)]  # c's curve begins where a's has ended
+    assert difference(dear, "c", "a", "flops").values == ()
 
 
 def test_only_seeds_of_both_are_compared() -> None:
@@ -130,8 +133,15 @@ def test_what_is_not_counted_is_refused() -> None:
     assert_one_line(str(caught.value), "rmse without a memory")
 
 
-def test_the_protocols_variants_are_what_they_are_called(tmp_path: Path) -> None:
-    protocol = runpy.run_path(str(FOLDER / "compare.py"))
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """What a script of the folder defines."""
+    monkeypatch.syspath_prepend(str(FOLDER))  # as python does, for modules beside a script
+    return lambda name: runpy.run_path(str(FOLDER / name))
+
+
+def test_the_protocols_variants_are_what_they_are_called(script: Callable[[str], dict[str, Any]]) -> None:
+    protocol = script("compare.py")
     sizes = {name: build_model(protocol["of_variant"](name, 0, [])) for name in protocol["VARIANTS"]}
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in sizes.items()}
     d, loop = 64, sizes["loop-12"]
@@ -142,3 +152,46 @@ def test_the_protocols_variants_are_what_they_are_called(tmp_path: Path) -> None
     assert counts["moe-12"] == pytest.approx(counts["gpt-12"], rel=0.02)
     # A deeper loop has a longer table of codes, and router logits of its one expert, and nothing else.
     assert counts["loop-24"] - counts["loop-12"] == 12 * (d + 1)
+
+
+def test_the_table_says_what_the_curves_say(script: Callable[[str], dict[str, Any]]) -> None:
+    """Twelve loops are 0.4 better than one layer with every seed, 0.1 worse than twelve layers, and cost as much as these."""
+    runs = []
+    for seed in range(3):
+        shift = 0.01 * seed
+        runs += [run("gpt-1", seed, 1.0, 3.5 + shift), run("gpt-12", seed, 12.0, 3.0 + shift)]
+        runs += [run("loop-12", seed, 12.0, 3.1 + shift + 0.001 * seed), run("loop-1", seed, 1.0, 3.5 - shift)]
+    lines = script("compare.py")["tables"](runs).splitlines()
+    said = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("|")}
+    claim = "twelve loops beat one layer of as many parameters, at equal tokens"
+    assert said[claim] == f"| {claim} | -0.399 ± 0.002 | 3 | kept |"
+    assert (
+        "| +0.101 ± 0.002 | 3 | refuted |" in said["twelve loops are worth twelve layers, at equal FLOPs (within 0.02)"]
+    )
+    assert said["experts make a loop better, at equal FLOPs"].endswith("|  | 0 | not measured |")
+    assert "| 80% ± 0% |" in said["dense loop, 12"] and "| 100% ± 0% |" in said["GPT, 12 layers"]
+
+
+def test_more_loops_than_were_trained(script: Callable[[str], dict[str, Any]]) -> None:
+    """The trained loops say what they said; further ones have the last one's codes, or turn on."""
+    depths = script("depths.py")
+    tokens = torch.randint(37, (2, 64), generator=torch.Generator().manual_seed(0))
+    for encoding in ("learned", "temporal_rope", "none"):
+        model = lively_model(small_config(step_encoding=encoding, step_dims=4))
+        deep = depths["deepened"](model, 8)
+        with torch.no_grad():
+            states, further = model.trajectory(tokens)[0], deep.trajectory(tokens)[0]
+        assert len(further) == 8 and all(torch.equal(a, b) for a, b in zip(states, further))
+        assert not torch.equal(further[6], further[7])
+    turned = depths["deepened"](lively_model(small_config(step_encoding="temporal_rope", step_dims=4)), 8)
+    # Two pairs of channels: one radian per loop, and 5 ** -0.5, by the five trained loops.
+    angles = torch.tensor([[k, k * 5**-0.5] for k in range(8)], dtype=torch.float64)
+    torch.testing.assert_close(turned.block.attention.step_cos, angles.cos().float())
+    learned = depths["deepened"](lively_model(small_config()), 8)
+    assert torch.equal(learned.step_encoding[7], learned.step_encoding[4])
+    assert torch.equal(learned.block.experts.step_logits[6], learned.block.experts.step_logits[4])
+
+
+def test_the_worst_rise_is_over_the_best_before(script: Callable[[str], dict[str, Any]]) -> None:
+    rise = script("depths.py")["worst_rise"]
+    assert rise([3.0, 2.0, 1.0]) == 0 and rise([3.0, 1.0, 1.5, 1.25, 2.0]) == 1.0

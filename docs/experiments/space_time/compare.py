@@ -11,26 +11,23 @@ and is brought up to date after each, curves.png draws it; --only-table prints a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from runs import HERE, carried_out, parser_of, spread
 
 from rmse_edge.train.comparison import Axis, Run, by_seed, difference, recovered
 from rmse_edge.train.flops import flops_per_token
 from rmse_edge.train.journal import read_rows
 from rmse_edge.train.recipe import Recipe
-from rmse_edge.train.session import EVALUATION_FILE, train
-from rmse_edge.train.trainer import LOG_FILE, STATE_FILE
+from rmse_edge.train.session import EVALUATION_FILE, RECIPE_FILE
+from rmse_edge.train.trainer import LOG_FILE
 
-HERE = Path(__file__).parent
 NO_WORSE = 0.02  # nats; single runs of this size differ by as much
 
 
@@ -54,6 +51,11 @@ VARIANTS: dict[str, Variant] = {
     "loop-1": looped(1),
     "loop-12": looped(12),
     "moe-12": Variant("MoE loop, 12", "loop.json", ("model.n_experts=88", "model.top_k=3", "model.shared_width=75")),
+    "gpt-1-long": Variant(
+        "GPT, 1 layer, 12 times the steps",
+        "gpt.json",
+        ("model.n_layers=1", "steps=7200", "warmup=720", "eval_every=600"),
+    ),
     "loop-2": looped(2),
     "loop-4": looped(4),
     "loop-6": looped(6),
@@ -77,7 +79,7 @@ CLAIMS = (
     Claim("twelve layers beat one, at equal tokens", "gpt-12", "gpt-1", "tokens"),
     Claim("twelve loops beat one layer of as many parameters, at equal tokens", "loop-12", "gpt-1", "tokens"),
     Claim("twelve loops beat one loop of the same block, at equal tokens", "loop-12", "loop-1", "tokens"),
-    Claim("the same, at equal FLOPs", "loop-12", "loop-1", "flops"),
+    Claim("twelve loops beat one layer that reads twelve times as much, at equal FLOPs", "loop-12", "gpt-1-long", "flops"),
     Claim("twelve loops are worth twelve layers, at equal FLOPs", "loop-12", "gpt-12", "flops", NO_WORSE),
     Claim("experts make a loop better, at equal FLOPs", "moe-12", "loop-12", "flops"),
     Claim("a loop of experts is worth twelve layers of as many parameters, at equal FLOPs", "moe-12", "gpt-12", "flops", NO_WORSE),
@@ -85,7 +87,6 @@ CLAIMS = (
         Claim(f"{more} loops beat {fewer}, at equal tokens", f"loop-{more}", f"loop-{fewer}", "tokens")
         for fewer, more in ((1, 2), (2, 4), (4, 6), (6, 12), (12, 24))
     ),
-    Claim("24 loops beat 2, at equal FLOPs", "loop-24", "loop-2", "flops"),
 )  # fmt: skip
 
 
@@ -94,20 +95,18 @@ def of_variant(name: str, seed: int, changes: Sequence[str]) -> Recipe:
     return Recipe.from_file(HERE / variant.recipe).override([*variant.changes, f"seed={seed}", *changes])
 
 
-def trained(recipe: Recipe, text: Path, out: Path) -> dict[str, Any]:
-    """The evaluation of a run; one that was stopped goes on."""
-    if not (out / EVALUATION_FILE).exists():
-        resume = (out / STATE_FILE).exists()
-        if not resume:  # what a run left that was stopped before its first saved state
-            shutil.rmtree(out, ignore_errors=True)
-        train(text, out, recipe, resume=resume, save_every=50)
-    return json.loads((out / EVALUATION_FILE).read_text())
+def order(seeds: Sequence[int]) -> list[tuple[int, str]]:
+    """What decides with every seed, then the other depths."""
+    rest = tuple(name for name in VARIANTS if name not in FIRST)
+    return [(seed, name) for part in (FIRST, rest) for seed in seeds for name in part]
 
 
-def measured(name: str, recipe: Recipe, out: Path, evaluation: dict[str, Any]) -> Run:
+def measured(name: str, _recipe: Recipe, _text: Path, out: Path) -> dict[str, Any]:
+    evaluation = json.loads((out / EVALUATION_FILE).read_text())
+    recipe = Recipe.from_file(out / RECIPE_FILE)  # which says how many tokens there are
     step = recipe.batch_size * recipe.block
     valued = [row for row in read_rows(out / LOG_FILE) if row["val_loss"]]
-    return Run(
+    run = Run(
         name,
         recipe.seed,
         evaluation["parameters"],
@@ -116,6 +115,7 @@ def measured(name: str, recipe: Recipe, out: Path, evaluation: dict[str, Any]) -
         tuple(float(row["val_loss"]) for row in valued),
         evaluation["loss_by_depth"]["float32"][-1],
     )
+    return dataclasses.asdict(run)
 
 
 def tables(runs: Sequence[Run]) -> str:
@@ -144,14 +144,6 @@ def reached(runs: Sequence[Run], name: str) -> list[float]:
     goals = by_seed(runs, "gpt-1")
     found = (run.needed("tokens", goals[seed].loss[-1]) for seed, run in by_seed(runs, name).items() if seed in goals)
     return [tokens for tokens in found if tokens is not None]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation over seeds."""
-    if not values:
-        return ""
-    deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + deviation
 
 
 def draw(runs: Sequence[Run], picture: Path) -> None:
@@ -209,35 +201,9 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--runs", type=Path, default=Path("runs/space-time"), help="where the trained models are put")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", help="names of variants, separated by commas: " + ", ".join(VARIANTS))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe of all")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only-table", action="store_true", help="train nothing")
-    parser.add_argument("-o", "--output", type=Path, default=HERE / "results.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    results: dict[str, Any] = {"changes": args.set, "runs": {}}
-    if args.output.is_file():
-        results = json.loads(args.output.read_text())
-        if not args.only_table and results["changes"] != args.set:
-            parser.error(f"{args.output} is of --set {results['changes']}; give another file with -o")
-    seeds = [] if args.only_table else [int(seed) for seed in args.seeds.split(",")]
-    rest = tuple(name for name in VARIANTS if name not in FIRST)
-    for seed, name in [(seed, name) for part in (FIRST, rest) for seed in seeds for name in part]:
-        cell = f"{name}-{seed}"
-        if cell in results["runs"] or (args.only and name not in args.only.split(",")):
-            continue
-        recipe = of_variant(name, seed, args.set)
-        out = args.runs / cell
-        run = measured(name, recipe, out, trained(recipe, args.text, out))
-        results["runs"][cell] = dataclasses.asdict(run)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{cell}: {run.final:.4f}", flush=True)
-    runs = [Run(**found) for found in results["runs"].values()]
+    parser = parser_of(__doc__, "runs/space-time", "results.json", VARIANTS)
+    found, args = carried_out(parser, order, of_variant, measured)
+    runs = [Run(**run) for run in found]
     print(tables(runs))
     draw(runs, args.output.with_name("curves.png"))
 
