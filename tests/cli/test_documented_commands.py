@@ -205,7 +205,13 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/offload/replay.py exits.npz full.npz": [],
     "python docs/experiments/offload/placement.py exits.npz full.npz": [],
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -o probe": ["--blocks", "2"],
-    "rmse-data problems --text shakespeare.txt -o problems.txt": [],
+    "rmse-data problems --text shakespeare.txt --share 0.6 -o problems.txt": [],
+    "rmse-train --text problems.txt --recipe docs/experiments/problems/recipe.json -o runs/mixed": [
+        "--set", "steps=1", "--set", "gate_steps=1", "--set", "eval_blocks=1", "--set", "batch_size=2",
+    ],
+    "rmse-probe runs/mixed --text problems.txt --task hops --task addition --task brackets -o probe": [
+        "--blocks", "1", "--problems", "16", "--no-probes", "-o", "probe-mixed",
+    ],
     "rmse-probe models/ouro-shakespeare --text shakespeare.txt -t 1 -o probe-ouro": [
         "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1",
     ],
@@ -330,9 +336,7 @@ NOT_RUN: dict[str, str] = {
     'python docs/experiments/offload/pressure.py wide640.rmse --text shakespeare.txt --limit "" --tokens 300 --rounds 5 --budgets 50%,25%': "a hundred megabytes, for minutes; tests/runtimes/test_offload.py runs what it runs",
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt --profile-experts shakespeare.txt": EXPORTS,
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
-    "rmse-train --text problems.txt --recipe models/ouro-shakespeare/recipe.json -o runs/mixed": TRAINS,
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -t 1 -o probe-rmse": "runs above, for fewer texts",
-    "rmse-probe runs/mixed --text problems.txt --task hops --task addition --task brackets -o probe": "tests/probe/test_probe_cli.py",
     "python docs/examples/echo.py": "tests/arch/test_contributing.py saves, exports and runs that model",
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",

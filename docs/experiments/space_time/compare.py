@@ -152,6 +152,7 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, (tokens, flops, depths) = plt.subplots(1, 3, figsize=(15, 4.6))
     for i, name in enumerate(VARIANTS):
@@ -167,6 +168,7 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
             )
     for axis, label in ((tokens, "characters trained on"), (flops, "FLOPs spent")):
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.set_ylabel("validation loss, nats")
     tokens.legend(fontsize=7)
