@@ -88,8 +88,11 @@ def known_flags(verb: str, sub: str | None) -> frozenset[str]:
 
 
 def script_flags(path: Path) -> set[str]:
-    """What a script's parser is told, read and not run: some import an engine first."""
-    calls = re.findall(r"add_argument\(([^)]*)", path.read_text())
+    """What a script's parser is told, there or in modules beside it; read and not run: some import an engine first."""
+    source = path.read_text()
+    beside = (path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.MULTILINE))
+    source += "".join(module.read_text() for module in beside if module.is_file())
+    calls = re.findall(r"add_argument\(([^)]*)", source)
     return {flag for call in calls for flag in re.findall(r'"(--?[a-z][\w-]*)"', call)}
 
 
