@@ -44,7 +44,9 @@ def folder(model: RMSE, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"step_encoding": "temporal_rope"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"step_encoding": "temporal_rope"}, {"step_encoding": "none"}]
+)
 def test_what_is_written_is_read(tmp_path: Path, changes: dict[str, object]) -> None:
     model = tiny_model(**changes)
     save_checkpoint(model, tmp_path)

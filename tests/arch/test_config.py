@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
             "exit_rules: got ('gate', 'delta', 'gate'), expected each rule once",
         ),
         ({"exit_rules": ("gate", "mood")}, "exit_rules: got 'mood', expected some of gate, delta, entropy"),
-        ({"step_encoding": "sine"}, "step_encoding: got 'sine', expected one of learned, temporal_rope"),
+        ({"step_encoding": "sine"}, "step_encoding: got 'sine', expected one of learned, temporal_rope, none"),
         ({"attention_gate": "none"}, "attention_gate: got 'none', expected one of headwise, elementwise"),
         ({"kv_dtype": "int4"}, "kv_dtype: got 'int4', expected one of float32, float16, int8"),
         (
@@ -227,7 +227,7 @@ def test_stages_by_step() -> None:
 @pytest.mark.parametrize(
     "values",
     [{}, {"memory": "titans"}, {"memory": "atlas", "retrieval_slots": 3}, {"attention_gate": "elementwise"},
-     {"step_encoding": "temporal_rope"}, {"tie_embeddings": True}, {"n_shared_experts": 0}, {"exit_rules": ("entropy",)}],
+     {"step_encoding": "temporal_rope"}, {"step_encoding": "none"}, {"tie_embeddings": True}, {"n_shared_experts": 0}, {"exit_rules": ("entropy",)}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

@@ -18,6 +18,7 @@ from rmse_edge.loop.drive import run_loop
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {},
     "temporal_rope": {"step_encoding": "temporal_rope", "step_dims": 4},
+    "none": {"step_encoding": "none"},
     "elementwise": {"attention_gate": "elementwise", "n_kv_heads": 4, "exit_rules": ("gate", "delta", "entropy")},
 }
 SETTINGS: dict[str, dict[str, float]] = {
@@ -222,7 +223,7 @@ def test_temporal_rope_is_felt_in_every_loop() -> None:
             assert (outs[i][:, 1:] - outs[j][:, 1:]).abs().max() > 1e-3, f"loops {j} and {i} attend alike"
 
 
-@pytest.mark.parametrize("encoding", ["learned", "temporal_rope"])
+@pytest.mark.parametrize("encoding", ["learned", "temporal_rope", "none"])
 def test_a_tensor_loop_index_equals_a_python_one(encoding: str) -> None:
     model = lively_model(small_config(step_encoding=encoding, step_dims=4))
     x = torch.randn(1, 6, 32)
@@ -296,3 +297,15 @@ def test_sixty_four_loops() -> None:
     tokens, dial = tokens_for(model, 10), dials(model)
     logits, depth = RingHost(model).feed(tokens, dial, [4])
     assert (depth == 64).all() and torch.isfinite(logits).all()
+
+
+def test_without_an_encoding_every_loop_is_one_function() -> None:
+    """A loop is told apart by nothing: two loops from one state are alike, where a learned encoding makes them differ."""
+    x, mask = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(2)), torch.zeros(1, 1, 6, 6)
+    for encoding, alike in (("none", True), ("learned", False)):
+        model = lively_model(small_config(step_encoding=encoding))
+        cos, sin = (torch.from_numpy(a)[None] for a in rotary(model, 6))
+        with torch.no_grad():
+            first, last = (model.block(model.enter(x, x, k), k, cos, sin, mask)[0] for k in (0, 4))
+        assert torch.equal(first, last) == alike
+        assert any("step" in name for name in model.state_dict()) != alike

@@ -88,8 +88,11 @@ def known_flags(verb: str, sub: str | None) -> frozenset[str]:
 
 
 def script_flags(path: Path) -> set[str]:
-    """What a script's parser is told, read and not run: some import an engine first."""
-    calls = re.findall(r"add_argument\(([^)]*)", path.read_text())
+    """What a script's parser is told, there or in modules beside it; read and not run: some import an engine first."""
+    source = path.read_text()
+    beside = (path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.MULTILINE))
+    source += "".join(module.read_text() for module in beside if module.is_file())
+    calls = re.findall(r"add_argument\(([^)]*)", source)
     return {flag for call in calls for flag in re.findall(r'"(--?[a-z][\w-]*)"', call)}
 
 
@@ -209,12 +212,19 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/offload/placement.py exits.npz full.npz": [],
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -o probe": ["--blocks", "2"],
     'rmse-trace models/rmse-shakespeare -p "ROMEO:" -o trace': ["-n", "4"],
-    "rmse-data problems --text shakespeare.txt -o problems.txt": [],
+    "rmse-data problems --text shakespeare.txt --share 0.6 -o problems.txt": [],
+    "rmse-train --text problems.txt --recipe docs/experiments/problems/recipe.json -o runs/mixed": [
+        "--set", "steps=1", "--set", "gate_steps=1", "--set", "eval_blocks=1", "--set", "batch_size=2",
+    ],
+    "rmse-probe runs/mixed --text problems.txt --task hops --task addition --task brackets -o probe": [
+        "--blocks", "1", "--problems", "16", "--no-probes", "-o", "probe-mixed",
+    ],
     "rmse-probe models/ouro-shakespeare --text shakespeare.txt -t 1 -o probe-ouro": [
         "--text", "models/ouro-shakespeare/sample.txt", "--blocks", "1",
     ],
 }  # fmt: skip
 
+SAMPLE = str(ROOT / "models" / "ouro-shakespeare" / "sample.txt")
 # Engines start and programs are exported: half a minute together. What is added replaces what was given.
 SLOW: dict[str, list[str]] = {
     "python docs/experiments/executorch/state.py [--windows 128,256] [--reps 60]": [
@@ -224,6 +234,16 @@ SLOW: dict[str, list[str]] = {
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
+    "python docs/experiments/space_time/compare.py --text shakespeare.txt": [
+        "--text", SAMPLE, "--seeds", "0", "--only", "gpt-1,loop-2", "-o", "results.json", *(word for change in (
+            "steps=4", "warmup=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
+        ) for word in ("--set", change)),
+    ],
+    "python docs/experiments/space_time/depths.py --text shakespeare.txt": [
+        "--text", SAMPLE, "--seeds", "0", "--only", "none,last", "-o", "depths.json", *(word for change in (
+            "steps=2", "warmup=1", "gate_steps=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
+        ) for word in ("--set", change)),
+    ],
     "python docs/experiments/trm/ablations.py": [
         "--seeds", "0", "-o", "results.json", *(word for change in (
             "steps=2", "warmup=1", "eval_every=2", "task.train=24", "task.held_out=4", "task.test=4", "batch_size=4",
@@ -328,9 +348,7 @@ NOT_RUN: dict[str, str] = {
     'python docs/experiments/offload/pressure.py wide640.rmse --text shakespeare.txt --limit "" --tokens 300 --rounds 5 --budgets 50%,25%': "a hundred megabytes, for minutes; tests/runtimes/test_offload.py runs what it runs",
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt --profile-experts shakespeare.txt": EXPORTS,
     "rmse-export --target executorch -m models/rmse-shakespeare --quant int4 --method rtn": EXPORTS,
-    "rmse-train --text problems.txt --recipe models/ouro-shakespeare/recipe.json -o runs/mixed": TRAINS,
     "rmse-probe models/rmse-shakespeare --text shakespeare.txt -t 1 -o probe-rmse": "runs above, for fewer texts",
-    "rmse-probe runs/mixed --text problems.txt --task hops --task addition --task brackets -o probe": "tests/probe/test_probe_cli.py",
     "rmse-lm-eval --model rmse --model_args package=models/rmse-shakespeare --tasks docs/examples/shakespeare.yaml": "tests/test_harness.py, and its nightly test the command",
     "pip install 'rmse-edge[eval]'": "installs",
     "pip install 'rmse-edge[optimum,onnx]'": "installs",

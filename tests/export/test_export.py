@@ -141,9 +141,9 @@ def test_positions_far_out_agree_too(package: Path, tiny: RMSE) -> None:
 # ----------------------------------------------------------------------------------------------- kinds of models
 
 KINDS: dict[str, dict[str, object]] = {
-    "40 loops, tied embeddings": {
+    "40 loops that nothing tells apart, tied embeddings": {
         "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "max_loops": 40, "n_experts": 8, "top_k": 2,
-        "tie_embeddings": True, "exit_threshold": 0.97,
+        "tie_embeddings": True, "exit_threshold": 0.97, "step_encoding": "none",
     },
     "temporal rope, elementwise gate, entropy rule, no shared expert": {
         "step_encoding": "temporal_rope", "attention_gate": "elementwise", "exit_rules": ("gate", "delta", "entropy"),

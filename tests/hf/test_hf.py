@@ -426,7 +426,7 @@ def test_a_resized_vocabulary_is_refused(model: RMSEForCausalLM) -> None:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("encoding", ["learned", "temporal_rope"])
+@pytest.mark.parametrize("encoding", ["learned", "temporal_rope", "none"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_both_loaders_read_the_same_file(tmp_path: Path, encoding: str, tied: bool) -> None:
     save_checkpoint(lively_model(tiny_config(step_encoding=encoding, tie_embeddings=tied)), tmp_path)

@@ -84,6 +84,7 @@ def test_the_model_that_is_given_stays_as_it_is() -> None:
         ({"tie_embeddings": True}, set()),
         ({"n_shared_experts": 0}, set()),
         ({"step_encoding": "temporal_rope"}, set()),
+        ({"step_encoding": "none"}, set()),
     ],
     ids=str,
 )

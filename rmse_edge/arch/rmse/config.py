@@ -31,7 +31,7 @@ MODEL_TYPE = "rmse"  # the Hugging Face `model_type` of config.json
 
 EXIT_RULES = ("gate", "delta", "entropy")
 RINGS = {"past_keys": "keys", "past_values": "values"}  # what is kept between calls <- the commit result that fills it
-StepEncoding = Literal["learned", "temporal_rope"]
+StepEncoding = Literal["learned", "temporal_rope", "none"]
 AttentionGate = Literal["headwise", "elementwise"]
 Memory = Literal["none", "titans", "atlas"]
 
@@ -69,7 +69,9 @@ class RMSEConfig:
     # the loop
     max_loops: Loops = 12  # the trained depth
     min_loops: Loops = 1
-    step_encoding: StepEncoding = "learned"  # a bias per loop, or "temporal_rope": Q and K turned by the loop index
+    # What tells the block which loop it is in: a bias per loop, or "temporal_rope", Q and K turned by the loop index, either
+    # beside router logits per loop; "none": not even these, every loop is the same function
+    step_encoding: StepEncoding = "learned"
     step_dims: Some = 8  # channels of each head that temporal_rope reserves (even)
     # exit; a position stops at the first loop where one of the rules holds
     exit_rules: tuple[str, ...] = ("gate", "delta")

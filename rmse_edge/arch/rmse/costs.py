@@ -72,7 +72,8 @@ def parameters(config: RMSEConfig) -> int:
     total += d * d + (c.max_loops * d if c.step_encoding == "learned" else 0)  # injection, a bias per loop
     gates = wide if c.attention_gate == "elementwise" else c.n_heads
     total += d * (2 * wide + 2 * kv + gates) + 2 * c.head_dim  # attention and the norms of its queries and keys
-    total += c.n_experts * (c.max_loops + d + 3 * d * c.expert_width)  # biases per loop, router, experts
+    told = 0 if c.step_encoding == "none" else c.max_loops
+    total += c.n_experts * (told + d + 3 * d * c.expert_width)  # router logits per loop, router, experts
     total += 3 * d * c.n_shared_experts * c.shared_width
     total += 5 * d + d + 1  # norms, exit gate
     if c.memory != "none":

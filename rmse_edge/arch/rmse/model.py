@@ -205,7 +205,8 @@ class RMSE(nn.Module):
         if config.step_encoding == "learned":
             self.step_encoding.normal_(std=0.15)
         experts = self.block.experts
-        experts.step_logits.normal_(std=1.0)
+        if experts.tells_loops:
+            experts.step_logits.normal_(std=1.0)
         experts.gate_up_proj.normal_(std=config.d_model**-0.5)
         experts.down_proj.normal_(std=config.expert_width**-0.5)
         if self.memory is not None:

@@ -33,7 +33,7 @@ def make_experts(c: RMSEConfig) -> SparseExperts:
         top_k=c.top_k,
         expert_width=c.expert_width,
         shared_width=c.n_shared_experts * c.shared_width,
-        max_loops=c.max_loops,
+        max_loops=None if c.step_encoding == "none" else c.max_loops,
     )
 
 
