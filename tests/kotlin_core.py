@@ -88,18 +88,19 @@ def build(folder: Path) -> None:
 
 
 class Core:
-    """The core on a Java of the caller's.
+    """Kotlin of the demo on a Java of the caller's.
 
     Args:
         java: the command that starts it.
         classes: what it runs.
         libraries: the folder of ONNX Runtime's native ones and of what they ask for.
+        main: whose `main` answers; the core's own driver if not given.
     """
 
-    def __init__(self, java: Sequence[str], classes: Sequence[Path], libraries: Path) -> None:
+    def __init__(self, java: Sequence[str], classes: Sequence[Path], libraries: Path, main: str = MAIN) -> None:
+        self.java, self.classes, self.libraries = java, classes, libraries
         native = f"-Donnxruntime.native.path={libraries}"
-        self._command = [*java, *JAVA_FLAGS, native, "-cp", ":".join(map(str, classes)), MAIN]
-        self._libraries = libraries
+        self._command = [*java, *JAVA_FLAGS, native, "-cp", ":".join(map(str, classes)), main]
         self._commands: Server | None = None
 
     @staticmethod
@@ -110,7 +111,7 @@ class Core:
     def serve(self, *arguments: object) -> Server:
         """A process of it that answers what it is asked: without arguments commands, otherwise of the package given."""
         # ONNX Runtime's libraries ask for others by name.
-        environment = os.environ | {"LD_LIBRARY_PATH": str(self._libraries)}
+        environment = os.environ | {"LD_LIBRARY_PATH": str(self.libraries)}
         return Server([*self._command, *map(str, arguments)], environment)
 
     def document(self, *arguments: object) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kotlin_core import CLASSES, DRIVER, GSON, JAVA, LIBRARIES, STDLIB, Core, Server
+from kotlin_core import Core, Server
 from paths import ROOT
 
 pytestmark = [pytest.mark.android, pytest.mark.slow]
@@ -22,17 +22,12 @@ SOURCES = [ROOT / "android_demo/app/src" / kind / "kotlin/dev/rmseedge/demo/logi
 @pytest.fixture(scope="module")
 def logic(core: Core, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     jar = tmp_path_factory.mktemp("logic") / "logic.jar"
-    path = [core.folder / DRIVER, core.folder / CLASSES, GSON]
-    command = [ROOT / "android_demo/compile.sh", jar, ":".join(map(str, path)), *SOURCES]
+    command = [ROOT / "android_demo/compile.sh", jar, ":".join(map(str, core.classes)), *SOURCES]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    libraries = str(core.folder / LIBRARIES)
-    options = [f"-Donnxruntime.native.path={libraries}", "-cp", ":".join(map(str, [jar, *path, STDLIB]))]
-    server = Server(
-        [*JAVA, *options, "dev.rmseedge.demo.logic.LogicDriverKt"], os.environ | {"LD_LIBRARY_PATH": libraries}
-    )
+    server = Core(core.java, [jar, *core.classes], core.libraries, "dev.rmseedge.demo.logic.LogicDriverKt").serve()
     yield server
     server.close()
 
