@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from collections.abc import Callable
@@ -195,3 +196,17 @@ def test_more_loops_than_were_trained(script: Callable[[str], dict[str, Any]]) -
 def test_the_worst_rise_is_over_the_best_before(script: Callable[[str], dict[str, Any]]) -> None:
     rise = script("depths.py")["worst_rise"]
     assert rise([3.0, 2.0, 1.0]) == 0 and rise([3.0, 1.0, 1.5, 1.25, 2.0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [pair for pair in (("compare.py", "results.json"), ("depths.py", "depths.json")) if (FOLDER / pair[1]).exists()],
+)
+def test_the_document_has_the_tables_of_what_was_measured(
+    name: str, results: str, script: Callable[[str], dict[str, Any]]
+) -> None:
+    found = list(json.loads((FOLDER / results).read_text())["runs"].values())
+    defined = script(name)
+    table = defined["tables"]([Run(**run) for run in found]) if name == "compare.py" else defined["table"](found)
+    document = (ROOT / "docs" / "validation.md").read_text()
+    assert table in document, f"python docs/experiments/space_time/{name} --text shakespeare.txt --only-table"

@@ -50,9 +50,9 @@ VARIANTS: dict[str, Variant] = {
     "learned": Variant("as the shipped model: learned codes; 3, 5 or 8 loops; entropy weight 0.5 falling to 0.1"),
     "temporal-rope": Variant("temporal_rope", ("model.step_encoding=temporal_rope",)),
     "none": Variant("no encoding", ("model.step_encoding=none",)),
+    "last": Variant("the last loop's loss alone, any depth of 1 to 8", (f"depths={EVERY}", "objective=last")),
     "uniform": Variant("any depth of 1 to 8", (f"depths={EVERY}",)),
     "entropy": Variant("entropy weight 0.5 throughout", ("final_entropy_weight=0.5",)),
-    "last": Variant("the last loop's loss alone, any depth of 1 to 8", (f"depths={EVERY}", "objective=last")),
     "longer": Variant("twice as many steps", ("steps=1200",)),
 }
 
