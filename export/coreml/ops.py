@@ -91,6 +91,13 @@ def _lower_stored_weight(context, node):
     context.add(mb.constexpr_blockwise_shift_scale(**kwargs, name=node.name))
 
 
+@register_torch_op(torch_alias=["alias"], override=True)
+def _lower_alias(context, node):
+    """What slicing all of an axis becomes, of calls of one row: the converter knows `alias_copy` alone."""
+    (x,) = _get_inputs(context, node, expected=1)
+    context.add(mb.identity(x=x, name=node.name))
+
+
 @register_torch_op(torch_alias=["rmse_edge::stored_rows", "rmse_edge.stored_rows"], override=True)
 def _lower_stored_rows(context, node):
     table, scales, zeros, rows, bits = _get_inputs(context, node, expected=5)

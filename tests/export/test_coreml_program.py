@@ -206,6 +206,27 @@ def test_unlikely_tokens_keep_their_log_probability_in_half_precision(tmp_path: 
     np.testing.assert_allclose(found, torch.log_softmax(logits, -1), rtol=2e-3)
 
 
+class AllOfAnAxis(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1] * 2
+
+
+def test_all_of_an_axis_is_taken_for_what_it_is(tmp_path: Path) -> None:
+    """A slice of a call of one row is an alias in a traced program, which the converter does not know."""
+    x, ct = torch.tensor([[[0.5, -2.0]]]), later("coremltools")
+    with quiet(), coreml_lower.silenced_bars():
+        program = torch.export.export(AllOfAnAxis(), (x,)).run_decompositions(coreml_ops.DECOMPOSITIONS)
+        assert any(node.target == torch.ops.aten.alias.default for node in program.graph.nodes)
+        ct.convert(
+            program,
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,
+            skip_model_load=True,
+        ).save(str(tmp_path / MODEL))
+    (found,) = Interpreter(tmp_path / MODEL).predict({"x": x.numpy()}).values()
+    np.testing.assert_array_equal(found, 2 * x)
+
+
 def test_preparing_leaves_the_model_alone() -> None:
     model = mixed_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
