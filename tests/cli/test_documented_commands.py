@@ -363,6 +363,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-serve rmse-shakespeare-onnx.rmse --host 0.0.0.0 --api-key-file keys.txt": SERVES,
     "python web_demo rmse-shakespeare-onnx.rmse": "serves until it is ended; tests/web",
     "python web_demo": "as above",
+    "rmse-export -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt --accuracy-level 0 --archive": EXPORTS,
     "python docs/experiments/serve/load.py MODEL [-n 1000] [--clients 16] [--seconds 600]": SERVES,
     "python docs/experiments/serve/load.py rmse-shakespeare-onnx.rmse --seconds 600": SERVES,
     "pip install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict": "installs",

@@ -55,5 +55,4 @@ try {
 } catch (error) {
   said.error = error.message;
 }
-console.log(JSON.stringify(said));
-process.exit(0);
+process.stdout.write(JSON.stringify(said), () => process.exit(0)); // the engine's threads would keep it alive

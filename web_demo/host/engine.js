@@ -30,7 +30,9 @@ export class Engine {
       try {
         engine.#files.set(file, await ort.InferenceSession.create(await pack.read(file), options));
       } catch (error) {
-        throw new Error(`${file}: onnxruntime-web cannot load it (${error.message ?? error})`);
+        const reason = error.message ?? String(error);
+        const fix = reason.includes("accuracy_level") ? "; export with --accuracy-level 0" : "";
+        throw new Error(`${file}: onnxruntime-web cannot load it (${reason})${fix}`);
       }
     }
     return engine;
