@@ -19,6 +19,8 @@ from helpers import assert_one_line
 from packaging.requirements import Requirement
 from paths import ROOT
 
+from rmse_edge.cli.export import main as rmse_export
+
 pytestmark = pytest.mark.slow
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = (
@@ -168,17 +170,17 @@ def with_optimum(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment(tmp_path_factory.mktemp("optimum") / "venv", wheel, names)
 
 
-def test_optimum_has_our_export(with_optimum: Path, tmp_path: Path) -> None:
+def test_optimum_has_our_export(with_optimum: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def optimum(*flags: str) -> subprocess.CompletedProcess[str]:
         return run([with_optimum, "-c", OPTIMUM, "export", *flags], tmp_path)
 
     assert re.search(r"^ +rmse +Export a looped model", optimum("--help").stdout, re.MULTILINE)
-    ours = run([with_optimum.parent / "rmse-export", "--dry-run"], tmp_path)
-    assert ours.returncode == 0 and "9,844,677 parameters" in ours.stdout
-    assert optimum("rmse", "--dry-run").stdout == ours.stdout
-    wrong = optimum("rmse", "-m", "none", "--quant", "int4")
+    assert rmse_export(["--dry-run"]) == 0
+    ours = capsys.readouterr().out
+    assert "9,844,677 parameters" in ours and optimum("rmse", "--dry-run").stdout == ours
+    wrong = optimum("rmse", "-o", "a.rmse.zip")
     assert wrong.returncode == 2
-    assert_one_line(wrong.stderr, "optimum-cli export rmse: error: --quant int4: give --calibrate FILE")
+    assert_one_line(wrong.stderr, "optimum-cli export rmse: error: -o: a.rmse.zip", "add --archive")
 
 
 @pytest.mark.nightly
