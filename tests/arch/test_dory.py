@@ -338,6 +338,7 @@ def test_transformers_saves_the_released_layout(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.onnx
+@pytest.mark.nightly
 def test_a_package_with_one_set_of_slots(tmp_path: Path) -> None:
     """Through `rmse-export`, its gate included: what transformers says token by token."""
     save_checkpoint(golden("shared"), tmp_path / "c", dtype=torch.float32)

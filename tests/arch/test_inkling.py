@@ -176,10 +176,13 @@ EXITS = {
 }
 
 
+FIRST = ("exit_epsilon", "exit_steady")  # of the model with a long text, whose every case takes seconds
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "dial"),
     [
-        (name, policy, dial)
+        pytest.param(name, policy, dial, marks=[] if name == "deep" or dial in FIRST else pytest.mark.nightly)
         for name in ("deep", "long")
         for policy in ("repeat", "all")
         for dial in EXITS

@@ -214,7 +214,8 @@ def test_a_model_of_transformers_says_what_it_says_there(seed: int, tmp_path: Pa
     with torch.no_grad():
         expected = theirs(tokens).logits[0]
     assert_close(whole(ours, tokens[0], Dials(1)).logits, expected)
-    assert_close(fed(ours, tokens[0].numpy(), (70, *[1] * 20), Dials(1))[0], expected, 2e-5)
+    # Random weights multiply what other sums round otherwise, by as much as the processor's kernels have it.
+    assert_close(fed(ours, tokens[0].numpy(), (70, *[1] * 20), Dials(1))[0], expected, 5e-5)
     greedy = theirs.generate(tokens[:, :60], max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 60:].tolist()
     runtime, found = TorchRuntime(ours, "ours"), []
     logits = runtime.feed(tokens[0, :60].numpy(), Dials(1), logits="last").logits

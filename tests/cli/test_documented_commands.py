@@ -318,6 +318,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-bench trm-sudoku-executorch.rmse --boards models/trm-sudoku/test.csv": BOARDS_OF_PACKAGES,
     'rmse-run models/ouro-shakespeare --prompt "ROMEO:" --show-depth': "tests/test_shipped.py reads the model",
     "rmse-train --text shakespeare.txt --recipe models/ouro-shakespeare/recipe.json -o runs/ouro": TRAINS,
+    "rmse-train --text shakespeare.txt --recipe docs/experiments/space_time/step-0.json -o runs/step-0": TRAINS,
     "rmse-bench PACKAGE --profile": "tests/runtimes/test_executorch.py",
     "rmse-data shakespeare -o shakespeare.txt": "downloads; tests/train/test_train_data.py",
     "rmse-train --text shakespeare.txt --recipe models/rmse-shakespeare/base-recipe.json -o runs/base": TRAINS,

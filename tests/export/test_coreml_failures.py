@@ -326,6 +326,22 @@ def test_weights_that_are_stored_twice_or_too_large_are_seen(tmp_path: Path) -> 
         coreml_check.check_weights(ModelFile(path), weight.nbytes // 2)
 
 
+def test_tables_of_places_are_no_weights(tmp_path: Path) -> None:
+    """Of a recurrence in blocks; the weights beside them count as before."""
+    weight = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    distance = np.subtract.outer(np.arange(128), np.arange(128))
+
+    def tabled(x: Any) -> Any:
+        y = mb.linear(x=mb.mul(x=x, y=distance.astype(np.float32)), weight=weight)
+        return mb.select(cond=distance > 0, a=y, b=np.where(distance > 5, np.float32(-1e9), np.float32(0)))
+
+    path = save(program_of({"x": mb.TensorSpec((128, 128), types.fp32)}, tabled), tmp_path)
+    found = coreml_check.check_weights(ModelFile(path), weight.nbytes)
+    assert found["table_bytes"] >= 2 * 128 * 128 * 4 and found["weight_bytes"] < weight.nbytes + 1024
+    with pytest.raises(ExportError, match="some are stored twice or were not quantised"):
+        coreml_check.check_weights(ModelFile(path), weight.nbytes // 2)
+
+
 def test_a_program_of_another_system_is_seen(tmp_path: Path) -> None:
     body = lambda x: mb.mul(x=x, y=np.float32(2))  # noqa: E731
     path = save(program_of({"x": mb.TensorSpec((1, 64), types.fp32)}, body), tmp_path)

@@ -328,6 +328,7 @@ def test_a_wrong_host_fails_an_export_by_the_rounded_rule(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["executorch", "coreml"])
 def test_other_engines_with_a_memory_are_held_against_the_whole_text(
     engine: str, calm: Quantized, request: pytest.FixtureRequest, monkeypatch: Patch

@@ -149,7 +149,9 @@ def tied_model() -> RMSE:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnx", "executorch", "coreml"])
+@pytest.mark.parametrize(
+    "target", ["onnx", *(pytest.param(target, marks=pytest.mark.nightly) for target in ("executorch", "coreml"))]
+)
 def test_a_router_of_equal_rows_exports_and_agrees(target: str, tmp_path: Path) -> None:
     if target == "executorch":
         from helpers import require_executorch
@@ -157,6 +159,10 @@ def test_a_router_of_equal_rows_exports_and_agrees(target: str, tmp_path: Path) 
         require_executorch()
     elif target == "coreml":
         pytest.importorskip("coremltools")
+        # The interpreter multiplies with NumPy, whose library has kernels by processor.
+        x, row = (np.random.default_rng(n).standard_normal((64, 64)).astype(np.float32) for n in range(2))
+        if any(len(np.unique(scores)) > 1 for scores in x @ np.repeat(row[:1], 64, 0).T):
+            pytest.skip("NumPy on this processor gives equal rows of a matrix products that differ")
     model = tied_model()
     package = export_package(model, tmp_path / "tied.rmse", ExportRequest(target))
     assert all(not s["undecided"] for s in package.manifest["parity"]["settings"].values())

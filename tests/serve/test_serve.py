@@ -453,7 +453,12 @@ def test_what_it_counts(server: Any):
 
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(talker: Path, capsys: pytest.CaptureFixture[str]):
-    command = [sys.executable, "-m", "rmse_edge.cli.serve", str(talker), "--port", "0", "--name", NAME, "-t", "1"]
+    # A process started in the background inherits an ignored SIGINT; a person's shell does not.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from rmse_edge.cli.serve import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, str(talker), "--port", "0", "--name", NAME, "-t", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         found = re.fullmatch(r"tiny on (http://127\.0\.0\.1:\d+)\n", process.stdout.readline())
