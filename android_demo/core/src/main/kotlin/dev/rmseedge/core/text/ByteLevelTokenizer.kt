@@ -52,9 +52,13 @@ internal class ByteLevelTokenizer(file: File, spec: Fields) : Tokenizer(file) {
         val behind = mutableListOf<Int>()
 
         fun read(spec: Fields?): Unit = when (val type = spec?.at("type", anyText)) {
-            null, "ByteLevel" -> Unit // the latter moves the places of tokens in a text only
+            // The latter moves the places of tokens in a text, and no more.
+            null, "ByteLevel" -> Unit
+
             "Sequence" -> spec.at("processors", items(fields)).forEach(::read)
+
             "TemplateProcessing" -> template(spec)
+
             else -> refuseField("post_processor", type, "ByteLevel, TemplateProcessing, or a Sequence of these")
         }
 
@@ -69,17 +73,19 @@ internal class ByteLevelTokenizer(file: File, spec: Fields) : Tokenizer(file) {
     }
 
     companion object {
-        fun isOne(spec: Fields, model: Fields): Boolean =
-            typeOf(model) == "BPE" && typeOf(spec.orNull("decoder", fields)) == "ByteLevel"
+        fun isOne(spec: Fields, model: Fields): Boolean = typeOf(model) == "BPE" && typeOf(spec.orNull("decoder", fields)) == "ByteLevel"
 
         private val FORMS = Normalizer.Form.entries.associateBy { it.name }
 
         private fun normalizer(spec: Fields?): (String) -> String = when (val type = typeOf(spec)) {
             null -> { text -> text }
+
             in FORMS -> { text -> Normalizer.normalize(text, FORMS[type]) }
+
             "Sequence" -> spec!!.at("normalizers", items(fields)).map(::normalizer).let { parts ->
                 { text -> parts.fold(text) { now, part -> part(now) } }
             }
+
             else -> refuseField("normalizer", type, "${FORMS.keys.joinToString()}, or a Sequence of these")
         }
     }

@@ -49,7 +49,11 @@ internal class BytePairs(spec: Fields, largestId: Int) {
             val end = i + Character.charCount(word.codePointAt(i))
             val known = ids[word.substring(i, end)]
             // What no token stands for is left out where there is no token for that.
-            if (known != null) found += known else if (unknown != null && !(afterUnknown && fusesUnknown)) found += unknown
+            if (known != null) {
+                found += known
+            } else if (unknown != null && !(afterUnknown && fusesUnknown)) {
+                found += unknown
+            }
             afterUnknown = known == null
             i = end
         }
@@ -65,7 +69,7 @@ internal class BytePairs(spec: Fields, largestId: Int) {
         fun merged(): List<Int> {
             for (left in 0 until tokens.size - 1) consider(left)
             while (queue.isNotEmpty()) merge(queue.poll()!!)
-            return generateSequence(0.takeIf { tokens.isNotEmpty() }) { next[it].takeIf { place -> place >= 0 } }.map { tokens[it] }.toList()
+            return tokens.filter { it != GONE } // in their order: the left one of two takes the new one's place
         }
 
         private fun merge(candidate: Candidate) {

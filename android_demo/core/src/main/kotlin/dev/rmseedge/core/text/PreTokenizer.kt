@@ -18,12 +18,17 @@ internal fun interface PreTokenizer {
         /** As the file says; of a kind that is not known here, a `JsonException` names it. */
         fun of(spec: Fields?): PreTokenizer = when (val type = spec?.at("type", anyText)) {
             null -> PreTokenizer { text, _ -> listOf(text) }
+
             "Sequence" -> spec.at("pretokenizers", items(fields)).map(::of).let { parts ->
                 PreTokenizer { text, first -> parts.fold(listOf(text)) { pieces, part -> pieces.flatMap { part.cut(it, first) } } }
             }
+
             "ByteLevel" -> byteLevel(spec)
+
             "Digits" -> Splitter(pattern("\\p{N}"), if (spec.at("individual_digits", flag)) Splitter.ISOLATED else Splitter.CONTIGUOUS)
+
             "Split" -> split(spec)
+
             else -> refuseField("pre_tokenizer", type, "ByteLevel, Split, Digits, or a Sequence of these")
         }
 
@@ -72,10 +77,10 @@ internal fun interface PreTokenizer {
         }
 
         private fun escaped(regex: String, c: Char, inside: Boolean): String {
-            val class_ = UNICODE[c.lowercaseChar()] ?: return "\\$c"
+            val members = UNICODE[c.lowercaseChar()] ?: return "\\$c"
             return when {
-                c.isLowerCase() -> if (inside) class_ else "[$class_]"
-                !inside -> "[^$class_]"
+                c.isLowerCase() -> if (inside) members else "[$members]"
+                !inside -> "[^$members]"
                 else -> refuseField("pre_tokenizer.pattern", regex, "no \\$c within brackets")
             }
         }

@@ -62,9 +62,14 @@ abstract class Tokenizer internal constructor(protected val file: File) : Decode
             val kind = LookupTokenizer.kindOf(spec, model, spec.or(emptyList(), "added_tokens", items(anything)).isNotEmpty())
             when {
                 kind != null -> LookupTokenizer(file, kind, model)
+
                 ByteLevelTokenizer.isOne(spec, model) -> ByteLevelTokenizer(file, spec)
+
                 else -> throw PackageException(
-                    "$file: a tokenizer of the kind ${shownKind(spec, model)}; this app reads those of characters, of words, and of pairs " +
+                    "$file: a tokenizer of the kind ${shownKind(
+                        spec,
+                        model,
+                    )}; this app reads those of characters, of words, and of pairs " +
                         "of bytes (BPE, ByteLevel)",
                 )
             }
