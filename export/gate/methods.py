@@ -22,7 +22,7 @@ from .reference import vectors_moved
 ROUNDINGS, MOST = 4, 0.05
 # Slots of appended states that grow, at most and at least: the most there are may be far more than this takes to compare.
 EXAMPLE_SLOTS, FEWEST_SLOTS = 300, 64
-EXAMPLE_STATE = 128 << 20  # bytes of such states: several copies are there at once
+EXAMPLE_STATE = 64 << 20  # bytes of such states: several copies are there at once
 BLOCK = 1 << 20  # numbers that are compared at once
 
 
