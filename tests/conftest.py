@@ -210,6 +210,18 @@ def shipped_int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture
+def page() -> Iterator[Any]:
+    """A tab of Chromium that has nothing to complain of."""
+    from serve import browser
+
+    if browser.found() is None:
+        pytest.skip("needs Chromium: apt install chromium")
+    with browser.browser() as tab:
+        yield tab
+        assert tab.logged == []
+
+
+@pytest.fixture
 def fp32(runner: Path, executorch_package: Path) -> Runner:
     from native_runner import Runner
 

@@ -25,6 +25,8 @@ from paths import ROOT
 
 from android_demo.parts import LOCK, PARTS, have, read_lock
 from rmse_edge.errors import UserError
+from rmse_edge.export.gate.compare import compare, settings_for
+from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
 from rmse_edge.package import Package
@@ -223,3 +225,15 @@ class CoreRuntime:
         return self.ask(
             "generate", prompt=prompt, count=count, dials=dials or {}, options=given, stop=[*stop], **(when or {})
         )
+
+
+def assert_says_what_pytorch_says(model: Any, runtime: CoreRuntime, text: np.ndarray) -> None:
+    """By the parity gate's exact rule, at full depth and by each exit rule that the model has: logits, depths, surprises."""
+    reference = Reference(model, runtime.info, text)
+    depths = []
+    for dials in settings_for(reference, text).values():
+        found = compare(reference, runtime, text, dials, exact=True)  # type: ignore[arg-type]
+        assert found["positions"] >= 200 and found["same_depth"] == 1 and found["undecided"] == []
+        assert found["max_logit_difference"] <= 1e-4
+        depths.append(found["depth_sd"])
+    assert max(depths) > 0.5 and depths[0] == 0

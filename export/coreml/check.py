@@ -43,8 +43,16 @@ ROUND = 16 * 1024  # bytes that constants beside the weights may take in any cas
 SMALL = 1024  # bytes of a constant from which it counts as a weight
 CONSTEXPR = "constexpr_blockwise_shift_scale"
 
-# Of constants in the weights' file, by file and offset: hashing is most of a check's time, so both checks share them.
-Digests = dict[tuple[str, int], str]
+
+@dataclass(frozen=True)
+class Constant:
+    """What both checks ask of a constant in the weights' file: reading and hashing are most of their time."""
+
+    digest: str
+    table: bool
+
+
+Digests = dict[tuple[str, int], Constant]  # by file and offset
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor], dige
                 found = file.value(value)
                 if isinstance(found, np.ndarray) and found.dtype != object:
                     there.add(_digest(found))
-        there.update(_digest_of(file, blob, digests) for blob in file.blobs(file.function(name)))
+        there.update(_constant(file, blob, digests).digest for blob in file.blobs(file.function(name)))
     for name, q in tensors.items():
         if not any(_held(there, *form) for form in stored_forms(q)):
             raise ExportError(
@@ -197,9 +205,10 @@ def check_integers(file: ModelFile, tensors: Mapping[str, QuantizedTensor], dige
             )
 
 
-def _digest_of(file: ModelFile, blob: Blob, digests: Digests) -> str:
+def _constant(file: ModelFile, blob: Blob, digests: Digests) -> Constant:
     if (where := (blob.file, blob.offset)) not in digests:
-        digests[where] = _digest(file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type))
+        array = file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type)
+        digests[where] = Constant(_digest(array), is_table(array))
     return digests[where]
 
 
@@ -263,13 +272,13 @@ def check_weights(file: ModelFile, ideal: int, digests: Digests | None = None) -
                 continue
             seen[blob.file, blob.offset] = blob.nbytes
             if blob.nbytes >= SMALL:
-                other = contents.setdefault(_digest_of(file, blob, digests), blob.place)
+                constant = _constant(file, blob, digests)
+                other = contents.setdefault(constant.digest, blob.place)
                 if other != blob.place:
                     raise ExportError(
                         f"{blob.place}: stores {blob.name} again, which {other} has; weights are to be shared"
                     )
-                if is_table(file.weights(f"@model_path/{blob.file}").read(blob.offset, blob.type)):
-                    tables += blob.nbytes
+                tables += blob.nbytes * constant.table
     total = sum(seen.values()) - tables
     if total > max(SLACK * ideal, ideal + ROUND):
         raise ExportError(

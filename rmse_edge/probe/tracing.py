@@ -15,9 +15,9 @@ from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes import LoopRuntime, Surprise
 from rmse_edge.runtimes.engines.torch import TorchRuntime
-from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.librarian import Librarian
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+from rmse_edge.runtimes.text.writer import Writer
 from rmse_edge.text import Tokenizer
 
 from .page import COLOURS, html_table, write_sections
@@ -57,11 +57,8 @@ class Tracer:
 
     def write(self, prompt: Sequence[int], sampling: Sampling, count: int) -> None:
         """A prompt and what the model writes behind it, `count` tokens or up to its end token."""
-        ends = self.runtime.info.language.eos_token_ids
-        generation = Generation(
-            self.runtime, self.tokenizer, prompt, self.dials, Sampler(sampling), count, ends, librarian=self.librarian,
-            prefix=len(prompt) if self.runtime.info.language.prefix else 0,
-        )  # fmt: skip
+        writer = Writer(self.runtime, self.tokenizer, self.dials, Sampler(sampling), count, librarian=self.librarian)
+        generation = writer.generate(prompt)
         for _ in generation.steps():
             pass
         self.ids, self.prompt = [*prompt, *generation.tokens], len(prompt)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from rmse_edge.schema import Expected
 
-from .sequences import HELD_OUT, Sequences, as_batch, share_right
+from .sequences import HELD_OUT, Sequences, as_batch, lines, share_right
 from .sources import IGNORED, Batch, Plural, Seed, Sized, require
 
 # Positions and pairs.
@@ -87,9 +87,4 @@ class Mqar(Sequences):
         return {"settings": found, "chance": 1 / (self.tokens - self.tokens // 2)}
 
     def curves(self, result: dict[str, Any]) -> tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]:
-        lines: dict[str, tuple[list[float], list[float]]] = {}
-        for setting in result["settings"]:
-            x, y = lines.setdefault(f"{setting['positions']} positions", ([], []))
-            x.append(setting["pairs"])
-            y.append(setting["right"])
-        return "pairs", lines
+        return "pairs", lines(result["settings"], "pairs", lambda setting: f"{setting['positions']} positions")

@@ -14,9 +14,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from .sequences import HELD_OUT, Sequences, as_batch, share_right
-from .sources import IGNORED, Batch, Plural, Seed, Sized, require
-from .tracking import Lengths
+from .sequences import HELD_OUT, Lengths, OfLengths, as_batch, lines, share_right
+from .sources import IGNORED, Batch, Plural, Sized, require
 
 MARK = 0  # then values, then words
 SHORTEST = 16
@@ -24,8 +23,9 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the value stands, of all places be
 
 
 @dataclass(frozen=True)
-class Needle(Sequences):
+class Needle(OfLengths):
     name: ClassVar[str] = "needle"
+    shortest: ClassVar[int] = SHORTEST
 
     values: Plural = 32
     hay: Plural = 64  # words there are
@@ -39,20 +39,8 @@ class Needle(Sequences):
         require(self, "test", min(self.test) >= SHORTEST, f"lengths of at least {SHORTEST}")
 
     @property
-    def longest(self) -> int:
-        return max(self.train, *self.test)
-
-    @property
     def words(self) -> int:
         return 1 + self.values + self.hay
-
-    def batch(self, count: int, seed: Seed) -> Batch:
-        draw = np.random.default_rng(seed)
-        return self.draw(draw, count, int(draw.integers(SHORTEST, self.train + 1)))
-
-    def validation(self, count: int) -> Batch:
-        """Of the longest training sequences, the value anywhere."""
-        return self.draw(np.random.default_rng(HELD_OUT), count, self.train)
 
     def draw(self, draw: np.random.Generator, count: int, length: int, depth: float | None = None) -> Batch:
         """
@@ -83,9 +71,4 @@ class Needle(Sequences):
         return {"places": found, "chance": 1 / self.values}
 
     def curves(self, result: dict[str, Any]) -> tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]:
-        lines: dict[str, tuple[list[float], list[float]]] = {}
-        for place in result["places"]:
-            x, y = lines.setdefault(f"depth {place['depth']}", ([], []))
-            x.append(place["positions"])
-            y.append(place["right"])
-        return "positions", lines
+        return "positions", lines(result["places"], "positions", lambda place: f"depth {place['depth']}")

@@ -9,25 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rmse_edge.arch.common.recursive import RecursiveConfig
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.errors import ConfigError
 from rmse_edge.files import new_file
-from rmse_edge.schema import check_fields
+from rmse_edge.schema import Expected, check_fields
 
-from .sources import IGNORED, Batch, Seed, check_words
+from .sources import IGNORED, Batch, Seed, Sized, check_words
 
 HELD_OUT = 2**31  # seeds from here on are not those of training
 ROWS = 16  # sequences that are measured together
+
+Lengths = Annotated[tuple[Sized, ...], Field(min_length=1), Expected("a list of lengths")]
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,44 @@ class Sequences(ABC):
         with new_file(picture) as part:
             figure.savefig(part, dpi=110)
         plt.close(figure)
+
+
+@dataclass(frozen=True)
+class OfLengths(Sequences):
+    """A task whose training sequences have any length up to one, and whose measured ones have given lengths."""
+
+    shortest: ClassVar[int]
+
+    train: int  # positions of a training sequence, at most
+    test: Lengths
+
+    @property
+    def longest(self) -> int:
+        return max(self.train, *self.test)
+
+    @abstractmethod
+    def draw(self, draw: np.random.Generator, count: int, length: int) -> Batch:
+        """Sequences of one length."""
+
+    def batch(self, count: int, seed: Seed) -> Batch:
+        draw = np.random.default_rng(seed)
+        return self.draw(draw, count, int(draw.integers(self.shortest, self.train + 1)))
+
+    def validation(self, count: int) -> Batch:
+        """Of the longest training sequences."""
+        return self.draw(np.random.default_rng(HELD_OUT), count, self.train)
+
+
+def lines(
+    found: Sequence[Mapping[str, Any]], x: str, label: Callable[[Mapping[str, Any]], str]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """What was right, against `x`: a line for every label, as `Sequences.curves` gives them."""
+    by_label: dict[str, tuple[list[float], list[float]]] = {}
+    for row in found:
+        of_x, of_y = by_label.setdefault(label(row), ([], []))
+        of_x.append(row[x])
+        of_y.append(row["right"])
+    return by_label
 
 
 def as_batch(tokens: np.ndarray, targets: np.ndarray) -> Batch:

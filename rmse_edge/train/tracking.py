@@ -18,17 +18,16 @@ from pydantic import Field
 
 from rmse_edge.schema import Expected
 
-from .sequences import HELD_OUT, Sequences, as_batch, right
-from .sources import Batch, Plural, Seed, Sized, require
+from .sequences import HELD_OUT, Lengths, OfLengths, as_batch, lines, right
+from .sources import Batch, Plural, Sized, require
 
 SHORTEST = 3
 
-Lengths = Annotated[tuple[Sized, ...], Field(min_length=1), Expected("a list of lengths")]
-
 
 @dataclass(frozen=True)
-class ModularAddition(Sequences):
+class ModularAddition(OfLengths):
     name: ClassVar[str] = "modular_addition"
+    shortest: ClassVar[int] = SHORTEST
 
     modulus: Plural = 5
     train: Annotated[int, Field(ge=SHORTEST, le=2**20)] = 40  # positions of a training sequence, at most
@@ -40,20 +39,8 @@ class ModularAddition(Sequences):
         require(self, "test", list(self.test) == sorted(set(self.test)), "lengths that rise")
 
     @property
-    def longest(self) -> int:
-        return max(self.train, *self.test)
-
-    @property
     def words(self) -> int:
         return self.modulus
-
-    def batch(self, count: int, seed: Seed) -> Batch:
-        draw = np.random.default_rng(seed)
-        return self.draw(draw, count, int(draw.integers(SHORTEST, self.train + 1)))
-
-    def validation(self, count: int) -> Batch:
-        """Of the longest training sequences."""
-        return self.draw(np.random.default_rng(HELD_OUT), count, self.train)
 
     def draw(self, draw: np.random.Generator, count: int, length: int) -> Batch:
         tokens = draw.integers(0, self.modulus, (count, length))
@@ -70,8 +57,7 @@ class ModularAddition(Sequences):
         return {"lengths": found, "chance": chance}
 
     def curves(self, result: dict[str, Any]) -> tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]:
-        lengths = result["lengths"]
-        return "length, at most", {self.name: ([at["to"] for at in lengths], [at["right"] for at in lengths])}
+        return "length, at most", lines(result["lengths"], "to", lambda _: self.name)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from architectures import TEXTS, Case, settings_of, text_of, whole
 from conftest import made_once, made_package
 from helpers import reseal
-from kotlin_core import Core, CoreRuntime
+from kotlin_core import Core, CoreRuntime, assert_says_what_pytorch_says
 from paths import ROOT
 from shipped import sample
 
@@ -22,8 +22,6 @@ from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import UserError
-from rmse_edge.export.gate.compare import compare, settings_for
-from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import PAGE
 from rmse_edge.package import Package
 from rmse_edge.runtimes import runtime_for
@@ -63,14 +61,7 @@ def test_the_core_says_what_pytorch_says(core: Core, made: str, tmp_path: Path, 
     runtime, text = CoreRuntime(core, package, tmp_path), sample(300)[:256]
     window, segment = runtime.info.window, runtime.info.segment
     assert window is None or (window < 200 and segment is not None and segment < window)  # wrapped and learned within
-    reference = Reference(model, runtime.info, text)
-    depths = []
-    for dials in settings_for(reference, text).values():
-        found = compare(reference, runtime, text, dials, exact=True)  # type: ignore[arg-type]
-        assert found["positions"] >= 200 and found["same_depth"] == 1 and found["undecided"] == []
-        assert found["max_logit_difference"] <= 1e-4
-        depths.append(found["depth_sd"])
-    assert max(depths) > 0.5 and depths[0] == 0
+    assert_says_what_pytorch_says(model, runtime, text)
     runtime.close()
 
 

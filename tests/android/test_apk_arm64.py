@@ -19,14 +19,12 @@ from app import fetch
 from arm import COMPILER, CPUS, QEMU, emulated, make_system
 from bionic import make_libraries
 from kotlin_core import COMPILER as TOOLS
-from kotlin_core import DRIVER, ENGINE, Core, CoreRuntime
+from kotlin_core import DRIVER, ENGINE, Core, CoreRuntime, assert_says_what_pytorch_says
 from kotlin_core import built as driver
 from shipped import sample
 
 from android_demo.parts import PARTS
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.export.gate.compare import compare, settings_for
-from rmse_edge.export.gate.reference import Reference
 
 pytestmark = [pytest.mark.android, pytest.mark.arm, pytest.mark.onnx, pytest.mark.slow]
 
@@ -79,14 +77,7 @@ def test_the_app_for_phones_says_what_pytorch_says(
     """
     java = [*emulated(cpu, make_system(cpu, tmp_path / "system")), str(JAVA), *FLAGS]
     runtime = CoreRuntime(Core(java, [phone / APP, phone / DRIVER], phone), shipped_int4[1], tmp_path)
-    text = sample(300)[:256]
-    reference = Reference(shipped_int4[0], runtime.info, text)
-    depths = []
-    for dials in settings_for(reference, text).values():
-        found = compare(reference, runtime, text, dials, exact=True)  # type: ignore[arg-type]
-        assert found["positions"] >= 200 and found["same_depth"] == 1 and found["undecided"] == []
-        depths.append(found["depth_sd"])
-    assert max(depths) > 0.5 and depths[0] == 0
+    assert_says_what_pytorch_says(shipped_int4[0], runtime, sample(300)[:256])
     runtime.ask("new text")
     found = runtime.generate("ROMEO:", 200, seed=1)
     flags = ["-p", "ROMEO:", "-n", "200", "--seed", "1", "-t", "1", "-o", "json"]

@@ -182,6 +182,20 @@ def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
     assert set(worst) == set(tables)
 
 
+def convert(module: torch.nn.Module, x: torch.Tensor, precision: str, path: Path) -> torch.export.ExportedProgram:
+    """Save a module of one input as Core ML's converter makes it; the traced program that it was given."""
+    ct = later("coremltools")
+    with quiet(), coreml_lower.silenced_bars():
+        program = torch.export.export(module, (x,)).run_decompositions(coreml_ops.DECOMPOSITIONS)
+        ct.convert(
+            program,
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=getattr(ct.precision, precision),
+            skip_model_load=True,
+        ).save(str(path))
+    return program
+
+
 class LogSoftmax(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(x, -1)
@@ -190,15 +204,7 @@ class LogSoftmax(torch.nn.Module):
 def test_unlikely_tokens_keep_their_log_probability_in_half_precision(tmp_path: Path) -> None:
     """e^-25 is no float16: its logarithm is wanted all the same, by exit rules that compare predictions."""
     logits = torch.tensor([[0.0, -1.0, -17.0, -25.0]])
-    ct = later("coremltools")
-    with quiet(), coreml_lower.silenced_bars():
-        program = torch.export.export(LogSoftmax(), (logits,)).run_decompositions(coreml_ops.DECOMPOSITIONS)
-        ct.convert(
-            program,
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT16,
-            skip_model_load=True,
-        ).save(str(tmp_path / MODEL))
+    convert(LogSoftmax(), logits, "FLOAT16", tmp_path / MODEL)
     kinds = {op.kind for op in operations(ModelFile(tmp_path / MODEL).function("main"))}
     assert "softmax" not in kinds and "exp" in kinds
     interpreter = Interpreter(tmp_path / MODEL)
@@ -213,16 +219,9 @@ class AllOfAnAxis(torch.nn.Module):
 
 def test_all_of_an_axis_is_taken_for_what_it_is(tmp_path: Path) -> None:
     """A slice of a call of one row is an alias in a traced program, which the converter does not know."""
-    x, ct = torch.tensor([[[0.5, -2.0]]]), later("coremltools")
-    with quiet(), coreml_lower.silenced_bars():
-        program = torch.export.export(AllOfAnAxis(), (x,)).run_decompositions(coreml_ops.DECOMPOSITIONS)
-        assert any(node.target == torch.ops.aten.alias.default for node in program.graph.nodes)
-        ct.convert(
-            program,
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT32,
-            skip_model_load=True,
-        ).save(str(tmp_path / MODEL))
+    x = torch.tensor([[[0.5, -2.0]]])
+    program = convert(AllOfAnAxis(), x, "FLOAT32", tmp_path / MODEL)
+    assert any(node.target == torch.ops.aten.alias.default for node in program.graph.nodes)
     (found,) = Interpreter(tmp_path / MODEL).predict({"x": x.numpy()}).values()
     np.testing.assert_array_equal(found, 2 * x)
 

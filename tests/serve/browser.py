@@ -21,6 +21,10 @@ FLAGS = (
 )  # fmt: skip
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
+# Of the pages of rmse-serve and of web_demo/, which are one: whether it can be used, and its tokens with their depths.
+READY = "document.body?.dataset?.ready !== undefined"
+TOKENS = "[...document.querySelectorAll('#text .token')].map(t => [t.textContent, parseInt(t.title)])"
+
 
 def found() -> str | None:
     """Where Chromium is, if it is here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,10 @@ chromium = later("serve.browser")
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
-READY = "document.body?.dataset?.ready !== undefined"
-TOKENS = "[...document.querySelectorAll('#text .token')].map(t => [t.textContent, parseInt(t.title)])"
-
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return served.write_talker(tmp_path_factory.mktemp("page") / "talker")
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    if chromium.found() is None:
-        pytest.skip("needs Chromium: apt install chromium")
-    with chromium.browser() as found:
-        yield found
-        assert found.logged == []
 
 
 def written(page: Any, count: int) -> None:
@@ -49,7 +36,7 @@ def focus(page: Any, name: str) -> None:
 def test_a_text_is_written_and_steered_by_the_keyboard(talker: Path, page: Any):
     with served.serving(talker) as server:
         page.open(server.url)
-        page.until(READY)
+        page.until(chromium.READY)
         for name, value in (("max_tokens", "40"), ("seed", "5")):
             focus(page, name)
             page.value("document.activeElement.select()")
@@ -62,7 +49,7 @@ def test_a_text_is_written_and_steered_by_the_keyboard(talker: Path, page: Any):
         client = server.client()
         asked = {"model": served.NAME, "prompt": "to be", "max_tokens": 40, "seed": 5, "temperature": 0.8}
         expected = client.completions.create(**asked).choices[0].spans
-        assert page.value(TOKENS) == [[span["text"], span["depth"]] for span in expected]
+        assert page.value(chromium.TOKENS) == [[span["text"], span["depth"]] for span in expected]
         assert len({span["depth"] for span in expected}) > 2
         # The deeper, the stronger and the thicker; what each means stands in the legend.
         look = "[...document.querySelectorAll('%s')].map(t => [parseInt(t.title || t.textContent), getComputedStyle(t).backgroundColor, getComputedStyle(t).borderBottomWidth])"
@@ -84,7 +71,7 @@ def test_a_text_is_written_and_steered_by_the_keyboard(talker: Path, page: Any):
             page.press("ArrowRight")  # to 1: every loop
         page.value("document.getElementById('write').click()")
         page.until("document.querySelectorAll('#text .token').length > 5")
-        assert {depth for _, depth in page.value(TOKENS)} == {4}
+        assert {depth for _, depth in page.value(chromium.TOKENS)} == {4}
         focus(page, "max_loops")
         page.press("ArrowLeft")
         page.press("ArrowLeft")
@@ -99,7 +86,7 @@ def test_a_text_is_written_and_steered_by_the_keyboard(talker: Path, page: Any):
 def test_themes_and_narrow_windows(talker: Path, page: Any, tmp_path: Path):
     with served.serving(talker) as server:
         page.open(server.url)
-        page.until(READY)
+        page.until(chromium.READY)
         light, dark = "", ""
         for theme in (False, True):
             page.dark(theme)
@@ -119,7 +106,7 @@ def test_a_talk_behind_a_key(talker: Path, page: Any):
         page.type("a-key-of-this-test")
         page.press("Tab")
         page.press(" ")
-        page.until(READY)
+        page.until(chromium.READY)
         assert page.value("document.getElementById('keyed').hidden")
         focus(page, "chat")
         page.press(" ")

@@ -22,18 +22,7 @@ chromium = later("serve.browser")
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.onnx]
 
-READY = "document.body?.dataset?.ready !== undefined"
-TOKENS = "[...document.querySelectorAll('#text .token')].map(t => [t.textContent, parseInt(t.title)])"
 PROBLEM = "document.getElementById('problem').textContent"
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    if chromium.found() is None:
-        pytest.skip("needs Chromium: apt install chromium")
-    with chromium.browser() as found:
-        yield found
-        assert found.logged == []
 
 
 @contextmanager
@@ -58,7 +47,7 @@ def write(page: Any, count: int, turn: int) -> list[list[Any]]:
         page.value(f"document.getElementById('{name}').value = {value}")
     page.value("document.getElementById('write').click()")
     page.until(f"document.body.dataset.written === '{turn}'", 120)
-    return page.value(TOKENS)
+    return page.value(chromium.TOKENS)
 
 
 def expected(package: Path, count: int, capsys: pytest.CaptureFixture[str]) -> list[list[Any]]:
@@ -71,7 +60,7 @@ def expected(package: Path, count: int, capsys: pytest.CaptureFixture[str]) -> l
 def test_a_folder_is_read_by_ranges_and_writes_by_itself(package: Path, page: Any, capsys: pytest.CaptureFixture[str]):
     with serving(package) as address:
         page.open(address)
-        page.until(READY)
+        page.until(chromium.READY)
         assert page.value("crossOriginIsolated")
         made = write(page, 100, 1)
         assert made == expected(package, 100, capsys) and len({depth for _, depth in made}) > 2
@@ -104,7 +93,7 @@ def test_an_archive_from_the_picker(package: Path, page: Any, tmp_path: Path, ca
         page.call("DOM.setFileInputFiles", files=[str(wrong)], nodeId=picker)
         page.until(f"{PROBLEM}.includes('not a whole zip archive')")
         page.call("DOM.setFileInputFiles", files=[str(archive)], nodeId=picker)
-        page.until(READY)
+        page.until(chromium.READY)
         assert write(page, 20, 1) == expected(package, 20, capsys)
 
 
@@ -113,5 +102,5 @@ def test_an_archive_behind_an_address(package: Path, page: Any, tmp_path: Path, 
     pack(Package.open(package), archive)
     with serving(archive) as address:
         page.open(address)
-        page.until(READY)
+        page.until(chromium.READY)
         assert write(page, 20, 1) == expected(package, 20, capsys)

@@ -41,15 +41,14 @@ internal class LookupTokenizer(file: File, private val kind: Kind, model: Fields
             }
         },
         WORDS(" ") {
-            override fun split(text: String): List<String> = text.split(WHITE_SPACE).filter(String::isNotEmpty)
+            override fun split(text: String): List<String> = text.split(BETWEEN_WORDS).filter(String::isNotEmpty)
         }, ;
 
         abstract fun split(text: String): List<String>
     }
 
     companion object {
-        /** Unicode's White_Space. */
-        private val WHITE_SPACE = Regex("[\\u0009-\\u000D \\u0085\\u00A0\\u1680\\u2000-\\u200A\\u2028\\u2029\\u202F\\u205F\\u3000]")
+        private val BETWEEN_WORDS = Regex("[${PreTokenizer.WHITE_SPACE}]")
 
         /** Pieces that are looked up as they stand, split in one of the two ways; null: anything else. */
         fun kindOf(spec: Fields, model: Fields, hasAdded: Boolean): Kind? {

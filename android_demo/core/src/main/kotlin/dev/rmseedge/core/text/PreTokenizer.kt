@@ -85,7 +85,8 @@ internal fun interface PreTokenizer {
             }
         }
 
-        private const val WHITE_SPACE = "\\u0009-\\u000D \\u0085\\u00A0\\u1680\\u2000-\\u200A\\u2028\\u2029\\u202F\\u205F\\u3000"
+        /** Unicode's White_Space, as it stands between brackets. */
+        const val WHITE_SPACE = "\\u0009-\\u000D \\u0085\\u00A0\\u1680\\u2000-\\u200A\\u2028\\u2029\\u202F\\u205F\\u3000"
         private val UNICODE = mapOf('s' to WHITE_SPACE, 'd' to "\\p{Nd}", 'w' to "\\p{L}\\p{M}\\p{N}\\p{Pc}")
     }
 }
