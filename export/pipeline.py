@@ -372,7 +372,7 @@ def collection_paused() -> Iterator[None]:
 def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) -> list[tuple[str, float]]:
     """The stages of an export in order and roughly what each costs, in seconds of a small model; see `Stages`."""
     specs = {chunk: model.spec(chunk) for chunk in model.call_sizes()}
-    names = [name for spec in specs.values() for name in method_names(spec, target.host_loop, target.batches)]
+    names = [name for spec in specs.values() for name in method_names(spec, target.host_loop)]
     if target.any_rows:
         names = list(dict.fromkeys(names))
     plan = [("tracing", 4.0 if name == "loop" else 0.5) for name in names]
@@ -437,7 +437,7 @@ def signatures(specs: Mapping[int, LoopSpec], target: Target, quant: str) -> dic
         if target.signatures is not None:
             own = target.signatures(spec, quant)
         else:
-            names = method_names(spec, target.host_loop, target.batches)
+            names = method_names(spec, target.host_loop)
             own = {name: signature(spec, name, target.host_loop) for name in names}
         found |= {f"{name}_{chunk}": tensors for name, tensors in own.items()}
     return found

@@ -6,7 +6,7 @@ This is the stage between a model and every target. Its methods and their tensor
 |---------|-----------------------------------------------------------|--------------------------------------------|
 | prelude | inputs, its state                                         | prelude                                    |
 | loop    | prelude, context, its state, dials                        | h, depth, iterations, stacked emits        |
-| begin   | prelude, context                                          | first_ carry but depth, invariants         |
+| begin   | prelude, context                                          | first_ carry but depth                     |
 | step    | k, carry, prelude, context, row k or all of state, dials  | next_ carry, emits, any_active             |
 | coda    | prelude, context, h, depth, its state                     | coda                                       |
 | head    | what coda gives first; h without a coda                   | head                                       |
@@ -14,13 +14,13 @@ This is the stage between a model and every target. Its methods and their tensor
 
 A model may add methods of its own (`LoopSpec.extra`), which hosts call outside the loop.
 
-`loop` holds the loop itself (`torch.while_loop`); `step` is one iteration, for hosts that own the loop. The names are
-those of the model's `LoopSpec`. Where the engine has no loop, the host always owns it: such programs have `begin` instead
-of `loop`, and their `step` takes the invariants besides, so that no iteration makes them anew.
+`loop` holds the loop itself (`torch.while_loop`); `begin` and `step`, one iteration, are for hosts that own the loop. The
+names are those of the model's `LoopSpec`. Where the engine has no loop, the host always owns it: such programs have no
+`loop`, and their `begin` gives the invariants besides, which `step` takes, so that no iteration makes them anew.
 
-A model of boards, which keeps nothing, can be called with several at once. Of targets that take such calls its `begin` is
-traced besides, and all methods but `loop` with a symbolic number of boards: the host then owns the loop, and boards that have
-stopped leave the batch, which a loop in a graph could not let them do.
+A model of boards, which keeps nothing, can be called with several at once. For targets that take such calls all its methods
+but `loop` are traced with a symbolic number of boards: the host then owns the loop, and boards that have stopped leave the
+batch, which a loop in a graph could not let them do.
 
 Otherwise shapes are static, one program per number of rows, unless a target asks for programs that serve any number of rows. It
 does where an engine lays out weights anew for every graph that it loads: ONNX Runtime prepacks them per session, so two
@@ -47,8 +47,8 @@ from rmse_edge.loop.contract import LoopModel, LoopSpec, TensorSpec, check_spec
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.loop.drive import depth_after, run_loop
 
-METHODS = ("prelude", "loop", "step", "coda", "head", "commit")
-HOST_METHODS = ("prelude", "begin", "step", "coda", "head", "commit")  # of programs whose host owns the loop
+METHODS = ("prelude", "loop", "begin", "step", "coda", "head", "commit")
+HOST_METHODS = tuple(name for name in METHODS if name != "loop")  # of programs whose engine has no loop
 ITERATIONS = TensorSpec("iterations", (), torch.int64)
 LOOP_INDEX = TensorSpec("k", (), torch.int64)
 ANY_ACTIVE = TensorSpec("any_active", (), torch.bool)
@@ -98,7 +98,7 @@ def signature(spec: LoopSpec, method: str, host_loop: bool = False) -> Signature
     return {
         "prelude": ((*spec.inputs, *spec.read_by("prelude")), spec.prelude),
         "loop": ((*given, *spec.read_by("loop"), *dial_specs(spec)), (spec.h, depth, ITERATIONS, *stacked(spec))),
-        "begin": (given, (*first, *spec.invariants)),
+        "begin": (given, (*first, *(spec.invariants if host_loop else ()))),
         "step": (
             (LOOP_INDEX, *spec.carried, *fixed, *rows, *spec.whole, *dial_specs(spec)),
             (*(next_of(t) for t in spec.carried), *spec.emits, ANY_ACTIVE),
@@ -277,11 +277,9 @@ class LoopProgram:
         return next(m for m in self.methods if m.name == name and chunk in m.chunks)
 
 
-def method_names(spec: LoopSpec, host_loop: bool = False, batches: bool = False) -> tuple[str, ...]:
+def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
     """The methods that are traced; see `trace`."""
-    methods: tuple[str, ...] = HOST_METHODS if host_loop else METHODS
-    if batches and spec.batches and not host_loop:
-        methods = ("begin", *methods)
+    methods = HOST_METHODS if host_loop else METHODS
     absent = {name for name, there in (("commit", spec.commit), ("coda", spec.coda)) if not there}
     return (*(m for m in methods if m not in absent), *spec.extra)
 
@@ -317,7 +315,7 @@ def trace(
         check_spec(spec)
     methods = []
     for chunk, spec in specs.items():
-        for name in method_names(spec, host_loop, batches):
+        for name in method_names(spec, host_loop):
             shared = shared_signature(specs, name) if any_rows else None
             if shared is not None and chunk != chunks[0]:
                 continue

@@ -153,10 +153,10 @@ def compare_methods(
         tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in feeds.items()}
         with torch.no_grad():
             carry, invariants = ({k: v.numpy() for k, v in part.items()} for part in program.model.begin(tensors))
-        if any(m.name == "begin" for m in program.methods):
-            got = candidate.run("begin", chunk, feeds)
-            for key, value in ({f"first_{k}": v for k, v in carry.items()} | invariants).items():
-                note(f"begin_{chunk}", key, value, got[key])
+        got = candidate.run("begin", chunk, feeds)
+        begun = {f"first_{k}": v for k, v in carry.items()} | invariants
+        for key in got:
+            note(f"begin_{chunk}", key, begun[key], got[key])
         carry["depth"] = np.zeros(spec.active.shape, np.int64)
         last, emits, iterations = host_loop(candidate, spec, carry, feeds | invariants, dials)
         for name in ("h", "depth"):

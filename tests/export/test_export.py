@@ -41,7 +41,7 @@ onnx_weights = later("rmse_edge.export.onnx.weights")
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
 Numbers = tuple[np.ndarray, np.ndarray]  # logits, depth
-METHODS = [f"{name}_{chunk}" for chunk in (1, 64) for name in ("prelude", "loop", "step", "head", "commit")]
+METHODS = [f"{name}_{chunk}" for chunk in (1, 64) for name in ("prelude", "loop", "begin", "step", "head", "commit")]
 
 # ------------------------------------------------------------------------------------------------------ numbers
 

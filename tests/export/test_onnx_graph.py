@@ -38,7 +38,7 @@ onnx_weights = later("rmse_edge.export.onnx.weights")
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
 
-METHODS = ["prelude", "loop", "step", "head", "commit"]
+METHODS = ["prelude", "loop", "begin", "step", "head", "commit"]
 DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64", "BOOL": "bool"}
 
 

@@ -1,53 +1,105 @@
-// A package's methods on onnxruntime-web. Arrays are {type, dims, data}, as its tensors have them.
+// A package's methods on onnxruntime-web, in WebAssembly or on the GPU.
 
-export const MAKE = {
-  float32: Float32Array, float16: Uint16Array, int64: BigInt64Array, int32: Int32Array, int8: Int8Array, uint8: Uint8Array, bool: Uint8Array,
+import { Gpu, Memory } from "./place.js";
+import { operators } from "./operators.js";
+
+// What onnxruntime-web 1.30.0 does not compute on the GPU though it is most of a model's work, and how to do without.
+const NOT_ON_GPU = {
+  "com.microsoft.MoE": "experts in floats; export with --quant int4 --accuracy-level 0",
+  Loop: "a loop over experts",
 };
+const READ_HERE = ["logits"]; // floats that are looked at, not only passed on
 
-export const zeros = (type, dims) => ({ type, dims, data: new MAKE[type](dims.reduce((a, b) => a * b, 1)) });
+// The engine does not compute all of a package on the GPU; it does in WebAssembly.
+export class NotOnGpu extends Error {}
 
-// The bytes of an array, without a copy.
-export const bytesOf = ({ data }) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+// Throws `NotOnGpu` where there is no GPU to be had.
+export async function findGpu() {
+  if (!globalThis.navigator?.gpu) throw new NotOnGpu("this browser has no WebGPU");
+  if (!(await navigator.gpu.requestAdapter())) throw new NotOnGpu("the browser's WebGPU finds no GPU here");
+}
 
 export class Engine {
   #ort;
   #files = new Map(); // file -> session
   #graphs;
+  #given = []; // tensors of the GPU that `release` takes back
 
   constructor(ort, graphs) {
     this.#ort = ort;
     this.#graphs = graphs;
   }
 
-  // All graphs that the methods of the package's own loop are in. `ort`: the module.
-  static async open(pack, ort, methods, chunks) {
+  // All graphs that the methods are in, each with its weights once. `ort`: the module; `gpu`: compute on the GPU.
+  static async open(pack, ort, methods, chunks, gpu = false) {
     const { graphs, weights } = pack.manifest.lowering;
-    const engine = new Engine(ort, graphs);
+    const engine = new Engine(ort, graphs), files = new Map(); // file -> a method that is in it
+    for (const method of methods) {
+      for (const chunk of chunks) if (graphs[`${method}_${chunk}`]) files.set(graphs[`${method}_${chunk}`], `${method}_${chunk}`);
+      if (![...files.values()].some((name) => name.startsWith(`${method}_`))) throw new NotOnGpu(`the package: holds no ${method}; export it again`);
+    }
+    const models = new Map();
+    for (const file of files.keys()) {
+      const model = await pack.read(file), missing = gpu ? [...operators(model)].filter((name) => name in NOT_ON_GPU) : [];
+      if (missing.length) throw new NotOnGpu(`WebGPU has no ${missing[0]} (${NOT_ON_GPU[missing[0]]})`);
+      models.set(file, model);
+    }
     const data = await pack.read(weights);
-    for (const file of new Set(methods.flatMap((method) => chunks.map((chunk) => graphs[`${method}_${chunk}`])))) {
-      if (file === undefined) continue;
+    for (const [file, name] of files) {
       const options = { executionProviders: ["wasm"], externalData: [{ path: weights, data }], logSeverityLevel: 3 };
+      if (gpu) {
+        options.executionProviders = ["webgpu"];
+        options.preferredOutputLocation = {};
+        for (const { name: output, dtype } of pack.manifest.methods[name].outputs) {
+          options.preferredOutputLocation[output] = dtype === "float32" && !READ_HERE.includes(output) ? "gpu-buffer" : "cpu";
+        }
+      }
       try {
-        engine.#files.set(file, await ort.InferenceSession.create(await pack.read(file), options));
+        engine.#files.set(file, await ort.InferenceSession.create(models.get(file), options));
       } catch (error) {
+        await engine.close();
         const reason = error.message ?? String(error);
+        if (gpu) throw new NotOnGpu(`${file}: WebGPU cannot load it (${reason})`);
         const fix = reason.includes("accuracy_level") ? "; export with --accuracy-level 0" : "";
         throw new Error(`${file}: onnxruntime-web cannot load it (${reason})${fix}`);
       }
     }
+    engine.place = gpu ? new Gpu(await ort.env.webgpu.device) : new Memory();
     return engine;
   }
 
-  async run(method, chunk, feeds) {
+  #session(method, chunk) {
     const session = this.#files.get(this.#graphs[`${method}_${chunk}`]);
-    if (!session) throw new Error(`the package: holds no ${method} for ${chunk} rows`);
-    const given = {};
+    if (session) return session;
+    throw new Error(`the package: holds no ${method} for ${chunk} rows`);
+  }
+
+  takes(method, chunk) {
+    return this.#session(method, chunk).inputNames;
+  }
+
+  async run(method, chunk, feeds) {
+    const session = this.#session(method, chunk), given = {}, found = {};
     for (const name of session.inputNames) {
       const array = feeds[name];
       if (!array) throw new Error(`${method}: nobody gives ${name}`);
-      given[name] = array instanceof this.#ort.Tensor ? array : new this.#ort.Tensor(array.type, array.data, array.dims);
+      given[name] = array.buffer
+        ? this.#ort.Tensor.fromGpuBuffer(array.buffer, { dataType: array.type, dims: array.dims })
+        : new this.#ort.Tensor(array.type, array.data, array.dims);
     }
-    return session.run(given);
+    this.place.flush();
+    for (const [name, tensor] of Object.entries(await session.run(given))) {
+      const { type, dims } = tensor, here = tensor.location !== "gpu-buffer";
+      found[name] = here ? { type, dims, data: tensor.data } : { type, dims, buffer: tensor.gpuBuffer };
+      if (!here) this.#given.push(tensor);
+    }
+    return found;
+  }
+
+  // What was given out on the GPU is no longer looked at.
+  release() {
+    this.place.flush();
+    for (const tensor of this.#given.splice(0)) tensor.dispose();
   }
 
   async close() {

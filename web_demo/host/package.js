@@ -32,7 +32,7 @@ export class Package {
     return Package.#open(async (name) => {
       const entry = entries.get(name);
       if (!entry) throw new Error(`the archive: holds no ${name}; ${AGAIN}`);
-      const head = new DataView((await bytes.read(entry.offset, entry.offset + 30)).buffer.slice(0));
+      const own = await bytes.read(entry.offset, entry.offset + 30), head = new DataView(own.buffer, own.byteOffset, own.length);
       if (head.byteLength < 30 || head.getUint32(0, true) !== 0x04034b50) throw new Error(`the archive: damaged at ${name}; copy it again`);
       const start = entry.offset + 30 + head.getUint16(26, true) + head.getUint16(28, true);
       return { bytes, start, size: entry.size };
@@ -70,8 +70,12 @@ export class Package {
     return found;
   }
 
+  async text(name) {
+    return text(await this.read(name, 256 << 20));
+  }
+
   async json(name) {
-    return JSON.parse(text(await this.read(name, 256 << 20)));
+    return JSON.parse(await this.text(name));
   }
 
   has(name) {

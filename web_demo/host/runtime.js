@@ -1,10 +1,9 @@
 // A looped language model that remembers what it was fed: runtimes/host/text.py in JavaScript, steered by the manifest.
 
 import { Calls, planCalls } from "./calls.js";
-import { Engine, zeros } from "./engine.js";
+import { Engine } from "./engine.js";
+import { zeros } from "./place.js";
 import { starts } from "./random.js";
-import { Sampler } from "./sampler.js";
-import { TextStream } from "./text.js";
 
 // The dials that are no numbers of loops, by the value that turns them off.
 const WHOLE = new Set(["max_loops", "min_loops", "exit_steady"]);
@@ -55,11 +54,13 @@ export class Runtime {
   #calls;
   #hits = {};
 
-  // `ort`: the module onnxruntime-web.
-  static async open(pack, ort) {
+  // `ort`: the module onnxruntime-web; `gpu`: compute on the GPU, whose engine leaves the loop to the host; `hostLoop`: own
+  // the loop elsewhere, too.
+  static async open(pack, ort, { gpu = false, hostLoop = gpu } = {}) {
     const runtime = new Runtime(), info = new Info(pack.manifest.model);
-    const methods = info.methods.filter((method) => !["begin", "step", "embed_segment"].includes(method));
-    const engine = await Engine.open(pack, ort, methods, info.chunks);
+    info.hostLoop = hostLoop;
+    const methods = info.methods.filter((method) => method !== "embed_segment" && !(hostLoop && method === "loop"));
+    const engine = await Engine.open(pack, ort, hostLoop ? [...methods, "begin", "step"] : methods, info.chunks, gpu);
     runtime.info = info;
     runtime.engine = engine;
     runtime.#calls = await Calls.open(info, engine);
@@ -81,6 +82,26 @@ export class Runtime {
   reset() {
     this.#calls.reset();
     this.position = 0;
+  }
+
+  // All that is kept between calls, in this memory, but for the position: name -> array. Of what is appended only what is filled.
+  async tensors() {
+    const kept = { ...(await this.#calls.tensors(this.position)) };
+    for (const [name, array] of Object.entries(this.#hits)) kept[name] = array;
+    return kept;
+  }
+
+  // Types and shapes of what `tensors` gives at a position.
+  forms(position) {
+    const hits = Object.entries(this.#hits).map(([name, { type, dims }]) => [name, { type, dims }]);
+    return Object.fromEntries([...this.#calls.forms(position), ...hits]);
+  }
+
+  // Go on from what `tensors` gave at a position.
+  restore(position, tensors) {
+    this.#calls.restore(position, tensors);
+    for (const [name, { data }] of Object.entries(this.#hits)) data.set(tensors[name].data);
+    this.position = position;
   }
 
   // Continue the text: logits of every token, or of the last one, and the loops of each.
@@ -130,54 +151,5 @@ export class Runtime {
     }
     if (this.info.text.prefix) found.prefix = whole(prefix);
     return { ...found, position: whole(this.position), n_valid: whole(n) };
-  }
-}
-
-// A model and its tokenizer: texts go in, texts with their depths come out.
-export class Writer {
-  constructor(runtime, tokenizer) {
-    Object.assign(this, { runtime, tokenizer });
-  }
-
-  // `tokenizers`: the module @huggingface/tokenizers.
-  static async open(pack, ort, tokenizers) {
-    if (!pack.manifest.text?.tokenizer) throw new Error("the package has no tokenizer.json, so nothing can be typed");
-    return Writer.withTokenizer(pack, await Runtime.open(pack, ort), tokenizers);
-  }
-
-  static async withTokenizer(pack, runtime, tokenizers) {
-    return new Writer(runtime, new tokenizers.Tokenizer(await pack.json(pack.manifest.text.tokenizer), {}));
-  }
-
-  encode(text) {
-    const ids = this.tokenizer.encode(text).ids;
-    if (ids.some((id) => id === undefined)) {
-      const unknown = [...text].find((character) => this.tokenizer.encode(character).ids.includes(undefined));
-      throw new Error(`the tokenizer has no token for ${JSON.stringify(unknown)}`);
-    }
-    if (ids.length) return ids;
-    const begin = this.runtime.info.config.bos_token_id;
-    if (begin === null || begin === undefined) throw new Error("the prompt is empty and the model has no begin-of-text token; give at least one character");
-    return [begin];
-  }
-
-  // Pieces {spans, tokens, depth} of what follows `prompt`. `asked.dials` may be changed on the way.
-  async *write(prompt, asked) {
-    const { runtime } = this, { info } = runtime, ids = this.encode(prompt);
-    const stream = new TextStream((tokens) => this.tokenizer.decode(tokens, { skip_special_tokens: false }), ids);
-    const sampler = new Sampler(asked);
-    runtime.reset();
-    runtime.noiseSeed = asked.seed ?? 0;
-    let fed = ids;
-    for (let made = 0; made < asked.max_tokens; made++) {
-      if (made && info.longest !== null && runtime.position >= info.longest) break;
-      const { logits, depth } = await runtime.feed(fed, asked.dials);
-      const token = sampler.pick(logits.at(-1), info.text.unused_token_ids);
-      const ended = info.text.eos_token_ids.includes(token);
-      yield { spans: ended ? [] : stream.push(token, depth.at(-1)), tokens: [token], depth: [depth.at(-1)] };
-      if (ended) break;
-      fed = [token];
-    }
-    yield { spans: stream.finish(), tokens: [], depth: [] };
   }
 }

@@ -1,25 +1,43 @@
-// From tokens to text as early as it is certain: runtimes/text/generate.py in JavaScript, without stop texts.
+// From tokens to text as early as it is certain: TextStream of runtimes/text/generate.py in JavaScript.
 
 const BROKEN = "\ufffd"; // stands for bytes that are no character, or not yet
 const PATIENCE = 64; // tokens without one whole character after which there is none
 
-export class TextStream {
-  #decode;
-  #ids = [];
-  #shown = 0; // of `ids`, those that became text
-  #depth = 0;
+export const BEGINNING = { context: [], open: [] }; // a tail: the tokens that became text last, and those that begin a character
 
-  constructor(decode, prompt) {
+export class TextStream {
+  stopped = false; // at a stop text, of which nothing is given out
+  #decode;
+  #stop;
+  #ids;
+  #shown; // of `ids`, those that became text
+  #depth = 0;
+  #held = []; // spans that may yet belong to a stop text
+
+  // `tail`: of the stream that this one goes on from.
+  constructor(decode, stop = [], tail = BEGINNING) {
     this.#decode = decode;
-    let first = prompt.length - 1;
-    while (first > 0 && !this.#isWhole(prompt[first])) first--;
-    for (const token of prompt.slice(Math.max(0, first))) {
+    this.#stop = stop;
+    this.#ids = [...tail.context, ...tail.open];
+    this.#shown = tail.context.length;
+  }
+
+  get tail() {
+    return { context: this.#ids.slice(0, this.#shown), open: this.#ids.slice(this.#shown) };
+  }
+
+  // Take tokens whose text is not wanted, such as a prompt's.
+  skip(tokens) {
+    let first = tokens.length - 1;
+    while (first > 0 && !this.#isWhole(tokens[first])) first--;
+    if (tokens.length && this.#isWhole(tokens[first])) [this.#ids, this.#shown] = [[], 0];
+    for (const token of tokens.slice(Math.max(0, first))) {
       this.#ids.push(token);
       if (!this.#isOpen(this.#fresh())) this.#advance();
     }
   }
 
-  // What can be shown now: {text, depth}, or nothing.
+  // Take a token; gives what can be shown now, as [{text, depth}].
   push(token, depth) {
     this.#ids.push(token);
     this.#depth = Math.max(this.#depth, depth);
@@ -27,9 +45,11 @@ export class TextStream {
     return this.#isOpen(text) ? [] : this.#release(text);
   }
 
-  finish() {
-    const text = this.#fresh();
-    return text ? this.#release(text) : [];
+  // What was held back. `whole`: the text ends here; otherwise what was begun is left to the stream that goes on from `tail`.
+  finish(whole = true) {
+    const text = whole && !this.stopped ? this.#fresh() : "";
+    const spans = text ? this.#release(text) : [];
+    return this.stopped ? spans : [...spans, ...this.#held.splice(0)];
   }
 
   #isWhole(token) {
@@ -53,10 +73,32 @@ export class TextStream {
     this.#shown = this.#ids.length;
   }
 
+  // Move `text` into what is held, and out of it what no stop text can claim any more.
   #release(text) {
     this.#advance();
-    const span = { text, depth: this.#depth };
+    this.#held.push({ text, depth: this.#depth });
     this.#depth = 0;
-    return [span];
+    const held = this.#held.map((span) => span.text).join("");
+    const found = this.#stop.map((stop) => held.indexOf(stop)).filter((at) => at >= 0);
+    if (found.length) {
+      this.stopped = true;
+      return this.#take(Math.min(...found));
+    }
+    let longest = 0;
+    for (const stop of this.#stop) {
+      for (let n = 1; n < stop.length; n++) if (held.endsWith(stop.slice(0, n))) longest = Math.max(longest, n);
+    }
+    return this.#take(held.length - longest);
+  }
+
+  #take(count) {
+    const taken = [];
+    while (count > 0) {
+      const { text, depth } = this.#held.shift();
+      if (text.length > count) this.#held.unshift({ text: text.slice(count), depth });
+      taken.push({ text: text.slice(0, count), depth });
+      count -= text.length;
+    }
+    return taken;
   }
 }

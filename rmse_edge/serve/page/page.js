@@ -1,6 +1,6 @@
 // The page, wherever the model runs. A `source` brings the model:
 //
-//   describe()            -> {name, max_loops, rules, dials, chat}; throws `KeyNeeded` where a key is asked for
+//   describe()            -> {name, max_loops, rules, dials, chat, sessions}; throws `KeyNeeded` where a key is asked for
 //   write(asked, signal)  -> async iterator of {spans: [{text, depth}], depth: [loops of each token]}
 //   turn(dials)           changes dials of the text that is being written
 //   key                   what was typed as a key
@@ -29,6 +29,7 @@ const BODY = `
       <button id="write" type="button">Write</button>
       <button id="stop" type="button" disabled>Stop</button>
       <label id="talk" hidden><input id="chat" type="checkbox"> talk (chat template)</label>
+      <label id="onwards" hidden><input id="further" type="checkbox"> go on behind the text</label>
       <label><input id="numbers" type="checkbox"> loops as numbers</label>
       <small id="keys">Ctrl+Enter writes, Esc stops</small>
     </div>
@@ -185,7 +186,8 @@ export async function start(source) {
       say(`${text.childNodes.length ? "\n\n" : ""}${prompt}\n\n`);
       asked.messages = talk;
     } else {
-      text.replaceChildren();
+      asked.further = model.sessions && at("further").checked || undefined;
+      if (!asked.further) text.replaceChildren();
       say(prompt);
       asked.prompt = prompt;
     }
@@ -218,11 +220,23 @@ export async function start(source) {
   const stop = () => writing?.abort();
   at("write").addEventListener("click", write);
   at("stop").addEventListener("click", stop);
-  at("chat").addEventListener("change", () => {
-    at("asks").textContent = at("chat").checked ? "Say something" : "Text to continue";
+  function setTalk(on) {
+    at("chat").checked = on;
+    at("asks").textContent = on ? "Say something" : "Text to continue";
+    at("onwards").hidden = on || !model?.sessions;
     talk = [];
     text.replaceChildren();
-  });
+  }
+  at("chat").addEventListener("change", () => setTalk(at("chat").checked));
+
+  // Show what a session brings: the messages of a conversation, or the last characters of a text that goes on.
+  function resume({ messages, text: last }) {
+    setTalk(messages !== null);
+    at("further").checked = messages === null;
+    if (messages === null) return say(`… ${last}`);
+    talk = messages;
+    say(messages.map((message) => message.content).join("\n\n"));
+  }
   at("numbers").addEventListener("change", () => text.classList.toggle("numbers", at("numbers").checked));
   form.addEventListener("submit", (event) => event.preventDefault());
   document.addEventListener("keydown", (event) => {
@@ -247,6 +261,7 @@ export async function start(source) {
     document.title = `${model.name} · rmse-edge`;
     at("about").textContent = model.about ?? `${(model.parameters / 1e6).toFixed(1)} M parameters, ${model.quant}, ${model.runtime}`;
     at("talk").hidden = !model.chat;
+    setTalk(at("chat").checked && model.chat);
     form.replaceChildren(Object.assign(document.createElement("h2"), { textContent: "Dials, which act at once" }));
     addSlider("max_loops", 1, model.max_loops, 1, model.dials.max_loops, "loops of a token at most");
     addSlider("min_loops", 1, model.max_loops, 1, model.dials.min_loops, "loops before it may stop");
@@ -272,5 +287,5 @@ export async function start(source) {
     open();
   });
   await open();
-  return { open, problem }; // for a source that loads another model
+  return { open, problem, resume, writing: () => writing !== null }; // for a source that loads other models, and sessions
 }
