@@ -4,7 +4,7 @@
 import { MAKE, sizeOf, bytesOf } from "./place.js";
 import { Standing } from "./writer.js";
 
-const FORMAT = "rmse-edge session", VERSION = "2", NEW = "start a new session";
+const FORMAT = "rmse-edge session", VERSION = "3", NEW = "start a new session";
 const TYPES = { float32: "F32", float16: "F16", int8: "I8", int64: "I64", bool: "BOOL" };
 const LARGEST_HEADER = 100 << 20;
 const ascii = (value) => JSON.stringify(value).replace(/[\u007f-\uffff]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
@@ -107,29 +107,19 @@ function opened(bytes) {
   return { header, tensors };
 }
 
-// SHA-256 over the header without its own hash and all tensors, by name, type, shape and bytes, as Python writes them.
+// SHA-256 over the header without its own hash and all tensors; runtimes/host/session.py says what is hashed in which order.
 async function digest(tensors, header) {
-  const pairs = Object.keys(header).filter((name) => name !== "sha256").sort().map((name) => `(${quoted(name)}, ${quoted(header[name])})`);
-  const pieces = [new TextEncoder().encode(`[${pairs.join(", ")}]`)];
+  const utf8 = (text) => new TextEncoder().encode(text), end = utf8("\n"), pieces = [];
+  for (const name of Object.keys(header).filter((name) => name !== "sha256").sort()) {
+    const value = utf8(header[name]);
+    pieces.push(utf8(`${name} ${value.length}\n`), value, end);
+  }
   for (const name of Object.keys(tensors).sort()) {
-    const { type, dims } = tensors[name], shape = dims.length === 1 ? `(${dims[0]},)` : `(${dims.join(", ")})`;
-    pieces.push(new TextEncoder().encode(`${name} ${type} ${shape}`), bytesOf(tensors[name]));
+    const { type, dims } = tensors[name];
+    pieces.push(utf8(`${name} ${type} ${dims.join("x")}\n`), bytesOf(tensors[name]), end);
   }
   const found = new Uint8Array(await crypto.subtle.digest("SHA-256", joined(pieces)));
   return Array.from(found, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-// A text as Python's repr() has it.
-function quoted(text) {
-  const quote = text.includes("'") && !text.includes('"') ? '"' : "'";
-  const escaped = (character) => {
-    const code = character.codePointAt(0), named = { "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", [quote]: `\\${quote}` }[character];
-    if (named) return named;
-    if (character === " " || !/[\p{C}\p{Z}]/u.test(character)) return character;
-    const [mark, width] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
-    return `\\${mark}${code.toString(16).padStart(width, "0")}`;
-  };
-  return quote + Array.from(text, escaped).join("") + quote;
 }
 
 function joined(pieces) {
