@@ -306,7 +306,7 @@ def small_hybrid() -> HybridModel:
         deltanet_key_heads=2, deltanet_value_heads=4, deltanet_key_dim=8, deltanet_value_dim=8,
         mamba_heads=4, mamba_head_dim=8, mamba_state_dim=8, mamba_angles=2, mamba_rank=2,
         rodimus_channels=32, rodimus_state_dim=8, rodimus_gate_rank=8,
-        atlas_heads=2, atlas_head_dim=8, atlas_hidden=8, atlas_steps=2, atlas_segment=16,
+        atlas_heads=4, atlas_head_dim=8, atlas_hidden=8, atlas_steps=2, atlas_segment=16,
         n_experts=6, top_k=2, expert_width=32, shared_width=32, exit_rules=("gate", "delta", "cosine"),
     )  # fmt: skip
     model = HybridModel(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
+MIXERS = ("atlas", "gated_deltanet", "mamba3", "rodimus_plus", "gated_attention")  # all of them
 FIGURE = {"atlas": 1, "mamba3": 3.5, "gated_deltanet": 3.5, "gated_attention": 2}
 
 
@@ -120,6 +122,25 @@ def test_every_tensor_has_a_line_in_the_quantiser_s_table(name: str, quant: str)
     assert known >= set(stored_keys(model.config, list(model.state_dict())))
     assert not any(part in name for name in found.tensors for part in ("conv1d", "norm", "gates", "A_log", "router"))
     assert {"embed_tokens.weight", "lm_head.weight", "layers.1.mixers.0.out_proj.weight"} <= set(found.tensors)
+
+
+@pytest.mark.slow
+def test_gptq_hears_the_matrices_of_every_mixer_and_says_more_than_rounding() -> None:
+    config = replace(small_hybrid().config, layers=MIXERS, think=(0, 5), untrained_loops=0, n_experts=0)
+    torch.manual_seed(9)
+    model, text = HybridModel(config).eval(), random_tokens(1100, vocab=65)
+    request = QuantizeRequest(
+        Scheme("int4", dense_group_size=32),
+        in_flow=False,
+        calibration_tokens=512,
+        evaluation_tokens=100,
+        recalibrate_gate=False,
+    )
+    found = [quantize(model, replace(request, method=method), text, "f") for method in ("rtn", "gptq")]
+    nearest, corrected = (q.report["evaluation"] for q in found)
+    assert found[0].tensors.keys() == found[1].tensors.keys()
+    assert corrected["full_depth"]["kl"] < 0.95 * nearest["full_depth"]["kl"]
+    assert all(a < b for a, b in zip(corrected["drift"], nearest["drift"], strict=True))
 
 
 def test_a_checkpoint_with_other_tensors_is_refused(tmp_path: Path) -> None:
