@@ -20,6 +20,7 @@ ROWS, SLOTS, BOARDS = "rows", "slots", "boards"
 # A model that names this in its context is told how many of a text's first positions see each other whatever their order,
 # (1,) int64: 0 for a text without a prefix. The call that reads them holds all of them.
 PREFIX = "prefix"
+DRAFT_TOKENS = 3  # of speculative decoding, where nobody says how many: docs/experiments/speculation
 MAX_LOOPS = 64  # upper bound on the trained depth
 
 Count = Annotated[int, Field(ge=1, le=2**16), Expected("a positive integer, at most 65536")]

@@ -53,6 +53,7 @@ from rmse_edge.loop.dials import DIALS, Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize, save_quantized
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+from rmse_edge.runtimes.text.speculation import Speculation
 from rmse_edge.text import TokenNumbers
 
 TARGETS = ("onnx", "executorch", "coreml")
@@ -481,9 +482,13 @@ def whole(model: Any, text: np.ndarray, dials: Dials) -> tuple[np.ndarray, np.nd
     return found.logits.numpy(), found.depth.numpy()
 
 
-def greedy(runtime: Any, prompt: np.ndarray, dials: Dials, count: int = 12) -> list[int]:
+def greedy(
+    runtime: Any, prompt: np.ndarray, dials: Dials, count: int = 12, speculation: Speculation | None = None
+) -> list[int]:
     """The likeliest tokens behind a prompt, one after the other."""
-    generation = Generation(runtime, TokenNumbers(), [*map(int, prompt)], dials, Sampler(Sampling(0.0)), count)
+    generation = Generation(
+        runtime, TokenNumbers(), [*map(int, prompt)], dials, Sampler(Sampling(0.0)), count, speculation=speculation
+    )
     for _ in generation.spans():
         pass
     return generation.tokens

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from rmse_edge.errors import UserError
 from rmse_edge.loop.dials import DIALS
+from rmse_edge.numbers import DRAFT_TOKENS
 
 from .common import Parser, finite_float, key_value, non_negative_float, non_negative_int, positive_float, positive_int
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes import Dials, ModelInfo, Runtime
     from rmse_edge.runtimes.text.librarian import Librarian
+    from rmse_edge.runtimes.text.speculation import Speculation
 
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +61,33 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
         UserError: a dial is out of the model's range, or the model was not built with that rule.
     """
     return info.dials_asked({name: getattr(args, name) for name in DIALS})
+
+
+def add_speculation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculative decoding")
+    group.add_argument(
+        "--speculate", type=positive_int, metavar="N",
+        help="draft tokens with N loops, and verify them together at the dials: greedy tokens stay the same",
+    )  # fmt: skip
+    group.add_argument(
+        "--draft-tokens", type=positive_int, metavar="M",
+        help=f"of --speculate: tokens that are drafted before they are verified, at most (default: {DRAFT_TOKENS})",
+    )  # fmt: skip
+
+
+def chosen_speculation(args: argparse.Namespace) -> Speculation | None:
+    """What the flags of `add_speculation_flags` say.
+
+    Raises:
+        UserError: --draft-tokens without --speculate, or beyond its range.
+    """
+    from rmse_edge.runtimes.text.speculation import Speculation
+
+    if args.speculate is None:
+        if args.draft_tokens is not None:
+            raise UserError("--draft-tokens: needs --speculate")
+        return None
+    return Speculation(args.speculate, args.draft_tokens or DRAFT_TOKENS)
 
 
 def add_memory_flags(parser: Parser) -> None:

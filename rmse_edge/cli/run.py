@@ -17,7 +17,16 @@ from .boards import refuse_flags_of_texts, run_boards
 from .chat import NO_QUESTION, talk
 from .common import INTERRUPTED, Parser, existing_path, list_of, model_folder, non_negative_int, positive_int, verb
 from .display import DepthWriter, offload_lines, plain
-from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
+from .flags import (
+    add_dial_flags,
+    add_memory_flags,
+    add_runtime_flags,
+    add_speculation_flags,
+    chosen_dials,
+    chosen_speculation,
+    open_model,
+    prepare_memory,
+)
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes.host.session import Resumed
@@ -28,7 +37,7 @@ if TYPE_CHECKING:
 TEXT_FLAGS = (
     "max_new_tokens", "prefix", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos", "system", "no_memory", "kb",
     "gamma", "kb_hits", "kb_timeout", "kb_storage", "kb_optional", "session", "save_session", "show_depth", "show_prompt",
-    "color",
+    "color", "speculate", "draft_tokens",
 )  # fmt: skip
 
 
@@ -46,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from rmse_edge.text import Tokenizer, check_ids
 
     sampler = Sampler(Sampling(args.temperature, args.top_k, args.top_p, args.seed))
+    speculation = chosen_speculation(args)
     text = read_prompt(args)
     if args.save_session:
         try:
@@ -64,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     librarian = prepare_memory(runtime, args, warn)
     prefix = None if args.prefix is None else args.prefix == "all"
     writer = Writer(
-        runtime, tokenizer, dials, sampler, args.max_new_tokens, args.stop or (), args.ignore_eos, prefix, librarian
-    )
+        runtime, tokenizer, dials, sampler, args.max_new_tokens, args.stop or (), args.ignore_eos, prefix, librarian,
+        speculation,
+    )  # fmt: skip
     resumed = restore_session(runtime, args.session) if args.session else None
     if template is not None:
         return converse(args, writer.conversation(template), resumed, text)
@@ -131,6 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument("--system", metavar="TEXT", help="the conversation's system message")
     add_dial_flags(parser)
+    add_speculation_flags(parser)
     add_memory_flags(parser)
     group = parser.add_argument_group("session")
     group.add_argument("--session", type=Path, metavar="FILE", help="continue a saved session")
@@ -291,7 +303,7 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
     if args.show_depth:
         counts = (f"{k}:{count}" for k, count in enumerate(statistics["histogram"], 1) if count)
         lines.append(f"tokens by loops: {' '.join(counts)}")
-    lines += retrieval_lines(statistics)
+    lines += speculation_lines(statistics) + retrieval_lines(statistics)
     if args.stats:
         lines += offload_lines(expert_figures(generation))
     print("\n".join(lines), file=sys.stderr)
@@ -305,6 +317,16 @@ def expert_figures(generation: Generation) -> dict[str, Any]:
     figures = generation.runtime.expert_figures(len(generation.prompt) + max(0, len(generation.tokens) - 1))
     assert figures is not None
     return figures
+
+
+def speculation_lines(s: dict[str, Any]) -> list[str]:
+    """How much of its drafts was accepted; nothing without --speculate."""
+    if not (found := s.get("speculation")) or not found["rounds"]:
+        return []
+    return [
+        f"{found['tokens_per_round']:.2f} tokens per verification; {found['accepted']} of {found['drafted']} drafted with "
+        f"{found['draft_loops']} loops accepted"
+    ]
 
 
 def retrieval_lines(s: dict[str, Any]) -> list[str]:

@@ -47,6 +47,8 @@ def _text(pieces: Sequence[Piece]) -> str:
 
 def _loops(finished: Finished) -> dict[str, Any]:
     found = {"loops": {name: finished.statistics[name] for name in LOOPS}}
+    if "speculation" in finished.statistics:
+        found["speculation"] = finished.statistics["speculation"]
     if "consultations" in finished.statistics:
         found["retrieval"] = {name: finished.statistics[name] for name in RETRIEVAL}
     return found

@@ -200,7 +200,7 @@ class Engine:
             model.librarian.begin()
         writer = Writer(
             model.runtime, model.tokenizer, job.dials, Sampler(asked.sampling), asked.max_new_tokens, asked.stop,
-            asked.ignore_eos, asked.prefix, model.librarian,
+            asked.ignore_eos, asked.prefix, model.librarian, asked.speculation,
         )  # fmt: skip
         if asked.kind == "text":
             model.runtime.reset()

@@ -1,6 +1,6 @@
 """Requests as OpenAI's clients send them, checked; every field is known or refused.
 
-Beyond OpenAI's there are `top_k`, `ignore_eos`, `prefix` and every dial of the model by its name (`exit_threshold`, ...).
+Beyond OpenAI's there are `top_k`, `ignore_eos`, `prefix`, `speculate`, `draft_tokens` and every dial of the model by its name (`exit_threshold`, ...).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing_extensions import TypedDict
 from rmse_edge.errors import ArgumentError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import DIALS, Dials
-from rmse_edge.numbers import Token
+from rmse_edge.numbers import DRAFT_TOKENS, Token
 from rmse_edge.runtimes.text.sampling import Sampling
+from rmse_edge.runtimes.text.speculation import Speculation
 from rmse_edge.runtimes.text.writer import MAX_NEW_TOKENS
 from rmse_edge.schema import Expected, Name, check_value, first_of, parse_json
 
@@ -64,6 +65,8 @@ COMMON: dict[str, Any] = {
     "stream_options": StreamOptions,
     "ignore_eos": bool,
     "prefix": Literal["all", "none"],
+    "speculate": int,
+    "draft_tokens": int,
     "user": str,
     **{name: int if dial.dtype == "int64" else float for name, dial in DIALS.items()},
 }
@@ -99,6 +102,7 @@ class Asked:
     echo: bool
     stream: bool
     include_usage: bool
+    speculation: Speculation | None
 
 
 def read_body(data: bytes) -> dict[str, Any]:
@@ -154,6 +158,11 @@ def read_request(data: bytes, kind: Literal["text", "chat"], info: ModelInfo, na
             given.get("top_p", Sampling.top_p),
             given.get("seed", secrets.randbits(53)),  # which JavaScript's numbers hold
         )
+        speculation = None
+        if "speculate" in given:
+            speculation = Speculation(given["speculate"], given.get("draft_tokens", DRAFT_TOKENS))
+        elif "draft_tokens" in given:
+            raise ArgumentError("draft_tokens", "needs speculate, the loops of a draft")
     except ArgumentError as error:
         raise refused(error) from None
     stop, prefix = given.get("stop", ()), given.get("prefix")
@@ -170,6 +179,7 @@ def read_request(data: bytes, kind: Literal["text", "chat"], info: ModelInfo, na
         given.get("echo", False),
         given.get("stream", False),
         given.get("stream_options", {}).get("include_usage", False),
+        speculation,
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import PackageError, UserError
+from rmse_edge.info import ModelInfo
 from rmse_edge.numbers import BOARDS, ROWS, SLOTS
 from rmse_edge.package import Package
 from rmse_edge.runtimes.host.base import Arrays, Methods
 from rmse_edge.runtimes.host.board import BATCHED
-from rmse_edge.runtimes.host.calls import Opened
+from rmse_edge.runtimes.host.calls import Calls, Opened
 from rmse_edge.runtimes.host.signatures import (
     Form,
     Method,
@@ -194,16 +195,23 @@ class OnnxMethods:
     def session(self, method: str, chunk: int) -> BoundSession:
         key = (method, chunk)
         if key not in self._sessions:
-            file = self.graphs.get(f"{method}_{chunk}")
+            known = f"{method}_{chunk}" in self.graphs
+            file = self.graphs[f"{method}_{chunk}"] if known else self.of_any_rows(method)
             if file is None:
                 raise PackageError(
                     f"{self.folder}: holds no {method} for {chunk} rows; it has {', '.join(self.graphs)}"
                 )
             if file not in self._loaded:
                 self._loaded[file] = load_graph(self.folder / file, self.threads)
-            self._check(f"{method}_{chunk}", self._loaded[file], chunk)
+            if known:
+                self._check(f"{method}_{chunk}", self._loaded[file], chunk)
             self._sessions[key] = BoundSession(self._loaded[file], chunk)
         return self._sessions[key]
+
+    def of_any_rows(self, method: str) -> str | None:
+        """The file of a method whose graph takes any number of rows; None: there is none."""
+        files = [file for name, file in self.graphs.items() if name.rpartition("_")[0] == method]
+        return files[0] if len(files) > 1 and len(set(files)) == 1 else None
 
     def check_others(self, chunks: Collection[int]) -> None:
         """Hold the graphs that nothing has called yet, and those that only other hosts call, against the manifest, too."""
@@ -247,6 +255,15 @@ class Lowering:
     weights: Name
 
 
+class OnnxCalls(Calls):
+    """Calls of any number of rows, where the package's graphs take them."""
+
+    def __init__(self, info: ModelInfo, methods: OnnxMethods) -> None:
+        own = (m for m in info.methods if m in ("prelude", "loop", "coda", "head", "commit"))
+        self.any_rows = all(methods.of_any_rows(method) for method in own)
+        super().__init__(info, methods)
+
+
 def opened(package: Package, threads: int | None = None) -> Opened:
     """A package exported with `--target onnx`, its graphs loaded.
 
@@ -266,7 +283,7 @@ def opened(package: Package, threads: int | None = None) -> Opened:
     methods.check_others(info.chunks)
     if info.quant in ("int8", "int4"):  # packed into memory by now; other weights are used where the file is mapped
         release_mapped(package.path(lowering.weights))
-    return Opened(info, methods)
+    return Opened(info, methods, OnnxCalls)
 
 
 def largest_batch(methods: Methods) -> int | None:

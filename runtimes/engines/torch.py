@@ -58,6 +58,7 @@ class TorchCalls(Calls):
 
     def __init__(self, info: ModelInfo, methods: TorchMethods) -> None:
         self.device = methods.device
+        self.any_rows = len(info.chunks) > 1
         super().__init__(info, methods)
 
     def put(self, array: np.ndarray) -> Tensor:
@@ -65,6 +66,9 @@ class TorchCalls(Calls):
 
     def get(self, array: Tensor) -> np.ndarray:
         return array.cpu().numpy()
+
+    def copied(self, array: Tensor) -> Tensor:
+        return array.clone()
 
 
 class TorchRuntime(LoopRuntime):

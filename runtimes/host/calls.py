@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,29 @@ def longest_prefix(chunks: tuple[int, ...], segment: int | None) -> int:
     return chunks[-1] if segment is None else min(chunks[-1], segment)
 
 
+@dataclass
+class Computed:
+    """A call that was computed, and of which nothing is kept yet."""
+
+    chunk: int  # rows of the call
+    position: int  # of its first row
+    n: int  # rows of it that are valid
+    found: dict[str, Any]  # what its methods gave, as the engine has it
+    givers: dict[str, str]  # which method gave each of them
+    inputs: dict[str, Any]
+    context: dict[str, Any]
+    dials: dict[str, Any]
+
+
+class Mark(NamedTuple):
+    """What calls from a position on replace of what is kept."""
+
+    position: int
+    count: int  # positions of these calls
+    state: dict[str, Any]
+    engine: Arrays
+
+
 class Calls:
     """One call after the other on any target's `Methods`, and the tensors that are kept between them.
 
@@ -78,6 +102,10 @@ class Calls:
     def get(self, array: Any) -> np.ndarray:
         """An array of the engine's as the host reads it; a view where that is possible."""
         return array
+
+    def copied(self, array: Any) -> Any:
+        """A copy of an array of the engine's."""
+        return np.array(array)
 
     def kept_by_engine(self) -> frozenset[str]:
         """The names of state that the engine keeps where nobody else sees it."""
@@ -148,37 +176,106 @@ class Calls:
 
     # ------------------------------------------------------------------------------------------ calls
 
+    any_rows = False  # whether a call may have any number of rows, and not only `ModelInfo.chunks`
+
     def run(
         self, chunk: int, inputs: Arrays, context: Arrays, dials: Arrays, position: int, n: int, head: bool
     ) -> Arrays:
-        """One call: prelude, loop, coda, head, commit, and what is kept afterwards.
+        """One call: prelude, loop, coda, head, commit, and what is kept afterwards. Arguments and result as of `compute` and
+        `said`.
+        """
+        call = self.compute(chunk, inputs, context, dials, position, n, head)
+        self.keep(call, n)
+        return self.said(call)
+
+    def compute(
+        self, chunk: int, inputs: Arrays, context: Arrays, dials: Arrays, position: int, n: int, head: bool
+    ) -> Computed:
+        """One call up to its head. Nothing is kept of it yet; another of as many rows may replace what it gave.
 
         Args:
             inputs: tokens, hits, noise.
             context: where the call stands.
             n: rows of it that are valid.
-        Returns:
-            depth, iterations and, with `head`, what head gives.
         """
-        context = {name: self.put(array) for name, array in context.items()}
-        inputs = {name: self.put(array) for name, array in inputs.items()}
-        dials = {name: self.put(array) for name, array in dials.items()}
-        kept = self.state | self.memory
-        found = dict(self.methods.run("prelude", chunk, inputs | context | kept))
-        looped = self.methods.run(self.loop, chunk, found | context | kept | dials)
-        found |= looped
-        wanted = ["depth", "iterations"]
-        if "coda" in self.info.methods:
-            found |= self.methods.run("coda", chunk, found | context | kept)
-        if head:
-            said = self.methods.run("head", chunk, found)
-            found |= said
-            wanted += said
+        sides = (inputs, context, dials)
+        given = [{name: self.put(array) for name, array in side.items()} for side in sides]
+        call = Computed(chunk, position, n, {}, {}, *given)
+        for method in ("prelude", self.loop, "coda", "head"):
+            if (method != "coda" or method in self.info.methods) and (method != "head" or head):
+                self._ask(call, method)
+        return call
+
+    def _ask(self, call: Computed, method: str) -> None:
+        """Have a method say its part of a call."""
+        around = call.context | self.state | self.memory
+        if method == "prelude":
+            feeds = call.inputs | around
+        elif method == "head":
+            feeds = call.found
+        else:
+            feeds = call.found | around | (call.dials if method == self.loop else {})
+        said = self.methods.run(method, call.chunk, feeds)
+        call.found |= said
+        call.givers |= dict.fromkeys(said, method)
+
+    def said(self, call: Computed) -> Arrays:
+        """depth, iterations and, of a call with a head, what head gave."""
+        wanted = [name for name, giver in call.givers.items() if giver == "head" or name in ("depth", "iterations")]
+        return {name: self.get(call.found[name]) for name in wanted}
+
+    def keep(self, call: Computed, n: int, note: bool = True) -> None:
+        """Take the first `n` rows of a call into what is kept, as if it had had no more.
+
+        Args:
+            note: False leaves the segment as it is, which the memory is going to be taught.
+        """
+        if n < call.n:
+            call.n, call.context = n, call.context | {"n_valid": self.put(np.array([n], np.int64))}
+            # What is replaced has taken in every row, so what gave it is asked again. Commit reads what the loop emits, which
+            # may be sums over the rows: the loop, too. Rows before the n-th stay what they are.
+            replaced = {s.source for s in self.info.state.values() if s.kind == "replace"}
+            again = {call.givers.get(name, self.loop) for name in replaced}
+            for method in ("prelude", self.loop, "coda"):
+                if method in again:
+                    self._ask(call, method)
         if "commit" in self.info.methods:
-            found |= self.methods.run("commit", chunk, found | context | kept)
-        self.update(found, position, n)
-        self.note(looped["h"], position, n)
-        return {name: self.get(found[name]) for name in wanted}
+            self._ask(call, "commit")
+        self.update(call.found, call.position, n)
+        if note:
+            self.note(call.found["h"], call.position, n)
+
+    def mark(self, position: int, count: int) -> Mark:
+        """What calls of `count` positions from `position` on are going to replace; `back` undoes them.
+
+        Slots that positions are appended to are not in it: what lies behind a text is seen by nobody.
+        """
+        kept = {}
+        for name, array in self.state.items():
+            kind = self.info.state[name].kind
+            if kind == "replace":
+                kept[name] = self.copied(array)
+            elif kind == "ring":
+                kept[name] = self.copied(array[..., self._slots(array, position, count), :])
+        engine = {name: np.array(array) for name, array in self.read_engine().items()}
+        return Mark(position, count, kept, engine)
+
+    def back(self, mark: Mark) -> None:
+        """Have everything as it was when `mark` was made; of calls since then nothing may have been noted."""
+        for name, kept in mark.state.items():
+            array = self.state[name]
+            if self.info.state[name].kind == "replace":
+                array[...] = kept
+            else:
+                array[..., self._slots(array, mark.position, mark.count), :] = kept
+        if mark.engine:
+            self.write_engine(mark.engine)
+
+    @staticmethod
+    def _slots(ring: Any, position: int, count: int) -> list[int]:
+        """The slots of a ring that these positions are written into."""
+        size = ring.shape[-2]
+        return [(position + i) % size for i in range(min(count, size))]
 
     def update(self, found: Mapping[str, Any], position: int, n: int) -> None:
         """Take what a call gave for its `n` tokens into the state, as each tensor's kind says."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +18,17 @@ from rmse_edge.loop.generator import starts
 from rmse_edge.numbers import PREFIX, SLOTS
 
 from .base import Arrays, Fed, Methods, Surprise
-from .calls import Calls, longest_prefix, plan_calls
+from .calls import Calls, Computed, longest_prefix, plan_calls
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Tokens that were computed in one call, and of which nothing is kept yet."""
+
+    call: Computed
+    logits: np.ndarray  # (n, V) float32, behind each of them
+    depth: np.ndarray  # (n,) int64: iterations each position executed
+    iterations: int  # the deepest position's
 
 
 class LoopRuntime:
@@ -117,8 +129,7 @@ class LoopRuntime:
         rows, depths, iterations, chunks, surprises = [], [], [], [], []
         done = 0
         self.whole = False
-        segment = self.info.segment
-        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks, segment, prefix):
+        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks, self.info.segment, prefix):
             last = done + n == len(ids)
             out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
             depths.append(out["depth"][0, :n].copy())
@@ -127,10 +138,7 @@ class LoopRuntime:
             if "logits" in out:
                 rows.append(out["logits"][0, (0 if logits == "all" else n - 1) : n].copy())
             done += n
-            if segment is not None and self._position % segment == 0:
-                self.inject(None)  # hits are there until the next boundary
-                if self.memory and self.remember:
-                    surprises.append(self._memorize())
+            surprises += self._end_segment()
         self.whole = True
         return Fed(np.concatenate(rows), np.concatenate(depths), iterations, chunks, surprises)
 
@@ -213,11 +221,91 @@ class LoopRuntime:
 
     def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
         """One call with `ids`, which move the position on."""
+        call = self._computed(chunk, ids, dials, head)
+        self.calls.keep(call, len(ids))
+        self._position += len(ids)
+        return self.calls.said(call)
+
+    def _computed(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool = True) -> Computed:
+        context, inputs = self.context(chunk, len(ids)), self.inputs(chunk, ids)
+        return self.calls.compute(chunk, inputs, context, dials.arrays(), self._position, len(ids), head)
+
+    def _end_segment(self) -> list[Surprise]:
+        """What is to be done where a segment ends, and the surprise at it; nothing anywhere else."""
+        if self.info.segment is None or self._position % self.info.segment:
+            return []
+        self.inject(None)  # hits are there until the next boundary
+        return [self._memorize()] if self.memory and self.remember else []
+
+    # ------------------------------------------------------------------------------------------ ahead of the text
+
+    def room_ahead(self, count: int) -> int:
+        """How many of `count` tokens `ahead` takes from here: as many as there is room for, and none of another segment.
+
+        Raises:
+            ArgumentError: the model has calls of one position alone.
+        """
+        if not self.calls.any_rows and self.info.chunks == (1,):
+            raise ArgumentError(
+                "speculate",
+                f"{self.info.name} takes one position at a time, since each reads what the one before left behind, and nothing "
+                "can be verified together; leave it out",
+            )
+        rooms = [count, count if self.calls.any_rows else self.info.chunks[-1]]
+        if self.info.longest is not None:
+            rooms.append(self.info.longest - self._position)
+        if self.info.segment is not None:
+            rooms.append(self.info.segment - self._position % self.info.segment)
+        return min(rooms)
+
+    def ahead(self, tokens: Sequence[int] | np.ndarray, dials: Dials) -> Ahead:
+        """Compute the tokens that may come next, in one call, and keep nothing of them before `accept`.
+
+        Args:
+            tokens: at most as many as `room_ahead` says.
+        """
+        ids = self._checked(tokens)
+        self._prefix = 0
+        sizes = (len(ids),) if self.calls.any_rows else self.info.chunks
+        call = self._computed(min(size for size in sizes if size >= len(ids)), ids, self.info.check(dials))
+        out = self.calls.said(call)
         n = len(ids)
-        context, inputs = self.context(chunk, n), self.inputs(chunk, ids)
-        found = self.calls.run(chunk, inputs, context, dials.arrays(), self._position, n, head)
-        self._position += n
-        return found
+        return Ahead(call, out["logits"][0, :n].copy(), out["depth"][0, :n].copy(), int(out["iterations"]))
+
+    def accept(self, ahead: Ahead, count: int) -> list[Surprise]:
+        """Keep the first `count` tokens of `ahead`, as if these alone had been fed. Nothing may have been fed in between."""
+        if ahead.call.position != self._position:
+            raise ValueError(f"computed at position {ahead.call.position}, and the text is at {self._position}")
+        self.whole = False
+        self.calls.keep(ahead.call, count)
+        self._position += count
+        surprises = self._end_segment()
+        self.whole = True
+        return surprises
+
+    @contextmanager
+    def aside(self, count: int) -> Iterator[Callable[[int, Dials], np.ndarray]]:
+        """Try how the text might go on, up to `count` tokens, no more than `room_ahead`; afterwards it is as if nothing had
+        been tried.
+
+        The block is given what feeds a token, at any dials, and returns its logits, (V,).
+        """
+        position, mark = self._position, self.calls.mark(self._position, count)
+        self._prefix = 0
+        self.whole = False
+
+        def feed(token: int, dials: Dials) -> np.ndarray:
+            call = self._computed(1, np.array([token]), dials)
+            self.calls.keep(call, 1, note=False)  # the segment is not told: it holds the text alone
+            self._position += 1
+            return self.calls.said(call)["logits"][0, 0]
+
+        try:
+            yield feed
+        finally:
+            self.calls.back(mark)
+            self._position = position
+            self.whole = True
 
     # ------------------------------------------------------------------------------------------ memory, retrieval
 

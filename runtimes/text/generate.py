@@ -18,8 +18,10 @@ from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.host.base import Runtime
 from rmse_edge.runtimes.host.tail import BEGINNING, Tail
+from rmse_edge.runtimes.host.text import LoopRuntime
 
 from .sampling import Sampler
+from .speculation import Speculation, Speculator
 
 if TYPE_CHECKING:
     from .librarian import Librarian
@@ -169,6 +171,7 @@ class Generation:
     tail: Tail = BEGINNING  # of the text that the prompt goes on from
     told: int = 0  # tokens at the prompt's beginning that are in `tail` already
     prefix: int = 0  # of the prompt's first tokens, how many see each other whatever their order
+    speculation: Speculation | None = None  # the runtime is a `LoopRuntime` then
 
     made: list[tuple[int, int]] = field(init=False, default_factory=list)  # (token, depth), see `tokens` and `depth`
     prompt_depth: list[int] = field(init=False, default_factory=list)
@@ -181,6 +184,10 @@ class Generation:
         self._stream = TextStream(self.tokenizer, self.stop, self.tail)
         self._stream.skip(self.prompt[self.told :])
         self._pushed = 0  # of `made`
+        self._speculator: Speculator | None = None
+        if self.speculation is not None:
+            assert isinstance(self.runtime, LoopRuntime)
+            self._speculator = Speculator(self.runtime, self.sampler, self.speculation)
 
     @property
     def tokens(self) -> list[int]:
@@ -221,8 +228,39 @@ class Generation:
             if token in self.eos:
                 self.finish_reason = "eos"
                 return
+            if self._speculator is not None:
+                yield from self._speculated(self._speculator)
+                return
             fed = [token]
         self.finish_reason = "length"
+
+    def _speculated(self, speculator: Speculator) -> Iterator[tuple[int, int]]:
+        """All tokens after the first, by speculation."""
+        limit = self.runtime.info.longest
+        while (most := self.max_new_tokens - len(self.made)) > 0:
+            self.settle()
+            if limit is not None and self.runtime.position >= limit:
+                self.finish_reason = "max_seq_len"
+                return
+            start = perf_counter()
+            for made in speculator.round(self.made[-1][0], self.dials, most, self.eos):
+                self.decode_s += perf_counter() - start
+                self.made.append(made)
+                yield made
+                if made[0] in self.eos:
+                    self.finish_reason = "eos"
+                    self.settle()
+                    return
+                start = perf_counter()
+        self.finish_reason = "length"
+        self.settle()
+
+    def settle(self) -> None:
+        """Have the runtime know of speculation what was taken of it, and nothing else; `rest` does it, too."""
+        if self._speculator is not None:
+            start = perf_counter()
+            self._speculator.settle()
+            self.decode_s += perf_counter() - start
 
     def spans(self, with_prompt: bool = False) -> Iterator[Span]:
         """The text as it becomes certain, after that of the prompt if asked for; then read `rest()`.
@@ -252,6 +290,7 @@ class Generation:
 
     def rest(self, whole: bool = True) -> Iterator[Span]:
         """Text that was held back and that nothing more will follow; `whole`: as of `TextStream.finish`."""
+        self.settle()
         yield from self._fresh_spans()  # Ctrl-C may have come between a token and its text
         yield from self._given(self._stream.finish(whole))
 
@@ -293,7 +332,9 @@ class Generation:
             "iterations_saved": None if mean is None else 1 - mean / full,
             "histogram": np.bincount(self.depth, minlength=full + 1)[1:].tolist() if self.made else [0] * full,
             "finish_reason": self.finish_reason,
-        } | ({} if self.librarian is None else self._retrieval(self.librarian))
+            **({} if self._speculator is None else {"speculation": self._speculator.statistics()}),
+            **({} if self.librarian is None else self._retrieval(self.librarian)),
+        }
 
     @staticmethod
     def _retrieval(librarian: Librarian) -> dict[str, Any]:

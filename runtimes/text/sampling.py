@@ -57,20 +57,69 @@ class Sampler:
             UserError: the logits hold NaN or no finite maximum; the model that made them is damaged.
         """
         draw = self._random.uniform()
-        if unused:
-            logits = logits.copy()
-            for first, end in unused:
-                logits[first:end] = -np.inf
-        if not np.isfinite(logits.max()):  # a NaN anywhere makes the maximum NaN
-            raise UserError("the model gave logits that are not numbers; its weights are damaged")
+        logits = _drawable(logits, unused)
         if self.sampling.temperature == 0:
             return int(logits.argmax())  # the lowest index on ties
-        # Tokens stay in the order of their ids: a difference of 1e-6 between two runtimes then moves a boundary by as
-        # little, where an order by probability would swap whole tokens.
-        cumulative = np.cumsum(probabilities(logits, self.sampling))
-        index = np.searchsorted(cumulative, draw * cumulative[-1], side="right")
-        # The product can round up to the total; the total is first reached at the last token that was kept.
-        return int(min(index, np.searchsorted(cumulative, cumulative[-1])))
+        return drawn(probabilities(logits, self.sampling), draw)
+
+    def draft(self, logits: np.ndarray, unused: Collection[tuple[int, int]] = ()) -> tuple[int, np.ndarray | None]:
+        """A token of a draft, and what it was drawn from, for `verify`; None: it is the likeliest."""
+        draw = self._random.uniform()
+        logits = _drawable(logits, unused)
+        if self.sampling.temperature == 0:
+            return int(logits.argmax()), None
+        weights = probabilities(logits, self.sampling)
+        return drawn(weights, draw), weights
+
+    def verify(
+        self, logits: np.ndarray, drafted: int, weights: np.ndarray | None, unused: Collection[tuple[int, int]] = ()
+    ) -> int:
+        """The next token for `logits` where a draft says `drafted`: that one, or another one in its place.
+
+        Whatever the draft is, tokens have the distribution that `pick` gives them: with p what the logits say and q what the
+        draft was drawn from, it is kept with probability min(1, p / q), and else replaced by a draw from max(0, p - q), scaled to 1
+        (Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192, section 2.3). Two random
+        numbers, whatever happens.
+
+        Args:
+            weights: q, from `draft`.
+        """
+        keep, draw = self._random.uniform(), self._random.uniform()
+        logits = _drawable(logits, unused)
+        if weights is None:
+            return int(logits.argmax())
+        wanted = probabilities(logits, self.sampling)
+        if keep * weights[drafted] < wanted[drafted]:
+            return drafted
+        rest = np.maximum(wanted - weights, 0)
+        return drawn(rest if rest.any() else wanted, draw)
+
+
+def _drawable(logits: np.ndarray, unused: Collection[tuple[int, int]]) -> np.ndarray:
+    """The logits, -inf at ids that are never drawn.
+
+    Raises:
+        UserError: they hold NaN or no finite maximum.
+    """
+    if unused:
+        logits = logits.copy()
+        for first, end in unused:
+            logits[first:end] = -np.inf
+    if not np.isfinite(logits.max()):  # a NaN anywhere makes the maximum NaN
+        raise UserError("the model gave logits that are not numbers; its weights are damaged")
+    return logits
+
+
+def drawn(weights: np.ndarray, draw: float) -> int:
+    """The token at `draw`, from [0, 1), of weights (V,) of any sum.
+
+    Tokens stay in the order of their ids: a difference of 1e-6 between two runtimes then moves a boundary by as little, where
+    an order by probability would swap whole tokens.
+    """
+    cumulative = np.cumsum(weights)
+    index = np.searchsorted(cumulative, draw * cumulative[-1], side="right")
+    # The product can round up to the total; the total is first reached at the last token that was kept.
+    return int(min(index, np.searchsorted(cumulative, cumulative[-1])))
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -16,6 +16,7 @@ from rmse_edge.text import Tokenizer, TokenNumbers
 from .conversation import Conversation
 from .generate import Generation
 from .sampling import Sampler, Sampling
+from .speculation import Speculation
 
 if TYPE_CHECKING:
     from rmse_edge.chat import ChatTemplate
@@ -60,6 +61,11 @@ class Writer:
     ignore_eos: bool = False  # go on after the model's end tokens, and after what its template ends a turn with
     prefix: bool | None = None  # whether a prompt is one; None: where the model knows prefixes
     librarian: Librarian | None = None
+    speculation: Speculation | None = None
+
+    def __post_init__(self) -> None:
+        if self.speculation is not None:
+            self.speculation.check(self.runtime)
 
     @property
     def prefixed(self) -> bool:
@@ -74,7 +80,7 @@ class Writer:
         self.runtime.noise_seed = self.sampler.sampling.seed
         return Generation(
             self.runtime, self.tokenizer, prompt, self.dials, self.sampler, self.max_new_tokens, eos, self.stop,
-            self.librarian, tail, told, prefix,
+            self.librarian, tail, told, prefix, self.speculation,
         )  # fmt: skip
 
     def begun(self, prompt: str | Sequence[int], shown: bool = False) -> Generation:

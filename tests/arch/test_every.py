@@ -39,6 +39,7 @@ from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
 from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.session import restore_session, save_session
+from rmse_edge.runtimes.text.speculation import Speculation
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 texts = pytest.mark.parametrize("case", TEXTS, ids=lambda case: case.name)
@@ -236,6 +237,19 @@ def test_greedy_tokens_are_those_of_the_whole_text(case: Case) -> None:
     tokens = greedy(TorchRuntime(case.model(), case.name), prompt, dials)
     assert len(tokens) == 12
     assert tokens == argmax_of_whole_text(case.model(), prompt, tokens, dials)
+
+
+@texts
+def test_speculation_leaves_the_text_and_the_state_that_there_are_without_it(case: Case) -> None:
+    """Drafts that are refused, and rows that are not kept, leave no trace in state of any kind."""
+    prompt, dials = text_of(case)[:20], settings_of(case)["full depth"]
+    plain, fast = (TorchRuntime(case.model(), case.name) for _ in range(2))
+    tokens = greedy(plain, prompt, dials, 16)
+    assert greedy(fast, prompt, dials, 16, Speculation(1, 3)) == tokens
+    assert fast.position == plain.position == 20 + 15
+    wanted = plain.tensors()
+    for name, array in fast.tensors().items():
+        np.testing.assert_allclose(array, wanted[name], atol=5e-5, err_msg=name)
 
 
 # ------------------------------------------------------------------------------------------- wrong rules for the state

@@ -44,6 +44,7 @@ from rmse_edge.runtimes import BoardRuntime, LoopRuntime, board_for, runtime_for
 from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.session import restore_session, save_session
+from rmse_edge.runtimes.text.speculation import Speculation
 
 pytestmark = [pytest.mark.packages, pytest.mark.slow]
 
@@ -159,6 +160,8 @@ def test_a_package_generates_what_the_whole_text_says(
     runtime = runtime_for(Package.open(made.folder))
     tokens = greedy(runtime, prompt, dials)
     assert tokens == argmax_of_whole_text(made.model, prompt, tokens, dials)
+    runtime.reset()
+    assert greedy(runtime, prompt, dials, speculation=Speculation(1)) == tokens
     flags = [*flags_of(dials), "-o", "json"]
     session = str(tmp_path / "s")
     said = []

@@ -1,0 +1,131 @@
+"""Speculative decoding with the model itself: it drafts tokens with few loops, and one call verifies them at the wished dials.
+
+    drafts d_1 .. d_m   one by one, with `Speculation.loops` loops at most
+    one call            t d_1 .. d_m, where t is the newest token of the text -> what comes behind each of them
+    the text            gains the drafts up to the first that is refused, and one token more, which that call says
+
+Greedy tokens are those of plain decoding. Drawn ones have its distribution, by the rule of Leviathan et al. 2023 (`Sampler.verify`),
+but are others than without speculation at the same seed. What a draft does to the state is undone, and of a call only the rows
+of accepted tokens are kept, so a text leaves behind what it would have left without (`LoopRuntime.aside`, `ahead`, `accept`).
+
+Drafting with fewer loops or layers of the same model is self-speculation: Elhoushi et al. 2024, LayerSkip, arXiv 2404.16710.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rmse_edge.errors import ArgumentError
+from rmse_edge.loop.dials import Dials
+from rmse_edge.numbers import DRAFT_TOKENS
+from rmse_edge.runtimes.host.text import Ahead, LoopRuntime
+
+from .sampling import Sampler
+
+MOST_TOKENS = 63  # the newest token and these are a call of 64 rows, the largest that models have
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How drafts are made. Checked once here, but for what depends on the model: `check`.
+
+    Raises:
+        ArgumentError: naming the setting and its range.
+    """
+
+    loops: int  # of a draft, at most: the others stop it by the dials of the text
+    tokens: int = DRAFT_TOKENS  # of a draft, at most
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens <= MOST_TOKENS:
+            raise ArgumentError("draft_tokens", f"got {self.tokens}, expected 1..{MOST_TOKENS}")
+
+    def check(self, runtime: LoopRuntime) -> Speculation:
+        """Itself, if the runtime can do it.
+
+        Raises:
+            ArgumentError: the loops are not fewer than the model has, or it has calls of one position alone.
+        """
+        most = runtime.info.max_loops - 1
+        if not 1 <= self.loops <= most:
+            raise ArgumentError(
+                "speculate", f"got {self.loops}, expected 1..{most}, fewer loops than {runtime.info.name} has"
+            )
+        runtime.room_ahead(2)
+        return self
+
+    def dials(self, wished: Dials) -> Dials:
+        """Those of a draft, for a text at `wished`."""
+        loops = min(self.loops, wished.max_loops)
+        return replace(wished, max_loops=loops, min_loops=min(wished.min_loops, loops))
+
+
+@dataclass
+class Speculator:
+    """Drafts and verifies for one text."""
+
+    runtime: LoopRuntime
+    sampler: Sampler
+    speculation: Speculation
+    rounds: int = field(init=False, default=0)  # calls at the wished dials
+    drafted: int = field(init=False, default=0)
+    accepted: int = field(init=False, default=0)
+    made: int = field(init=False, default=0)  # tokens, of all rounds
+    _ahead: Ahead | None = field(init=False, default=None)  # of the round whose tokens are being taken
+    _taken: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.speculation.check(self.runtime)
+
+    def round(self, newest: int, dials: Dials, most: int, end: Collection[int] = ()) -> Iterator[tuple[int, int]]:
+        """The next tokens with their depths, at least one; `settle` before anything else is asked of the runtime.
+
+        Args:
+            newest: the last token of the text, which was not fed yet.
+            most: tokens that are wanted.
+            end: tokens that end the text: nothing comes behind one.
+        """
+        runtime, unused = self.runtime, self.runtime.info.language.unused_token_ids
+        count = runtime.room_ahead(min(self.speculation.tokens + 1, most)) - 1
+        drafts: list[tuple[int, Any]] = []
+        if count > 0:
+            token, shallow = newest, self.speculation.dials(dials)
+            with runtime.aside(count) as feed:
+                while len(drafts) < count and token not in end:
+                    token, weights = self.sampler.draft(feed(token, shallow), unused)
+                    drafts.append((token, weights))
+        ahead = runtime.ahead([newest, *(token for token, _ in drafts)], dials)
+        tokens: list[int] = []
+        for row, (draft, weights) in enumerate(drafts):
+            tokens.append(self.sampler.verify(ahead.logits[row], draft, weights, unused))
+            if tokens[-1] != draft or draft in end:
+                break
+        else:
+            tokens.append(self.sampler.pick(ahead.logits[len(drafts)], unused))
+        self._ahead, self._taken = ahead, 0
+        self.rounds += 1
+        self.drafted += len(drafts)
+        for row, token in enumerate(tokens):
+            self._taken += 1
+            self.made += 1
+            self.accepted += row < len(drafts) and token == drafts[row][0]
+            yield token, int(ahead.depth[row])
+
+    def settle(self) -> None:
+        """Keep what the tokens that were taken of the last round have read, and forget its others."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            self.runtime.accept(ahead, self._taken)
+
+    def statistics(self) -> dict[str, Any]:
+        """`tokens_per_round` is the acceptance length: tokens for one call at the wished dials."""
+        return {
+            "draft_loops": self.speculation.loops,
+            "draft_tokens": self.speculation.tokens,
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "tokens_per_round": self.made / self.rounds if self.rounds else None,
+        }

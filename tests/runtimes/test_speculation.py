@@ -1,0 +1,217 @@
+"""Speculative decoding: the same text, the same distribution, and the same state as decoding without it.
+
+tests/arch/test_every.py and test_packages.py hold every architecture and target against plain decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import small_dory
+from helpers import ALPHABET, assert_one_line, mixed_model
+from toy import toy
+
+from rmse_edge.arch.dory.model import Dory
+from rmse_edge.checkpoint import save_checkpoint
+from rmse_edge.cli.run import main as rmse_run
+from rmse_edge.errors import ArgumentError
+from rmse_edge.loop.dials import Dials
+from rmse_edge.runtimes.engines.torch import TorchRuntime
+from rmse_edge.runtimes.host.session import restore_session, save_session
+from rmse_edge.runtimes.text.generate import Generation
+from rmse_edge.runtimes.text.sampling import Sampler, Sampling, probabilities
+from rmse_edge.runtimes.text.speculation import Speculation
+from rmse_edge.text import TokenNumbers
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+SPECULATION = Speculation(1, 4)
+
+
+class Letters:
+    """Token i is letter i."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(ALPHABET[i] for i in ids)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """With a memory, and rings that wrap."""
+    return mixed_model(memory="titans", memory_dim=16, memory_hidden=32, window=64)
+
+
+def written(
+    runtime: TorchRuntime, count: int, speculation: Speculation | None, dials: Dials | None = None, **options: Any
+) -> Generation:
+    """Greedy text behind PROMPT."""
+    runtime.reset()
+    dials = dials or runtime.info.dials
+    made = Generation(
+        runtime, Letters(), PROMPT, dials, Sampler(Sampling(0.0)), count, speculation=speculation, **options
+    )
+    for _ in made.spans():
+        pass
+    list(made.rest())
+    return made
+
+
+def assert_same_state(one: TorchRuntime, other: TorchRuntime) -> None:
+    assert one.position == other.position and one.whole and other.whole
+    left, right = one.tensors(), other.tensors()
+    assert left.keys() == right.keys()
+    for name, array in left.items():
+        np.testing.assert_allclose(array, right[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("exits", [False, True], ids=["full depth", "adaptive"])
+def test_text_depths_and_state_are_those_of_plain_decoding(model: Any, exits: bool):
+    """Beyond two ends of segments, where a round may not go, and beyond where the rings begin anew."""
+    one, other = TorchRuntime(model, "tiny"), TorchRuntime(model, "tiny")
+    dials = one.info.dials if exits else one.info.full_depth
+    plain, fast = written(one, 130, None, dials), written(other, 130, SPECULATION, dials)
+    assert fast.tokens == plain.tokens and fast.depth == plain.depth and fast.text == plain.text
+    assert_same_state(one, other)
+    found = fast.statistics()["speculation"]
+    assert found["rounds"] < 129 and 0 < found["accepted"] < found["drafted"]
+    assert found["tokens_per_round"] == pytest.approx(129 / found["rounds"])
+
+
+def test_a_draft_leaves_nothing_behind(model: Any):
+    runtime = TorchRuntime(model, "tiny")
+    runtime.feed(np.arange(100) % 65, runtime.info.dials)
+    before = {name: array.copy() for name, array in runtime.tensors().items()}
+    said = runtime.ahead([1, 2, 3], runtime.info.dials)
+    with runtime.aside(3) as feed:
+        for row, token in enumerate((1, 2, 3)):
+            np.testing.assert_allclose(feed(token, runtime.info.dials), said.logits[row], atol=2e-5)
+    assert runtime.position == 100
+    assert all(np.array_equal(array, before[name]) for name, array in runtime.tensors().items())
+    with pytest.raises(RuntimeError), runtime.aside(2) as feed:
+        feed(1, runtime.info.dials)
+        raise RuntimeError
+    assert runtime.whole and all(np.array_equal(array, before[name]) for name, array in runtime.tensors().items())
+    runtime.feed([1], runtime.info.dials)
+    with pytest.raises(ValueError, match="computed at position 100, and the text is at 101"):
+        runtime.accept(said, 1)
+
+
+def test_what_ends_a_text_within_a_round_ends_its_state_there(model: Any):
+    """A stop string, an end token, the room, and whoever reads no further: as without speculation, in a session, too."""
+    one, other = TorchRuntime(model, "tiny"), TorchRuntime(model, "tiny")
+    free = written(one, 60, None)
+    for at in (20, 22):  # within a round, and at its end
+        for options in ({"eos": (free.tokens[at],)}, {"stop": [free.text[at : at + 2]]}):
+            plain, fast = written(one, 60, None, **options), written(other, 60, SPECULATION, **options)
+            assert (fast.tokens, fast.finish_reason) == (plain.tokens, plain.finish_reason)
+            assert fast.text == plain.text and plain.finish_reason != "length"
+            assert_same_state(one, other)
+        left = []
+        for runtime, speculation in ((one, None), (other, SPECULATION)):
+            runtime.reset()
+            made = Generation(
+                runtime, Letters(), PROMPT, runtime.info.dials, Sampler(Sampling(0.0)), 60, speculation=speculation
+            )
+            for _ in zip(range(at), made.steps()):
+                pass
+            list(made.rest())
+            left.append(made.tokens)
+        assert left[0] == left[1]
+        assert_same_state(one, other)
+    limited = [TorchRuntime(model, "tiny") for _ in range(2)]
+    for runtime in limited:
+        runtime.info = runtime.info.with_limit(len(PROMPT) + 9)
+    plain, fast = written(limited[0], 60, None), written(limited[1], 60, SPECULATION)
+    assert (fast.tokens, fast.finish_reason) == (plain.tokens, "max_seq_len")
+
+
+def test_a_session_goes_on_with_and_without(model: Any, tmp_path: Path):
+    runtime, heir = TorchRuntime(model, "tiny"), TorchRuntime(model, "tiny")
+    whole = written(runtime, 90, None)
+    made = written(runtime, 50, SPECULATION)
+    save_session(runtime, tmp_path / "s", made.tokens[-1:])
+    for speculation in (None, SPECULATION):
+        pending = restore_session(heir, tmp_path / "s").pending
+        rest = Generation(
+            heir, Letters(), pending, heir.info.dials, Sampler(Sampling(0.0)), 40, speculation=speculation
+        )
+        assert [token for token, _ in rest.steps()] == whole.tokens[50:]
+
+
+# --------------------------------------------------------------------------------------------------------------- drawing
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Over what can be drawn; nothing else may have been."""
+    assert not counts[expected == 0].any()
+    known = expected > 0
+    wanted = expected[known] * counts.sum()
+    return float(((counts[known] - wanted) ** 2 / wanted).sum())
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, seed=1), Sampling(0.7, top_k=4, seed=2), Sampling(1.3, top_p=0.8, seed=3)]
+)
+def test_verified_tokens_have_the_distribution_of_the_model(sampling: Sampling):
+    """Of 6 tokens, where the draft thinks otherwise: 99.9 % of true samples are below 20.5."""
+    chance = np.random.default_rng(sampling.seed)
+    wanted, drafting = (chance.normal(size=6).astype(np.float32) * 1.5 for _ in range(2))
+    sampler, counts, drafts = Sampler(sampling), np.zeros(6), np.zeros(6)
+    for _ in range(6_000):
+        token, weights = sampler.draft(drafting)
+        drafts[token] += 1
+        counts[sampler.verify(wanted, token, weights)] += 1
+    p, q = probabilities(wanted, sampling), probabilities(drafting, sampling)
+    assert chi_square(counts, p) < 20.5 and chi_square(drafts, q) < 20.5
+    assert np.abs(p - q).sum() > 0.3
+
+
+def test_texts_have_the_distribution_of_plain_decoding():
+    """All texts of three tokens of a vocabulary of three, against what their probabilities multiply to: 27 texts, of which 99.9 % of
+    true samples are below 54.1. The draft itself is far from it.
+    """
+    model = toy(vocab_size=3)
+    runtime = TorchRuntime(model, "toy")
+    dials, draws, texts = runtime.info.full_depth, 500, list(product(range(3), repeat=3))
+
+    def expected(dials: Dials) -> np.ndarray:
+        found = []
+        for text in texts:
+            runtime.reset()
+            logits = runtime.feed([0, *text[:2]], dials).logits
+            found.append(np.prod([probabilities(row, sampler.sampling)[t] for row, t in zip(logits, text)]))
+        return np.array(found)
+
+    sampler, counts = Sampler(Sampling(0.5, seed=5)), np.zeros(27)
+    for _ in range(draws):
+        runtime.reset()
+        made = Generation(runtime, TokenNumbers(), [0], dials, sampler, 3, speculation=Speculation(1, 2))
+        counts[texts.index(tuple(token for token, _ in made.steps()))] += 1
+    assert chi_square(counts, expected(dials)) < 54.1
+    assert chi_square(counts, expected(replace(dials, max_loops=1))) > 100
+
+
+# --------------------------------------------------------------------------------------------------------------- refused
+
+
+def test_what_cannot_be_is_one_line(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_checkpoint(model, tmp_path / "tiny", dtype=torch.float32)
+    shared = Dory(replace(small_dory().config, recurrent_kv_cache_mode="last_loop", kv_policy="repeat"))
+    save_checkpoint(shared, tmp_path / "dory", dtype=torch.float32)
+    for name, flags, said in (
+        ("tiny", ("--speculate", "4"), "--speculate: got 4, expected 1..3, fewer loops than tiny has"),
+        ("tiny", ("--speculate", "1", "--draft-tokens", "64"), "--draft-tokens: got 64, expected 1..63"),
+        ("tiny", ("--draft-tokens", "2"), "--draft-tokens: needs --speculate"),
+        ("dory", ("--speculate", "1"), "--speculate: dory takes one position at a time"),
+    ):
+        assert rmse_run([str(tmp_path / name), "--prompt-tokens", "1,2", "-n", "3", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert_one_line(err, said)
+    with pytest.raises(ArgumentError):
+        Speculation(1, 0)
