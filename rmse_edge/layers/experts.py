@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import table_row
+from .fixed import is_fixed
 from .held import Stored
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
@@ -76,11 +77,12 @@ def best(scores: Tensor, count: int) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return best_portable(scores, count)
-    if len(scores) <= GATHER_ROWS and count < scores.shape[-1] and scores.device.type == "cpu":
+    looks = scores.device.type == "cpu" and not is_fixed()
+    if looks and len(scores) <= GATHER_ROWS and count < scores.shape[-1]:
         values, found = scores.topk(count + 1, -1)  # a few rows: sooner looked at than made unique
         if all(a > b for row in values.tolist() for a, b in pairwise(row)):
             return found[:, :count]
-    elif (chosen := best_partitioned(scores, count)) is not None:
+    elif looks and (chosen := best_partitioned(scores, count)) is not None:
         return chosen
     bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two are equal scores
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -152,7 +154,7 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, 
     rows, top_k = routing.experts.shape
     flat = routing.experts.reshape(-1)
     order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    ends = rows_of(flat, gate_up.shape[0]).cumsum(0).to(torch.int32)
     # Zeros that fill up a row of another width than 4 float32 numbers change no product; they cost a copy of the weights.
     gate_up, down = aligned(gate_up), aligned(down.transpose(1, 2))
     hidden = F.grouped_mm(aligned(x).index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends)
@@ -167,6 +169,13 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, 
         # the same sum, without a copy of `out` in rows' order
         return F.embedding_bag(position.view(rows, top_k), out, mode="sum")
     return out.index_select(0, position).view(rows, top_k, -1).sum(1)
+
+
+def rows_of(experts: Tensor, n_experts: int) -> Tensor:
+    """How many rows each expert has: (P,) int64 -> (n_experts,) int64. `torch.bincount` would have a GPU's host wait."""
+    return torch.zeros(n_experts, dtype=torch.int64, device=experts.device).scatter_add_(
+        0, experts, torch.ones_like(experts)
+    )
 
 
 def held_experts(x: Tensor, routing: Routing, gate_up: Stored, down: Stored, caps: Caps = NO_CAPS) -> Tensor:
@@ -311,7 +320,7 @@ class SparseExperts(nn.Module):
 
     def _computed(self, rows: Tensor, k: int | Tensor, active: Tensor | None) -> Tensor:
         """The eager pass over rows (N, d) -> (N, d). Outside of training, stopped rows are not computed: they get zeros."""
-        skip = active is not None and not self.training and not bool(active.all())
+        skip = active is not None and not self.training and not is_fixed() and not bool(active.all())
         live = active.reshape(-1).nonzero().squeeze(1) if skip else None  # type: ignore[union-attr]
         some = rows if live is None else rows.index_select(0, live)
         routing = self.route(some, k)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -98,6 +99,31 @@ class Stored(nn.Module):
         return out if bias is None else out.add_(bias)
 
 
+class Rounded(Stored):
+    """A weight as numbers of fewer bits, multiplied with as such and summed in float32; called, the weight in float32."""
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.name, self.bits = name, 8 * weight.element_size()
+        self.register_buffer("codes", weight)
+        self.register_buffer("scales", None)
+        self.register_buffer("zeros", None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def forward(self) -> Tensor:
+        return self.codes.float()
+
+    def at(self, index: Any) -> Tensor:
+        return self.codes[index].float()
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.linear(x.to(self.codes.dtype), self.codes).to(x.dtype)
+        return out if bias is None else out.add_(bias)
+
+
 def whole() -> bool:
     """Whether weights are to be read as a whole: by a tracer, which then sees one operator, and by gradients."""
     return torch.compiler.is_exporting() or torch.is_grad_enabled()
@@ -131,7 +157,7 @@ def with_stored(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str,
     """A copy of `model` in which quantised weights are their integers; it shares all else.
 
     Args:
-        tensors: by name of the weight.
+        tensors: by name of the weight: `QuantizedTensor`s, or tensors of fewer bits than the weight has (`Rounded`).
         tied: weights that are another one, by name; those that are the same tensor need not be named.
     """
     model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
@@ -149,7 +175,10 @@ def hold(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) 
     """`with_stored` in place. Attributes that hold these weights keep their names: reading one calls a `Stored`. Linear layers
     and embeddings read theirs in parts.
     """
-    stored = {id(model.get_parameter(name)): Stored(name, q) for name, q in tensors.items()}
+    stored = {
+        id(model.get_parameter(name)): Rounded(name, q) if isinstance(q, Tensor) else Stored(name, q)
+        for name, q in tensors.items()
+    }
     stored |= {id(model.get_parameter(name)): stored[id(model.get_parameter(of))]
                for name, of in tied.items() if of in tensors}  # fmt: skip
     for module in list(model.modules()):

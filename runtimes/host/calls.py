@@ -75,6 +75,10 @@ class Calls:
         """An array of the host's as the engine reads it."""
         return array
 
+    def give(self, name: str, array: np.ndarray) -> Any:
+        """What a call is told by this name, for this call alone, as the engine reads it."""
+        return self.put(array)
+
     def get(self, array: Any) -> np.ndarray:
         """An array of the engine's as the host reads it; a view where that is possible."""
         return array
@@ -160,9 +164,9 @@ class Calls:
         Returns:
             depth, iterations and, with `head`, what head gives.
         """
-        context = {name: self.put(array) for name, array in context.items()}
-        inputs = {name: self.put(array) for name, array in inputs.items()}
-        dials = {name: self.put(array) for name, array in dials.items()}
+        context = {name: self.give(name, array) for name, array in context.items()}
+        inputs = {name: self.give(name, array) for name, array in inputs.items()}
+        dials = {name: self.give(name, array) for name, array in dials.items()}
         kept = self.state | self.memory
         found = dict(self.methods.run("prelude", chunk, inputs | context | kept))
         looped = self.methods.run(self.loop, chunk, found | context | kept | dials)
