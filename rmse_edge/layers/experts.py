@@ -26,13 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packed
 from .cache import table_row
 from .fixed import is_fixed
-from .held import Stored
+from .held import Rounded, Stored
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
 GATHER_ROWS = 4
 ALIGNMENT = 16  # bytes of a row that `grouped_mm` asks for
+GROUPED_MM = True  # on a GPU, of many rows in bfloat16; False: our own kernel. Not measured, see benchmarks/cuda.py
 
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -191,6 +193,33 @@ def held_experts(x: Tensor, routing: Routing, gate_up: Stored, down: Stored, cap
     return out
 
 
+def device_experts(
+    x: Tensor, routing: Routing, gate_up: Stored | Tensor, down: Stored | Tensor, caps: Caps = NO_CAPS
+) -> Tensor:
+    """On a GPU, with nothing looked at: each of the chosen experts' weights as they lie in memory. (N, d) -> (N, d)."""
+    rows, top_k = routing.experts.shape
+    if GROUPED_MM and rows > packed.FEW_ROWS and _suits_grouped_mm(gate_up, down):
+        assert isinstance(gate_up, Rounded) and isinstance(down, Rounded)
+        return grouped_experts(x.to(torch.bfloat16), routing, gate_up.codes, down.codes, caps).to(x.dtype)
+    flat = routing.experts.reshape(-1)
+    hidden = swiglu(_product(x, gate_up, flat, top_k), caps) * routing.weights.reshape(-1, 1).to(x.dtype)
+    return _product(hidden, down, flat, 1).view(rows, top_k, -1).sum(1)
+
+
+def _suits_grouped_mm(*weights: Stored | Tensor) -> bool:
+    """Whether weights are what `grouped_mm` takes on a GPU without a copy: bfloat16, rows of whole 16 bytes both ways."""
+    return all(
+        isinstance(w, Rounded) and w.codes.dtype == torch.bfloat16 and not any(n % 8 for n in w.shape[1:])
+        for w in weights
+    )
+
+
+def _product(x: Tensor, weights: Stored | Tensor, experts: Tensor, per_row: int) -> Tensor:
+    if isinstance(weights, Stored):
+        return weights.product(x, experts, per_row)
+    return packed.packed_product(x, weights, None, None, 32, experts, per_row)
+
+
 def aligned(x: Tensor) -> Tensor:
     """`x` (..., n) as it is, or with zeros behind its last axis where `grouped_mm` would refuse its width."""
     missing = -x.shape[-1] % (ALIGNMENT // x.element_size())
@@ -341,6 +370,8 @@ class SparseExperts(nn.Module):
     def _routed(self, rows: Tensor, routing: Routing) -> Tensor:
         """What the chosen experts make of rows (N, d)."""
         held = [self._modules.get(f"stored_{name}") for name in ("gate_up_proj", "down_proj")]
+        if packed.on_gpu(rows) and not torch.is_grad_enabled():
+            return device_experts(rows, routing, held[0] or self.gate_up_proj, held[1] or self.down_proj, self.caps)  # type: ignore[arg-type]
         if isinstance(held[0], Stored) and isinstance(held[1], Stored) and not torch.is_grad_enabled():
             return held_experts(rows, routing, held[0], held[1], self.caps)
         compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts

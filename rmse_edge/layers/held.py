@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packed
+
 
 @torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
 def stored_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
@@ -88,9 +90,18 @@ class Stored(nn.Module):
         zeros = None if self.zeros is None else self.zeros[index]
         return decoded(unpacked(self.codes[index], self.bits), self.scales[index], zeros, self.bits)
 
+    def product(self, x: Tensor, experts: Tensor | None = None, per_row: int = 1) -> Tensor:
+        """On a GPU, rows (R, K) times this weight, or times those of a stack that `experts` (R * per_row,) names: see
+        `packed_product`.
+        """
+        return packed.packed_product(x, self.codes, self.scales, self.zeros, self.bits, experts, per_row)
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear` with this weight (N, K), without gradients: (..., K) -> (..., N)."""
         outputs, inputs = self.shape
+        if packed.on_gpu(x):
+            found = self.product(x.reshape(-1, inputs)).view(*x.shape[:-1], outputs)
+            return found if bias is None else found.add_(bias)
         out = x.new_empty((*x.shape[:-1], outputs))
         rows, found = x.reshape(-1, inputs), out.view(-1, outputs)
         for start in range(0, outputs, step := max(1, BLOCK // inputs)):
