@@ -34,7 +34,8 @@ __all__ = [
     "runtime_for",
 ]
 
-RUNTIMES = ("torch", "onnx", "executorch", "coreml")
+RUNTIMES = ("torch", "cuda", "onnx", "executorch", "coreml")
+OF_CHECKPOINTS = ("torch", "cuda")  # the others run packages
 
 
 def board_for(package: Package, threads: int | None = None, engine: str | None = None) -> BoardRuntime:
@@ -74,7 +75,7 @@ def no_budget(target: str) -> ArgumentError:
 
 
 def no_runtime(package: Package) -> PackageError:
-    known = ", ".join(name for name in RUNTIMES if name != "torch")
+    known = ", ".join(name for name in RUNTIMES if name not in OF_CHECKPOINTS)
     return PackageError(f"{package.folder}: made for {package.target}, which has no runtime here; known: {known}")
 
 
@@ -129,34 +130,42 @@ def start_engine(target: str) -> None:
 def open_runtime(
     path: str | Path,
     runtime: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     expert_ram: str | None = None,
+    dtype: str | None = None,
 ) -> Runtime:
     """The runtime for a package, as a folder or an archive, or for a checkpoint folder.
 
     Args:
-        runtime: "torch", "onnx", "executorch" or "coreml"; by default whatever the folder was made for.
-        device: "cpu" or "cuda", for the torch runtime.
+        runtime: "torch", "cuda", "onnx", "executorch" or "coreml"; by default whatever the folder was made for.
+        device: "cpu" or "cuda", for a checkpoint folder; by default that of the cuda runtime is "cuda", of torch "cpu".
         threads: threads of one call; by default the engine's own choice.
         expert_ram: memory that the experts of an ExecuTorch package may take: a size (`300M`), a share of them (`25%`) or `auto`,
             what the system leaves free; by default the system decides.
+        dtype: "fp32", "bf16" or "fp16": how the cuda runtime holds the weights of a float checkpoint; float32 by default.
     Raises:
         UserError: the folder is neither, or the runtime does not fit it.
     """
     package = _package_of(path, runtime, device)
+    if dtype is not None and runtime != "cuda":
+        raise ArgumentError("dtype", "is of the cuda runtime (runtime=cuda); packages say how they hold weights", dtype)
     if package is not None:
         return runtime_for(package, threads, expert_ram)
     if expert_ram is not None:
-        raise no_budget("torch")
+        raise no_budget(runtime or "torch")
     from .engines.torch import TorchRuntime, set_threads
 
     set_threads(threads)
-    return TorchRuntime.open(path, device)
+    if runtime == "cuda":
+        from .engines.cuda import CudaRuntime
+
+        return CudaRuntime.open(path, device or "cuda", dtype)
+    return TorchRuntime.open(path, device or "cpu")
 
 
 def open_boards(
-    path: str | Path, runtime: str | None = None, device: str = "cpu", threads: int | None = None
+    path: str | Path, runtime: str | None = None, device: str | None = None, threads: int | None = None
 ) -> BoardRuntime:
     """As `open_runtime`, of a model that fills in boards.
 
@@ -169,10 +178,10 @@ def open_boards(
     from .engines.torch import TorchBoards, set_threads
 
     set_threads(threads)
-    return TorchBoards.open(path, device)
+    return TorchBoards.open(path, device or ("cuda" if runtime == "cuda" else "cpu"))
 
 
-def _package_of(path: str | Path, runtime: str | None, device: str) -> Package | None:
+def _package_of(path: str | Path, runtime: str | None, device: str | None) -> Package | None:
     """The package of a folder or an archive, verified; None: it is to be run by PyTorch.
 
     Raises:
@@ -188,11 +197,11 @@ def _package_of(path: str | Path, runtime: str | None, device: str) -> Package |
         package = Package.open(path)
         if runtime not in (None, package.target):
             raise UserError(f"{path}: made for {package.target}; runtime={runtime} needs a checkpoint folder")
-        if device != "cpu":
+        if device not in (None, "cpu"):
             raise ArgumentError(
                 "device", f"the {package.target} runtime runs on the CPU; use a checkpoint folder", device
             )
         return package
-    if runtime not in (None, "torch"):
+    if runtime not in (None, *OF_CHECKPOINTS):
         raise UserError(f"{path}: is not a package; runtime={runtime} needs one (make it with rmse-export)")
     return None

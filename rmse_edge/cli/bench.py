@@ -144,7 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.boards:
         refuse_flags_of_texts(args, parser, ("prompt", "generate"), "--boards")
-    if args.quant != ["fp32"] and (args.model or args.runtime == "torch"):
+    if args.quant != ["fp32"] and (args.model or args.runtime in ("torch", "cuda")):
         raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")
     instead = "--profile" if args.profile else "--stream" if args.stream is not None else None
     if args.profile and args.stream is not None:
@@ -172,7 +172,14 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[list[LoopRuntime], int | 
 
         set_threads(args.threads)
         model = random_model(args.config)
-        yield [TorchRuntime(model, args.config.stem, device=args.device)], None
+        yield [TorchRuntime(model, args.config.stem, device=args.device or "cpu")], None
+    elif args.runtime == "cuda":
+        from rmse_edge.runtimes.engines.cuda import CudaRuntime
+        from rmse_edge.runtimes.engines.torch import set_threads
+
+        set_threads(args.threads)
+        device, dtype = args.device or "cuda", args.dtype or "fp32"
+        yield [CudaRuntime(random_model(args.config), args.config.stem, device=device, dtype=dtype)], None
     else:
         from rmse_edge.runtimes import RUNTIMES
 

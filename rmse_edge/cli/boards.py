@@ -49,6 +49,8 @@ def opened(args: argparse.Namespace, path: Path) -> tuple[BoardRuntime, Game]:
 
     if args.expert_ram is not None:
         raise UserError("--expert-ram: solvers of boards have no experts; leave it out")
+    if args.dtype is not None:
+        raise UserError("--dtype: is for models of texts; leave it out")
     runtime = open_boards(path, args.runtime, args.device, args.threads)
     try:
         return runtime, game_of_model(runtime.board)

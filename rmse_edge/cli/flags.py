@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 
 def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--runtime", help="torch, onnx, executorch or coreml (default: what the folder was made for)")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the torch runtime computes")
+    group.add_argument(
+        "--runtime", help="torch, cuda, onnx, executorch or coreml (default: what the folder was made for)"
+    )
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"),
+        help="where the torch and the cuda runtime compute (default: the one on the CPU, the other on a GPU)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"),
+        help="how the cuda runtime holds the weights of a float checkpoint (default: fp32)",
+    )  # fmt: skip
     group.add_argument(
         "-t", "--threads", type=positive_int, metavar="N", help="threads (default: the engine's own choice)"
     )
@@ -36,7 +45,7 @@ def open_model(args: argparse.Namespace, path: Path | None = None) -> Runtime:
     """The runtime that the flags ask for, on `args.model` or another folder."""
     from rmse_edge.runtimes import open_runtime
 
-    return open_runtime(path or args.model, args.runtime, args.device, args.threads, args.expert_ram)
+    return open_runtime(path or args.model, args.runtime, args.device, args.threads, args.expert_ram, args.dtype)
 
 
 def add_dial_flags(parser: argparse.ArgumentParser) -> None:

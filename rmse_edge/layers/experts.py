@@ -26,12 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packed
 from .cache import table_row
-from .held import Stored
+from .fixed import is_fixed
+from .held import Rounded, Stored
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
 GATHER_ROWS = 4
 ALIGNMENT = 16  # bytes of a row that `grouped_mm` asks for
+GROUPED_MM = True  # on a GPU, of many rows in bfloat16; False: our own kernel. Not measured, see benchmarks/cuda.py
 
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -76,11 +79,12 @@ def best(scores: Tensor, count: int) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return best_portable(scores, count)
-    if len(scores) <= GATHER_ROWS and count < scores.shape[-1] and scores.device.type == "cpu":
+    looks = scores.device.type == "cpu" and not is_fixed()
+    if looks and len(scores) <= GATHER_ROWS and count < scores.shape[-1]:
         values, found = scores.topk(count + 1, -1)  # a few rows: sooner looked at than made unique
         if all(a > b for row in values.tolist() for a, b in pairwise(row)):
             return found[:, :count]
-    elif (chosen := best_partitioned(scores, count)) is not None:
+    elif looks and (chosen := best_partitioned(scores, count)) is not None:
         return chosen
     bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two are equal scores
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -152,7 +156,7 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, 
     rows, top_k = routing.experts.shape
     flat = routing.experts.reshape(-1)
     order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    ends = rows_of(flat, gate_up.shape[0]).cumsum(0).to(torch.int32)
     # Zeros that fill up a row of another width than 4 float32 numbers change no product; they cost a copy of the weights.
     gate_up, down = aligned(gate_up), aligned(down.transpose(1, 2))
     hidden = F.grouped_mm(aligned(x).index_select(0, order // top_k), gate_up.transpose(1, 2), offs=ends)
@@ -169,6 +173,13 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, 
     return out.index_select(0, position).view(rows, top_k, -1).sum(1)
 
 
+def rows_of(experts: Tensor, n_experts: int) -> Tensor:
+    """How many rows each expert has: (P,) int64 -> (n_experts,) int64. `torch.bincount` would have a GPU's host wait."""
+    return torch.zeros(n_experts, dtype=torch.int64, device=experts.device).scatter_add_(
+        0, experts, torch.ones_like(experts)
+    )
+
+
 def held_experts(x: Tensor, routing: Routing, gate_up: Stored, down: Stored, caps: Caps = NO_CAPS) -> Tensor:
     """For weights held as integers: one of the chosen experts after the other, so that one is decoded at a time, and those that
     nobody has chosen never. (N, d) -> (N, d).
@@ -180,6 +191,33 @@ def held_experts(x: Tensor, routing: Routing, gate_up: Stored, down: Stored, cap
         hidden = hidden * routing.weights[rows, places].unsqueeze(-1).to(x.dtype)
         out.index_add_(0, rows, F.linear(hidden, down.at(expert)))
     return out
+
+
+def device_experts(
+    x: Tensor, routing: Routing, gate_up: Stored | Tensor, down: Stored | Tensor, caps: Caps = NO_CAPS
+) -> Tensor:
+    """On a GPU, with nothing looked at: each of the chosen experts' weights as they lie in memory. (N, d) -> (N, d)."""
+    rows, top_k = routing.experts.shape
+    if GROUPED_MM and rows > packed.FEW_ROWS and _suits_grouped_mm(gate_up, down):
+        assert isinstance(gate_up, Rounded) and isinstance(down, Rounded)
+        return grouped_experts(x.to(torch.bfloat16), routing, gate_up.codes, down.codes, caps).to(x.dtype)
+    flat = routing.experts.reshape(-1)
+    hidden = swiglu(_product(x, gate_up, flat, top_k), caps) * routing.weights.reshape(-1, 1).to(x.dtype)
+    return _product(hidden, down, flat, 1).view(rows, top_k, -1).sum(1)
+
+
+def _suits_grouped_mm(*weights: Stored | Tensor) -> bool:
+    """Whether weights are what `grouped_mm` takes on a GPU without a copy: bfloat16, rows of whole 16 bytes both ways."""
+    return all(
+        isinstance(w, Rounded) and w.codes.dtype == torch.bfloat16 and not any(n % 8 for n in w.shape[1:])
+        for w in weights
+    )
+
+
+def _product(x: Tensor, weights: Stored | Tensor, experts: Tensor, per_row: int) -> Tensor:
+    if isinstance(weights, Stored):
+        return weights.product(x, experts, per_row)
+    return packed.packed_product(x, weights, None, None, 32, experts, per_row)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -311,7 +349,7 @@ class SparseExperts(nn.Module):
 
     def _computed(self, rows: Tensor, k: int | Tensor, active: Tensor | None) -> Tensor:
         """The eager pass over rows (N, d) -> (N, d). Outside of training, stopped rows are not computed: they get zeros."""
-        skip = active is not None and not self.training and not bool(active.all())
+        skip = active is not None and not self.training and not is_fixed() and not bool(active.all())
         live = active.reshape(-1).nonzero().squeeze(1) if skip else None  # type: ignore[union-attr]
         some = rows if live is None else rows.index_select(0, live)
         routing = self.route(some, k)
@@ -332,6 +370,8 @@ class SparseExperts(nn.Module):
     def _routed(self, rows: Tensor, routing: Routing) -> Tensor:
         """What the chosen experts make of rows (N, d)."""
         held = [self._modules.get(f"stored_{name}") for name in ("gate_up_proj", "down_proj")]
+        if packed.on_gpu(rows) and not torch.is_grad_enabled():
+            return device_experts(rows, routing, held[0] or self.gate_up_proj, held[1] or self.down_proj, self.caps)  # type: ignore[arg-type]
         if isinstance(held[0], Stored) and isinstance(held[1], Stored) and not torch.is_grad_enabled():
             return held_experts(rows, routing, held[0], held[1], self.caps)
         compute = gathered_experts if rows.shape[0] <= GATHER_ROWS else grouped_experts

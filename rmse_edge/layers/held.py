@@ -20,7 +20,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import packed
 
 
 @torch.library.custom_op("rmse_edge::stored_weight", mutates_args=())
@@ -87,14 +90,48 @@ class Stored(nn.Module):
         zeros = None if self.zeros is None else self.zeros[index]
         return decoded(unpacked(self.codes[index], self.bits), self.scales[index], zeros, self.bits)
 
+    def product(self, x: Tensor, experts: Tensor | None = None, per_row: int = 1) -> Tensor:
+        """On a GPU, rows (R, K) times this weight, or times those of a stack that `experts` (R * per_row,) names: see
+        `packed_product`.
+        """
+        return packed.packed_product(x, self.codes, self.scales, self.zeros, self.bits, experts, per_row)
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear` with this weight (N, K), without gradients: (..., K) -> (..., N)."""
         outputs, inputs = self.shape
+        if packed.on_gpu(x):
+            found = self.product(x.reshape(-1, inputs)).view(*x.shape[:-1], outputs)
+            return found if bias is None else found.add_(bias)
         out = x.new_empty((*x.shape[:-1], outputs))
         rows, found = x.reshape(-1, inputs), out.view(-1, outputs)
         for start in range(0, outputs, step := max(1, BLOCK // inputs)):
             here = slice(start, start + step)
             torch.mm(rows, self.at(here).t(), out=found[:, here])
+        return out if bias is None else out.add_(bias)
+
+
+class Rounded(Stored):
+    """A weight as numbers of fewer bits, multiplied with as such and summed in float32; called, the weight in float32."""
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.name, self.bits = name, 8 * weight.element_size()
+        self.register_buffer("codes", weight)
+        self.register_buffer("scales", None)
+        self.register_buffer("zeros", None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def forward(self) -> Tensor:
+        return self.codes.float()
+
+    def at(self, index: Any) -> Tensor:
+        return self.codes[index].float()
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.linear(x.to(self.codes.dtype), self.codes).to(x.dtype)
         return out if bias is None else out.add_(bias)
 
 
@@ -131,7 +168,7 @@ def with_stored(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str,
     """A copy of `model` in which quantised weights are their integers; it shares all else.
 
     Args:
-        tensors: by name of the weight.
+        tensors: by name of the weight: `QuantizedTensor`s, or tensors of fewer bits than the weight has (`Rounded`).
         tied: weights that are another one, by name; those that are the same tensor need not be named.
     """
     model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
@@ -149,7 +186,10 @@ def hold(model: nn.Module, tensors: Mapping[str, Any], tied: Mapping[str, str]) 
     """`with_stored` in place. Attributes that hold these weights keep their names: reading one calls a `Stored`. Linear layers
     and embeddings read theirs in parts.
     """
-    stored = {id(model.get_parameter(name)): Stored(name, q) for name, q in tensors.items()}
+    stored = {
+        id(model.get_parameter(name)): Rounded(name, q) if isinstance(q, Tensor) else Stored(name, q)
+        for name, q in tensors.items()
+    }
     stored |= {id(model.get_parameter(name)): stored[id(model.get_parameter(of))]
                for name, of in tied.items() if of in tensors}  # fmt: skip
     for module in list(model.modules()):

@@ -99,6 +99,10 @@ class Calls:
         """An array of the host's as the engine reads it."""
         return array
 
+    def give(self, name: str, array: np.ndarray) -> Any:
+        """What a call is told by this name, for this call alone, as the engine reads it."""
+        return self.put(array)
+
     def get(self, array: Any) -> np.ndarray:
         """An array of the engine's as the host reads it; a view where that is possible."""
         return array
@@ -199,7 +203,7 @@ class Calls:
             n: rows of it that are valid.
         """
         sides = (inputs, context, dials)
-        given = [{name: self.put(array) for name, array in side.items()} for side in sides]
+        given = [{name: self.give(name, array) for name, array in side.items()} for side in sides]
         call = Computed(chunk, position, n, {}, {}, *given)
         for method in ("prelude", self.loop, "coda", "head"):
             if (method != "coda" or method in self.info.methods) and (method != "head" or head):
@@ -231,7 +235,7 @@ class Calls:
             note: False leaves the segment as it is, which the memory is going to be taught.
         """
         if n < call.n:
-            call.n, call.context = n, call.context | {"n_valid": self.put(np.array([n], np.int64))}
+            call.n, call.context = n, call.context | {"n_valid": self.give("n_valid", np.array([n], np.int64))}
             # What is replaced has taken in every row, so what gave it is asked again. Commit reads what the loop emits, which
             # may be sums over the rows: the loop, too. Rows before the n-th stay what they are.
             replaced = {s.source for s in self.info.state.values() if s.kind == "replace"}

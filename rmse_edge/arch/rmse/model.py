@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
 from rmse_edge.layers.cache import table_row
+from rmse_edge.layers.fixed import is_fixed
 from rmse_edge.layers.masks import MASKED, ring_mask
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import rotary_angles
@@ -104,7 +105,7 @@ class Block(nn.Module):
 
         M is the largest number of active positions, so that those of all sequences make one tensor.
         """
-        if active is None or self.training or torch.compiler.is_exporting() or self.experts.observer is not None:
+        if active is None or self.training or is_fixed() or self.experts.observer is not None:
             return None
         most = int(active.sum(1).max())
         if most == active.shape[1]:

@@ -1,0 +1,31 @@
+"""Whether a model's work must be the same whatever its tensors hold.
+
+Eager code looks at its tensors to save work: positions that have stopped are left out, experts that nobody chose are never
+read. A recorded graph cannot (its shapes are those of the recording), and on a GPU each look makes the host wait. Within
+`fixed_work` nothing is looked at: positions that have stopped are computed and not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_fixed = ContextVar("fixed", default=False)
+
+
+@contextmanager
+def fixed_work() -> Iterator[None]:
+    """The work of the models that are run within is the same whatever their tensors hold; the numbers are those without."""
+    token = _fixed.set(True)
+    try:
+        yield
+    finally:
+        _fixed.reset(token)
+
+
+def is_fixed() -> bool:
+    """Whether within `fixed_work`, or while a graph is traced."""
+    return _fixed.get() or torch.compiler.is_exporting()
