@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rmse_edge.loop.unmask import without_mask
+
 from .noise import SCHEDULES, times
 from .recipe import Recipe
 from .sources import Batch, TextSource
@@ -74,7 +76,8 @@ def losses(model: Any, tokens: Tensor, masked: Tensor, weight: Tensor) -> Tensor
         tokens, masked, weight: (B, T).
     """
     noisy = torch.where(masked, model.config.mask_token_id, tokens)
-    log_p = F.log_softmax(model.denoised(noisy, tokens).float(), -1)
+    logits = without_mask(model.denoised(noisy, tokens).float(), model.config.mask_token_id)
+    log_p = F.log_softmax(logits, -1)
     found = -log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where(masked, weight * found, 0.0)[:, 1:]
 

@@ -149,7 +149,16 @@ class Calls:
     # ------------------------------------------------------------------------------------------ calls
 
     def run(
-        self, chunk: int, inputs: Arrays, context: Arrays, dials: Arrays, position: int, n: int, head: bool
+        self,
+        chunk: int,
+        inputs: Arrays,
+        context: Arrays,
+        dials: Arrays,
+        position: int,
+        n: int,
+        head: bool,
+        also: tuple[str, ...] = (),
+        instead: Arrays | None = None,
     ) -> Arrays:
         """One call: prelude, loop, coda, head, commit, and what is kept afterwards.
 
@@ -157,17 +166,22 @@ class Calls:
             inputs: tokens, hits, noise.
             context: where the call stands.
             n: rows of it that are valid.
+            also: further results that are wanted.
+            instead: of a call in which nothing iterates: what the loop gives then. Engines' loops run at least once.
         Returns:
-            depth, iterations and, with `head`, what head gives.
+            depth, iterations, those of `also` and, with `head`, what head gives.
         """
         context = {name: self.put(array) for name, array in context.items()}
         inputs = {name: self.put(array) for name, array in inputs.items()}
         dials = {name: self.put(array) for name, array in dials.items()}
         kept = self.state | self.memory
         found = dict(self.methods.run("prelude", chunk, inputs | context | kept))
-        looped = self.methods.run(self.loop, chunk, found | context | kept | dials)
+        if instead is None:
+            looped = self.methods.run(self.loop, chunk, found | context | kept | dials)
+        else:
+            looped = {name: self.put(array) for name, array in instead.items()}
         found |= looped
-        wanted = ["depth", "iterations"]
+        wanted = ["depth", "iterations", *also]
         if "coda" in self.info.methods:
             found |= self.methods.run("coda", chunk, found | context | kept)
         if head:

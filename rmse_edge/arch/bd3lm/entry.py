@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmse_edge.arch.common.quantization import QuantTable
 from rmse_edge.arch.registry import Arch
 from rmse_edge.info import BlocksInfo, TextInfo
 from rmse_edge.numbers import token_ids
@@ -14,8 +13,6 @@ from .stored import stored
 
 if TYPE_CHECKING:
     from .model import Bd3lm
-
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def loop_weights(c: Bd3lmConfig) -> int:
@@ -67,20 +64,6 @@ def build(config: Bd3lmConfig) -> Bd3lm:
     from .model import Bd3lm
 
     return Bd3lm(config)
-
-
-def table(c: Bd3lmConfig) -> QuantTable:
-    """Layer by layer, in the order of the data flow."""
-    stages: list[tuple[str, ...]] = [(EMBEDDING,)]
-    for i in range(c.n_blocks):
-        layer = f"stack.layers.{i}"
-        stages += [
-            tuple(f"{layer}.attn.{name}_proj.weight" for name in "qkv"),
-            (f"{layer}.attn.o_proj.weight",),
-            (f"{layer}.mlp.up_proj.weight",),
-            (f"{layer}.mlp.down_proj.weight",),
-        ]
-    return QuantTable((*stages, (HEAD,)), float=("*norm.weight", "*.bias"), embedding=EMBEDDING, head=HEAD)
 
 
 ARCH = Arch(

@@ -113,6 +113,7 @@ class Bd3lm(nn.Module):
         vector, tokens = (1, chunk, c.hidden_dim), TensorSpec("tokens", (1, chunk), torch.int64)
         places = tuple(t for t in context(chunk, c.head_width, capacity) if t.name != "n_valid")  # blocks are whole
         state = stack.state("", capacity, "loop")
+        kept = (TensorSpec(name, stack.call(chunk), state[0].dtype) for name in ("keys", "values"))
         masks = np.arange(chunk) % 2 * c.mask_token_id  # of examples: every other one, to be filled in
         return LoopSpec(
             chunk=chunk,
@@ -127,7 +128,7 @@ class Bd3lm(nn.Module):
             invariants=(TensorSpec("slots_mask", (1, 1, chunk, capacity), slots_axis=3),),
             emits=(TensorSpec("drafts", (1, chunk), torch.int64),),
             head=(TensorSpec("logits", (1, chunk, c.vocab_size)),),
-            commit=(*stack.commits(chunk), TensorSpec("block", (1, chunk), torch.int64)),
+            commit=(*kept, TensorSpec("block", (1, chunk), torch.int64)),
             dials=("max_loops", "min_loops", "exit_threshold", "exit_gap"),
             ids={"tokens": c.vocab_size},
             examples={"tokens": masks, "position": [min(2, capacity // chunk - 1) * chunk]},
@@ -145,14 +146,14 @@ class Bd3lm(nn.Module):
     def step(self, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors) -> tuple[Tensors, Tensors]:
         canvas, masked = carry["canvas"], carry["active"]
         after, _ = self._behind(canvas, fixed)
-        found = guess(self.head(after)["logits"])
+        found = guess(without_mask(self.head(after)["logits"], self.config.mask_token_id))
         filled = fills(found, masked, k, dials)
         canvas = torch.where(filled, found.tokens, canvas)
         h = torch.where(masked.unsqueeze(-1), after, carry["h"])
         return {"h": h, "active": masked & ~filled, "canvas": canvas}, {"drafts": canvas.clone()}
 
     def head(self, h: Tensor) -> Tensors:
-        return {"logits": without_mask(self.lm_head(self.norm(h)), self.config.mask_token_id)}
+        return {"logits": self.lm_head(self.norm(h))}
 
     def commit(self, tensors: Tensors) -> Tensors:
         tokens, iterations = tensors["tokens"], tensors["iterations"]
@@ -160,9 +161,7 @@ class Bd3lm(nn.Module):
         block = torch.where(iterations > 0, last, tokens)
         mask = slots_mask(tensors["position"], tokens.shape[1], tensors[SLOTS])
         _, pair = self._behind(block, tensors | {"slots_mask": mask})
-        kept = {
-            n: self.stack.cache.to_cache(t.unsqueeze(0), i) for i, (n, t) in enumerate(zip(("keys", "values"), pair))
-        }
+        kept = {n: self.stack.cache.to_cache(t, i) for i, (n, t) in enumerate(zip(("keys", "values"), pair))}
         return kept | {"block": block}
 
     def _behind(self, canvas: Tensor, fixed: Tensors) -> tuple[Tensor, Pair]:

@@ -212,7 +212,7 @@ ModelInfo read_model(const Json& manifest) {
   info.chunks = call_rows(model, info.segment);
   info.methods = model.at("methods", set_of_names);
   if (!present("text")) {
-    if (!present("board")) model.refuse("", "neither text nor board", "one of them");
+    if (!present("board") && !present("blocks")) model.refuse("", "neither text nor board", "one of them");
     model.refuse(".text", "none", "a model of texts, as this runner runs");
   }
   info.text = text_info(model.part("text"));
