@@ -34,13 +34,14 @@ from rmse_edge.progress import Report, Stages, silent
 from rmse_edge.quantize import Format, Quantized
 from rmse_edge.quantize.parallel import aside, one_thread
 from rmse_edge.quantize.scheme import BITS, table_of
-from rmse_edge.runtimes import board_for, other_runtimes, runtime_for
+from rmse_edge.runtimes import blocks_for, board_for, other_runtimes, runtime_for
 from rmse_edge.runtimes.engines.release import release_freed
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.shards import all_finite
 from rmse_edge.text import Tokenizer, read_text
 from rmse_edge.vocabulary import TOKENIZER_FILE
 
+from .gate.blocks import block_gate
 from .gate.board import board_gate
 from .gate.compare import POSITIONS, compare_host, compared, computed_ahead, gate
 from .gate.reference import LEAST_POSITIONS, Reference
@@ -199,7 +200,7 @@ def export_package(
         )
         text = _carry_text(checkpoint, folder)
         proof = Proof(model, info, request, target, folder, text, stage, idle)
-        if request.check and info.board is None:
+        if request.check and info.text is not None:
             ahead = stack.enter_context(aside(lambda: computed_ahead(proof.reference, proof.longest), idle))
         traced = target.prepare(model, options) if target.prepare else model
         with collection_paused(), done_once():
@@ -238,6 +239,8 @@ def export_package(
         twin = lowering.pop("exact_twin", None)
         if request.check and info.board is not None:
             manifest["parity"] = proof.board(program, manifest)
+        elif request.check and info.blocks is not None:
+            manifest["parity"] = proof.blocks(program, manifest)
         elif request.check:
             if (known := ahead()) is not None:
                 proof.reference.learn(known)
@@ -265,6 +268,12 @@ class Proof:
         exact = self.request.quant == "fp32"
         counterpart, package = rounded(self.model, self.request.quant), self.sealed(manifest)
         return board_gate(program, counterpart, board_for(package), exact, self.stage, self.rounded_activations)
+
+    def blocks(self, program: LoopProgram, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Of a model that writes by blocks."""
+        counterpart, candidate = rounded(self.model, self.request.quant), blocks_for(self.sealed(manifest))
+        candidate.info = candidate.info.with_limit(None)  # the gate's texts may be longer than the package is to take
+        return block_gate(program, counterpart, candidate, self.tokens, self.exact, self.stage)
 
     def sealed(self, manifest: dict[str, Any]) -> Package:
         """The package in the making, as a runtime would find it."""

@@ -90,7 +90,7 @@ class State:
 
 @dataclass(frozen=True)
 class TextInfo:
-    """Of a model of texts."""
+    """Of a model of texts that reads and writes token by token."""
 
     vocab_size: VocabularySize
     # Channels of each head that turn with the position; 0: the host gives no angles.
@@ -117,6 +117,15 @@ class BoardInfo:
         1  # that the model has vectors of; a host says which of them a board is of, where there are several
     )
     kind: BoardKind | None = None  # what the boards are, so that a host can read, print and check them; None: not known
+
+
+@dataclass(frozen=True)
+class BlocksInfo:
+    """Of a model that writes a text block by block, each filled in by denoising steps."""
+
+    size: Count  # positions of a block
+    mask_token_id: Token  # stands for what is not written yet
+    text: TextInfo  # what such a model has in common with those that write token by token
 
 
 class Retrieval(TypedDict):
@@ -152,6 +161,7 @@ class ModelInfo:
     page: Count | None = None
     text: TextInfo | None = None
     board: BoardInfo | None = None
+    blocks: BlocksInfo | None = None
     retrieval: Retrieval | None = None  # None: the model has no retrieval head
     quant: Name = "fp32"  # how weights are held: fp32, fp16, int8, int4
     # of the weights, the same for a checkpoint and every package made of it
@@ -214,7 +224,13 @@ class ModelInfo:
 
     def with_limit(self, max_seq_len: int | None) -> ModelInfo:
         """The same for texts of at most so many tokens."""
-        return dataclasses.replace(self, text=dataclasses.replace(self.language, max_seq_len=max_seq_len))
+        return self.with_language(dataclasses.replace(self.language, max_seq_len=max_seq_len))
+
+    def with_language(self, text: TextInfo) -> ModelInfo:
+        """The same of a text of which other things are known."""
+        if self.blocks is not None:
+            return dataclasses.replace(self, blocks=dataclasses.replace(self.blocks, text=text))
+        return dataclasses.replace(self, text=text)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest."""
@@ -237,14 +253,19 @@ class ModelInfo:
 
     @property
     def language(self) -> TextInfo:
-        """Its part about texts.
+        """Its part about texts, whether it writes them token by token or block by block.
 
         Raises:
             ValueError: it is no model of texts.
         """
-        if self.text is None:
+        if (found := self.text_part) is None:
             raise ValueError(f"{self.name}: is no model of texts")
-        return self.text
+        return found
+
+    @property
+    def text_part(self) -> TextInfo | None:
+        """As `language`; None: it is no model of texts."""
+        return self.blocks.text if self.blocks is not None else self.text
 
     @property
     def vocab_size(self) -> int:

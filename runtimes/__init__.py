@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rmse_edge.archive import unpacked
 from rmse_edge.errors import ArgumentError, PackageError, UserError
@@ -14,10 +15,14 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.package import MANIFEST, Package
 
 from .host.base import Fed, Methods, Runtime, Surprise
+from .host.blocks import Block, BlockRuntime
 from .host.board import BoardRuntime, Solved
+from .host.calls import Opened
 from .host.text import LoopRuntime
 
 __all__ = [
+    "Block",
+    "BlockRuntime",
     "BoardRuntime",
     "Dials",
     "Fed",
@@ -27,9 +32,11 @@ __all__ = [
     "Runtime",
     "Solved",
     "Surprise",
+    "blocks_for",
     "board_for",
     "open_boards",
     "open_runtime",
+    "open_writer",
     "other_runtimes",
     "runtime_for",
 ]
@@ -45,26 +52,46 @@ def board_for(package: Package, threads: int | None = None, engine: str | None =
         PackageError: no runtime here runs its target.
         UserError: it is a model of texts.
     """
+    found = _opened(package, threads, engine)
     together: int | None = 1
     if package.target == "onnx":
         from .engines.onnx import largest_batch
-        from .engines.onnx import opened as onnx
 
-        found = onnx(package, threads)
         together = largest_batch(found.methods)
-    elif package.target == "executorch":
-        from .engines.executorch import opened as executorch
-
-        found = executorch(package, threads)
-    elif package.target == "coreml":
-        from .engines.coreml import opened as coreml
-
-        found = coreml(package, engine, threads)
-    else:
-        raise no_runtime(package)
     if found.info.board is None:
         raise UserError(f"{package.folder}: is a model of texts; give it a prompt, or a text to read")
     return BoardRuntime(found.info, found.methods, found.loop, together)
+
+
+def blocks_for(package: Package, threads: int | None = None, engine: str | None = None) -> BlockRuntime:
+    """The runtime of a verified package of a model that writes by blocks.
+
+    Raises:
+        PackageError: no runtime here runs its target.
+        UserError: it is another kind of model.
+    """
+    return BlockRuntime(*_opened(package, threads, engine))
+
+
+def _opened(package: Package, threads: int | None, engine: str | None) -> Opened:
+    """The engine's part of a verified package, whatever kind of model it is.
+
+    Raises:
+        PackageError: no runtime here runs its target.
+    """
+    if package.target == "onnx":
+        from .engines.onnx import opened as onnx
+
+        return onnx(package, threads)
+    if package.target == "executorch":
+        from .engines.executorch import opened as executorch
+
+        return executorch(package, threads)
+    if package.target == "coreml":
+        from .engines.coreml import opened as coreml
+
+        return coreml(package, engine, threads)
+    raise no_runtime(package)
 
 
 def no_budget(target: str) -> ArgumentError:
@@ -148,8 +175,7 @@ def open_runtime(
         UserError: the folder is neither, or the runtime does not fit it.
     """
     package = _package_of(path, runtime, device)
-    if dtype is not None and runtime != "cuda":
-        raise ArgumentError("dtype", "is of the cuda runtime (runtime=cuda); packages say how they hold weights", dtype)
+    _check_dtype(dtype, runtime)
     if package is not None:
         return runtime_for(package, threads, expert_ram)
     if expert_ram is not None:
@@ -162,6 +188,36 @@ def open_runtime(
 
         return CudaRuntime.open(path, device or "cuda", dtype)
     return TorchRuntime.open(path, device or "cpu")
+
+
+def open_writer(
+    path: str | Path,
+    runtime: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    expert_ram: str | None = None,
+    dtype: str | None = None,
+) -> Runtime | BlockRuntime:
+    """As `open_runtime`, of any model of texts: also of one that writes by blocks.
+
+    Raises:
+        UserError: as there.
+    """
+    package = _package_of(path, runtime, device)
+    _check_dtype(dtype, runtime)
+    if package is not None:
+        if package.section(dict[str, Any], "model").get("blocks") is None:
+            return runtime_for(package, threads, expert_ram)
+        if expert_ram is not None:
+            raise ArgumentError("expert_ram", "models that write by blocks have no experts; leave it out")
+        return blocks_for(package, threads)
+    if runtime == "cuda" or expert_ram is not None:
+        return open_runtime(path, runtime, device, threads, expert_ram, dtype)
+    from .engines.torch import open_writer as open_checkpoint
+    from .engines.torch import set_threads
+
+    set_threads(threads)
+    return open_checkpoint(path, device or "cpu")
 
 
 def open_boards(
@@ -179,6 +235,15 @@ def open_boards(
 
     set_threads(threads)
     return TorchBoards.open(path, device or ("cuda" if runtime == "cuda" else "cpu"))
+
+
+def _check_dtype(dtype: str | None, runtime: str | None) -> None:
+    """
+    Raises:
+        ArgumentError: a type for a runtime that takes none.
+    """
+    if dtype is not None and runtime != "cuda":
+        raise ArgumentError("dtype", "is of the cuda runtime (runtime=cuda); packages say how they hold weights", dtype)
 
 
 def _package_of(path: str | Path, runtime: str | None, device: str | None) -> Package | None:

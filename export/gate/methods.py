@@ -196,7 +196,8 @@ def committed(spec: LoopSpec, found: Arrays) -> Arrays:
     """The state in `found` with what the call gave for its valid rows put where it belongs, but for what is written
     once per segment.
     """
-    n, position = int(found["n_valid"][0]), int(found["position"][0])
+    position = int(found["position"][0])
+    n = int(found["n_valid"][0]) if "n_valid" in found else spec.chunk
     after = {s.name: found[s.name].copy() for s in spec.state if not isinstance(s.update, Written)}
     for s in spec.state:
         if isinstance(s.update, Written):

@@ -29,7 +29,7 @@ def plain(text: str, stream: TextIO | None = None) -> str:
 
 def paint(text: str, depth: int, max_loops: int) -> str:
     """`text` on the colour of its depth; a line end becomes a coloured ↵ and a bare one, or the colour would run on."""
-    place = (depth - 1) / max(max_loops - 1, 1) * (len(SCALE) - 1)
+    place = max(depth - 1, 0) / max(max_loops - 1, 1) * (len(SCALE) - 1)
     start = f"\x1b[48;5;{SCALE[round(place)]}m{BLACK}"
     lines = text.replace("\n", plain("↵") + "\n").splitlines(keepends=True)
     return "".join(start + line.removesuffix("\n") + RESET + "\n" * line.endswith("\n") for line in lines)

@@ -1,4 +1,4 @@
-"""rmse-run: a package or a checkpoint writes text, token by token, each with the loops it needs, or fills in boards."""
+"""rmse-run: a package or a checkpoint writes text, each token with the loops it needs, or fills in boards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rmse_edge.errors import FileError, UserError
 from rmse_edge.files import check_file
 
+from . import blocks
 from .boards import refuse_flags_of_texts, run_boards
 from .chat import NO_QUESTION, talk
 from .common import INTERRUPTED, Parser, existing_path, list_of, model_folder, non_negative_int, positive_int, verb
@@ -24,7 +25,6 @@ from .flags import (
     add_speculation_flags,
     chosen_dials,
     chosen_speculation,
-    open_model,
     prepare_memory,
 )
 
@@ -40,15 +40,20 @@ TEXT_FLAGS = (
     "color", "speculate", "draft_tokens",
 )  # fmt: skip
 
+ENDED = {
+    "length": "", "eos": "; ended by the model", "stop": "; ended at a stop text", "interrupted": "; interrupted",
+    "max_seq_len": "; ended at the longest text that it takes",
+}  # fmt: skip
+
 
 @verb("rmse-run")
 def main(argv: Sequence[str] | None = None) -> int | None:
-    args = parse(argv)
+    args, parser = parse(argv)
     if args.board is not None:
         return run_boards(args)
 
     from rmse_edge.chat import ChatTemplate
-    from rmse_edge.runtimes import LoopRuntime
+    from rmse_edge.runtimes import BlockRuntime, LoopRuntime, open_writer
     from rmse_edge.runtimes.host.session import SessionError, restore_session, save_session
     from rmse_edge.runtimes.text.sampling import Sampler, Sampling
     from rmse_edge.runtimes.text.writer import Writer, open_tokenizer
@@ -65,7 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.session and args.no_memory:
         raise UserError("--no-memory: the session brings its own memory; leave one of them out")
     template = ChatTemplate.open(args.model) if args.chat else None
-    runtime = open_model(args)
+    runtime = open_writer(args.model, args.runtime, args.device, args.threads, args.expert_ram, args.dtype)
+    if isinstance(runtime, BlockRuntime):
+        blocks.refuse_flags(args, parser)
+        written = blocks.generation_of(args, runtime, text or "")
+        show(written, args)
+        finish(written, text or "", args)
+        return INTERRUPTED if written.finish_reason == "interrupted" else None
     assert isinstance(runtime, LoopRuntime)
     dials = chosen_dials(args, runtime.info)
     check_ids(args.prompt_tokens, runtime.info.vocab_size)
@@ -102,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return INTERRUPTED if generation.finish_reason == "interrupted" else None
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Parser]:
     parser = Parser(
         prog="rmse-run",
         description="Continue a prompt, or talk (--chat). Text goes to stdout, statistics to stderr.",
@@ -178,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.system is not None and args.session:
         raise UserError("--system: the session's conversation has begun already; leave one of them out")
     args.model = model_folder(args.model)
-    return args
+    return args, parser
 
 
 def warn(message: str) -> None:
@@ -299,7 +310,10 @@ def finish(generation: Generation, prompt: str, args: argparse.Namespace) -> Non
     if args.show_depth or not generation.text.endswith("\n"):
         print()
     sys.stdout.flush()
-    lines = statistics_lines(statistics)[-1 if args.chat else 0 :]
+    if "blocks" in statistics:
+        lines = blocks.statistics_lines(statistics, ENDED[statistics["finish_reason"]])
+    else:
+        lines = statistics_lines(statistics)[-1 if args.chat else 0 :]
     if args.show_depth:
         counts = (f"{k}:{count}" for k, count in enumerate(statistics["histogram"], 1) if count)
         lines.append(f"tokens by loops: {' '.join(counts)}")
@@ -345,10 +359,7 @@ def statistics_lines(s: dict[str, Any]) -> list[str]:
     """The statistics in two readable lines, or one when no token was made."""
     if s["mean_loops"] is None:
         return [f"prompt {s['prompt_tokens']} tokens; stopped before the first new token"]
-    ended = {
-        "length": "", "eos": "; ended by the model", "stop": "; ended at a stop text", "interrupted": "; interrupted",
-        "max_seq_len": "; ended at the longest text that it takes",
-    }[s["finish_reason"]]  # fmt: skip
+    ended = ENDED[s["finish_reason"]]
     speed = f" at {s['tokens_per_s']:.1f} tokens/s" if s["tokens_per_s"] else ""
     return [
         f"prompt {s['prompt_tokens']} tokens at {s['prompt_tokens_per_s']:.1f} tokens/s, "

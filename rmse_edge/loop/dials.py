@@ -76,6 +76,10 @@ DIALS = {
             "exit_steady", "int64", "N", "loops without another likeliest token to stop at; 0 disables", 0,
             off=0, expected="0 (off) or a whole number", rule="steady",
         ),
+        Dial(
+            "exit_gap", "float32", "G", "mean lead (logits) at which a block is filled in whole; 0 disables", 0,
+            off=0.0, expected="0 (off) or more", rule="gap",
+        ),
     )
 }  # fmt: skip
 
@@ -93,6 +97,7 @@ class Dials:
     exit_kl: Finite = 0.0
     exit_entropy_change: Finite = 0.0
     exit_steady: int = 0
+    exit_gap: Finite = 0.0
 
     @property
     def exits(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from rmse_edge.arch.bd3lm.config import Bd3lmConfig
 from rmse_edge.arch.common.recursive import RecursiveConfig
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.checkpoint import read_config
@@ -97,7 +98,9 @@ class Recipe:
             raise ConfigError(f"block_size: got {self.block_size}, expected that of the model ({config.block_size})")
         if not self.total_steps:
             raise ConfigError("steps: got 0, expected at least 1: no other stage has any")
-        if not isinstance(config, GPTConfig):
+        if isinstance(config, Bd3lmConfig):
+            self._check_diffusion(config)
+        elif not isinstance(config, GPTConfig):
             self._check_gate(config)
             most = config.dials.max_loops
             if not self.depths or max(self.depths) > most:
@@ -116,6 +119,17 @@ class Recipe:
             if getattr(self, name):
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0: {add}")
 
+    def _check_diffusion(self, config: Bd3lmConfig) -> None:
+        """Fail where a model that writes blocks is to learn what it cannot; it learns from texts, and all in one stage."""
+        self._check_gate(config)
+        if self.task is not None:
+            raise ConfigError(f"task: got {self.task!r}, expected none for architecture {self.architecture}")
+        if self.block % config.block_size or self.block > config.model_length:
+            raise ConfigError(
+                f"block_size: got {self.block_size}, expected a multiple of the model's block_size ({config.block_size}), at most "
+                f"its model_length ({config.model_length})"
+            )
+
     def _check_boards(self) -> None:
         """Fail where a solver of boards is to learn what it cannot."""
         if self.task is None:
@@ -129,6 +143,8 @@ class Recipe:
 
     def block_of(self, config: Any) -> int | None:
         """Positions of a training sequence of a model of this configuration."""
+        if isinstance(config, Bd3lmConfig):  # whose own block_size is that of what is denoised together
+            return self.block_size or config.model_length
         return self.block_size or getattr(config, "block_size", None) or getattr(config, "seq_len", None)
 
     @property
@@ -165,7 +181,11 @@ class Recipe:
         """
         config = read_config(start)
         trainable(config.model_type, f"{start}: model_type")
-        if gate_name(config) is None:  # an architecture that is trained always has one, or exit rules
+        if gate_name(config) is None and not hasattr(config, "exit_rules"):
+            raise ConfigError(
+                f"{start}: model_type: {config.model_type} has no exit gate, and no exit rules that could have one"
+            )
+        if gate_name(config) is None:
             config = dataclasses.replace(config, exit_rules=(*config.exit_rules, "gate"))
         dtype: Any = str(StoredTensors(start).dtype()).removeprefix("torch.")
         length = getattr(config, "block_size", None) or LENGTH

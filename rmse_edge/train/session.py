@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rmse_edge.arch.bd3lm.config import Bd3lmConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.chat import TEMPLATE_FILE, template_source
 from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
@@ -32,6 +33,7 @@ from rmse_edge.shards import INDEX_FILE, WEIGHTS_FILE
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split, train_character_tokenizer, word_tokenizer
 
 from .boards import Solving
+from .diffusion import DiffusionSource, evaluate_bound
 from .gpt import GPT, load_gpt, save_gpt
 from .journal import best_validation, draw, read_rows
 from .recipe import Recipe
@@ -86,10 +88,12 @@ def train(
             Tokenizer(given)  # says what is wrong with it, if anything is
             shutil.copyfile(given, source)
         known = Tokenizer(source)
-        recipe = with_vocabulary(recipe, known.vocab_size, padded=start is not None or resume)
+        size = known.vocab_size + getattr(type(recipe.model_config()), "added_tokens", 0)
+        recipe = with_vocabulary(recipe, size, padded=start is not None or resume)
         ids = np.array(known.encode(text))
         train_ids, validation_ids = (check_length(split(ids, s), s, recipe, text_file) for s in ("train", "validation"))
-        examples = TextSource(train_ids, validation_ids, recipe.block)
+        source_of = DiffusionSource if denoises(recipe) else TextSource
+        examples = source_of(train_ids, validation_ids, recipe.block)
         trainer = Trainer(recipe, examples, out, device, mode, None if resume else start)
         out.mkdir(parents=True, exist_ok=True)  # nothing is refused from here on
         words = source.read_text(encoding="utf-8")
@@ -140,6 +144,11 @@ def train_task(
     source.draw_plot(evaluation, out / f"{recipe.task['name']}.png", getattr(model.config, "window", 0))
     write_text(out / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
     return evaluation
+
+
+def denoises(recipe: Recipe) -> bool:
+    """Whether its model learns by block diffusion."""
+    return isinstance(recipe.model_config(), Bd3lmConfig)
 
 
 def need_matplotlib() -> None:
@@ -245,7 +254,7 @@ def publish(recipe: Recipe, weights: dict[str, torch.Tensor], validation: np.nda
         "validation_tokens": blocks[:, 1:].numel(),
         "best": {"step": best[0], "loss": best[1]} if best else None,  # over eval_blocks blocks, at full depth
         "loss_by_depth": {
-            dtype: evaluate(of_it, blocks, progress=f"validating {dtype}")
+            dtype: (evaluate_bound if denoises(recipe) else evaluate)(of_it, blocks, progress=f"validating {dtype}")
             for dtype, of_it in {"float32": model, recipe.dtype: rounded}.items()
         },
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.arch.common.identity import model_info
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ArgumentError, UserError
 from rmse_edge.info import ModelInfo
@@ -17,6 +18,7 @@ from rmse_edge.loop.contract import LoopModel, LoopSpec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
 from rmse_edge.quantize import is_quantized_checkpoint, load_quantized
+from rmse_edge.runtimes.host.blocks import BlockRuntime
 from rmse_edge.runtimes.host.board import BoardRuntime, Solved, check_cells
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.text import LoopRuntime
@@ -83,19 +85,35 @@ class TorchRuntime(LoopRuntime):
         source: str | None = None,
         folder: Path | None = None,
     ) -> None:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
-        self.model = model.to(device).eval()
+        self.model = on_device(model, device)
         info = model_info(model, name, nbytes, source=source, folder=folder)
         super().__init__(info, TorchMethods(model, device), TorchCalls)
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
-        folder = Path(folder)
-        quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
-        model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
-        nbytes = sum(file.stat().st_size for file in weight_files(folder))
+        model, source, nbytes = loaded(folder := Path(folder))
         return cls(model, folder.absolute().name, nbytes, device, source, folder)
+
+
+class TorchBlocks(BlockRuntime):
+    """A model that writes by blocks, run by PyTorch."""
+
+    def __init__(self, model: Any, info: ModelInfo, device: str = "cpu") -> None:
+        self.model = on_device(model, device)
+        super().__init__(info, TorchMethods(model, device), TorchCalls)
+
+
+def open_writer(folder: str | Path, device: str = "cpu") -> TorchRuntime | TorchBlocks:
+    """The runtime of a checkpoint folder of a model of texts, whether it writes token by token or by blocks.
+
+    Raises:
+        UserError: it fills in boards, or is no checkpoint.
+    """
+    model, source, nbytes = loaded(folder := Path(folder))
+    name = folder.absolute().name
+    if "blocks" in arch_of_model(model).parts(model):
+        return TorchBlocks(model, model_info(model, name, nbytes, source=source, folder=folder), device)
+    return TorchRuntime(model, name, nbytes, device, source, folder)
 
 
 class TorchBoards(BoardRuntime):
@@ -104,9 +122,7 @@ class TorchBoards(BoardRuntime):
     """
 
     def __init__(self, model: Any, info: ModelInfo, device: str = "cpu") -> None:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
-        self.model = model.to(device).eval()
+        self.model = on_device(model, device)
         super().__init__(info, TorchMethods(model, device))
         self.largest_batch = None
 
@@ -116,10 +132,7 @@ class TorchBoards(BoardRuntime):
         Raises:
             UserError: it is a model of texts, or no checkpoint.
         """
-        folder = Path(folder)
-        quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
-        model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
-        nbytes = sum(file.stat().st_size for file in weight_files(folder))
+        model, source, nbytes = loaded(folder := Path(folder))
         info = model_info(model, folder.absolute().name, nbytes, source=source, folder=folder)
         if info.board is None:
             raise UserError(f"{folder}: is a model of texts; give it a prompt, or a text to read")
@@ -149,6 +162,24 @@ class TorchBoards(BoardRuntime):
             if not len(rows):
                 break
         return answers
+
+
+def on_device(model: Any, device: str) -> Any:
+    """The model there, in evaluation mode.
+
+    Raises:
+        ArgumentError: there is no such device.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
+    return model.to(device).eval()
+
+
+def loaded(folder: Path) -> tuple[Any, str | None, int]:
+    """The model of a checkpoint folder, the fingerprint of the float model where it is quantised, and its bytes on disk."""
+    quantized = load_quantized(folder) if is_quantized_checkpoint(folder) else None
+    model, source = (quantized.model, quantized.fingerprint) if quantized else (load_checkpoint(folder), None)
+    return model, source, sum(file.stat().st_size for file in weight_files(folder))
 
 
 def set_threads(threads: int | None) -> None:

@@ -183,17 +183,34 @@ class Calls:
     any_rows = False  # whether a call may have any number of rows, and not only `ModelInfo.chunks`
 
     def run(
-        self, chunk: int, inputs: Arrays, context: Arrays, dials: Arrays, position: int, n: int, head: bool
+        self,
+        chunk: int,
+        inputs: Arrays,
+        context: Arrays,
+        dials: Arrays,
+        position: int,
+        n: int,
+        head: bool,
+        also: tuple[str, ...] = (),
+        instead: Arrays | None = None,
     ) -> Arrays:
         """One call: prelude, loop, coda, head, commit, and what is kept afterwards. Arguments and result as of `compute` and
         `said`.
         """
-        call = self.compute(chunk, inputs, context, dials, position, n, head)
+        call = self.compute(chunk, inputs, context, dials, position, n, head, instead)
         self.keep(call, n)
-        return self.said(call)
+        return self.said(call, also)
 
     def compute(
-        self, chunk: int, inputs: Arrays, context: Arrays, dials: Arrays, position: int, n: int, head: bool
+        self,
+        chunk: int,
+        inputs: Arrays,
+        context: Arrays,
+        dials: Arrays,
+        position: int,
+        n: int,
+        head: bool,
+        instead: Arrays | None = None,
     ) -> Computed:
         """One call up to its head. Nothing is kept of it yet; another of as many rows may replace what it gave.
 
@@ -201,12 +218,16 @@ class Calls:
             inputs: tokens, hits, noise.
             context: where the call stands.
             n: rows of it that are valid.
+            instead: of a call in which nothing iterates: what the loop gives then. Engines' loops run at least once.
         """
         sides = (inputs, context, dials)
         given = [{name: self.give(name, array) for name, array in side.items()} for side in sides]
         call = Computed(chunk, position, n, {}, {}, *given)
         for method in ("prelude", self.loop, "coda", "head"):
-            if (method != "coda" or method in self.info.methods) and (method != "head" or head):
+            if method == self.loop and instead is not None:
+                call.found |= {name: self.put(array) for name, array in instead.items()}
+                call.givers |= dict.fromkeys(instead, method)
+            elif (method != "coda" or method in self.info.methods) and (method != "head" or head):
                 self._ask(call, method)
         return call
 
@@ -223,9 +244,10 @@ class Calls:
         call.found |= said
         call.givers |= dict.fromkeys(said, method)
 
-    def said(self, call: Computed) -> Arrays:
-        """depth, iterations and, of a call with a head, what head gave."""
-        wanted = [name for name, giver in call.givers.items() if giver == "head" or name in ("depth", "iterations")]
+    def said(self, call: Computed, also: tuple[str, ...] = ()) -> Arrays:
+        """depth, iterations, what `also` names and, of a call with a head, what head gave."""
+        named = ("depth", "iterations", *also)
+        wanted = [name for name, giver in call.givers.items() if giver == "head" or name in named]
         return {name: self.get(call.found[name]) for name in wanted}
 
     def keep(self, call: Computed, n: int, note: bool = True) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
-from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, Dtype, Form, ModelInfo
+from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, BlocksInfo, Dtype, Form, ModelInfo
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.numbers import PREFIX, SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
@@ -100,14 +100,18 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
         info.check(info.dials)
     except UserError as error:
         refuse("model.dials", f"some that cannot be set ({error})", "the checkpoint's own")
-    if info.text is not None:
+    kinds = [name for name in ("text", "board", "blocks") if getattr(info, name) is not None]
+    if len(kinds) != 1:
+        refuse("model", " and ".join(kinds) or "no kind", "one of text, board and blocks")
+    if (text := info.text_part) is not None:
+        part = "text" if info.blocks is None else "blocks.text"
         for name in ("eos_token_ids", "unused_token_ids"):
-            ids = getattr(info.text, name)
+            ids = getattr(text, name)
             ranges = ids if name == "unused_token_ids" else [(token, token + 1) for token in ids]
-            if any(not first < end <= info.text.vocab_size for first, end in ranges):
-                refuse(f"model.text.{name}", list(ids), f"ids below {info.text.vocab_size}")
-    elif info.board is None:
-        refuse("model", "neither text nor board", "one of them")
+            if any(not first < end <= text.vocab_size for first, end in ranges):
+                refuse(f"model.{part}.{name}", list(ids), f"ids below {text.vocab_size}")
+    if info.blocks is not None:
+        _check_blocks(info, info.blocks, refuse)
     chunks = info.chunks
     if not chunks or list(chunks) != sorted(set(chunks)) or (info.text is not None and chunks[0] != 1):
         refuse("model.chunks", list(chunks), "rising numbers of rows, the first of a model of texts 1")
@@ -122,6 +126,16 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
         refuse("model.page", info.page, "null, since nothing is appended")
     if info.kept_bytes() > LARGEST_STATE:
         refuse("model.state", f"{info.kept_bytes()} bytes", f"at most {LARGEST_STATE} (4 GiB)")
+
+
+def _check_blocks(info: ModelInfo, blocks: BlocksInfo, refuse: Refuse) -> None:
+    """Of a model that writes block by block: every call is a block, and there is an id that stands for what is to be written."""
+    if info.chunks != (blocks.size,):
+        refuse("model.chunks", list(info.chunks), f"[{blocks.size}], the size of a block")
+    if not blocks.mask_token_id < blocks.text.vocab_size:
+        refuse("model.blocks.mask_token_id", blocks.mask_token_id, f"an id below {blocks.text.vocab_size}")
+    if info.capacity is None or info.capacity < blocks.size:
+        refuse("model.state", f"room for {info.capacity} positions", f"appended ones of at least {blocks.size} slots")
 
 
 def _stated(info: ModelInfo, name: str) -> Any:
@@ -194,12 +208,14 @@ class Flow:
         found: dict[str, Form] = {"k": ((), "int64")}
         found |= {name: ((), dial.dtype) for name, dial in DIALS.items()}
         found["scale"] = ((1,), "float32")  # of Core ML's `blank`
-        if info.text is not None:
-            found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64"), "n_valid": ((1,), "int64")}
-            if info.text.prefix:
+        if (text := info.text_part) is not None:
+            found |= {"tokens": ((1, rows), "int64"), "position": ((1,), "int64")}
+            if info.blocks is None:  # whose calls are whole
+                found["n_valid"] = ((1,), "int64")
+            if text.prefix:
                 found[PREFIX] = ((1,), "int64")
-            if pairs := info.text.rotary_dims // 2:
-                endings = ("", *(f"_{name}" for name in info.text.further_thetas))
+            if pairs := text.rotary_dims // 2:
+                endings = ("", *(f"_{name}" for name in text.further_thetas))
                 angles = [f"{name}{ending}" for ending in endings for name in ("cos", "sin")]
                 found |= {name: ((1, rows, pairs), "float32") for name in angles}
         if info.board is not None:
@@ -247,11 +263,13 @@ class Flow:
         if "coda" in self.info.methods:
             self.run(f"coda_{rows}", have)
         self.run(f"head_{rows}", have)
-        if self.info.text is not None:
+        if self.info.text_part is not None:
             self.require(f"head_{rows}", {"logits": ((1, rows, self.info.vocab_size), "float32")})
             self.require(f"the loop of {rows} rows", {"depth": ((1, rows), "int64")})
         if "commit" in self.info.methods:
             self.run(f"commit_{rows}", have)
+        if self.info.blocks is not None:
+            self.require(f"commit_{rows}", {"block": ((1, rows), "int64")})
         for state in self.info.state.values():
             if state.kind != "written" and not (self.engine_keeps and state.kind in ("ring", "append")):
                 self.require(f"the call of {rows} rows", {state.source: (state.taken(rows), state.dtype)})

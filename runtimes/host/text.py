@@ -35,6 +35,10 @@ class LoopRuntime:
     """`Runtime` on top of any target's `Calls`."""
 
     def __init__(self, info: ModelInfo, methods: Methods, calls: type[Calls] = Calls, loop: str = "loop") -> None:
+        if info.blocks is not None:
+            raise UserError(
+                f"{info.name}: writes by blocks, not token by token; rmse-run MODEL -p TEXT is what runs it"
+            )
         if info.text is None:
             raise UserError(
                 f"{info.name}: fills in boards and reads no text; give it boards (rmse-run MODEL --board FILE, rmse-eval MODEL "

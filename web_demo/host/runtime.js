@@ -12,6 +12,7 @@ const WHOLE = new Set(["max_loops", "min_loops", "exit_steady"]);
 export class Info {
   constructor(model) {
     Object.assign(this, model);
+    if (this.blocks) throw new Error(`${this.name}: writes by blocks, which this page does not show; rmse-run does`);
     if (!this.text) throw new Error(`${this.name}: fills in boards and reads no text, which this page does not show`);
     const appended = Object.values(this.state).find((state) => state.kind === "append");
     this.capacity = appended ? appended.shape.at(-2) : null;

@@ -55,7 +55,7 @@ def model_info(
         config=model.config.to_dict(),
         **arch_of_model(model).parts(model),
     )
-    if info.text is None:
+    if info.text_part is None:
         return info
     info = info if max_seq_len is None else info.with_limit(max_seq_len)
     if folder is None:
@@ -64,7 +64,7 @@ def model_info(
     text = dataclasses.replace(
         info.language, eos_token_ids=tokens.eos_token_ids, unused_token_ids=tokens.unused_token_ids
     )
-    return dataclasses.replace(info, text=text)
+    return info.with_language(text)
 
 
 def fingerprint(model: Any) -> str:

@@ -16,6 +16,7 @@ const RANGES = {
   exit_kl: [0, 0.5, 0.005, "it stops when its prediction changes by less (nats); 0: never"],
   exit_entropy_change: [0, 0.5, 0.005, "it stops when its entropy changes by less (nats); 0: never"],
   exit_steady: [0, 8, 1, "it stops when its likeliest token is the same for so many loops; 0: never"],
+  exit_gap: [0, 10, 0.1, "a block is filled in whole when its tokens lead by more (logits); 0: never"],
 };
 const SHOWN = 240; // tokens in the chart
 

@@ -212,7 +212,7 @@ ModelInfo read_model(const Json& manifest) {
   info.chunks = call_rows(model, info.segment);
   info.methods = model.at("methods", set_of_names);
   if (!present("text")) {
-    if (!present("board")) model.refuse("", "neither text nor board", "one of them");
+    if (!present("board") && !present("blocks")) model.refuse("", "neither text nor board", "one of them");
     model.refuse(".text", "none", "a model of texts, as this runner runs");
   }
   info.text = text_info(model.part("text"));
@@ -301,7 +301,7 @@ std::optional<int64_t> ModelInfo::longest() const {
   return std::min(*most, *text.max_seq_len);
 }
 
-const std::array<ExitDial, 7> kExitDials = {{
+const std::array<ExitDial, 8> kExitDials = {{
     {"exit_threshold", &Dials::exit_threshold, Dtype::kFloat32, 1, "P", "brake score to stop at; 1 disables"},
     {"exit_epsilon", &Dials::exit_epsilon, Dtype::kFloat32, 0, "E", "state change to stop at; 0 disables"},
     {"exit_entropy", &Dials::exit_entropy, Dtype::kFloat32, 0, "H", "entropy (nats) to stop at; 0 disables"},
@@ -313,6 +313,8 @@ const std::array<ExitDial, 7> kExitDials = {{
      "entropy change (nats) to stop at; 0 disables"},
     {"exit_steady", &Dials::exit_steady, Dtype::kInt64, 0, "N",
      "loops without another likeliest token to stop at; 0 disables"},
+    {"exit_gap", &Dials::exit_gap, Dtype::kFloat32, 0, "G",
+     "mean lead (logits) at which a block is filled in whole; 0 disables"},
 }};
 
 bool Dials::exits() const {

@@ -26,6 +26,7 @@ struct Dials {
   double exit_kl = 0;
   double exit_entropy_change = 0;
   double exit_steady = 0;  // loops
+  double exit_gap = 0;
 
   // Throws std::runtime_error naming the dial and its range, for a model that runs `deepest` loops at most, `untrained` of
   // them beyond the depth that it was trained to, where its configuration says so.
@@ -45,7 +46,7 @@ struct ExitDial {
   bool enables(double chosen) const { return off > 0 ? chosen < off : chosen > off; }
 };
 
-extern const std::array<ExitDial, 7> kExitDials;
+extern const std::array<ExitDial, 8> kExitDials;
 
 enum class StateKind {
   kRing,     // the row of position p lies in slot p mod W of the last axis but one

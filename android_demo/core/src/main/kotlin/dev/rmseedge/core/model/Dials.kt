@@ -64,6 +64,15 @@ class Dial private constructor(
                 0.0,
                 "0 (off) or a whole number",
             ),
+            Dial(
+                "exit_gap",
+                Dtype.FLOAT32,
+                "mean lead (logits) at which a block is filled in whole; 0 disables",
+                0.0,
+                false,
+                0.0,
+                "0 (off) or more",
+            ),
         )
         val BY_NAME: Map<String, Dial> = ALL.associateBy { it.name }
     }

@@ -68,7 +68,10 @@ internal fun readModel(manifest: Fields, nbytes: Long): ModelInfo {
     val segment = model.orNull("segment", count)
     val page = model.orNull("page", count)
     val methods = model.at("methods", items(name)).toSet()
-    if ("text" !in model) model.refuse("text", if ("board" in model) "a board" else "nothing", "a model of texts, as this app runs")
+    if ("text" !in model) {
+        val other = if ("board" in model) "a board" else if ("blocks" in model) "blocks" else "nothing"
+        model.refuse("text", other, "a model of texts token by token, as this app runs")
+    }
     val text = textInfo(model.at("text", fields))
     val info = ModelInfo(
         name = model.at("name", anyText),

@@ -1,0 +1,14 @@
+"""BD3-LM (Arriola et al. 2025, arXiv 2503.09573): block after block, each filled in by denoising steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`ARCH`, on first use: its configuration alone needs no PyTorch."""
+    if name != "ARCH":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .entry import ARCH
+
+    return ARCH
