@@ -111,7 +111,7 @@ def test_a_method_is_traced_once_for_calls_of_any_size() -> None:
     model = Rows()
     told: list[str] = []
     program = trace(model, CHUNKS, told.append, any_rows=True)
-    shared = {name: [CHUNKS] for name in ("prelude", "loop", "step", "head")}
+    shared = {name: [CHUNKS] for name in ("prelude", "loop", "begin", "step", "head")}
     assert served(program) == shared | {"rest": [(8,)]}
     assert told == [*(f"tracing {name} (1 or 8 rows)" for name in shared), "tracing rest (8 rows)"]
     assert model.asked == [*CHUNKS]
@@ -130,7 +130,7 @@ def test_a_method_is_traced_once_for_calls_of_any_size() -> None:
 def test_otherwise_there_is_a_program_for_each_size(chunks: tuple[int, ...], any_rows: bool) -> None:
     """Without any_rows, as engines with static shapes need it, and where calls have one size anyway."""
     program = trace(Rows(), chunks, any_rows=any_rows)
-    names = [(name, chunk) for chunk in chunks for name in ("prelude", "loop", "step", "head")] + [("rest", 8)]
+    names = [(name, chunk) for chunk in chunks for name in ("prelude", "loop", "begin", "step", "head")] + [("rest", 8)]
     assert [(m.name, *m.chunks) for m in program.methods] == names
     for method in program.methods:
         assert (method.takes, method.gives) == signature(program.specs[method.chunks[0]], method.name)
@@ -152,7 +152,7 @@ def assert_static(program: LoopProgram, name: str, chunk: int) -> None:
 def test_a_language_model_is_static_where_a_target_asks_for_nothing_else(tiny: RMSE) -> None:
     program = trace(tiny, (1, 64))
     for chunk in (1, 64):
-        for name in ("prelude", "loop", "step", "head", "commit"):
+        for name in ("prelude", "loop", "begin", "step", "head", "commit"):
             assert program.method(name, chunk).chunks == (chunk,)
             assert_static(program, name, chunk)
 

@@ -52,7 +52,7 @@ def test_a_good_package_passes_at_full_depth_and_two_adaptive_settings(package: 
     assert settings["full depth"]["exit_threshold"] == 1.0 and settings["full depth"]["exit_epsilon"] == 0.0
     assert settings["gate"]["exit_threshold"] == pytest.approx(0.6)  # the checkpoint's own
     assert settings["delta"]["exit_epsilon"] > 0
-    methods = {f"{m}_{c}" for m in ("prelude", "loop", "step", "head", "commit") for c in (1, 64)}
+    methods = {f"{m}_{c}" for m in ("prelude", "loop", "begin", "step", "head", "commit") for c in (1, 64)}
     assert set(report["methods"]) == methods and max(report["methods"].values()) <= 1e-4
 
 

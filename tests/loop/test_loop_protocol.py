@@ -86,9 +86,9 @@ def test_both_models_are_loop_models(tiny: RMSE) -> None:
 
 def test_a_model_without_context_state_or_commit_has_the_methods_it_needs(program: LoopProgram, folder: Path) -> None:
     """No commit is traced, lowered or asked for, and the loop takes nothing but the board's embedding and the dials."""
-    assert [m.name for m in program.methods] == ["prelude", "loop", "step", "head"]
+    assert [m.name for m in program.methods] == ["prelude", "loop", "begin", "step", "head"]
     assert {p.name for p in folder.iterdir()} == {
-        "prelude.onnx", "loop.onnx", "step.onnx", "head.onnx", "weights.bin",
+        "prelude.onnx", "loop.onnx", "begin.onnx", "step.onnx", "head.onnx", "weights.bin",
     }  # fmt: skip
     graph = onnx.load(folder / "loop.onnx", load_external_data=False).graph
     assert [i.name for i in graph.input] == ["x", "max_loops", "min_loops", "exit_threshold"]
@@ -100,9 +100,9 @@ def test_a_model_without_context_state_or_commit_has_the_methods_it_needs(progra
 def test_every_method_agrees_with_pytorch(
     program: LoopProgram, lowered: OnnxMethods, changes: dict[str, float]
 ) -> None:
-    """prelude, loop, head, and the host driving `step`, at adaptive, full, capped and floored depth."""
+    """prelude, loop, head, `begin`, and the host driving `step`, at adaptive, full, capped and floored depth."""
     worst = compare_methods(program, lowered, dials(**changes), 1e-5)
-    assert set(worst) == {"prelude_16", "loop_16", "head_16", "step_16"}
+    assert set(worst) == {"prelude_16", "loop_16", "head_16", "begin_16", "step_16"}
 
 
 def test_boards_stop_by_themselves_and_give_the_same_answer(program: LoopProgram, lowered: OnnxMethods) -> None:

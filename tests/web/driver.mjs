@@ -1,6 +1,7 @@
 // Runs the browser's host in Node: node driver.mjs PARTS PACKAGE < JOB > RESULT, both JSON.
 // JOB: {host_loop, runs: [{dials, feeds: [[ids], ...]}], texts: [{prompt, messages, further, dials, temperature, seed, max_tokens}]},
-// runs each from an empty past; texts behind the `session` of a file, where there is one, and then saved as one to `save`
+// runs each from an empty past; texts behind the `session` of a file, where there is one, and then saved as one to `save`.
+// `renders`: [{files, messages, open}], chat templates alone
 
 import { openSync, readSync, closeSync, fstatSync, readFileSync, writeFileSync } from "node:fs";
 import { FileBytes } from "../../web_demo/host/bytes.js";
@@ -65,6 +66,12 @@ try {
     }
     found.tokens_per_s = (1000 * found.tokens.length) / (performance.now() - start);
     said.texts.push(found);
+  }
+  said.renders = [];
+  for (const { files, messages, open } of job.renders ?? []) { // files of a package, by their names
+    const own = { has: (name) => name in files, json: async (name) => JSON.parse(files[name]), text: async (name) => files[name] };
+    const template = await ChatTemplate.open(own, jinja);
+    said.renders.push([template.render(messages, open), template.endOfTurn(tokenizer)]);
   }
   if (job.save) writeFileSync(job.save, await saveSession(writer));
 } catch (error) {

@@ -50,6 +50,13 @@ def write(page: Any, count: int, turn: int) -> list[list[Any]]:
     return page.value(chromium.TOKENS)
 
 
+def pick(page: Any, name: str, file: Path) -> None:
+    """Give a file to one of the page's pickers."""
+    document = page.call("DOM.getDocument")["root"]["nodeId"]
+    picker = page.call("DOM.querySelector", nodeId=document, selector=f"#{name}")["nodeId"]
+    page.call("DOM.setFileInputFiles", files=[str(file)], nodeId=picker)
+
+
 def expected(package: Path, count: int, capsys: pytest.CaptureFixture[str]) -> list[list[Any]]:
     capsys.readouterr()
     assert rmse_run([str(package), "-p", "ROMEO:", "-n", str(count), "--seed", "3", "-o", "json"]) == 0
@@ -88,11 +95,9 @@ def test_an_archive_from_the_picker(package: Path, page: Any, tmp_path: Path, ca
         page.open(address)
         page.until("document.getElementById('file') !== null")
         assert "Choose a package" in page.value(PROBLEM)
-        document = page.call("DOM.getDocument")["root"]["nodeId"]
-        picker = page.call("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
-        page.call("DOM.setFileInputFiles", files=[str(wrong)], nodeId=picker)
+        pick(page, "file", wrong)
         page.until(f"{PROBLEM}.includes('not a whole zip archive')")
-        page.call("DOM.setFileInputFiles", files=[str(archive)], nodeId=picker)
+        pick(page, "file", archive)
         page.until(chromium.READY)
         assert write(page, 20, 1) == expected(package, 20, capsys)
 
