@@ -34,7 +34,7 @@ FLOORS = (
     ("arch",),
     ("layers", "puzzles"),
     ("info",),
-    ("archive", "loop"),
+    ("archive", "chat_turns", "loop"),
     ("chat", "losses", "package", "shards", "vocabulary"),
     ("numbers", "parts", "text"),
     ("cache",),
