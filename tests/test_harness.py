@@ -244,6 +244,17 @@ def test_the_command_runs_them(checkpoint: Path, tasks: Path, tmp_path: Path) ->
     check_results(json.loads(file.read_text()), checkpoint)
 
 
+@pytest.mark.nightly
+def test_the_command_of_lm_eval_finds_the_model_through_a_task_file(checkpoint: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "rmse", "--model_args", f"package={checkpoint}",
+        "--tasks", str(ROOT / "docs" / "examples" / "shakespeare.yaml"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "bits_per_byte" in done.stdout and "of 4 loops" in done.stderr
+
+
 def test_what_cannot_be_run_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"package": ""}, "package: is missing"),

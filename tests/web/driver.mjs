@@ -1,7 +1,7 @@
 // Runs the browser's host in Node: node driver.mjs PARTS PACKAGE < JOB > RESULT, both JSON.
 // JOB: {host_loop, runs: [{dials, feeds: [[ids], ...]}], texts: [{prompt, messages, further, dials, temperature, seed, max_tokens}]},
 // runs each from an empty past; texts behind the `session` of a file, where there is one, and then saved as one to `save`.
-// `renders`: [{files, messages, open}], chat templates alone
+// `damaged`: session files, what is said of each; `renders`: [{files, messages, open}], chat templates alone
 
 import { openSync, readSync, closeSync, fstatSync, readFileSync, writeFileSync } from "node:fs";
 import { FileBytes } from "../../web_demo/host/bytes.js";
@@ -56,6 +56,10 @@ try {
   const tokenizer = new Tokenizer(tokenizers, await pack.json(pack.manifest.text.tokenizer));
   const writer = new Writer(runtime, tokenizer, await ChatTemplate.open(pack, jinja));
   if (job.session) await restoreSession(writer, new Uint8Array(readFileSync(job.session)));
+  said.refused = [];
+  for (const file of job.damaged ?? []) {
+    await restoreSession(writer, new Uint8Array(readFileSync(file))).then(() => said.refused.push("nothing"), ({ message }) => said.refused.push(message));
+  }
   said.texts = [];
   for (const { dials, ...asked } of job.texts ?? []) {
     const found = { text: "", tokens: [], depth: [] }, start = performance.now();

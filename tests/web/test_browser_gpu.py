@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from architectures import whole
+from conftest import made_once
+from helpers import mixed_model, write_checkpoint
 from later import later
 from web.test_browser_host import DENSE, exported, run_of, sample
 from web.test_browser_page import PROBLEM, expected, serving, write
 
 from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.cli.export import main as rmse_export
+from rmse_edge.cli.quantize import main as rmse_quantize
 from rmse_edge.export.gate.compare import agreement
 from rmse_edge.loop.dials import Dials
 from rmse_edge.package import Package
+from rmse_edge.quantize import load_quantized
 
 chromium = later("serve.browser")
 
@@ -90,20 +95,36 @@ def test_logits_and_depths_are_pytorchs(gpu_page: Any, tmp_path_factory: pytest.
     assert said[1]["steps"] < said[0]["steps"]  # an exit ends the loop
 
 
+def small_experts(folder: Path) -> None:
+    """A checkpoint with experts, whose number GPUs in software take, and a hidden size of two blocks."""
+    write_checkpoint(mixed_model(d_model=64, d_expert=32, n_experts=16, top_k=4, max_loops=4), folder)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_int4_by_the_rounded_rule(
-    shipped_int4: tuple[Any, Path], gpu_page: Any, capsys: pytest.CaptureFixture[str]
+    kind: str, gpu_page: Any, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against PyTorch on the same integers; and the page, which is told to use the GPU."""
-    model, package = shipped_int4
-    info = Package.open(package).manifest["model"]
-    dials, text = Dials(**info["dials"]), sample(TOKENS)
+    source = DENSE if kind == "dense" else made_once("web-experts", tmp_path_factory, small_experts)
+    integers = made_once(
+        f"web-{kind}-int4",
+        tmp_path_factory,
+        lambda folder: rmse_quantize(["-m", str(source), "--method", "rtn", "-o", str(folder)]),
+    )
+    package = made_once(
+        f"web-{kind}-int4.rmse",
+        tmp_path_factory,
+        lambda folder: rmse_export(["-m", str(integers), "--accuracy-level", "0", "-o", str(folder)]),
+    )
+    model, info, text = load_quantized(integers).model, Package.open(package).manifest["model"], sample(TOKENS)
+    dials = Dials(**info["dials"])
     (run,) = on_gpu(package, gpu_page, [dials], text)
     logits, depth = whole(model, text, dials)
     depths = np.stack([depth, run["depth"]])
     assert agreement(logits, np.array(run["logits"]), depths, [], len(text), exact=False)["positions"] == TOKENS
     with serving(package) as address:
         gpu_page.open(f"{address}?gpu")
-        gpu_page.until(chromium.READY, 300)
+        gpu_page.until(chromium.READY, 600)
         assert gpu_page.value(f"{GPU}.checked") and gpu_page.value(NOTICE) == ""
         assert "on the GPU" in gpu_page.value("document.getElementById('about').textContent")
         assert write(gpu_page, 12, 1) == expected(package, 12, capsys)

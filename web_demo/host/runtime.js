@@ -1,7 +1,7 @@
 // A looped language model that remembers what it was fed: runtimes/host/text.py in JavaScript, steered by the manifest.
 
 import { Calls, planCalls } from "./calls.js";
-import { Engine } from "./engine.js";
+import { Engine, NotOnGpu } from "./engine.js";
 import { zeros } from "./place.js";
 import { starts } from "./random.js";
 
@@ -44,6 +44,8 @@ export class Info {
   }
 }
 
+const TRIED = 8; // tokens that one call takes, of models that have calls of many rows
+
 const scalar = (name, value) => WHOLE.has(name)
   ? { type: "int64", dims: [], data: BigInt64Array.of(BigInt(value)) }
   : { type: "float32", dims: [], data: Float32Array.of(value) };
@@ -73,7 +75,19 @@ export class Runtime {
         retrieved_valid: zeros("bool", [1, rows]),
       };
     }
+    if (gpu) await runtime.#try();
     return runtime;
+  }
+
+  // A call of each size: what the GPU refuses, it refuses when it is to compute; and it compiles what it computes with.
+  async #try() {
+    try {
+      for (const count of [TRIED, 1]) await this.feed(new Array(count).fill(0), this.info.dialsWith({ max_loops: 1 }));
+    } catch (error) {
+      await this.close();
+      throw new NotOnGpu(`WebGPU cannot run it (${String(error.message).split("Status Message: ").at(-1).trim()})`);
+    }
+    this.reset();
   }
 
   close() {
