@@ -29,6 +29,7 @@ from rmse_edge.layers.cache import cache_dtype, with_cache_dtype
 from rmse_edge.layers.held import holds, shape_of
 from rmse_edge.loop.contract import LoopSpec
 from rmse_edge.loop.dials import DIALS
+from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package, seal, writing
 from rmse_edge.parts import PARTS
 from rmse_edge.progress import Report, Stages, silent
@@ -63,6 +64,8 @@ class ExportRequest:
     # Of the target alone: `OnnxOptions`, `ExecutorchOptions`, `CoremlOptions`; None: as it is by default.
     options: TargetOptions | None = None
     max_seq_len: int | None = None
+    # Tokens that hosts draft and verify together: the package has calls of one row more. Targets of `any_rows` have them anyway.
+    draft_tokens: int | None = None
     overwrite: bool = False
     check: bool = True  # run the parity gate; only benches of random weights go without
 
@@ -74,6 +77,8 @@ class ExportRequest:
             raise ArgumentError("quant", f"{self.target} takes {', '.join(target.quants)}", self.quant)
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise ArgumentError("max_seq_len", f"got {self.max_seq_len}, expected a positive number of tokens")
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens < SEGMENT:
+            raise ArgumentError("draft_tokens", f"got {self.draft_tokens}, expected 1..{SEGMENT - 1}")
         if not isinstance(self.own, target.options):
             raise ArgumentError(
                 "options", f"got {type(self.own).__name__}, {self.target} takes {target.options.__name__}"
@@ -84,6 +89,19 @@ class ExportRequest:
     def own(self) -> TargetOptions:
         """`options`, or the target's default ones."""
         return get_target(self.target).options() if self.options is None else self.options
+
+    def call_sizes(self, model: Any) -> tuple[int, ...]:
+        """Rows of the calls that the package of a model has, ascending.
+
+        Raises:
+            ArgumentError: rows to verify drafts in are asked for, and the model is none of texts.
+        """
+        sizes = model.call_sizes()
+        if self.draft_tokens is None:
+            return sizes
+        if sizes[0] != 1:
+            raise ArgumentError("draft_tokens", "the model fills in boards and drafts nothing; leave it out")
+        return sizes if get_target(self.target).any_rows else tuple(sorted({*sizes, self.draft_tokens + 1}))
 
     @property
     def level(self) -> int:
@@ -186,7 +204,15 @@ def export_package(
         stage = Stages(_plan(model, request, target, exact_twin), progress)
         name = destination.name.removesuffix(".rmse")
         info = model_info(
-            model, name, 0, request.target, source, request.quant, checkpoint, max_seq_len=request.max_seq_len
+            model,
+            name,
+            0,
+            request.target,
+            source,
+            request.quant,
+            checkpoint,
+            request.max_seq_len,
+            request.call_sizes(model),
         )
         if not target.grows:
             info = dataclasses.replace(info, page=None)
@@ -207,7 +233,7 @@ def export_package(
         with collection_paused(), done_once():
             program = trace(
                 traced,  # type: ignore[arg-type]
-                model.call_sizes(),
+                request.call_sizes(model),
                 stage,
                 target.any_rows,
                 target.host_loop,
@@ -382,7 +408,7 @@ def collection_paused() -> Iterator[None]:
 
 def _plan(model: Any, request: ExportRequest, target: Target, exact_twin: bool) -> list[tuple[str, float]]:
     """The stages of an export in order and roughly what each costs, in seconds of a small model; see `Stages`."""
-    specs = {chunk: model.spec(chunk) for chunk in model.call_sizes()}
+    specs = {chunk: model.spec(chunk) for chunk in request.call_sizes(model)}
     names = [name for spec in specs.values() for name in method_names(spec, target.host_loop)]
     if target.any_rows:
         names = list(dict.fromkeys(names))
@@ -485,7 +511,7 @@ def describe(model: Any, request: ExportRequest, formats: Mapping[str, Format] |
     """
     target = get_target(request.target)
     cached = as_cached(model, request)
-    specs = {chunk: cached.spec(chunk).of_capacity(request.max_seq_len) for chunk in model.call_sizes()}
+    specs = {chunk: cached.spec(chunk).of_capacity(request.max_seq_len) for chunk in request.call_sizes(model)}
     parameters = sum(p.numel() for p in model.parameters())
     first = next(iter(specs.values()))
     segment = 4 * (first.segment or 0) * first.h.shape[-1] if first.written else 0

@@ -38,7 +38,14 @@ from .common import (
     verb,
 )
 from .display import bars, offload_lines, plain, table
-from .flags import add_dial_flags, add_runtime_flags, chosen_dials, open_model
+from .flags import (
+    add_dial_flags,
+    add_runtime_flags,
+    add_speculation_flags,
+    chosen_dials,
+    chosen_speculation,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from rmse_edge.runtimes import LoopRuntime
@@ -125,6 +132,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--profile", action="store_true", help="instead: the time of every operator of an ExecuTorch package"
     )
     add_dial_flags(parser)
+    add_speculation_flags(parser)
     add_runtime_flags(parser)
     parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="a table, or for programs")
     args = parser.parse_args(argv)
@@ -143,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--boards: takes packages or checkpoint folders, and gives md or json; leave the other flags out"
         )
     if args.boards:
-        refuse_flags_of_texts(args, parser, ("prompt", "generate"), "--boards")
+        refuse_flags_of_texts(args, parser, ("prompt", "generate", "speculate", "draft_tokens"), "--boards")
     if args.quant != ["fp32"] and (args.model or args.runtime in ("torch", "cuda")):
         raise UserError("--quant: a package has its own; it is for --config FILE on packages of random weights")
     instead = "--profile" if args.profile else "--stream" if args.stream is not None else None
@@ -153,9 +161,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--profile: takes a package, not --config")
     if instead and len(args.model or args.quant) > 1:
         raise UserError(f"{instead}: takes one model")
-    for flag in ("prompt", "generate", "depths", "repetitions"):
+    for flag in ("prompt", "generate", "depths", "repetitions", "speculate", "draft_tokens"):
         if instead and getattr(args, flag) != parser.get_default(flag):
-            raise UserError(f"{instead}: has rows of its own and no repetitions; leave out --{flag}")
+            raise UserError(f"{instead}: has rows of its own and no repetitions; leave out --{flag.replace('_', '-')}")
     args.model = [model_folder(path) for path in args.model]
     return args
 
@@ -295,7 +303,13 @@ def prepare(
     elif adaptive is None:
         notes.append("the checkpoint's own settings disable every exit rule: no adaptive rows (set --exit-threshold)")
     given = {n: getattr(args, n) for n in ("prompt", "generate") if getattr(args, n) is not None}
-    asked = BenchSettings(depths=tuple(args.depths or ()), adaptive=adaptive, repetitions=args.repetitions, **given)
+    asked = BenchSettings(
+        depths=tuple(args.depths or ()),
+        adaptive=adaptive,
+        repetitions=args.repetitions,
+        speculation=chosen_speculation(args),
+        **given,
+    )
     settings = replace(asked.fitting(room), **given)  # what was asked for is never another number
     if settings != asked:
         notes.append(
@@ -372,6 +386,12 @@ def as_markdown(d: dict[str, Any]) -> str:
     lines.append(f"loop stopped at {ratio['max_loops']} of {ratio['of']}: {measured} of the time of full depth")
     for test, times in d["adaptive_speedup"].items():
         lines.append(f"{test}: adaptive exit is {times:.2f} × as fast as full depth")
+    for row in d["rows"]:
+        if "speculation" in row:
+            lines.append(
+                f"{row['test']}, {row['mode']}: {row['speculation']['tokens_per_round']:.2f} tokens per verification, "
+                f"{d['speculative_speedup'][row['mode']]:.2f} × as fast as plain decoding of the same text"
+            )
     if d["histogram"]:
         lines += [
             f"adaptive exit skips {d['work_skipped']:.1%} of the iterations of full depth:",

@@ -77,6 +77,10 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max-seq-len", type=positive_int, metavar="N", help="refuse texts longer than N tokens (default: no limit)"
     )
+    p.add_argument(
+        "--draft-tokens", type=positive_int, metavar="M",
+        help="of executorch and coreml: also calls in which rmse-run --speculate verifies M tokens (onnx takes any number)",
+    )  # fmt: skip
     p.add_argument("--no-compact", action="store_true", help="in 64-row calls, compute the experts of stopped rows too")
     p.add_argument("--force", action="store_true", help="replace an existing package")
     p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
@@ -131,6 +135,7 @@ def export(args: argparse.Namespace) -> int | None:
         quant=quant,
         options=get_target(args.target).options.of(args.target, options_given(args)),
         max_seq_len=args.max_seq_len,
+        draft_tokens=args.draft_tokens,
         overwrite=args.force,
     )
     if args.profile_experts:

@@ -62,7 +62,7 @@ class Mark(NamedTuple):
     """What calls from a position on replace of what is kept."""
 
     position: int
-    count: int  # positions of these calls
+    rows: int  # positions of these calls
     state: dict[str, Any]
     engine: Arrays
 
@@ -293,7 +293,7 @@ class Calls:
             if self.info.state[name].kind == "replace":
                 array[...] = kept
             else:
-                array[..., self._slots(array, mark.position, mark.count), :] = kept
+                array[..., self._slots(array, mark.position, mark.rows), :] = kept
         if mark.engine:
             self.write_engine(mark.engine)
 

@@ -2,6 +2,7 @@
 
 pp  prefill: tokens of a prompt per second
 tg  decode: tokens per second one by one, teacher-forced, so that every repetition does the same work
+gen, spec  greedy text behind the context: tokens per second plain, and by speculative decoding
 loop1, loop64  the `loop` method alone: milliseconds per call of 1 and of 64 rows
 """
 
@@ -21,6 +22,10 @@ from rmse_edge.errors import UserError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.host.text import LoopRuntime
+from rmse_edge.runtimes.text.generate import Generation
+from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+from rmse_edge.runtimes.text.speculation import Speculation
+from rmse_edge.text import TokenNumbers
 
 CONTEXT = 64  # tokens fed before decoding is timed, if the model has room for them
 LOOP_SECONDS = 0.02  # time of one repetition of a loop row at least: single calls are too short for the clock
@@ -38,6 +43,7 @@ class BenchSettings:
     adaptive: Dials | None = None  # of the adaptive rows; None: there are none
     repetitions: int = 5  # after one warm-up of every row
     context: int = CONTEXT  # tokens in front of those of the tg rows
+    speculation: Speculation | None = None  # of the spec rows; None: there are none, nor gen rows
 
     def fitting(self, room: int | None) -> BenchSettings:
         """The same for models that take texts of `room` tokens; None: of any number.
@@ -68,6 +74,7 @@ class Row:
     depth: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the timed positions
     iterations: list[int] = field(default_factory=list)  # of the timed calls
     expert_ram: dict[str, Any] | None = None  # of the last repetition, see `Runtime.expert_figures`
+    speculation: dict[str, Any] | None = None  # of the last repetition, see `Speculator.statistics`
 
     def summary(self) -> dict[str, Any]:
         """Under stable names; `mean_iterations` is per call, where the deepest position decides."""
@@ -78,7 +85,8 @@ class Row:
             return known | {"ms": speed}
         known |= {"mean_loops": float(self.depth.mean()), "mean_iterations": float(np.mean(self.iterations))}
         budget = {} if self.expert_ram is None else {"expert_ram": self.expert_ram}
-        return known | {"tok_per_s": speed} | budget
+        drafts = {} if self.speculation is None else {"speculation": self.speculation}
+        return known | {"tok_per_s": speed} | budget | drafts
 
 
 def third(full: int) -> int:
@@ -126,6 +134,12 @@ class Bench:
             dials.append(("adaptive", settings.adaptive))
         tests = (("pp", settings.prompt, self._prefill), ("tg", settings.generate, self._decode))
         self.rows = [Row(f"{kind}{n}", mode, d, work) for kind, n, work in tests if n for mode, d in dials]
+        if settings.speculation is not None and settings.generate:
+            settings.speculation.check(runtime)
+            written = [d for d in dials if d[0] == "adaptive" or d[1].max_loops == self.full]
+            for kind, speculation in (("gen", None), ("spec", settings.speculation)):
+                work = partial(self._write, speculation)
+                self.rows += [Row(f"{kind}{settings.generate}", mode, d, work) for mode, d in written]
         # Full depth and a third are always among them: their ratio says what stopping early saves.
         depths = sorted({*self.depths, self.full, third(self.full)}, reverse=True)
         self.loop_rows = [
@@ -170,6 +184,22 @@ class Bench:
         row.expert_ram = self.runtime.expert_figures(len(tokens))
         return len(tokens) / seconds
 
+    def _write(self, speculation: Speculation | None, row: Row) -> float:
+        """Tokens per second of greedy text after `context` tokens, which are not timed."""
+        self.runtime.reset()
+        self.runtime.clear_expert_figures()
+        made = Generation(
+            self.runtime, TokenNumbers(), self.ids[: max(1, self.settings.context)].tolist(), row.dials,
+            Sampler(Sampling(temperature=0)), self.settings.generate + 1, speculation=speculation,
+        )  # fmt: skip
+        for _ in made.steps():
+            pass
+        row.depth, row.iterations = np.array(made.depth[1:]), made.iterations
+        row.expert_ram = self.runtime.expert_figures(self.settings.generate)
+        found = made.statistics()
+        row.speculation = found.get("speculation")
+        return found["tokens_per_s"]
+
     def _loop(self, chunk: int, row: Row) -> float:
         """Milliseconds of one `loop` call, averaged over as many as fill `LOOP_SECONDS`."""
         methods = self.runtime.methods
@@ -186,6 +216,7 @@ class Bench:
     def summary(self) -> dict[str, Any]:
         """All results under stable names.
 
+        `speculative_speedup` compares the spec rows with the gen rows, by medians, at fixed and adaptive depth.
         `loop_time_ratio` compares the loop stopped at a third of the depth with full depth, `adaptive_speedup` the
         adaptive rows with those at full depth, both by medians. `histogram` and `work_skipped` belong to the adaptive row
         with the most positions; null without one.
@@ -195,7 +226,7 @@ class Bench:
             # Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
             moved = weight_bytes_per_token(self.runtime.info, row["mean_loops"])
             speed = moved * row["tok_per_s"]["median"]
-            row["gb_per_s"] = speed / 1e9 if row["test"].startswith("tg") else None
+            row["gb_per_s"] = speed / 1e9 if row["test"].startswith(("tg", "gen")) else None
         loops = [row.summary() for row in self.loop_rows]
         ms = {(row["test"], row["max_loops"]): row["ms"]["median"] for row in loops}
         median_of = {(row["test"], row["mode"], row["max_loops"]): row["tok_per_s"]["median"] for row in rows}
@@ -203,6 +234,12 @@ class Bench:
             test: value / median_of[test, "fixed", self.full]
             for (test, mode, _), value in median_of.items()
             if mode == "adaptive" and (test, "fixed", self.full) in median_of
+        }
+        drafted = {
+            row["mode"]: row["tok_per_s"]["median"]
+            / median_of[f"gen{self.settings.generate}", row["mode"], row["max_loops"]]
+            for row in rows
+            if "speculation" in row
         }
         adaptive = max((r for r in self.rows if r.mode == "adaptive"), key=lambda r: len(r.depth), default=None)
         return {
@@ -215,6 +252,7 @@ class Bench:
                 **{row.test: ms[row.test, third(self.full)] / ms[row.test, self.full] for row in self.loop_rows},
             },
             "adaptive_speedup": speedup,
+            **({"speculative_speedup": drafted} if drafted else {}),
             "histogram": histogram(adaptive.depth, self.full) if adaptive else None,
             "work_skipped": 1 - float(adaptive.depth.mean()) / self.full if adaptive else None,
         }

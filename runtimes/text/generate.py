@@ -199,6 +199,11 @@ class Generation:
         """Iterations behind each generated token."""
         return [depth for _, depth in self.made]
 
+    @property
+    def iterations(self) -> list[int]:
+        """Of every call behind the prompt's, drafts left out."""
+        return self.depth[1:] if self._speculator is None else self._speculator.iterations
+
     def steps(self) -> Iterator[tuple[int, int]]:
         """(token, depth) one by one until `max_new_tokens`, the end token, or the end of the package's sequence."""
         limit = self.runtime.info.longest

@@ -69,7 +69,7 @@ class Speculator:
     runtime: LoopRuntime
     sampler: Sampler
     speculation: Speculation
-    rounds: int = field(init=False, default=0)  # calls at the wished dials
+    iterations: list[int] = field(init=False, default_factory=list)  # of every call at the wished dials: of every round
     drafted: int = field(init=False, default=0)
     accepted: int = field(init=False, default=0)
     made: int = field(init=False, default=0)  # tokens, of all rounds
@@ -105,7 +105,7 @@ class Speculator:
         else:
             tokens.append(self.sampler.pick(ahead.logits[len(drafts)], unused))
         self._ahead, self._taken = ahead, 0
-        self.rounds += 1
+        self.iterations.append(ahead.iterations)
         self.drafted += len(drafts)
         for row, token in enumerate(tokens):
             self._taken += 1
@@ -121,11 +121,12 @@ class Speculator:
 
     def statistics(self) -> dict[str, Any]:
         """`tokens_per_round` is the acceptance length: tokens for one call at the wished dials."""
+        rounds = len(self.iterations)
         return {
             "draft_loops": self.speculation.loops,
             "draft_tokens": self.speculation.tokens,
-            "rounds": self.rounds,
+            "rounds": rounds,
             "drafted": self.drafted,
             "accepted": self.accepted,
-            "tokens_per_round": self.made / self.rounds if self.rounds else None,
+            "tokens_per_round": self.made / rounds if rounds else None,
         }

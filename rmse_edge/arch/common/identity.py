@@ -28,6 +28,7 @@ def model_info(
     quant: str = "fp32",
     folder: Path | None = None,
     max_seq_len: int | None = None,
+    sizes: Iterable[int] | None = None,
 ) -> ModelInfo:
     """The host's view of a model.
 
@@ -37,9 +38,10 @@ def model_info(
             and knowledge bases of one can be used with the other.
         quant: how the weights are held.
         max_seq_len: tokens that a text may have, where that is fewer than the model takes.
+        sizes: rows of its calls, ascending; None: the model's own.
         folder: that the model comes from, with its tokenizer; None: the model's configuration is all there is.
     """
-    specs = {chunk: model.spec(chunk).of_capacity(max_seq_len) for chunk in model.call_sizes()}
+    specs = {chunk: model.spec(chunk).of_capacity(max_seq_len) for chunk in sizes or model.call_sizes()}
     found = source or fingerprint(model)
     if scales := scales_of(model):
         found = hashlib.sha256(found.encode() + scales).hexdigest()

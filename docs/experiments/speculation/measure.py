@@ -1,0 +1,94 @@
+"""Greedy decoding, plain and by self-speculation with several drafts, in turns: tokens, acceptance length, and time.
+
+    python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]
+
+Time is the processor's, not the clock's, on one thread: other work on the machine then disturbs it less. Each ratio is the
+median over repetitions of plain time to speculative time within the same repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+from rmse_edge.runtimes import LoopRuntime, open_runtime
+from rmse_edge.runtimes.text.generate import Generation
+from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+from rmse_edge.runtimes.text.speculation import Speculation
+from rmse_edge.runtimes.text.writer import Writer, open_tokenizer
+
+PROMPTS = ("ROMEO:\nWhat light is this", "First Citizen:\nWe are", "The king's own ")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--loops", type=numbers, default=[1, 2])
+    parser.add_argument("--tokens", type=numbers, default=[1, 2, 3, 5])
+    parser.add_argument("--adaptive", action="store_true", help="the package's own exits instead of full depth")
+    parser.add_argument("-n", type=int, default=64, help="tokens behind each of three prompts")
+    parser.add_argument("-r", type=int, default=5, help="repetitions, after one that is not timed")
+    args = parser.parse_args()
+    runtime = open_runtime(args.package, threads=1)
+    assert isinstance(runtime, LoopRuntime)
+    tokenizer = open_tokenizer(args.package, runtime.info.vocab_size)
+    dials = runtime.info.dials if args.adaptive else runtime.info.full_depth
+
+    def write(prompt: str, speculation: Speculation | None) -> tuple[Generation, float]:
+        runtime.reset()
+        sampler = Sampler(Sampling(temperature=0))
+        made = Writer(runtime, tokenizer, dials, sampler, args.n + 1, speculation=speculation).begun(prompt)
+        steps = made.steps()
+        next(steps)  # the prompt and the first token
+        start = process_time()
+        for _ in steps:
+            pass
+        return made, process_time() - start
+
+    settings = [Speculation(loops, tokens) for loops in args.loops for tokens in args.tokens]
+    ratios: dict[Speculation, list[float]] = {s: [] for s in settings}
+    said: dict[Speculation, list[Generation]] = {s: [] for s in settings}
+    plain: list[float] = []
+    texts: list[Generation] = []
+    for repetition in range(args.r + 1):
+        seconds = 0.0
+        for prompt in PROMPTS:
+            made, spent = write(prompt, None)
+            seconds += spent
+            if not repetition:
+                texts.append(made)
+        if repetition:
+            plain.append(len(PROMPTS) * args.n / seconds)
+        for setting in settings:
+            own = 0.0
+            for prompt, text in zip(PROMPTS, texts):
+                made, spent = write(prompt, setting)
+                own += spent
+                if not repetition:
+                    assert made.tokens == text.tokens and made.depth == text.depth
+                    said[setting].append(made)
+            if repetition:
+                ratios[setting].append(seconds / own)
+    loops = sum(sum(text.depth) for text in texts) / sum(len(text.depth) for text in texts)
+    print(f"plain: {median(plain):.1f} tokens per second of processor time, {loops:.2f} loops on average\n")
+    print("| loops of a draft | tokens of a draft | accepted | tokens per verification | times as fast |")
+    print("|---|---|---|---|---|")
+    for setting in settings:
+        found = [made.statistics()["speculation"] for made in said[setting]]
+        rounds, drafted, accepted = (sum(f[name] for f in found) for name in ("rounds", "drafted", "accepted"))
+        length = len(PROMPTS) * args.n / rounds
+        times = ratios[setting]
+        print(
+            f"| {setting.loops} | {setting.tokens} | {accepted / drafted:.0%} | {length:.2f} | {median(times):.2f} "
+            f"({min(times):.2f} to {max(times):.2f}) |"
+        )
+
+
+if __name__ == "__main__":
+    main()
