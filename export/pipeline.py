@@ -20,6 +20,7 @@ import torch
 
 from rmse_edge.arch.common.identity import fingerprint, model_info
 from rmse_edge.chat import chat_files
+from rmse_edge.chat_turns import turns_of
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.exits import carried
 from rmse_edge.files import Digests
@@ -233,6 +234,7 @@ def export_package(
             "versions": _versions(),
             **carried(checkpoint, info.dials),
             **({PARTS: parts} if parts else {}),
+            **({"chat": dataclasses.asdict(turns)} if (turns := turns_of(folder)) is not None else {}),
         }
         manifest["parity"] = None
         twin = lowering.pop("exact_twin", None)

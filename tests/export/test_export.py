@@ -384,9 +384,13 @@ def test_an_existing_package_is_replaced_only_by_force(
     before = (destination / "manifest.json").read_bytes()
     assert "already exists" in failure(capsys, "-m", checkpoint, "-o", destination)
     assert (destination / "manifest.json").read_bytes() == before
-    assert rmse_export(["-m", str(checkpoint), "-o", str(destination), "--force"]) == 0
+    # What replaces it has a chat template besides, which the manifest has as plain text.
+    talking = shutil.copytree(checkpoint, tmp_path / "talking")
+    (talking / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content + '.' }}{% endfor %}")
+    assert rmse_export(["-m", str(talking), "-o", str(destination), "--force"]) == 0
     assert (destination / "manifest.json").read_bytes() != before
-    assert [p.name for p in tmp_path.iterdir()] == ["p.rmse"]
+    assert Package.open(destination).manifest["chat"]["user"] == ["user", "."]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.rmse", "talking"]
 
 
 def test_a_length_limit_holds_at_run_time(
