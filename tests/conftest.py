@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from filelock import FileLock
-from paths import ROOT
 
 if TYPE_CHECKING:
     from architectures import Case
@@ -148,7 +146,7 @@ def made_package(case: Case, target: str, quant: str, factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def runner() -> Path:
     """rmse-runner, built against this interpreter's ExecuTorch."""
-    from native_runner import make
+    from native_runner import build_folder, make
 
     from rmse_edge.runtimes.engines.kernels import executorch_folder
 
@@ -156,7 +154,7 @@ def runner() -> Path:
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
     folder = executorch_folder()
-    return make(folder, ROOT / "build" / f"native-{zlib.crc32(str(folder).encode()):08x}")
+    return make(folder, build_folder(folder))
 
 
 @pytest.fixture(scope="session")

@@ -97,12 +97,20 @@ class Core:
         classes: what it runs.
         libraries: the folder of ONNX Runtime's native ones and of what they ask for.
         main: whose `main` answers; the core's own driver if not given.
+        runner: the folder of the library that runs ExecuTorch packages; None: there is none, as in an app built without the NDK.
     """
 
-    def __init__(self, java: Sequence[str], classes: Sequence[Path], libraries: Path, main: str = MAIN) -> None:
+    def __init__(
+        self,
+        java: Sequence[str],
+        classes: Sequence[Path],
+        libraries: Path,
+        main: str = MAIN,
+        runner: Path | None = None,
+    ) -> None:
         self.java, self.classes, self.libraries = java, classes, libraries
-        native = f"-Donnxruntime.native.path={libraries}"
-        self._command = [*java, *JAVA_FLAGS, native, "-cp", ":".join(map(str, classes)), main]
+        native = [f"-Donnxruntime.native.path={libraries}", f"-Djava.library.path={runner or libraries}"]
+        self._command = [*java, *JAVA_FLAGS, *native, "-cp", ":".join(map(str, classes)), main]
         self._commands: Server | None = None
 
     @staticmethod
@@ -170,11 +178,11 @@ class Server:
 class CoreRuntime:
     """The core on a package, as the parity gate drives a `LoopRuntime`: its state is taken out and put back through session files."""
 
-    def __init__(self, core: Core, folder: Path, scratch: Path) -> None:
+    def __init__(self, core: Core, folder: Path, scratch: Path, *expert_memory: str) -> None:
         self.info: ModelInfo = read_model(Package.open(folder))
         self.position = 0
         self.session = str(scratch / "kept.session")
-        self._server = core.serve(folder)
+        self._server = core.serve(folder, *expert_memory)
 
     def close(self) -> None:
         self._server.close()

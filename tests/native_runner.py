@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,32 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from helpers import assert_one_line
-from paths import NATIVE
+from paths import NATIVE, ROOT
+
+
+def build_folder(executorch: Path) -> Path:
+    """Where what is built against this ExecuTorch is kept."""
+    return ROOT / "build" / f"native-{zlib.crc32(str(executorch).encode()):08x}"
 
 
 def make(executorch: Path, build: Path, *variables: str) -> Path:
     """What is up to date is kept from one run of the tests to the next."""
-    command = ["make", "-C", str(NATIVE), f"EXECUTORCH={executorch}", f"BUILD={build}", *variables]
+    run_make(NATIVE, executorch, build, *variables)
+    return build / "rmse-runner"
+
+
+def make_library(executorch: Path, build: Path, *variables: str) -> Path:
+    """The runner as the Android app loads it, of the same objects."""
+    run_make(ROOT / "android_demo" / "native", executorch, build, *variables)
+    return build / "librmse-runner.so"
+
+
+def run_make(folder: Path, executorch: Path, build: Path, *variables: str) -> None:
+    command = ["make", "-C", str(folder), f"EXECUTORCH={executorch}", f"BUILD={build}", *variables]
     build.parent.mkdir(exist_ok=True)
     with FileLock(f"{build}.lock"):  # several files of tests, and so processes, need it
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return build / "rmse-runner"
 
 
 class Runner:

@@ -47,7 +47,7 @@ def change(what: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]
 
 
 def target(manifest: dict[str, Any]) -> None:
-    manifest["target"] = manifest["model"]["target"] = "executorch"
+    manifest["target"] = manifest["model"]["target"] = "coreml"
 
 
 def flip(name: str) -> Callable[[Path], object]:
@@ -74,7 +74,7 @@ def unreadable(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another target": (change(target), "copy.rmse: made for executorch, and this app runs packages made for onnx"),
+    "another target": (change(target), "copy.rmse: made for coreml, and this app runs packages made for onnx"),
     "a newer format": (change(lambda m: m.update(format_version=3)), "format version 3, and this app reads 2"),
     "something else": (
         change(lambda m: m.update(format="zip")),
@@ -298,7 +298,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "one file less": (lambda path: rezip(path, lambda entries: entries.pop("loop.onnx")), "loop.onnx: missing"),
     "one too many": (lambda path: rezip(path, lambda e: e.update(x=b"x")), "x: not listed in the package's SHA256SUMS"),
     "other content": (lambda path: rezip(path, damaged), "weights.bin: its SHA-256 is not that in SHA256SUMS"),
-    "another target": (sealed(target), "made for executorch, and this app runs packages made for onnx"),
+    "another target": (sealed(target), "made for coreml, and this app runs packages made for onnx"),
     "a newer format": (sealed(lambda m: m.update(format_version=3)), "format version 3, and this app reads 2"),
 }
 

@@ -154,6 +154,17 @@ def test_texts_survive_being_kept(logic: Server) -> None:
     assert found["rest"] == 4 and found["model"] == "m" and found["title"].startswith("ROMEO: Tö")
 
 
+def test_old_states_make_room_for_new_ones(logic: Server, tmp_path: Path) -> None:
+    """The oldest go first, and never the one that was just written, however large it is."""
+    for day, name in enumerate(["d", "b", "a", "c"], start=1):
+        (tmp_path / name).write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (day * 86400, day * 86400))
+    asked = {"do": "states", "folder": str(tmp_path)}
+    assert logic.ask(asked | {"current": "c", "most": 4000}) == {"dropped": 0, "left": ["a", "b", "c", "d"]}
+    assert logic.ask(asked | {"current": "d", "most": 2500}) == {"dropped": 2, "left": ["c", "d"]}
+    assert logic.ask(asked | {"current": "d", "most": 500}) == {"dropped": 1, "left": ["d"]}
+
+
 def test_a_phone_is_held_against_where_the_app_was_built(logic: Server, package: Path, tmp_path: Path) -> None:
     """The checklist passes on this machine, notices other numbers, and leaves out what is of another package."""
     path = tmp_path / "reference.json"

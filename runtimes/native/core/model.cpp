@@ -77,9 +77,8 @@ void Model::make_shared() {
   for (const ExitDial& dial : kExitDials) make({dial.name, dial.dtype, {}});
   for (const auto& [_, state] : info_.state) make(state.tensor.of_slots(slots_));
   // Nothing is looked up here: hits stay empty.
-  const Specs given = given_tensors(info_, info_.chunks.front());
-  for (const TensorSpec& input : info_.signatures.at("prelude_1").inputs) {
-    if (input.name.starts_with("retrieved") && given.contains(input.name)) make(given.at(input.name));
+  for (const auto& [name, spec] : given_tensors(info_, info_.chunks.front())) {
+    if (name.starts_with("retrieved")) make(spec);
   }
 }
 
@@ -128,12 +127,14 @@ void Model::reset() {
   position_ = 0;
 }
 
-Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits, int64_t prefix) {
+Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits, int64_t prefix,
+                const std::function<bool()>& go_on) {
   check(tokens);
   check_prefix(prefix, std::ssize(tokens));
   set(dials);
   Fed fed;
   for (const auto& [rows, n] : plan_calls(position_, std::ssize(tokens), info_, prefix)) {
+    if (go_on && !fed.iterations.empty() && !go_on()) break;
     Calls& calls = calls_of(rows);
     calls.prelude(tokens.first(n), position_, noise_seed_, prefix);
     tokens = tokens.subspan(n);
@@ -149,10 +150,24 @@ Fed Model::feed(std::span<const int64_t> tokens, const Dials& dials, bool all_lo
     }
     calls.commit();
     keep(calls, n);
-    if (memorize_ != nullptr && position_ % *info_.segment == 0 && remember_) memorize();
+    if (memorize_ != nullptr && position_ % *info_.segment == 0 && remember_) {
+      const float surprise = memorize();
+      fed.surprises.emplace_back(position_, surprise);
+    }
   }
   verification_->await();
   return fed;
+}
+
+const Buffer& Model::kept(const std::string& name) const {
+  const auto found = shared_.find(name);
+  if (found == shared_.end()) throw std::runtime_error(info_.name + " keeps no " + name);
+  return found->second;
+}
+
+void Model::resume(int64_t position) {
+  grow(position);
+  position_ = position;
 }
 
 Calls& Model::prepare(std::span<const int64_t> tokens, const Dials& dials) {
@@ -257,11 +272,12 @@ void Model::keep(const Calls& calls, int64_t count) {
 }
 
 // Teaches the memory the segment that was just completed.
-void Model::memorize() {
+float Model::memorize() {
   memorize_->run();
   for (const auto& [name, state] : info_.state) {
     if (state.kind == StateKind::kWritten) shared_.at(name).copy(learned_.at("next_" + name));
   }
+  return *learned_.at("surprise").as<float>();
 }
 
 }  // namespace rmse

@@ -7,9 +7,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "calls.h"
@@ -23,6 +25,8 @@ struct Fed {
   std::vector<float> logits;        // (n or 1, V): for every token fed, or for the last one
   std::vector<int64_t> depth;       // (n,): iterations that each position executed
   std::vector<int64_t> iterations;  // per call, the deepest position's: what the call really cost
+  // Of the segments that the memory learned, the position behind each, and its mean loss before: 1 where it knew nothing.
+  std::vector<std::pair<int64_t, float>> surprises;
 };
 
 class Model {
@@ -41,8 +45,16 @@ class Model {
 
   void reset();
   // `prefix`: how many of a text's first tokens see each other whatever their order; all of them are in one call.
+  // `go_on` is asked before every call but the first: false stops reading there, between two tokens, and `depth` says how many
+  // were read; without the last of them there are no logits of it.
   // Throws std::runtime_error: one line saying what is wrong with the tokens, or with the package.
-  Fed feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits = false, int64_t prefix = 0);
+  Fed feed(std::span<const int64_t> tokens, const Dials& dials, bool all_logits = false, int64_t prefix = 0,
+           const std::function<bool()>& go_on = nullptr);
+
+  // What is kept between calls, of which a session is made: a tensor by its name. Throws std::runtime_error where there is none.
+  const Buffer& kept(const std::string& name) const;
+  // Goes on as if `position` tokens had been fed; what is kept is put back afterwards, into `kept`.
+  void resume(int64_t position);
 
   // For timing the loop alone: a call of as many rows as there are tokens, ready for `loop`.
   Calls& prepare(std::span<const int64_t> tokens, const Dials& dials);
@@ -57,7 +69,7 @@ class Model {
   Calls& calls_of(int64_t rows);
   void grow(int64_t positions);
   void keep(const Calls& calls, int64_t count);
-  void memorize();
+  float memorize();  // the segment's mean loss before
 
   ModelInfo info_;
   std::shared_ptr<Verification> verification_;  // of the package

@@ -69,6 +69,7 @@ class Flow {
       state.tensor.name = "next_" + name;
       require_of(memorize, state.tensor);
     }
+    require_of(memorize, {"surprise", Dtype::kFloat32, {1}});
   }
 
  private:

@@ -1,9 +1,9 @@
 package dev.rmseedge.core
 
-import dev.rmseedge.core.engine.OnnxEngine
 import dev.rmseedge.core.host.LoopRuntime
 import dev.rmseedge.core.host.SplitMix64
 import dev.rmseedge.core.host.noise
+import dev.rmseedge.core.host.openRuntime
 import dev.rmseedge.core.json.Json
 import dev.rmseedge.core.measure.Bench
 import dev.rmseedge.core.measure.BenchSettings
@@ -14,6 +14,7 @@ import dev.rmseedge.core.pack.Archive
 import dev.rmseedge.core.pack.LoopPackage
 import dev.rmseedge.core.session.SessionFile
 import dev.rmseedge.core.session.SessionText
+import dev.rmseedge.core.text.Conversation
 import dev.rmseedge.core.text.GenerationControl
 import dev.rmseedge.core.text.GenerationSettings
 import dev.rmseedge.core.text.Sampler
@@ -30,7 +31,10 @@ import java.util.Base64
 fun main(arguments: Array<String>) {
     when (arguments.firstOrNull()) {
         null -> serve { asked -> answer((asked as List<*>).map { it as String }) }
-        else -> opened(arguments[0]) { Server(it).let { server -> serve { asked -> server.answer(asked as Map<*, *>) } } }
+
+        else -> opened(arguments[0], arguments.getOrNull(1)) {
+            Server(it).let { server -> serve { asked -> server.answer(asked as Map<*, *>) } }
+        }
     }
 }
 
@@ -51,29 +55,42 @@ private fun answer(words: List<String>): Any? {
     val rest = words.drop(1)
     return when (words[0]) {
         "open" -> described(LoopPackage.open(File(rest[0])))
-        "load" -> opened(rest[0]) { TextSession(it.pack, it.engine).use { session -> session.runtime.stateBytes } }
+
+        "load" -> TextSession.open(LoopPackage.open(File(rest[0])), threads = 1).use { it.runtime.stateBytes }
+
+        "run" -> opened(rest[0], rest.getOrNull(1)) { it.runtime.stateBytes }
+
+        // without a tokenizer, too
         "unpack" -> described(unpack(rest[0], rest[1], rest[2], rest.getOrNull(3)))
+
         "numbers" -> numbers(Json.read(File(rest[0])) as Map<*, *>)
+
         "tokens" -> Tokenizer.open(File(rest[0])).let { all -> rest.drop(1).map { all.encode(it).toList() } }
+
         "more tokens" -> Tokenizer.open(File(rest[0])).let { all -> rest.drop(1).map { all.encodeMore(it).toList() } }
+
         "texts" -> Tokenizer.open(File(rest[0])).let { all -> rest.drop(1).map { ids -> all.decode(ids.split(' ').map(String::toInt)) } }
+
         "memory" -> memory(rest[0])
+
         "bench" -> opened(rest[0]) { bench(it, rest[1].toInt()) }
+
         else -> error("no command ${words[0]}")
     }
 }
 
-/** The package and an engine for it, closed afterwards. */
-private class Opened(val pack: LoopPackage, val engine: OnnxEngine)
+/** A package and its model at work, which is closed afterwards. */
+private class Opened(val pack: LoopPackage, val runtime: LoopRuntime)
 
-private fun <T> opened(folder: String, work: (Opened) -> T): T {
+private fun <T> opened(folder: String, expertMemory: String? = null, work: (Opened) -> T): T {
     val pack = LoopPackage.open(File(folder))
-    return OnnxEngine(pack, threads = 1).use { work(Opened(pack, it)) }
+    return openRuntime(pack, threads = 1, expertMemory).use { work(Opened(pack, it)) }
 }
 
 private fun described(pack: LoopPackage) = mapOf(
     "folder" to pack.folder.path,
     "name" to pack.info.name,
+    "engine" to pack.target.engine,
     "nbytes" to pack.nbytes,
     "rules" to pack.info.rules,
     "predicted_bytes" to pack.predictedBytes(),
@@ -94,10 +111,8 @@ private fun unpack(archive: String, parent: String, name: String, room: String?)
 private fun memory(folder: String): List<Long> {
     val before = ProcessMemory.now()!!.resident
     return opened(folder) { opened ->
-        LoopRuntime(opened.pack, opened.engine).use { runtime ->
-            runtime.feed(IntArray(70))
-            listOf(before, ProcessMemory.now()!!.resident)
-        }
+        opened.runtime.feed(IntArray(70))
+        listOf(before, ProcessMemory.now()!!.resident)
     }
 }
 
@@ -140,19 +155,23 @@ private fun sampling(options: Map<*, *>): Sampling {
     )
 }
 
-private fun bench(opened: Opened, repetitions: Int): Map<String, Any?> = LoopRuntime(opened.pack, opened.engine).use { runtime ->
+private fun bench(opened: Opened, repetitions: Int): Map<String, Any?> {
+    val runtime = opened.runtime
     val ids = opened.pack.tokenizer().encode(opened.pack.sample!!)
     val settings = BenchSettings(prompt = 70, generate = 20, adaptive = runtime.info.dials, repetitions = repetitions)
     val bench = Bench(runtime, ids, settings.fitting(runtime.info.longest))
     check(bench.run())
-    benchReport(bench, runtime, opened.engine)
+    return benchReport(bench, runtime)
 }
 
 private class Server(opened: Opened) {
-    private val runtime = LoopRuntime(opened.pack, opened.engine)
+    private val runtime = opened.runtime
+    private val pack = opened.pack
 
     // Made when a text is asked for: the models of some tests have no tokenizer.
-    private val session by lazy { TextSession(runtime, opened.pack.tokenizer()) }
+    private val session by lazy { TextSession(runtime, pack.tokenizer()) }
+
+    private val conversation by lazy { Conversation(session, pack.turns ?: throw UserException("unread: ${pack.hasUnreadTemplate}")) }
 
     fun answer(asked: Map<*, *>): Map<String, Any?> {
         val path by lazy { File(asked["path"] as String) }
@@ -163,16 +182,21 @@ private class Server(opened: Opened) {
             "save" -> SessionFile.save(runtime, path, SessionText(chat = asked["chat"] as String))
             "restore" -> SessionFile.restore(runtime, path)
             "generate" -> return generate(asked)
+            "talk" -> return talk(asked)
+            "save talk" -> conversation.save(path)
+            "restore talk" -> return mapOf("talk" to conversation.restore(path))
             "save text" -> session.save(path)
             "restore text" -> session.restore(path)
             else -> error("what is ${asked["do"]}")
         }
-        return mapOf("position" to runtime.position, "state_bytes" to runtime.stateBytes)
+        val experts = runtime.experts?.let { mapOf("total" to it.total, "budget" to it.budget, "hit_rate" to it.hitRate) }
+        return mapOf("position" to runtime.position, "state_bytes" to runtime.stateBytes, "experts" to experts)
     }
 
     private fun feed(asked: Map<*, *>): Map<String, Any?> {
         val tokens = (asked["tokens"] as List<*>).map { (it as Long).toInt() }.toIntArray()
-        val fed = runtime.feed(tokens, dials(asked), asked["logits"] == "all", (asked["prefix"] as Long).toInt())
+        var calls = asked["calls"] as Long? ?: Long.MAX_VALUE // then reading is stopped
+        val fed = runtime.feed(tokens, dials(asked), asked["logits"] == "all", (asked["prefix"] as Long).toInt()) { --calls > 0 }
         val bytes = ByteBuffer.allocate(4 * fed.logits.size).order(ByteOrder.LITTLE_ENDIAN)
         fed.logits.forEach(bytes::putFloat)
         return mapOf(
@@ -201,6 +225,12 @@ private class Server(opened: Opened) {
         }
         val rest = found.rest.map { listOf(it.text, it.depth) }
         return found.toMap() + mapOf("tokens" to found.tokens.toList(), "depth" to found.depth.toList(), "spans" to spans + rest)
+    }
+
+    private fun talk(asked: Map<*, *>): Map<String, Any?> {
+        val settings = GenerationSettings((asked["count"] as Long).toInt(), sampling(asked["options"] as Map<*, *>))
+        val found = conversation.ask(asked["question"] as String, settings) {}
+        return found.toMap() + mapOf("tokens" to found.tokens.toList(), "answer" to conversation.messages.last().content)
     }
 
     private fun dials(asked: Map<*, *>): Dials {

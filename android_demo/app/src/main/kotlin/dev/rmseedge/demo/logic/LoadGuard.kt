@@ -1,7 +1,11 @@
 package dev.rmseedge.demo.logic
 
-/** How a package is loaded. */
-data class LoadSettings(val model: String, val threads: Int)
+/**
+ * How a package is loaded.
+ *
+ * @property expertMemory what its experts may take, as `openRuntime` has it; null: no bound.
+ */
+data class LoadSettings(val model: String, val threads: Int, val expertMemory: String? = null)
 
 /** A few words that outlive the process, as `SharedPreferences` keeps them; [commit] returns once they are on the disk. */
 interface Notes {
@@ -35,14 +39,15 @@ class LoadGuard(private val notes: Notes) {
     fun failed() = notes.commit(mapOf(TRIED to null))
 
     private fun settings(name: String): LoadSettings? {
-        val (threads, model) = notes[name]?.split(' ', limit = 2)?.takeIf { it.size == 2 } ?: return null
-        return threads.toIntOrNull()?.let { LoadSettings(model, it) }
+        val (threads, experts, model) = notes[name]?.split(' ', limit = 3)?.takeIf { it.size == 3 } ?: return null
+        return threads.toIntOrNull()?.let { LoadSettings(model, it, experts.takeIf { said -> said != UNBOUNDED }) }
     }
 
-    private fun text(settings: LoadSettings) = "${settings.threads} ${settings.model}"
+    private fun text(settings: LoadSettings) = "${settings.threads} ${settings.expertMemory ?: UNBOUNDED} ${settings.model}"
 
     private companion object {
         const val TRIED = "load.tried"
         const val WORKED = "load.worked"
+        const val UNBOUNDED = "-"
     }
 }

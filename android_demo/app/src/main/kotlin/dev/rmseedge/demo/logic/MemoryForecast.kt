@@ -8,8 +8,10 @@ import java.util.Locale
  * @property needed by the package, as predicted from its manifest.
  * @property free as the system reports it.
  * @property reserve what the system keeps for itself: with less it begins to end apps.
+ * @property engine what runs the package.
+ * @property bounds whether its experts may be given less memory than they have.
  */
-class MemoryForecast(val needed: Long, val free: Long, val reserve: Long) {
+class MemoryForecast(val needed: Long, val free: Long, val reserve: Long, val engine: String = "", val bounds: Boolean = false) {
     /** Whether it can be loaded without the system ending this app or others. */
     val fits: Boolean get() = needed <= free - reserve
 }

@@ -2,6 +2,7 @@ package dev.rmseedge.demo.ui
 
 import android.app.Activity
 import android.content.Intent
+import android.view.View
 import android.widget.ArrayAdapter
 import android.widget.Button
 import android.widget.RadioButton
@@ -22,6 +23,8 @@ class ModelsPanel(private val activity: Activity, private val workspace: Workspa
     private val loaded = activity.findViewById<TextView>(R.id.loaded)
     private val packages = activity.findViewById<RadioGroup>(R.id.packages)
     private val threads = activity.findViewById<Spinner>(R.id.thread_count)
+    private val experts = activity.findViewById<Spinner>(R.id.expert_memory)
+    private val expertRow = activity.findViewById<View>(R.id.expert_row)
     private val forecast = activity.findViewById<TextView>(R.id.forecast)
     private val load = activity.findViewById<Button>(R.id.load)
     private val add = activity.findViewById<Button>(R.id.add)
@@ -72,7 +75,15 @@ class ModelsPanel(private val activity: Activity, private val workspace: Workspa
         } else {
             val info = model.pack.info
             val parameters = NumberFormat.getIntegerInstance().format(info.parameters)
-            activity.getString(R.string.loaded, model.settings.model, info.quant, parameters, info.maxLoops, model.settings.threads)
+            activity.getString(
+                R.string.loaded,
+                model.settings.model,
+                info.quant,
+                parameters,
+                info.maxLoops,
+                model.settings.threads,
+                model.pack.target.engine,
+            )
         }
     }
 
@@ -89,6 +100,7 @@ class ModelsPanel(private val activity: Activity, private val workspace: Workspa
         known = null
         looked = null
         forecast.text = ""
+        expertRow.visibility = View.GONE
         showButtons()
     }
 
@@ -104,7 +116,8 @@ class ModelsPanel(private val activity: Activity, private val workspace: Workspa
     private fun show(name: String, found: MemoryForecast) {
         known = found
         val text = if (found.fits) R.string.forecast else R.string.forecast_tight
-        forecast.text = activity.getString(text, name, bytesText(found.needed), bytesText(found.free))
+        forecast.text = activity.getString(text, name, bytesText(found.needed), bytesText(found.free), found.engine)
+        expertRow.visibility = if (found.bounds) View.VISIBLE else View.GONE
         load.setText(if (found.fits) R.string.load else R.string.load_anyway)
         showButtons()
     }
@@ -112,7 +125,8 @@ class ModelsPanel(private val activity: Activity, private val workspace: Workspa
     private fun load() {
         val name = chosen ?: return
         val count = threads.selectedItemPosition.takeIf { it > 0 } ?: workspace.cores.threads
-        workspace.load(LoadSettings(name, count), insist = true)
+        val budget = EXPERT_MEMORY.getOrNull(experts.selectedItemPosition).takeIf { known?.bounds == true }
+        workspace.load(LoadSettings(name, count, budget), insist = true)
     }
 
     private fun choose() {
@@ -123,5 +137,8 @@ class ModelsPanel(private val activity: Activity, private val workspace: Workspa
     companion object {
         /** The request whose answer is an archive. */
         const val ADD = 1
+
+        /** In the order of `R.array.expert_memory_names`. */
+        private val EXPERT_MEMORY = listOf(null, "auto", "75%", "50%", "25%")
     }
 }

@@ -5,6 +5,7 @@ import android.os.Bundle
 import android.view.View
 import android.widget.AdapterView
 import android.widget.Button
+import android.widget.CheckBox
 import android.widget.EditText
 import android.widget.Spinner
 import android.widget.TextView
@@ -29,6 +30,7 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
     private val statistics = activity.findViewById<TextView>(R.id.statistics)
     private val marks = activity.findViewById<Spinner>(R.id.marks)
     private val prompt = activity.findViewById<EditText>(R.id.prompt)
+    private val talk = activity.findViewById<CheckBox>(R.id.talk)
     private val write = activity.findViewById<Button>(R.id.write)
     private val stop = activity.findViewById<Button>(R.id.stop)
     private val renew = activity.findViewById<Button>(R.id.renew)
@@ -44,6 +46,7 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
         write.setOnClickListener { ask() }
         stop.setOnClickListener { workspace.stop() }
         renew.setOnClickListener { workspace.renew() }
+        talk.setOnCheckedChangeListener { _, on -> writing.talks = on }
         share.setOnClickListener { hand() }
         marks.onItemSelectedListener = object : AdapterView.OnItemSelectedListener {
             override fun onItemSelected(parent: AdapterView<*>, view: View?, position: Int, id: Long) = restyle()
@@ -70,7 +73,9 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
     }
 
     private fun ask() {
-        if (prompt.text.isEmpty() && writing.text.value.size == 0) {
+        if (prompt.text.isBlank() && writing.isConversation(workspace.loaded.value)) {
+            workspace.notice.value = activity.getString(R.string.question_empty)
+        } else if (prompt.text.isEmpty() && writing.text.value.size == 0) {
             workspace.notice.value = activity.getString(R.string.prompt_empty)
         } else {
             workspace.write(prompt.text.toString())
@@ -91,6 +96,7 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
         if (model == null || (model === shownModel && wanted.isEmpty())) return
         shownModel = model
         val info = model.pack.info
+        talk.visibility = if (model.conversation == null) View.GONE else View.VISIBLE
         val dials = model.dials.with(wanted.filterKeys { it == Dial.MAX_LOOPS || it in info.rules })
         wanted = emptyMap()
         val rule = info.rules.firstOrNull { Dial.BY_NAME.getValue(it).off != null }
@@ -123,7 +129,14 @@ class WritePanel(private val activity: Activity, private val workspace: Workspac
             first * 1000,
             found.meanLoops,
             bytesText(ProcessMemory.now()?.resident ?: 0),
-        )
+        ) + experts()
+    }
+
+    /** How often experts were in memory, where that is bounded. */
+    private fun experts(): String {
+        val found = writing.experts ?: return ""
+        val rate = 100 * (found.hitRate ?: 1.0)
+        return activity.getString(R.string.statistics_experts, rate, bytesText(found.budget), bytesText(found.total))
     }
 
     private fun restyle() {

@@ -46,7 +46,7 @@ class Timing(private val context: Context, private val work: Live<Work>) {
     fun time(model: Loaded, settings: TimingSettings) {
         val bench = bench(model, BenchSettings(settings.prompt, settings.generate, repetitions = settings.repetitions)) ?: return
         val notes = listOf("${Build.MANUFACTURER} ${Build.MODEL}, Android ${Build.VERSION.RELEASE}")
-        val document = benchReport(bench, model.session.runtime, model.engine, model.before, notes)
+        val document = benchReport(bench, model.session.runtime, model.before, notes)
         result.value = TimingResult(timingTable(bench.summary()), Json.write(document), "application/json")
     }
 
@@ -83,7 +83,7 @@ class Timing(private val context: Context, private val work: Live<Work>) {
         "page size" to "${Os.sysconf(OsConstants._SC_PAGESIZE)} bytes",
         "cores" to "$cores",
         "package" to "${model.pack.info.name}, ${model.pack.info.quant}, ${bytesText(model.pack.nbytes)}",
-        "engine" to model.engine.description,
+        "engine" to model.session.runtime.engine,
         "threads" to "${model.settings.threads}",
     )
 

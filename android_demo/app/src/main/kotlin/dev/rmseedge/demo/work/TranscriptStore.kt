@@ -2,6 +2,7 @@ package dev.rmseedge.demo.work
 
 import dev.rmseedge.core.json.JsonException
 import dev.rmseedge.demo.logic.Transcript
+import dev.rmseedge.demo.logic.dropOldStates
 import java.io.File
 import java.io.IOException
 import java.nio.file.Files
@@ -42,7 +43,13 @@ class TranscriptStore(private val folder: File) {
     }
 
     /** Where the model's state at the end of a text is kept. */
-    fun session(id: Long): File = File(folder, "$id.session")
+    fun session(id: Long): File = File(folder, "$id$STATE")
+
+    /** Removes old states until there is room; never that of text [id]. Returns how many. */
+    fun limitStates(id: Long): Int {
+        val states = folder.listFiles { file -> file.name.endsWith(STATE) }.orEmpty().toList()
+        return dropOldStates(states, session(id), MOST_STATE)
+    }
 
     fun remove(id: Long) {
         text(id).delete()
@@ -51,7 +58,10 @@ class TranscriptStore(private val folder: File) {
 
     private fun text(id: Long) = File(folder, "$id$TEXT")
 
-    private companion object {
-        const val TEXT = ".json"
+    companion object {
+        /** Bytes that the states of all texts may take. */
+        const val MOST_STATE = 256_000_000L
+        private const val TEXT = ".json"
+        private const val STATE = ".session"
     }
 }

@@ -69,7 +69,7 @@ class Workspace(private val context: Context) {
 
     /** Tells, on the thread of models, what loading a package would take; a bad package is a notice instead. */
     fun forecast(name: String, told: (MemoryForecast) -> Unit) = prepare(context.getString(R.string.checking, name)) { progress ->
-        told(memory.forecast(verified(name, progress).predictedBytes()))
+        told(memory.forecast(verified(name, progress)))
     }
 
     /** Lets the model write on from [prompt]. */
@@ -149,7 +149,7 @@ class Workspace(private val context: Context) {
     private fun open(settings: LoadSettings, insist: Boolean, progress: (Long, Long) -> Unit = { _, _ -> }) {
         unload()
         val pack = verified(settings.model, progress)
-        val forecast = memory.forecast(pack.predictedBytes())
+        val forecast = memory.forecast(pack)
         if (!forecast.fits && !insist) {
             throw UserException(context.getString(R.string.too_little_memory, bytesText(forecast.needed), bytesText(forecast.free)))
         }
@@ -162,6 +162,7 @@ class Workspace(private val context: Context) {
             if (succeeded) guard.succeeded(settings) else guard.failed()
         }
         writing.resume(loaded.value)
+        if (pack.hasUnreadTemplate) notice.value = context.getString(R.string.template_unread, settings.model)
     }
 
     /** The package of this name, every byte of it verified. */

@@ -2,6 +2,7 @@ package dev.rmseedge.demo.work
 
 import android.content.Context
 import dev.rmseedge.core.SessionException
+import dev.rmseedge.core.host.ExpertFigures
 import dev.rmseedge.core.model.Dials
 import dev.rmseedge.core.text.FinishReason
 import dev.rmseedge.core.text.GenerationControl
@@ -9,10 +10,12 @@ import dev.rmseedge.core.text.GenerationSettings
 import dev.rmseedge.core.text.GenerationStatistics
 import dev.rmseedge.core.text.Sampling
 import dev.rmseedge.core.text.Span
+import dev.rmseedge.core.text.TokenEvent
 import dev.rmseedge.demo.R
 import dev.rmseedge.demo.logic.LoopSeries
 import dev.rmseedge.demo.logic.Notes
 import dev.rmseedge.demo.logic.Transcript
+import dev.rmseedge.demo.logic.bytesText
 import java.io.File
 import kotlin.random.Random
 import kotlin.random.nextULong
@@ -35,6 +38,11 @@ class Writing(
     /** Of the latest run of the model; null: it has not run, or runs. */
     val statistics = Live<GenerationStatistics?>(null)
 
+    /** Of the memory for experts, behind the latest run; null: it is not bounded. */
+    @Volatile
+    var experts: ExpertFigures? = null
+        private set
+
     /** The texts that are kept, the newest first. */
     val kept = Live(emptyList<Kept>())
 
@@ -45,6 +53,14 @@ class Writing(
 
     /** Whether the model's state is that at the end of the text: only then it goes on with it. */
     private var atEnd = false
+
+    /** Whether a new text is to be a conversation, of models with a chat template. */
+    @Volatile
+    var talks = true
+
+    /** Whether the text on the screen is one. */
+    @Volatile
+    private var talking = false
 
     @Volatile
     private var control: GenerationControl? = null
@@ -58,19 +74,23 @@ class Writing(
     /** Lets the model go on from [prompt], until it ends, is stopped, or the text is full. */
     fun write(model: Loaded, prompt: String) {
         if (!atEnd) renew(model)
+        val conversation = model.conversation.takeIf { isConversation(model) }
+        talking = conversation != null
         val control = GenerationControl(model.dials).also { this.control = it }
         statistics.value = null
-        var given: String? = prompt
+        var given: String? = if (conversation == null) prompt else asTurn(prompt)
         try {
             val settings = GenerationSettings(MOST_TOKENS, Sampling(seed = Random.nextULong()))
-            val end = model.session.generate(prompt, settings, control) { event ->
+            val show = { event: TokenEvent ->
                 given?.let { text.value.add(Span(it, Transcript.GIVEN)) } // now it has been taken
                 given = null
                 event.spans.forEach(text.value::add)
                 loops.add(event.depth)
                 text.announce()
             }
+            val end = conversation?.ask(prompt, settings, control, show) ?: model.session.generate(prompt, settings, control, show)
             end.rest.forEach(text.value::add)
+            experts = model.session.runtime.experts
             statistics.value = end
             if (end.finishReason == FinishReason.MAX_SEQ_LEN) notice.value = context.getString(R.string.text_full, model.pack.info.longest)
         } finally {
@@ -88,9 +108,16 @@ class Writing(
         control?.dials = dials
     }
 
+    /** Whether what is written next is a turn of a conversation. */
+    fun isConversation(model: Loaded?): Boolean = model?.conversation != null && if (text.value.size == 0) talks else talking
+
+    /** A question as it stands in the text on the screen. */
+    private fun asTurn(question: String) = if (text.value.size == 0) "$question\n\n" else "\n\n$question\n\n"
+
     /** Begins a new text; what was written stays kept. */
     fun renew(model: Loaded?) {
-        model?.session?.reset()
+        model?.conversation?.reset() ?: model?.session?.reset()
+        talking = false
         show(Kept(newId(), Transcript(model?.settings?.model.orEmpty())))
         statistics.value = null
         atEnd = model != null
@@ -112,7 +139,7 @@ class Writing(
             return
         }
         try {
-            model.session.restore(session)
+            restore(model, session)
             atEnd = true
         } catch (error: SessionException) {
             notice.value = error.message.orEmpty()
@@ -130,21 +157,31 @@ class Writing(
     /** Lets [task] read other texts with the model, whose state is laid aside meanwhile. */
     fun aside(model: Loaded, task: () -> Unit) {
         val parked = File(context.cacheDir, "parked.session")
-        if (atEnd) model.session.save(parked)
+        if (atEnd) save(model, parked)
         try {
             task()
         } finally {
             model.session.reset()
-            if (atEnd) model.session.restore(parked)
+            if (atEnd) restore(model, parked)
             parked.delete()
         }
     }
 
     private fun keep(model: Loaded) {
         if (text.value.size == 0) return
-        model.session.save(store.session(id))
+        save(model, store.session(id))
         store.keep(Kept(id, text.value))
         kept.value = store.all()
+        val removed = store.limitStates(id)
+        if (removed > 0) notice.value = context.getString(R.string.states_removed, removed, bytesText(TranscriptStore.MOST_STATE))
+    }
+
+    private fun save(model: Loaded, file: File) {
+        if (talking) model.conversation!!.save(file) else model.session.save(file)
+    }
+
+    private fun restore(model: Loaded, file: File) {
+        talking = if (model.conversation != null) model.conversation.restore(file) else model.session.restore(file).isNotEmpty()
     }
 
     private fun show(kept: Kept) {

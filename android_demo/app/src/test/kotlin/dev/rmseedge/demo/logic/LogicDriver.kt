@@ -1,6 +1,5 @@
 package dev.rmseedge.demo.logic
 
-import dev.rmseedge.core.engine.OnnxEngine
 import dev.rmseedge.core.json.Fields
 import dev.rmseedge.core.json.Json
 import dev.rmseedge.core.json.items
@@ -22,16 +21,32 @@ fun main() {
 
 private fun answer(asked: Fields): Any? = when (val what = asked.at("do", text)) {
     "cores" -> cores(CpuCores(asked.at("kHz", items(long(0L..Long.MAX_VALUE)))))
+
     "cores in" -> cores(CpuCores.read(File(asked.at("folder", text)), asked.at("count", whole(1..64))))
+
     "memory" -> MemoryForecast(asked.at("needed", bytes), asked.at("free", bytes), asked.at("reserve", bytes)).fits
+
     "guard" -> guard(asked.at("steps", items(text)))
+
     "dial" -> dial(asked)
+
     "scale" -> scale(asked)
+
     "names" -> asked.at("files", items(text)).map(::modelName)
+
     "unused" -> unusedName(asked.at("name", text), asked.at("taken", items(text)))
+
     "series" -> LoopSeries(asked.at("room", whole(1..99))).apply { asked.at("depths", items(whole(1..99))).forEach(::add) }.values
+
     "transcript" -> transcript(asked)
+
+    "states" -> File(asked.at("folder", text)).let { folder ->
+        val dropped = dropOldStates(folder.listFiles()!!.toList(), File(folder, asked.at("current", text)), asked.at("most", bytes))
+        mapOf("dropped" to dropped, "left" to folder.list()!!.sorted())
+    }
+
     "check" -> checks(asked)
+
     else -> error("no command $what")
 }
 
@@ -98,11 +113,9 @@ private fun transcript(asked: Fields): Map<String, Any> {
 private fun checks(asked: Fields): Map<String, String> {
     val pack = LoopPackage.open(File(asked.at("package", text)))
     val reference = Reference.ofJson(Json.readText(File(asked.at("reference", text))))
-    OnnxEngine(pack, threads = 1).use { engine ->
-        TextSession(pack, engine).use { session ->
-            val list = Checklist(session, File(asked.at("scratch", text)))
-            val found = listOf(list.text(reference), list.sessions(pack.sample.orEmpty().take(10)))
-            return found.associate { it.name to it.verdict.name } + ("report" to report(mapOf("device" to "a test"), found))
-        }
+    TextSession.open(pack, threads = 1).use { session ->
+        val list = Checklist(session, File(asked.at("scratch", text)))
+        val found = listOf(list.text(reference), list.sessions(pack.sample.orEmpty().take(10)))
+        return found.associate { it.name to it.verdict.name } + ("report" to report(mapOf("device" to "a test"), found))
     }
 }

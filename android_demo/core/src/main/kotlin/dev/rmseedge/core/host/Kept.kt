@@ -4,6 +4,21 @@ import dev.rmseedge.core.engine.Tensor
 import dev.rmseedge.core.model.ModelInfo
 import dev.rmseedge.core.model.StateKind
 import dev.rmseedge.core.model.TensorSpec
+import dev.rmseedge.core.model.givenTensors
+
+/** All that is kept between calls: the state, and what the host itself keeps besides, the memory's segment and hits. */
+internal fun keptTensors(info: ModelInfo): Map<String, TensorSpec> {
+    val given = givenTensors(info, info.chunks.first())
+    val others = listOf("segment", "retrieved", "retrieved_scores", "retrieved_valid").filter(given::containsKey)
+    return info.state.mapValues { it.value.tensor } + others.associateWith(given::getValue)
+}
+
+/** The form of a kept tensor as sessions store it: of what is appended only the slots that are filled. */
+internal fun TensorSpec.filled(info: ModelInfo, position: Long): TensorSpec {
+    if (info.state[name]?.kind != StateKind.APPEND) return this
+    val axis = shape.size - 2
+    return copy(shape = shape.mapIndexed { i, size -> if (i == axis) Math.toIntExact(position) else size })
+}
 
 /** What is kept between calls: rings, appended rows and states, the memory and the segment that it has not learned yet, hits. */
 internal class Kept(private val info: ModelInfo) {
@@ -23,12 +38,7 @@ internal class Kept(private val info: ModelInfo) {
     val nbytes: Long get() = tensors.values.sumOf { it.nbytes.toLong() }
 
     init {
-        for ((name, state) in info.state) tensors[name] = Tensor(state.tensor.ofSlots(slots))
-    }
-
-    /** Takes what the host itself keeps besides the state: the segment, hits. */
-    fun add(spec: TensorSpec) {
-        tensors[spec.name] = Tensor(spec)
+        for ((name, spec) in keptTensors(info)) tensors[name] = Tensor(spec.ofSlots(slots))
     }
 
     /** Takes what the memory holds before a text begins, by the names of its tensors. */
@@ -73,12 +83,9 @@ internal class Kept(private val info: ModelInfo) {
 
     /** Everything at [position] as sessions store it: of what is appended only the slots that are filled. */
     fun filled(position: Long): Map<String, Tensor> = tensors.mapValues { (name, tensor) ->
-        val filled = tensor.spec.filled(position)
+        val filled = tensor.spec.filled(info, position)
         if (filled == tensor.spec) tensor else Tensor(filled).also { copySlots(it, tensor, slotsOf(it)) }
     }
-
-    /** Shapes and types of what [filled] gives. */
-    fun forms(position: Long): Map<String, TensorSpec> = tensors.mapValues { (_, tensor) -> tensor.spec.filled(position) }
 
     /** Puts back what [filled] gave; forms were compared before, and the appended state has grown. */
     fun restore(stored: Map<String, Tensor>) {
@@ -86,12 +93,6 @@ internal class Kept(private val info: ModelInfo) {
             val from = stored.getValue(name)
             if (from.spec.shape == tensor.spec.shape) tensor.copy(from) else copySlots(tensor, from, slotsOf(from))
         }
-    }
-
-    private fun TensorSpec.filled(position: Long): TensorSpec {
-        if (info.state[name]?.kind != StateKind.APPEND) return this
-        val axis = shape.size - 2
-        return copy(shape = shape.mapIndexed { i, size -> if (i == axis) Math.toIntExact(position) else size })
     }
 
     /** Puts the row of every position into its slot; what is older than the slots last is gone. */

@@ -1,6 +1,5 @@
 package dev.rmseedge.core.measure
 
-import dev.rmseedge.core.engine.Engine
 import dev.rmseedge.core.host.LoopRuntime
 
 /**
@@ -14,7 +13,6 @@ import dev.rmseedge.core.host.LoopRuntime
 fun benchReport(
     bench: Bench,
     runtime: LoopRuntime,
-    engine: Engine,
     baseline: ProcessMemory? = null,
     notes: List<String> = emptyList(),
 ): Map<String, Any?> {
@@ -22,7 +20,7 @@ fun benchReport(
     val memory = ProcessMemory.now()
     return linkedMapOf<String, Any?>(
         "model" to info.name,
-        "runtime" to engine.description,
+        "runtime" to runtime.engine,
         "quant" to info.quant,
         "parameters" to info.parameters,
         "package_bytes" to info.nbytes,
@@ -30,7 +28,7 @@ fun benchReport(
         "peak_rss_bytes" to memory?.peak,
         "rss_bytes" to memory?.resident,
         "baseline_rss_bytes" to baseline?.resident,
-        "threads" to engine.threads,
+        "threads" to runtime.threads,
         "memory_gb_per_s" to null,
         "memory_threads" to null,
         "dials" to bench.dials.toMap(),

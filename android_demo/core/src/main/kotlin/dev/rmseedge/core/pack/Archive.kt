@@ -22,21 +22,14 @@ object Archive {
 
     /** Unpacks [archive]; see the other `unpack`. */
     @Throws(PackageException::class)
-    fun unpack(
-        archive: File,
-        parent: File,
-        name: String,
-        target: String = LoopPackage.TARGET,
-        progress: Progress = { _, _ -> },
-    ): LoopPackage {
+    fun unpack(archive: File, parent: File, name: String, progress: Progress = { _, _ -> }): LoopPackage {
         if (!archive.isFile) throw PackageException("$archive: no such file; make one with rmse-export --archive")
-        return unpack(archive.inputStream(), parent, name, target, archive.name, progress = progress)
+        return unpack(archive.inputStream(), parent, name, archive.name, progress = progress)
     }
 
     /**
      * Unpacks an archive, which is read once from its beginning and closed, to the folder [name] of [parent], in place of what is there.
      *
-     * @param target what the package must have been made for.
      * @param label what messages call the archive.
      * @param room bytes that may be written.
      */
@@ -45,7 +38,6 @@ object Archive {
         archive: InputStream,
         parent: File,
         name: String,
-        target: String = LoopPackage.TARGET,
         label: String = name,
         room: Long = maxOf(0, parent.usableSpace - SPARE),
         progress: Progress = { _, _ -> },
@@ -57,8 +49,8 @@ object Archive {
         }
         try {
             val folder = File(scratch, "files").apply { mkdir() }
-            ZipInputStream(archive).use { Unpacking(it, folder, label, target, room, progress).run() }
-            val found = LoopPackage.open(folder, target, label)
+            ZipInputStream(archive).use { Unpacking(it, folder, label, room, progress).run() }
+            val found = LoopPackage.open(folder, label)
             val destination = File(parent, name)
             replace(destination, folder, File(scratch, "before"))
             return found.movedTo(destination)
@@ -88,7 +80,6 @@ private class Unpacking(
     private val archive: ZipInputStream,
     private val folder: File,
     private val label: String,
-    private val target: String,
     private val room: Long,
     private val progress: Progress,
 ) {
@@ -152,7 +143,7 @@ private class Unpacking(
         val files = INDEX.map { File(folder, it) }
         if (!files.all(File::isFile)) return null
         val (manifest, sums) = files.map(File::readBytes)
-        val found = PackageIndex.read(label, manifest, sums, target)
+        val found = PackageIndex.read(label, manifest, sums)
         val total = found.sizes.values.fold(0L) { sum, size -> minOf(sum, Long.MAX_VALUE - size) + size }
         if (total > room) throw PackageException("$label: needs $total bytes, and $room are free here; free some space")
         return found

@@ -10,6 +10,7 @@ import dev.rmseedge.core.model.ModelInfo
 import dev.rmseedge.core.model.checkSignatures
 import dev.rmseedge.core.model.readMethods
 import dev.rmseedge.core.model.readModel
+import dev.rmseedge.core.text.ChatTurns
 import dev.rmseedge.core.text.Tokenizer
 import java.io.File
 import java.io.IOException
@@ -33,7 +34,17 @@ class LoopPackage private constructor(
     val methods: Map<String, MethodSpec>,
     private val index: PackageIndex,
 ) {
-    val target: String get() = index.target
+    /** What it was made for. */
+    val target: Target get() = index.target
+
+    /** Whether its experts may be given less memory than they have. */
+    val boundsExperts: Boolean get() = target == Target.EXECUTORCH && info.quant in setOf("int8", "int4")
+
+    /** How its chat template puts messages into a text; null: it has none, or one that [hasUnreadTemplate] tells of. */
+    val turns: ChatTurns? by lazy { PackageIndex.namingManifest(folder.path) { index.manifest.orNull("chat", fields)?.let(ChatTurns::of) } }
+
+    /** Whether it has a chat template that cannot be put as text around messages, which only Python renders. */
+    val hasUnreadTemplate: Boolean get() = turns == null && TEMPLATE_FILES.any { it in index.digests }
 
     /** Bytes of all files. */
     val nbytes: Long get() = info.nbytes
@@ -79,7 +90,7 @@ class LoopPackage private constructor(
     }
 
     companion object {
-        const val TARGET = "onnx"
+        private val TEMPLATE_FILES = listOf("chat_template.jinja", "tokenizer_config.json")
         private const val SAMPLE = "sample.txt"
         private const val TOKENIZER = "tokenizer.json"
 
@@ -90,11 +101,10 @@ class LoopPackage private constructor(
          * Reads and verifies a package: its format, its target, that no file is missing, changed or unlisted, and that its methods fit
          * together.
          *
-         * @param target what it must have been made for.
          * @param label what messages call it.
          */
         @Throws(PackageException::class)
-        fun open(folder: File, target: String = TARGET, label: String = folder.path, progress: Progress = { _, _ -> }): LoopPackage {
+        fun open(folder: File, label: String = folder.path, progress: Progress = { _, _ -> }): LoopPackage {
             if (!folder.isDirectory) {
                 val what = if (folder.exists()) "is no folder, expected a package folder" else "no such package folder"
                 throw PackageException("$label: $what; make one with rmse-export")
@@ -104,13 +114,12 @@ class LoopPackage private constructor(
                     label,
                     small(folder, label, PackageIndex.MANIFEST),
                     small(folder, label, PackageIndex.SUMS),
-                    target,
                 )
                 val nbytes = checkFiles(folder, label, index, progress)
                 return PackageIndex.namingManifest(label) {
                     val info = readModel(index.manifest, nbytes)
                     val methods = readMethods(index.manifest)
-                    checkSignatures(info, methods)
+                    if (index.target == Target.ONNX) checkSignatures(info, methods) // the runner holds its own against its program
                     LoopPackage(folder, info, methods, index)
                 }
             } catch (error: IOException) {

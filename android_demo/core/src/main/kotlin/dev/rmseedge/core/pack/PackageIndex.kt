@@ -19,7 +19,7 @@ internal class PackageIndex private constructor(
     val manifest: Fields,
     val digests: Map<String, String>,
     val sizes: Map<String, Long>,
-    val target: String,
+    val target: Target,
 ) {
     /** Names of all files that the package has. */
     val files: Set<String> get() = digests.keys + SUMS
@@ -33,9 +33,8 @@ internal class PackageIndex private constructor(
 
         /**
          * @param where what messages call the package.
-         * @param target what it must have been made for.
          */
-        fun read(where: String, manifest: ByteArray, sums: ByteArray, target: String): PackageIndex {
+        fun read(where: String, manifest: ByteArray, sums: ByteArray): PackageIndex {
             val fields = readManifest("$where/$MANIFEST", manifest)
             val digests = readSums("$where/$SUMS", sums)
             if (sha256(manifest) != digests[MANIFEST]) {
@@ -43,12 +42,8 @@ internal class PackageIndex private constructor(
             }
             return namingManifest(where) {
                 val own = fields.at("target", name)
-                if (own != target) {
-                    throw PackageException(
-                        "$where: made for $own, and this app runs packages made for $target; export with --target $target",
-                    )
-                }
-                PackageIndex(fields, digests, fields.at("sizes", members(long(0..(1L shl 53)))), own)
+                val target = Target.of(own) { throw PackageException("$where: made for $own, $it; export with --target onnx") }
+                PackageIndex(fields, digests, fields.at("sizes", members(long(0..(1L shl 53)))), target)
             }
         }
 

@@ -33,6 +33,8 @@ internal class ByteLevelTokenizer(file: File, spec: Fields) : Tokenizer(file) {
         return ((if (said) emptyList() else around.before) + own + around.behind).toIntArray()
     }
 
+    override fun encodeWhole(text: String): IntArray = tokens(text, first = true).toIntArray()
+
     override fun encodeMore(text: String): IntArray = tokens(text, first = false).toIntArray()
 
     override fun decode(ids: List<Int>): String =

@@ -10,13 +10,13 @@ import dev.rmseedge.core.host.LoopRuntime
  */
 internal class Generator(
     private val runtime: LoopRuntime,
-    decoder: Decodes,
+    private val decoder: Decodes,
     private val prompt: List<Int>,
-    told: Int,
+    private val told: Int,
     private val prefix: Int,
     private val settings: GenerationSettings,
     private val control: GenerationControl,
-    before: Tail,
+    private val before: Tail,
 ) {
     private val sampler = Sampler(settings.sampling)
     private val stream = TextStream(decoder, settings.stop, before).apply { skip(prompt.drop(told)) }
@@ -32,6 +32,12 @@ internal class Generator(
 
     /** Where the text has got to. */
     val tail: Tail get() = stream.tail
+
+    /** The text of the first [count] tokens, whatever ended it included: a stop string, the token that ends a text. */
+    fun text(count: Int): String {
+        val whole = TextStream(decoder, tail = before).apply { skip(prompt.drop(told)) }
+        return (tokens.take(count).flatMap { whole.push(it, 1) } + whole.finish()).joinToString("") { it.text }
+    }
 
     fun run(onToken: (TokenEvent) -> Unit): GenerationStatistics {
         val reason = steps(onToken)

@@ -31,6 +31,10 @@ abstract class Tokenizer internal constructor(protected val file: File) : Decode
     @Throws(TextException::class)
     abstract fun encode(text: String): IntArray
 
+    /** Token ids of [text] as it stands: without the tokens that belong around every text, which a chat template writes itself. */
+    @Throws(TextException::class)
+    open fun encodeWhole(text: String): IntArray = encode(text)
+
     /** Token ids of [text] where it goes on from an earlier one: without what belongs to a text's beginning. */
     @Throws(TextException::class)
     abstract fun encodeMore(text: String): IntArray
