@@ -29,7 +29,7 @@ from .tail import BEGINNING, Tail
 from .text import LoopRuntime
 
 FORMAT = "rmse-edge session"
-VERSION = "2"
+VERSION = "3"
 
 
 class SessionError(UserError):
@@ -173,9 +173,18 @@ def _form(form: Form | None) -> str:
 
 
 def digest(tensors: Arrays, header: Mapping[str, str]) -> str:
-    """SHA-256 over the header without its own hash and all tensors, by name, type, shape and bytes."""
-    found = hashlib.sha256(repr(sorted((k, v) for k, v in header.items() if k != "sha256")).encode())
+    """SHA-256 over the header without its own hash and all tensors, in an order and a form that every language writes alike.
+
+    Of each entry of the header, by name: `NAME BYTES`, a line break, its value in UTF-8, a line break; BYTES is the value's
+    length. Then of each tensor, by name: `NAME TYPE SIZExSIZE...`, a line break, its bytes in C order, a line break. Names are
+    ASCII, types those of NumPy.
+    """
+    found = hashlib.sha256()
+    for name, text in sorted(header.items()):
+        if name != "sha256":
+            value = text.encode()
+            found.update(b"%s %d\n%s\n" % (name.encode(), len(value), value))
     for name, array in sorted(tensors.items()):
-        found.update(f"{name} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
+        found.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode())
+        found.update(np.ascontiguousarray(array).tobytes() + b"\n")
     return found.hexdigest()

@@ -263,7 +263,7 @@ def test_a_bad_session_is_refused_and_changes_nothing(
         (good[:100], "damaged"),
         (b"", "damaged"),
         (b"\xff" * 50, "damaged"),
-        (good.replace(b'"version":"2"', b'"version":"3"'), "session version 3, and this app reads 2"),
+        (good.replace(b'"version":"3"', b'"version":"2"'), "session version 2, and this app reads 3"),
         (good.replace(b"rmse-edge session", b"rmse-edge sessium"), "not a session file"),
         (good.replace(b'"position":"10"', b'"position":"-1"'), "position: got '-1', expected a number of tokens"),
         (good.replace(b'"pending":""', b'"pending":"99"'), "pending: got token 99, expected some below 65"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -314,6 +315,15 @@ def test_another_model(busy: Any, tmp_path: Path) -> None:
     for model in (remembering_model(seed=1), remembering_model(memory_hidden=96), mixed_model()):
         save_session(TorchRuntime(model, "stranger"), path)
         assert_one_line(refused(busy, path), "another model", "stranger", "not of mem")
+
+
+def test_the_digest_is_of_bytes_that_any_language_writes() -> None:
+    """Lengths are of UTF-8; how a language would print a text is no part of it."""
+    text = 'it\'s "\u200b\U0001fadf"'
+    written = b"chat %d\n%s\nname 1\nm\n" % (len(text.encode()), text.encode())
+    written += b"flag bool \n\x01\n" + b"ring float32 1x2\n" + struct.pack("<2f", 1.5, -2) + b"\n"
+    tensors = {"ring": np.array([[1.5, -2]], np.float32), "flag": np.array(True)}
+    assert digest(tensors, {"name": "m", "sha256": "0" * 64, "chat": text}) == hashlib.sha256(written).hexdigest()
 
 
 def forged(runtime: LoopRuntime, path: Path, change: Callable[[dict[str, str], Arrays], object]) -> None:

@@ -31,7 +31,7 @@ data class SessionText(val pending: List<Int> = emptyList(), val tail: Tail = Ta
  */
 object SessionFile {
     private const val FORMAT = "rmse-edge session"
-    private const val VERSION = "2"
+    private const val VERSION = "3"
     private val NUMBER = Regex("[0-9]{1,15}")
     private val TOKENS = Regex("([0-9]{1,9}( [0-9]{1,9})*)?")
 
