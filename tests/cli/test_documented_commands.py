@@ -154,6 +154,7 @@ RUN: dict[str, list[str]] = {
     'rmse-run MODEL --session talk.session --prompt "..."': ["-n", "2"],
     'rmse-run MODEL -p "ROMEO:"': ["-n", "2"],
     "rmse-run MODEL -f scene.txt": ["-n", "2"],
+    'rmse-run MODEL -p "ROMEO:" --max-loops 4 --exit-threshold 1 --temperature 0 --speculate 1': ["-n", "4"],
     'rmse-run MODEL -p "ROMEO:" -n 100 --save-session talk.session': ["-n", "2"],
     'rmse-run MODEL -p "" -n 100 --session talk.session': ["-n", "2"],
     "python docs/experiments/knowledge/recall.py --passages 10000": ["--passages", "2000"],
@@ -258,6 +259,7 @@ PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_{ouro,dory,hrm_text,inkl
 BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
+SPECULATES = "minutes; tests/runtimes/test_speculation.py runs it on a tiny model"
 SERVES = "serves until it is ended; tests/serve"
 NOT_RUN: dict[str, str] = {
     "make apk": "tests/android/test_apk.py builds it with a tiny model, its nightly test as here",
@@ -295,6 +297,14 @@ NOT_RUN: dict[str, str] = {
     'rmse-run rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_executorch.py",
     'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
     'rmse-run rmse-shakespeare-coreml.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_coreml.py",
+    'rmse-run MODEL -p "ROMEO:" --speculate 2 --draft-tokens 5': "runs above, with other drafts",
+    "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
+    "python docs/experiments/speculation/measure.py ouro-shakespeare-onnx.rmse -n 32 -r 3": SPECULATES,
+    "python docs/experiments/speculation/measure.py ouro-shakespeare-onnx.rmse --loops 1 --tokens 1,3 -n 32 -r 3 --adaptive": SPECULATES,
+    "python docs/experiments/speculation/measure.py rmse-shakespeare-onnx.rmse --loops 2,4 --tokens 2,4 -n 32 -r 3": SPECULATES,
+    "python docs/experiments/speculation/measure.py rmse-shakespeare-onnx.rmse --loops 2 --tokens 1,3 -n 32 -r 3 --adaptive": SPECULATES,
+    "python docs/experiments/speculation/measure.py ouro-shakespeare-executorch.rmse --loops 1 --tokens 2,3 -n 32 -r 3": SPECULATES,
+    "rmse-export -m models/ouro-shakespeare --target executorch --draft-tokens 3": EXPORTS,
     "rmse-run MODEL --prompt-tokens 1,2,3": "tests/runtimes/test_other_models.py",
     'rmse-run Ouro-1.4B --chat -p "..." --exit-threshold 0.9': PUBLISHED,
     "rmse-export -m Dory-4B-int4 --target executorch --max-seq-len 4096": PUBLISHED,

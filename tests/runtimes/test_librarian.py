@@ -17,6 +17,7 @@ from rmse_edge.runtimes.host.base import Surprise
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.librarian import Librarian
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
+from rmse_edge.runtimes.text.speculation import Speculation
 from rmse_edge.text import Tokenizer, train_character_tokenizer
 
 
@@ -93,6 +94,23 @@ def test_gamma_decides_how_often(runtime: TorchRuntime, gamma: float, times: int
     librarian = Librarian.attach(runtime, Shelf(runtime), "kb", gamma=gamma)
     feed(runtime, 200)
     assert librarian.heard == 3 and len(librarian.consultations) == times
+
+
+def test_speculation_asks_when_plain_decoding_asks_and_says_the_same(runtime: TorchRuntime, tmp_path: Path) -> None:
+    """Drafts tell the segment nothing, and read the hits that there are."""
+    train_character_tokenizer(ALPHABET, tmp_path / "tokenizer.json")
+    tokenizer, said = Tokenizer(tmp_path / "tokenizer.json"), []
+    for speculation in (None, Speculation(1, 4)):
+        runtime.reset()
+        librarian = Librarian.attach(runtime, Shelf(runtime), "kb", gamma=-1e6)
+        made = Generation(
+            runtime, tokenizer, random_tokens(20, seed=5), runtime.info.full_depth, Sampler(Sampling(temperature=0)), 60,
+            librarian=librarian, speculation=speculation,
+        )  # fmt: skip
+        list(made.steps())
+        asked = [(c.surprise.position, [hit.text for hit in c.hits]) for c in librarian.consultations]
+        said.append((made.tokens, asked))
+    assert said[0] == said[1] and [position for position, _ in said[0][1]] == [19, 64]
 
 
 def test_a_short_question_is_looked_up_before_its_answer(runtime: TorchRuntime, tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ tests/arch/test_every.py and test_packages.py hold every architecture and target
 
 from __future__ import annotations
 
+import json
+import runpy
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,21 +17,25 @@ import numpy as np
 import pytest
 import torch
 from architectures import small_dory
-from helpers import ALPHABET, assert_one_line, mixed_model
+from helpers import ALPHABET, assert_one_line, mixed_model, require_executorch
 from toy import toy
 
 from rmse_edge.arch.dory.model import Dory
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ArgumentError
+from rmse_edge.export import ExportRequest, export_package
 from rmse_edge.loop.dials import Dials
+from rmse_edge.runtimes.engines.executorch import ExecutorchRuntime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.session import restore_session, save_session
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling, probabilities
 from rmse_edge.runtimes.text.speculation import Speculation
 from rmse_edge.text import TokenNumbers
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 SPECULATION = Speculation(1, 4)
 
@@ -194,6 +201,56 @@ def test_texts_have_the_distribution_of_plain_decoding():
         counts[texts.index(tuple(token for token, _ in made.steps()))] += 1
     assert chi_square(counts, expected(dials)) < 54.1
     assert chi_square(counts, expected(replace(dials, max_loops=1))) > 100
+
+
+# -------------------------------------------------------------------------------------------------------------- packages
+
+
+@pytest.mark.onnx
+@pytest.mark.slow
+def test_an_onnx_package_verifies_in_calls_of_as_many_rows_as_there_are_tokens(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    rows: list[int] = []
+    compute = Calls.compute
+
+    def told(self: Calls, chunk: int, *rest: Any) -> Any:
+        rows.append(chunk)
+        return compute(self, chunk, *rest)
+
+    monkeypatch.setattr(Calls, "compute", told)
+    said = []
+    for flags in ((), ("--speculate", "1", "--draft-tokens", "4")):
+        argv = [str(package), "-p", "to be", "-n", "30", "--temperature", "0", "--ignore-eos", "-o", "json", *flags]
+        assert rmse_run(argv) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[1]["tokens"] == said[0]["tokens"] and said[1]["depth"] == said[0]["depth"]
+    assert said[1]["speculation"]["rounds"] < 29 and set(rows) >= {1, 5} and max(rows) == 5
+
+
+@pytest.mark.onnx
+@pytest.mark.slow
+def test_the_measurements_are_made_of_texts_that_are_the_same(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    script = ROOT / "docs" / "experiments" / "speculation" / "measure.py"
+    argv = [str(script), str(package), "--loops", "1", "--tokens", "2,3", "-n", "9", "-r", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(script), run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 ")]
+    assert [row[1] for row in rows] == ["2", "3"] and all(1 <= float(row[3]) <= 4 for row in rows)
+
+
+@pytest.mark.executorch
+@pytest.mark.nightly
+def test_an_executorch_package_may_have_calls_to_verify_in(tmp_path: Path):
+    require_executorch()
+    made = export_package(toy(), tmp_path / "toy.rmse", ExportRequest("executorch", draft_tokens=3))
+    runtime = ExecutorchRuntime(made)
+    assert runtime.info.chunks[:2] == (1, 4) and len(runtime.info.chunks) == 3
+    tokens = written(runtime, 30, None).tokens
+    assert written(runtime, 30, Speculation(1, 3)).tokens == tokens
+    assert runtime.ahead([1, 2, 3, 4], runtime.info.dials).call.chunk == 4
 
 
 # --------------------------------------------------------------------------------------------------------------- refused

@@ -212,6 +212,18 @@ def test_kept_conversations_stay_within_their_memory(talker: Path):
         assert cached("c", said[2]) == 0 == cached("a", said[0])
 
 
+def test_speculation_says_the_same(server: Any):
+    """Greedy tokens and their depths."""
+    asked = {"model": NAME, "prompt": "to be", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    plain = server.post("/v1/completions", asked).json()
+    fast = server.post("/v1/completions", asked | {"speculate": 1, "draft_tokens": 4}).json()
+    assert [fast["choices"][0][name] for name in ("text", "tokens", "depth")] == [
+        plain["choices"][0][name] for name in ("text", "tokens", "depth")
+    ]
+    assert fast["speculation"]["draft_tokens"] == 4 and fast["speculation"]["tokens_per_round"] >= 1
+    assert "speculation" not in plain
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 TEXT = {"model": NAME, "prompt": "to be", "max_tokens": 3}
@@ -252,6 +264,9 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "he"}]}
         ("completions", TEXT | {"exit_kl": 0.1}, 400, "exit_kl", "has no such rule"),
         ("completions", TEXT | {"exit_threshold": 0}, 400, "exit_threshold", "a positive number"),
         ("completions", TEXT | {"prefix": "all"}, 400, "prefix", "has none"),
+        ("completions", TEXT | {"speculate": 4}, 400, "speculate", "speculate: got 4, expected 1..3, fewer loops"),
+        ("completions", TEXT | {"draft_tokens": 2}, 400, "draft_tokens", "needs speculate"),
+        ("completions", TEXT | {"speculate": 1, "draft_tokens": 64}, 400, "draft_tokens", "got 64, expected 1..63"),
         ("completions", TEXT | {"prompt": "x" * 20_000}, 413, None, "larger than 20000 bytes"),
         ("chat/completions", CHAT | {"messages": []}, 400, "messages", "1 to 10000 items"),
         ("chat/completions", CHAT | {"messages": [{"role": "user"}]}, 400, "messages", "messages[0].content: is missing"),
