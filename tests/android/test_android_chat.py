@@ -20,10 +20,10 @@ from rmse_edge.errors import UserError
 pytestmark = [pytest.mark.android, pytest.mark.onnx, pytest.mark.slow]
 
 TEMPLATE = (
-    "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') + m.content + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}A: {% endif %}"
+    "{% for m in messages %}{{ ('<Q>' if m.role == 'user' else '<A>') + m.content + '!' }}{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
 )
-QUESTIONS = ("who goes there?", "and why?", "so be it")
+QUESTIONS = ("WHO-GOES-THERE?", "AND-WHY?", "SO-BE-IT")  # of the characters that the model knows
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_turns_are_those_of_rmse_run(
         assert (found["tokens"], found["finish_reason"]) == (expected["tokens"], expected["finish_reason"])
         assert found["prompt_tokens"] == expected["prompt_tokens"]  # only what the text has gained
     run.ask("save talk", path=ours)
-    expected = rmse_talk(talking, "farewell", 9, capsys, "--session", ours)
+    expected = rmse_talk(talking, "FAREWELL", 9, capsys, "--session", ours)
     assert run.ask("restore talk", path=theirs) == {"talk": True}
-    assert talk(run, "farewell", 9)["tokens"] == expected["tokens"]
+    assert talk(run, "FAREWELL", 9)["tokens"] == expected["tokens"]
 
 
 def test_a_plain_session_is_no_conversation(run: CoreRuntime, tmp_path: Path) -> None:
@@ -83,5 +83,5 @@ def test_a_template_that_is_not_read_is_told_of(core: Core, package: Path, talki
         reseal(folder, lambda manifest: manifest.pop("chat", None))
         runtime = CoreRuntime(core, folder, tmp_path)
         with pytest.raises(UserError, match=f"unread: {unread}"):
-            talk(runtime, "who?", 0)
+            talk(runtime, "WHO?", 0)
         runtime.close()

@@ -89,9 +89,9 @@ def test_a_memory_is_taught_what_pytorch_teaches_it(int4: CoreRuntime, calm: Qua
     assert len(set(depth)) > 1
     assert np.array_equal(depth, np.concatenate([f.depth for f in known]))
     np.testing.assert_allclose(logits, np.concatenate([f.logits for f in known]), atol=1e-5)
-    surprises = [(s.position, s.mean) for f in known for s in f.surprises]
-    ours = [(s.position, s.mean) for f in fed for s in f.surprises]
-    assert len(ours) == 4 and ours == [(position, pytest.approx(mean, rel=1e-5)) for position, mean in surprises]
+    surprises = [(s.position, s.value) for f in known for s in f.surprises]
+    ours = [(s.position, s.value) for f in fed for s in f.surprises]
+    assert len(ours) == 4 and ours == [(position, pytest.approx(value, rel=1e-5)) for position, value in surprises]
 
 
 # ------------------------------------------------------------------------------------------------ as rmse-run writes

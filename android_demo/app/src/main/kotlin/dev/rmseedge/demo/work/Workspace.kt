@@ -161,8 +161,8 @@ class Workspace(private val context: Context) {
         } finally {
             if (succeeded) guard.succeeded(settings) else guard.failed()
         }
-        writing.resume(loaded.value)
         if (pack.hasUnreadTemplate) notice.value = context.getString(R.string.template_unread, settings.model)
+        writing.resume(loaded.value)
     }
 
     /** The package of this name, every byte of it verified. */
