@@ -110,6 +110,8 @@ class Arch:
     quantization: Callable[[Any], QuantTable] | None = None
     # A model -> what reads whole texts with it, for calibration; None: the calls of hosts do.
     reader: Callable[[Any], Reader] | None = None
+    # Whether its models write texts by blocks, not token by token: `ModelInfo.blocks`.
+    by_blocks: bool = False
     # Whether rmse-train knows it: its models are `HasTrajectory` (rmse_edge/loop/reading.py).
     trains: bool = False
     # A config -> the name of the exit gate's bias; None: the model has no gate. It is trained last and alone, it decides

@@ -111,7 +111,7 @@ def open_writer(folder: str | Path, device: str = "cpu") -> TorchRuntime | Torch
     """
     model, source, nbytes = loaded(folder := Path(folder))
     name = folder.absolute().name
-    if "blocks" in arch_of_model(model).parts(model):
+    if arch_of_model(model).by_blocks:
         return TorchBlocks(model, model_info(model, name, nbytes, source=source, folder=folder), device)
     return TorchRuntime(model, name, nbytes, device, source, folder)
 

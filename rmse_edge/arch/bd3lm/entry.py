@@ -73,6 +73,7 @@ ARCH = Arch(
     settings=("exit_", "min_loops"),
     stored=stored,
     unread=("*rotary_emb.inv_freq",),
+    by_blocks=True,
     trains=True,
     stated=stated,
 )

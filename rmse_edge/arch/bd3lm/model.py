@@ -49,7 +49,17 @@ class Mlp(nn.Module):
         self.up_proj, self.down_proj = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(gelu(self.up_proj(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """By tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2).
+
+    In graphs in parts: ExecuTorch's XNNPACK takes the operator and computes the exact function in its place, up to 5e-4 off.
+    """
+    if not torch.compiler.is_exporting():
+        return F.gelu(x, approximate="tanh")
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))
 
 
 class Bd3lmLayer(nn.Module):
