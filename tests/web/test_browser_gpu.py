@@ -73,6 +73,7 @@ def on_gpu(package: Path, page: Any, settings: list[Dials], text: np.ndarray) ->
     with serving(package) as address:
         page.open(f"{address}page/style.css")  # any file of the page's own address
         page.until("location.pathname === '/page/style.css'")
+        page.logged.clear()  # Chromium looks for an icon
         adapter = page.value("navigator.gpu?.requestAdapter().then((adapter) => adapter !== null)")
         if not adapter:
             pytest.skip("this Chromium has no GPU in software")
