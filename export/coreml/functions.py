@@ -348,7 +348,11 @@ def _like(new: Var, old: Var) -> Var:
     """A carried value in the type it came in, and never the very one: a body must not return what it was given."""
     if new.dtype != old.dtype:
         return mb.cast(x=new, dtype=types.builtin_to_string(old.dtype))
-    return mb.identity(x=new)
+    found = mb.identity(x=new)
+    if found.val is None:
+        # Of what joins a few numbers coremltools makes up symbols for each, others in every loop, and then misses the last ones.
+        found._sym_val = None
+    return found
 
 
 def _replaced(stack: Var, row: Var, k: Var) -> Var:

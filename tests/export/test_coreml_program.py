@@ -226,6 +226,26 @@ def test_all_of_an_axis_is_taken_for_what_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, 2 * x)
 
 
+def test_a_loop_may_carry_a_few_numbers_that_were_joined() -> None:
+    """coremltools gives what a `concat` of few numbers makes a value of symbols, and a loop refuses one that changes."""
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import types
+
+    def build(like: Any) -> None:
+        @mb.program(input_specs=[mb.TensorSpec((2,), types.fp32)], opset_version=ct.target.iOS18)
+        def looped(x: Any) -> Any:
+            def body(k: Any, x: Any) -> Any:
+                return mb.add(x=k, y=np.float32(1)), like(mb.concat(values=[mb.mul(x=x, y=np.float32(2))], axis=0), x)
+
+            first = mb.reduce_sum(x=mb.mul(x=x, y=np.float32(0)))
+            return mb.while_loop(_cond=lambda k, x: mb.less(x=k, y=np.float32(3)), _body=body, loop_vars=(first, x))[1]
+
+    build(coreml_functions._like)
+    with pytest.raises(ValueError, match="after value changes"):  # so this still needs to be seen to
+        build(lambda new, old: mb.identity(x=new))
+
+
 def test_preparing_leaves_the_model_alone() -> None:
     model = mixed_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
