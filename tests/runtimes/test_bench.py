@@ -118,6 +118,26 @@ def test_depths_reported_are_those_of_the_timed_positions(runtime: TorchRuntime)
     assert bench.summary()["work_skipped"] == pytest.approx(1 - depth.mean() / 4)
 
 
+def test_speculation_is_timed_beside_plain_decoding_of_the_same_text(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = (checkpoint, "-p", 0, "-n", 6, "-r", 1, "--ids", checkpoint.parent / "ids.npy", "--exit-threshold", 0.6)
+    np.save(checkpoint.parent / "ids.npy", random_tokens(80))
+    code, out, _ = call(capsys, *argv, "--speculate", 1, "--draft-tokens", 2, "-o", "json")
+    found = json.loads(out)
+    rows = {(row["test"], row["mode"]): row for row in found["rows"] if row["max_loops"] == 4}
+    assert code == 0 and {test for test, _ in rows} == {"tg6", "gen6", "spec6"}
+    for mode in ("fixed", "adaptive"):
+        plain, fast = rows["gen6", mode], rows["spec6", mode]
+        assert fast["mean_loops"] == plain["mean_loops"] and fast["speculation"]["draft_tokens"] == 2
+        expected = fast["tok_per_s"]["median"] / plain["tok_per_s"]["median"]
+        assert found["speculative_speedup"][mode] == pytest.approx(expected)
+    assert rows["spec6", "adaptive"]["mean_iterations"] >= rows["spec6", "adaptive"]["mean_loops"]
+    code, out, err = call(capsys, checkpoint, "--stream", 9, "--draft-tokens", 2)
+    assert code == 2 and not out
+    assert_one_line(err, "leave out --draft-tokens")
+
+
 def test_the_loop_alone_is_called_at_fixed_depths(runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch):
     """Every position of a loop row runs exactly the row's depth, in calls of 1 and of 64 rows."""
     results: list[tuple[str, int, list[int]]] = []

@@ -1,14 +1,17 @@
 """Greedy decoding, plain and by self-speculation with several drafts, in turns: tokens, acceptance length, and time.
 
     python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]
+    python docs/experiments/speculation/measure.py PACKAGE --costs
 
 Time is the processor's, not the clock's, on one thread: other work on the machine then disturbs it less. Each ratio is the
-median over repetitions of plain time to speculative time within the same repetition.
+median over repetitions of plain time to speculative time within the same repetition. `--costs` prints what the parts of a round
+cost instead, at full depth: a token of a draft, and the call that verifies.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -26,6 +29,32 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def print_costs(runtime: LoopRuntime, loops: list[int], tokens: list[int], repetitions: int) -> None:
+    """What each part of a round takes, as a multiple of one token at full depth: medians, taken in turns."""
+    full = runtime.info.full_depth
+    runtime.feed([1] * 30, full, logits="last")
+
+    def draft(n: int) -> None:
+        with runtime.aside(1) as feed:
+            feed(1, Speculation(n).dials(full))
+
+    def verify(rows: int) -> None:
+        runtime.calls.keep(runtime.ahead([1] * rows, full).call, rows, note=False)  # the text stays where it is
+
+    parts = [("a token of full depth", partial(verify, 1))]
+    parts += [(f"a token of a draft of {n} loops", partial(draft, n)) for n in loops]
+    parts += [(f"a verification of {n} tokens, {n + 1} rows", partial(verify, n + 1)) for n in tokens]
+    taken: dict[str, list[float]] = {name: [] for name, _ in parts}
+    for _ in range(repetitions):
+        for name, part in parts:
+            start = process_time()
+            part()
+            taken[name].append(process_time() - start)
+    whole = median(taken[parts[0][0]])
+    for name, seconds in taken.items():
+        print(f"{name}: {median(seconds) / whole:.2f} ({1000 * median(seconds):.2f} ms)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path)
@@ -34,9 +63,12 @@ def main() -> None:
     parser.add_argument("--adaptive", action="store_true", help="the package's own exits instead of full depth")
     parser.add_argument("-n", type=int, default=64, help="tokens behind each of three prompts")
     parser.add_argument("-r", type=int, default=5, help="repetitions, after one that is not timed")
+    parser.add_argument("--costs", action="store_true", help="time the parts of a round instead")
     args = parser.parse_args()
     runtime = open_runtime(args.package, threads=1)
     assert isinstance(runtime, LoopRuntime)
+    if args.costs:
+        return print_costs(runtime, args.loops, args.tokens, 10 * args.r)
     tokenizer = open_tokenizer(args.package, runtime.info.vocab_size)
     dials = runtime.info.dials if args.adaptive else runtime.info.full_depth
 
