@@ -23,6 +23,7 @@ from rmse_edge.errors import ArgumentError
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.fixed import fixed_work
 from rmse_edge.layers.held import Rounded, Stored, with_stored
+from rmse_edge.layers.packed import has_triton
 from rmse_edge.loop.contract import LoopModel
 from rmse_edge.quantize import is_quantized_checkpoint, load_quantized
 from rmse_edge.quantize.scheme import table_of
@@ -181,10 +182,13 @@ class CudaRuntime(LoopRuntime):
             tensors: the integers of a quantised model, `QuantizedTensor` by name of the weight.
             quant: what those are called.
         Raises:
-            ArgumentError: there is no such device or type.
+            ArgumentError: there is no such device or type, or no triton.
             UserError: the architecture does not say which weights may be held in fewer bits.
         """
-        check_device(device)
+        if check_device(device).type == "cuda" and not has_triton():
+            raise ArgumentError(
+                "runtime", "cuda needs triton, which there is for Linux: pip install 'rmse-edge[cuda]'", "cuda"
+            )
         if dtype not in DTYPES:
             raise ArgumentError("dtype", f"got {dtype!r}, expected one of {', '.join(DTYPES)}")
         source = source or fingerprint(model)

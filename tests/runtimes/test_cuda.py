@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import CASES, TEXTS, Case, settings_of, text_of, whole
-from helpers import assert_one_line
+from helpers import ALPHABET, assert_one_line
 
 from rmse_edge.cli.bench import main as rmse_bench
 from rmse_edge.cli.run import main as rmse_run
@@ -216,7 +216,8 @@ def test_the_verbs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None
     for runtime in ("torch", "cuda"):
         place = ["--runtime", runtime, "--device", "cpu"]
         assert (
-            rmse_run([str(checkpoint), *place, "--prompt-tokens", "1,2,3", "--max-new-tokens", "6", "-o", "json"]) == 0
+            rmse_run([str(checkpoint), *place, "--prompt", ALPHABET[:3], "-n", "6", "--temperature", "0", "-o", "json"])
+            == 0
         )
         written.append(json.loads(capsys.readouterr().out)["tokens"])
     assert written[0] == written[1]
@@ -227,8 +228,8 @@ def test_the_verbs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None
     decoding = next(row for row in d["rows"] if row["test"] == "tg2" and row["mode"] == "fixed")
     assert d["runtime"] == "cuda" and d["quant"] == "bf16"
     assert decoding["roofline"] == pytest.approx(decoding["gb_per_s"] / d["memory_gb_per_s"])
-    assert rmse_run([str(checkpoint), "--dtype", "bf16", "--prompt-tokens", "1"]) == 2
-    assert_one_line(capsys.readouterr().err, "error: --dtype: is of the cuda runtime")
+    assert rmse_run([str(checkpoint), "--dtype", "bf16", "--prompt", ALPHABET[:3]]) == 2
+    assert_one_line(capsys.readouterr().err, "error: --dtype bf16: is of the cuda runtime (--runtime cuda)")
 
 
 def test_a_profile_is_of_every_operator(tiny: Any) -> None:
