@@ -6,6 +6,7 @@
 # make nightly    the tests that say again of other models what these two say of some
 # make test-arm   the tests of the runner on ARM
 # make benchmarks times looped models beside llama.cpp on a dense one; an hour or more
+# make gpu        on a machine with a GPU: what no other machine runs, tests and times, as one report
 # make docs       the documents and the API as a site, in build/site; links that lead nowhere are refused
 #
 # All set up .venv on first use, from the first Python 3.11 to 3.13 found. Choose another:  make test PYTHON=/path/to/python
@@ -38,7 +39,7 @@ DEVICES := packages or executorch or coreml or native or arm or android
 APK := build/android/rmse-edge.apk
 APK_MODEL := build/android/rmse-shakespeare.rmse.zip
 
-.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools apk test test-devices quick nightly test-arm fuzz benchmarks docs lint style types clean
+.PHONY: help setup demo runner runner-aarch64 arm-wheel arm-tools apk test test-devices quick nightly test-arm fuzz benchmarks gpu gpu-dry-run docs lint style types clean
 
 help:
 	@echo "make demo    export $(MODEL) to ONNX, write some text, time it"
@@ -52,6 +53,7 @@ help:
 	@echo "make test-arm    the runner's tests on 64-bit ARM; fetches the cross compiler and the emulator where it can"
 	@echo "make fuzz    thousands of well-sealed but wrong files; hours"
 	@echo "make benchmarks  looped models beside llama.cpp on a dense one; an hour or more"
+	@echo "make gpu     on a machine with a GPU: its tests and its benchmark, as build/gpu/report.md"
 	@echo "make docs    build/site: the documents and the API as pages"
 	@echo "make lint    ruff, ruff format --check, mypy"
 	@echo "make clean   remove what was built; .venv stays"
@@ -143,6 +145,19 @@ fuzz: runner
 # An hour or more, most of it once: docs/benchmarks.md. One model alone: make benchmarks BENCHMARKS="--models dense -t 1"
 benchmarks: runner
 	$(BIN)/python -m benchmarks $(BENCHMARKS)
+
+# A GPU's tests and its benchmark: docs/cuda.md. A failed test does not keep the benchmark from running; the report says so.
+GPU_MODELS ?= models/rmse-shakespeare models/ouro-shakespeare
+GPU_FLAGS ?= --config docs/benchmarks/d768.json
+gpu: $(STAMP)
+	@mkdir -p build/gpu
+	-$(BIN)/pytest -m gpu --junitxml build/gpu/tests.xml
+	$(BIN)/python -m benchmarks.gpu $(GPU_MODELS) $(GPU_FLAGS) --tests build/gpu/tests.xml \
+	    --json build/gpu/report.json --markdown build/gpu/report.md
+
+# Every recording of these models, built from shapes alone: on any machine.
+gpu-dry-run: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --dry-run $(GPU_MODELS)
 
 # The API is read from the package as it is installed, in build/site-lib, since its folders are mapped.
 docs: $(STAMP)

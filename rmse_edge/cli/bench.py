@@ -129,7 +129,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--stream", type=positive_int, metavar="N", help="instead: feed N tokens in a row and report what stays flat"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="instead: the time of every operator of an ExecuTorch package"
+        "--profile",
+        action="store_true",
+        help="instead: the time of every operator of an ExecuTorch package, or of a checkpoint on the cuda runtime",
     )
     add_dial_flags(parser)
     add_speculation_flags(parser)
@@ -243,7 +245,7 @@ def export_random(config: Path, destination: Path, quant: str, target: str) -> N
 def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """One document; of several models {"models": their documents, "speedups": of each of the others over the first}."""
     from rmse_edge.runtimes.measure.bench import ratios, run_together
-    from rmse_edge.runtimes.measure.machine import copy_bandwidth, resident_bytes
+    from rmse_edge.runtimes.measure.machine import copy_bandwidth, device_bandwidth, resident_bytes
 
     ids = None
     room = min((n for n in (runtime.info.longest for runtime in runtimes) if n is not None), default=None)
@@ -257,8 +259,11 @@ def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Na
     resident, peak = resident_bytes()  # before the bandwidth is measured, which needs memory of its own
     if len(runtimes) > 1:
         resident = peak = baseline = None  # of all of them together: it says nothing about one
-    threads = args.threads or os.cpu_count() or 1
-    bandwidth = copy_bandwidth(threads) / 1e9
+    threads: int | None = args.threads or os.cpu_count() or 1
+    if any(on_gpu(runtime) for runtime in runtimes):
+        threads, bandwidth = None, device_bandwidth() / 1e9
+    else:
+        bandwidth = copy_bandwidth(threads or 1) / 1e9
     documents = [
         {
             "model": runtime.info.name,
@@ -279,10 +284,17 @@ def measure(runtimes: list[LoopRuntime], baseline: int | None, args: argparse.Na
         }
         for runtime, bench, notes, dials in prepared
     ]
+    for row in (row for d in documents if d["runtime"] == "cuda" for row in d["rows"]):
+        row["roofline"] = None if row["gb_per_s"] is None else row["gb_per_s"] / bandwidth
     if len(documents) == 1:
         return documents[0]
     speedups = [{"model": d["model"], "rows": ratios(documents[0], d)} for d in documents[1:]]
     return {"models": documents, "speedups": speedups}
+
+
+def on_gpu(runtime: LoopRuntime) -> bool:
+    device = getattr(runtime, "device", None)
+    return device is not None and device.type == "cuda"
 
 
 def prepare(
@@ -330,7 +342,7 @@ def measure_stream(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, 
 
 
 def measure_profile(runtime: LoopRuntime, args: argparse.Namespace) -> dict[str, Any]:
-    profiling.executorch_package(runtime)  # before anything is read
+    profiling.check(runtime)  # before anything is read
     from rmse_edge.runtimes.measure.profile import PREFILL
 
     ids = text_ids(runtime, PREFILL, args)[:PREFILL]
@@ -372,9 +384,14 @@ def as_markdown(d: dict[str, Any]) -> str:
     def token_row(row: dict[str, Any]) -> tuple[str, ...]:
         depth, speed, middle = cells(row, "tok_per_s", 1)
         achieved = "" if row["gb_per_s"] is None else f"{row['gb_per_s']:.2f}"
-        return row["test"], depth, f"{row['mean_loops']:.2f}", speed, middle, achieved
+        found = row["test"], depth, f"{row['mean_loops']:.2f}", speed, middle, achieved
+        if not counted:
+            return found
+        return *found, "" if row["roofline"] is None else f"{row['roofline']:.1%}"
 
-    head = ("test", "loops", "mean loops", "tokens/s", "median", "GB/s of weights")
+    counted = d["runtime"] == "cuda"
+    head: tuple[str, ...] = ("test", "loops", "mean loops", "tokens/s", "median")
+    head += ("GB/s read", "of bandwidth") if counted else ("GB/s of weights",)
     lines = [
         table(head, [token_row(row) for row in d["rows"]]),
         "",
@@ -398,7 +415,7 @@ def as_markdown(d: dict[str, Any]) -> str:
             *bars(d["histogram"]),
         ]
     lines += [
-        f"memory bandwidth {d['memory_gb_per_s']:.1f} GB/s (copying, threads: {d['memory_threads']}); "
+        f"memory bandwidth {d['memory_gb_per_s']:.1f} GB/s (copying, {copied_by(d['memory_threads'])}); "
         "looped weights may come faster, from the cache",
         *memory_lines(d),
         *(line for row in d["rows"] if "expert_ram" in row for line in of_budget(row)),
@@ -446,6 +463,10 @@ def comparison(d: dict[str, Any]) -> str:
         lines.append(f"artifact of {first['package_bytes']:,} bytes; {', '.join(sizes)}")
     lines = [*lines, "", table(("test", "loops", *names), [(*key, *cells) for key, cells in rows.items()])]
     return plain("\n".join(lines))
+
+
+def copied_by(threads: int | None) -> str:
+    return "on the GPU" if threads is None else f"threads: {threads}"
 
 
 def mebibytes(count: int | None) -> str:

@@ -1,4 +1,4 @@
-"""`rmse-bench --profile`: the time of every operator of an ExecuTorch package, in prefill and in decoding."""
+"""`rmse-bench --profile`: the time of every operator, in prefill and in decoding: of ExecuTorch packages, and on a GPU."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ def measure(runtime: LoopRuntime, ids: np.ndarray, dials: Dials, threads: int | 
     Raises:
         UserError: the runtime keeps no times of operators.
     """
-    from rmse_edge.runtimes.measure.profile import profile
+    from rmse_edge.runtimes.measure.profile import profile, profile_torch
 
-    rows = profile(executorch_package(runtime), ids, dials, threads)
+    if runtime.info.target == "cuda":
+        rows = profile_torch(runtime, ids, dials)
+    else:
+        rows = profile(runtime.package, ids, dials, threads)  # type: ignore[attr-defined]
     info = runtime.info
     return {
         "model": info.name,
@@ -40,12 +43,16 @@ def measure(runtime: LoopRuntime, ids: np.ndarray, dials: Dials, threads: int | 
     }
 
 
-def executorch_package(runtime: LoopRuntime) -> Any:
-    if runtime.info.target != "executorch":
+def check(runtime: LoopRuntime) -> None:
+    """
+    Raises:
+        UserError: the runtime keeps no times of operators.
+    """
+    if runtime.info.target not in ("executorch", "cuda"):
         raise UserError(
-            f"--profile: {runtime.info.target} keeps no times of operators; give a package of --target executorch"
+            f"--profile: {runtime.info.target} keeps no times of operators; give a package of --target executorch, or a "
+            "checkpoint with --runtime cuda"
         )
-    return runtime.package  # type: ignore[attr-defined]
 
 
 def as_markdown(d: dict[str, Any]) -> str:

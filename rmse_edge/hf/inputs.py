@@ -12,7 +12,7 @@ from torch import Tensor
 from rmse_edge.errors import ArgumentError
 from rmse_edge.loop.contract import LoopSpec, Tensors
 from rmse_edge.loop.dials import DIALS, Dials
-from rmse_edge.loop.generator import MASK, starts
+from rmse_edge.loop.generator import MASK
 
 # Arguments of other models -> what to do here instead.
 INSTEAD = {
@@ -79,17 +79,6 @@ def resolve_seed(spec: LoopSpec, seed: int | None) -> int:
     if not isinstance(seed, int) or not 0 <= seed <= MASK:
         raise ArgumentError("noise_seed", f"got {seed!r}, expected a whole number from 0 to 2**64 - 1")
     return seed
-
-
-def noise_of(spec: LoopSpec, seed: int, positions: np.ndarray) -> Tensors:
-    """What `spec.noise` asks for, (B, C, d) each, for `positions` (B, C): every row has the noise of its own position, so
-    that it does not matter which texts are in a batch.
-    """
-    if not spec.noise:
-        return {}
-    places, inverse = np.unique(positions, return_inverse=True)
-    found = starts(spec.noise, seed, places.tolist(), spec.h.shape[-1])
-    return {name: torch.from_numpy(rows[inverse.reshape(positions.shape)]) for name, rows in found.items()}
 
 
 def valid_columns(input_ids: Tensor, mask: Tensor | None, past: int) -> Tensor:

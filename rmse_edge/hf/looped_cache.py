@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from rmse_edge.arch.common.kept_batch import KeptBatch
 from rmse_edge.errors import UserError
-from rmse_edge.info import PAGE
-from rmse_edge.loop.contract import Append, LoopSpec, Replace, StateSpec, Tensors, Written
-from rmse_edge.numbers import SLOTS
 
 
-class LoopedCache(Cache):
+class LoopedCache(KeptBatch, Cache):
     """The state tensors of a `LoopSpec`, row by row.
 
     Rows advance by themselves: padding moves no row forward. What is appended grows by pages, as the longest row needs it; a
@@ -33,19 +30,13 @@ class LoopedCache(Cache):
     kind: ClassVar[str] = "what a looped model keeps"  # that cannot be rolled back
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next call may have another batch size."""
-        self.specs: dict[str, StateSpec] = {}
-        self.state: Tensors = {}
-        self.memory: Tensors = {}
-        self.segment: Tensor | None = None
-        self.slots = 0  # of what is appended
-        self.position = np.zeros(0, np.int64)
+        self.forget()
         self.columns = 0
-        self._device: torch.device | None = None  # None: empty
         self._depth: list[Tensor] = []
 
     def __repr__(self) -> str:
@@ -64,105 +55,6 @@ class LoopedCache(Cache):
         position whose logits produced the token.
         """
         return torch.cat(self._depth, 1) if self._depth else torch.zeros(len(self.position), 0, dtype=torch.int64)
-
-    def allocate(self, model: Any, spec: LoopSpec, batch: int, device: torch.device) -> None:
-        """Make the state of an empty cache; a cache in use must have this batch size.
-
-        Raises:
-            UserError: the cache holds another number of rows.
-        """
-        if self._device is not None:
-            if len(self.position) != batch:
-                raise UserError(
-                    f"cache: {self.called} of {len(self.position)} rows, got input_ids of {batch}; "
-                    "a cache continues the batch it was made for"
-                )
-            return
-        self._device, self.position = device, np.zeros(batch, np.int64)
-        self.specs = {s.name: s for s in spec.state if not isinstance(s.update, Written)}
-        self.slots = self._pages(spec.capacity or 0)
-        self.state = {
-            name: torch.zeros(s.of_slots(self.slots).of_batch(batch), dtype=s.dtype, device=device)
-            for name, s in self.specs.items()
-        }
-        if spec.written:
-            assert spec.segment is not None, "a memory is written at the end of a segment"
-            blank = model.blank({})
-            # `expand`: rows are replaced one by one, never written into.
-            self.memory = {s.name: blank[s.name].expand(s.of_batch(batch)) for s in spec.written}
-            self.segment = torch.zeros(batch, spec.segment, spec.h.shape[-1], device=device)
-
-    def _pages(self, capacity: int, positions: int = 0) -> int:
-        """Slots for so many positions."""
-        return min(capacity, PAGE * max(1, -(-positions // PAGE)))
-
-    def require_room(self, spec: LoopSpec, counts: np.ndarray) -> None:
-        """Fail unless each row can take so many more positions, (B,).
-
-        Raises:
-            UserError: what is appended is full before.
-        """
-        longest = int((self.position + counts).max(initial=0))
-        if spec.capacity is not None and longest > spec.capacity:
-            raise UserError(
-                f"input_ids: {longest} tokens are more than the {spec.capacity} that the model attends to; shorten the text"
-            )
-
-    def tensors(self) -> Tensors:
-        """What the methods of a model read, by the names of its spec; `slots` as the context has them."""
-        return self.state | self.memory | {SLOTS: torch.arange(self.slots, device=self._device)}
-
-    def commit(self, model: Any, spec: LoopSpec, found: Tensors, count: np.ndarray) -> None:
-        """Take what a call gave for the first `count` (B,) positions of each row, and move the rows forward.
-
-        Rows that come to the end of a segment teach their memory what is behind them.
-
-        Args:
-            found: what the methods of the call gave, the sources of the state and `h` among it.
-        """
-        self._grow(spec, int((self.position + count).max()))
-        rows, columns = np.nonzero(np.arange(spec.chunk) < count[:, None])
-        r, c, at = (torch.from_numpy(i).to(self._device) for i in (rows, columns, self.position[rows] + columns))
-        for name, s in self.specs.items():
-            if isinstance(s.update, Replace):
-                went = torch.from_numpy(count > 0).to(self._device)
-                self.state[name] = _of_rows(went, found[s.update.source], self.state[name], s)
-                continue
-            assert not isinstance(s.update, Written) and s.batch_axis is not None
-            new, old = (t.movedim((s.batch_axis, -2), (0, 1)) for t in (found[s.update.source], self.state[name]))
-            size = old.shape[1]
-            last = torch.from_numpy(columns >= count[rows] - size).to(self._device)  # no slot is written twice
-            old[r[last], at[last] % size] = new[r[last], c[last]]
-        if self.segment is not None:
-            self.segment = self.segment.index_put((r, at % self.segment.shape[1]), found["h"][r, c])
-        self.position = self.position + count
-        if self.segment is not None:
-            self._memorize(model, spec, (count > 0) & (self.position % self.segment.shape[1] == 0))
-
-    def _grow(self, spec: LoopSpec, positions: int) -> None:
-        """Give what is appended the slots that so many positions need."""
-        slots = self._pages(spec.capacity or 0, positions)
-        if slots <= self.slots:
-            return
-        for name, s in self.specs.items():
-            if isinstance(s.update, Append):
-                old = self.state[name]
-                new = old.new_zeros(s.of_slots(slots).of_batch(len(self.position)))
-                new[..., : self.slots, :] = old
-                self.state[name] = new
-        self.slots = slots
-
-    def _memorize(self, model: Any, spec: LoopSpec, whole: np.ndarray) -> None:
-        """Teach the memories of the rows `whole` (B,) their segments."""
-        if not whole.any():
-            return
-        assert self.segment is not None
-        there = torch.full((len(whole),), self.segment.shape[1], device=self._device)
-        given = {"segment": self.segment, "n_valid": there} | self.memory
-        methods = {s.update.method for s in spec.written if isinstance(s.update, Written)}
-        new = {name: t for method in methods for name, t in getattr(model, method)(given).items()}
-        row = torch.from_numpy(whole).to(self._device)
-        self.memory = {s.name: _of_rows(row, new[f"next_{s.name}"], self.memory[s.name], s) for s in spec.written}
 
     def advance(self, depth: Tensor) -> None:
         """Note the columns of a finished forward call by their depths, (B, T)."""
@@ -223,11 +115,3 @@ class LoopedCache(Cache):
         raise UserError(
             f"{type(self).__name__}.{operation}: {self.kind} cannot be {what}; use greedy search or sampling"
         )
-
-
-def _of_rows(which: Tensor, new: Tensor, old: Tensor, spec: StateSpec) -> Tensor:
-    """`new` in the rows `which` (B,) of the batch, `old` in the others."""
-    assert spec.batch_axis is not None
-    shape = [1] * old.dim()
-    shape[spec.batch_axis] = -1
-    return torch.where(which.view(shape), new, old)

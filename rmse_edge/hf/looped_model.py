@@ -23,21 +23,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from rmse_edge.arch.common.kept_batch import call_context
 from rmse_edge.arch.registry import Arch, arch_of
 from rmse_edge.checkpoint import load_weights, stored_keys
 from rmse_edge.errors import UserError
 from rmse_edge.info import TextInfo
-from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.contract import LoopSpec, Tensors
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
-from rmse_edge.numbers import PREFIX, SLOTS
 
 from .generation import LoopedGeneration
 from .inputs import (
     checked_tokens,
     given_cache,
-    noise_of,
     prefix_lengths,
     refuse_arguments,
     resolve_dials,
@@ -335,7 +333,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             columns = np.take_along_axis(order, np.minimum(done[:, None] + row, tokens.shape[1] - 1), 1)  # (B, C)
             where = torch.from_numpy(columns).to(device)
             tensors = {"tokens": tokens.gather(1, where)} | cache.tensors()
-            tensors |= self._context(spec, text, cache.position, count, seed, device, prefix)
+            tensors |= call_context(spec, text, cache.position, count, seed, device, prefix)
             tensors |= model.prelude(tensors)
             tensors |= run_loop(model, spec, tensors, dials)
             for method in ("coda", "commit"):
@@ -358,32 +356,6 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             return self.model.spec(count)
         except UserError:
             return self.model.spec(min(size for size in self.model.call_sizes() if size >= count))
-
-    def _context(
-        self,
-        spec: LoopSpec,
-        text: TextInfo,
-        position: np.ndarray,
-        count: np.ndarray,
-        seed: int,
-        device: torch.device,
-        prefix: np.ndarray,
-    ) -> Tensors:
-        """What a call is told beside its tokens and its state: where it stands, noise, and that nothing was retrieved.
-
-        Args:
-            position, count: (B,) of each row: where it begins, and how many of the call's rows it fills.
-            prefix: (B,) of each text.
-        """
-        places = position[:, None] + np.arange(spec.chunk)  # (B, C)
-        host: dict[str, Any] = {"position": position, "n_valid": count} | ({PREFIX: prefix} if text.prefix else {})
-        host |= given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
-        found = {name: torch.from_numpy(array) for name, array in host.items()} | noise_of(spec, seed, places)
-        known = {"tokens", SLOTS, *found, *(s.name for s in spec.state)}
-        for t in spec.inputs:
-            if t.name not in known:
-                found[t.name] = torch.zeros(t.of_batch(len(position)), dtype=t.dtype)
-        return {name: tensor.to(device) for name, tensor in found.items()}
 
 
 _made: dict[str, type[LoopedForCausalLM]] = {}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -322,7 +323,8 @@ class SparseExperts(nn.Module):
 
     def router_logits(self, x: Tensor, k: int | Tensor) -> Tensor:
         """(N, d) -> (N, E), always float32: a rounding of 1e-3 here flips which experts run."""
-        with torch.autocast(x.device.type, enabled=False):
+        # Where there are only shapes, PyTorch knows no autocast.
+        with nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.router.weight.float())
             return logits + table_row(self.step_logits, k).float() if self.tells_loops else logits
 

@@ -6,6 +6,9 @@ On a CPU weights that are held as integers are decoded in parts (held.py). On a 
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -13,8 +16,14 @@ FEW_ROWS = 4  # up to which every row reads its weights for itself: not measured
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether products of x are the kernels' work."""
-    return x.device.type == "cuda"
+    """Whether products of x are the kernels' work; on the device "meta", where a dry run has nothing but shapes, as well."""
+    return x.device.type == "meta" or (x.device.type == "cuda" and has_triton())
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is what compiles the kernels. PyTorch for CUDA brings it on Linux."""
+    return find_spec("triton") is not None
 
 
 @torch.library.custom_op("rmse_edge::packed_product", mutates_args=())

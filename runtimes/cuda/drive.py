@@ -4,7 +4,8 @@ Whether anything is active is known on the device. A host that asks after every 
 answer travels; one that never asks computes all K. Here the flag of every iteration is copied to the host as the device gets
 there, and the host launches iteration k when it has read the flag from before iteration k - (m - 1): m iterations are on
 their way, and at most m - 1 are launched that nobody needed. Those change nothing: positions that have stopped keep their
-state, and `iterations` is counted on the device. m = 1 asks every time.
+state, and `iterations` is counted on the device. m = 1 asks every time. That is `AheadLoop`; in `ConditionalLoop` the device
+decides alone. Which is faster was not measured: benchmarks/cuda.py does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Flags:
     def __init__(self, iterations: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self.device = torch.zeros(iterations + 1, dtype=torch.bool, device=device)
-        self.host = torch.zeros(iterations + 1, dtype=torch.bool, pin_memory=cuda)
+        there = "meta" if device.type == "meta" else "cpu"
+        self.host = torch.zeros(iterations + 1, dtype=torch.bool, device=there, pin_memory=cuda)
         self.events = [torch.cuda.Event() for _ in range(iterations + 1)] if cuda else []
 
     def note(self, k: int, active: Tensor) -> None:
@@ -86,8 +88,12 @@ class AheadLoop:
         self.loops = torch.arange(spec.max_loops, device=device)
         self.flags = Flags(spec.max_loops, device)
         self.launched = 0  # iterations of the last call, those that nobody needed among them
-        self._begin = Recorded(self._first, capture, pool)
-        self._steps = [Recorded(partial(self._step, k), capture, pool) for k in range(spec.max_loops)]
+        self.recordings = self._recordings(capture, pool)
+
+    def _recordings(self, capture: bool, pool: Any) -> list[Recorded]:
+        """What is recorded: what begins, and every iteration."""
+        steps = [Recorded(partial(self._step, k), capture, pool) for k in range(self.spec.max_loops)]
+        return [Recorded(self._first, capture, pool), *steps]
 
     def fits(self, tensors: Tensors) -> bool:
         """Whether these are the tensors that were recorded."""
@@ -95,15 +101,20 @@ class AheadLoop:
 
     def __call__(self, max_loops: int) -> Tensors:
         """What `run_loop` gives: h, depth, iterations and the stacked emits. The next call writes over it."""
-        self._begin()
+        begin, *steps = self.recordings
+        begin()
         self.flags.launched(0)
         self.launched = 0
         for k in range(max_loops):
             if k + 1 >= self.ahead and not self.flags.read(k + 1 - self.ahead):
                 break
-            self._steps[k]()
+            steps[k]()
             self.flags.launched(k + 1)
             self.launched += 1
+        return self.found()
+
+    def found(self) -> Tensors:
+        """What `run_loop` gives, of the last call."""
         found = {"h": self.carry["h"], "depth": self.carry["depth"], "iterations": self.iterations}
         return found | self.emits
 
@@ -124,6 +135,42 @@ class AheadLoop:
         for name, stack in self.emits.items():
             stack[k].copy_(emitted[name])
         self.flags.note(k + 1, self.carry["active"])
+
+
+class ConditionalLoop(AheadLoop):
+    """The same as one recording: iteration k + 1 lies within a conditional node of iteration k, which the device decides.
+
+    The host asks nothing while the loop runs, and nothing is launched that nobody needs. PyTorch records `cond` as such nodes,
+    one inside the other, on CUDA 12.4 and later; it does not record `while_loop`.
+    """
+
+    def _recordings(self, capture: bool, pool: Any) -> list[Recorded]:
+        return [Recorded(self._whole, capture, pool, conditions=True)]
+
+    def __call__(self, max_loops: int) -> Tensors:
+        self.recordings[0]()
+        self.launched = -1  # the device alone knows
+        return self.found()
+
+    def _whole(self) -> None:
+        self._first()
+        self._level(0)
+
+    def _level(self, k: int) -> None:
+        if k == self.spec.max_loops:
+            return
+
+        def iterate(flag: Tensor) -> tuple[Tensor, ...]:
+            self._step(k)
+            self._level(k + 1)
+            return (flag.clone(),)
+
+        # Both sides write nothing but buffers that keep their place. What they return is there because they must.
+        goes_on = self.flags.device[k] & (self.loops[k] < self.dials["max_loops"])
+        torch.ops.higher_order.cond(goes_on, iterate, lambda flag: (flag.clone(),), (goes_on,))
+
+
+LOOPS = {"flags": AheadLoop, "cond": ConditionalLoop}
 
 
 def put(new: Tensors, into: Tensors) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ class Recorded:
     `work` reads and writes tensors that stay where they are, and looks at none of them (`fixed_work`).
     """
 
-    def __init__(self, work: Callable[[], object], capture: bool, pool: Any = None) -> None:
+    def __init__(self, work: Callable[[], object], capture: bool, pool: Any = None, conditions: bool = False) -> None:
         """
         Args:
             capture: record a CUDA graph; False: run the work each time.
             pool: memory that graphs share which are never replayed side by side (`torch.cuda.graph_pool_handle`).
+            conditions: `cond` within the work becomes a conditional node of the graph.
         """
-        self.work, self.capture, self.pool = work, capture, pool
+        self.work, self.capture, self.pool, self.conditions = work, capture, pool, conditions
         self.graph: torch.cuda.CUDAGraph | None = None
         self.ran = False
 
@@ -42,13 +44,21 @@ class Recorded:
             return
         with fixed_work():
             if self.capture and self.ran:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, pool=self.pool):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool), self._mode():
                     self.work()
-                self.graph.replay()
+                self.graph = graph
+                graph.replay()
             else:
                 self.work()
         self.ran = True
+
+    def _mode(self) -> AbstractContextManager[object]:
+        if not self.conditions:
+            return nullcontext()
+        from torch._higher_order_ops.cudagraph_conditional_nodes import CUDAGraphCaptureControlFlowOpDispatchMode
+
+        return CUDAGraphCaptureControlFlowOpDispatchMode()
 
 
 class RecordedMethod:

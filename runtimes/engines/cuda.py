@@ -8,6 +8,7 @@ between their products (norms, softmax, gates, routers, the state of the loop) i
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from rmse_edge.checkpoint import load_checkpoint, stored_keys
 from rmse_edge.errors import ArgumentError
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.fixed import fixed_work
-from rmse_edge.layers.held import with_stored
+from rmse_edge.layers.held import Rounded, Stored, with_stored
+from rmse_edge.layers.packed import has_triton
 from rmse_edge.loop.contract import LoopModel
 from rmse_edge.quantize import is_quantized_checkpoint, load_quantized
 from rmse_edge.quantize.scheme import table_of
-from rmse_edge.runtimes.cuda.drive import AheadLoop
+from rmse_edge.runtimes.cuda.drive import LOOPS, AheadLoop
 from rmse_edge.runtimes.cuda.recorded import RecordedMethod
+from rmse_edge.runtimes.cuda.traffic import Traffic, traffic
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.shards import weight_files
 
@@ -58,19 +61,36 @@ def matrices_in(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: model.get_parameter(name).detach().to(dtype) for name in names if model.get_parameter(name).numel()}
 
 
+def short_scales(model: Any) -> None:
+    """Keep the scales of integers in bfloat16, which they are numbers of: every product reads them."""
+    for module in model.modules():
+        if isinstance(module, Stored) and not isinstance(module, Rounded):
+            module.scales = module.scales.to(torch.bfloat16)
+
+
 class CudaMethods(TorchMethods):
     """A `LoopModel`'s methods on tensors that keep their place, each recorded once per size of call."""
 
-    def __init__(self, model: LoopModel, device: str = "cuda", ahead: int = AHEAD, capture: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: LoopModel,
+        device: str = "cuda",
+        ahead: int = AHEAD,
+        capture: bool | None = None,
+        exits: str = "flags",
+    ) -> None:
         """
         Args:
             ahead: iterations on their way at once, see rmse_edge/runtimes/cuda/drive.py.
+            exits: who says that the loop is over: "flags", the host, or "cond", the device.
             capture: record CUDA graphs; None: on a GPU.
         """
         super().__init__(model, device)
         if ahead < 1:
             raise ArgumentError("ahead", f"got {ahead}, expected at least 1")
-        self.ahead = ahead
+        if exits not in LOOPS:
+            raise ArgumentError("exits", f"got {exits!r}, expected one of {', '.join(LOOPS)}")
+        self.ahead, self.exits = ahead, exits
         self.capture = self.device.type == "cuda" if capture is None else capture
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
         self.deepest = 0  # the dial max_loops, which the host reads, too
@@ -110,7 +130,7 @@ class CudaMethods(TorchMethods):
             loop = self.loops.get(chunk)
             if loop is None or not loop.fits(tensors):
                 with fixed_work():
-                    loop = AheadLoop(self.model, spec, tensors, self.ahead, self.capture, self.pool)
+                    loop = LOOPS[self.exits](self.model, spec, tensors, self.ahead, self.capture, self.pool)
                 self.loops[chunk] = loop
             found = loop(self.deepest)
         else:
@@ -152,27 +172,43 @@ class CudaRuntime(LoopRuntime):
         source: str | None = None,
         folder: Path | None = None,
         ahead: int = AHEAD,
+        exits: str = "flags",
     ) -> None:
         """
         Args:
+            ahead, exits: see `CudaMethods`.
             model: a float32 model; its tensors are moved to the device, those that are not replaced.
             dtype: "fp32", "bf16" or "fp16", of the weights that `tensors` does not have.
             tensors: the integers of a quantised model, `QuantizedTensor` by name of the weight.
             quant: what those are called.
         Raises:
-            ArgumentError: there is no such device or type.
+            ArgumentError: there is no such device or type, or no triton.
             UserError: the architecture does not say which weights may be held in fewer bits.
         """
-        check_device(device)
+        if check_device(device).type == "cuda" and not has_triton():
+            raise ArgumentError(
+                "runtime", "cuda needs triton, which there is for Linux: pip install 'rmse-edge[cuda]'", "cuda"
+            )
         if dtype not in DTYPES:
             raise ArgumentError("dtype", f"got {dtype!r}, expected one of {', '.join(DTYPES)}")
         source = source or fingerprint(model)
         held = tensors or ({} if dtype == "fp32" else matrices_in(model, DTYPES[dtype]))
         if held:
             model = with_stored(model, held, arch_of_model(model).tied(model.config))
+            short_scales(model)
         self.model = model.to(device).eval()
         info = model_info(self.model, name, nbytes, "cuda", source, quant or dtype, folder)
-        super().__init__(info, CudaMethods(self.model, device, ahead), CudaCalls)
+        super().__init__(info, CudaMethods(self.model, device, ahead, exits=exits), CudaCalls)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes that calls read from memory."""
+        return traffic(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        assert isinstance(self.methods, CudaMethods)
+        return self.methods.device
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cuda", dtype: str | None = None) -> CudaRuntime:

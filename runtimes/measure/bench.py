@@ -213,6 +213,13 @@ class Bench:
             calls, seconds = calls + 1, perf_counter() - start
         return 1000 * seconds / calls
 
+    def _bytes_per_token(self, iterations: float, loops: float) -> float:
+        """Bytes that decoding a token reads: counted, where the engine counts them, otherwise an estimate."""
+        counted = getattr(self.runtime, "traffic", None)
+        if counted is None:
+            return weight_bytes_per_token(self.runtime.info, loops)
+        return float(counted.of_call(1, iterations))
+
     def summary(self) -> dict[str, Any]:
         """All results under stable names.
 
@@ -224,7 +231,7 @@ class Bench:
         rows = [row.summary() for row in self.rows]
         for row in rows:
             # Prefill calls share the weights they fetch among 64 rows: only decoding has one figure per token.
-            moved = weight_bytes_per_token(self.runtime.info, row["mean_loops"])
+            moved = self._bytes_per_token(row["mean_iterations"], row["mean_loops"])
             speed = moved * row["tok_per_s"]["median"]
             row["gb_per_s"] = speed / 1e9 if row["test"].startswith(("tg", "gen")) else None
         loops = [row.summary() for row in self.loop_rows]

@@ -26,6 +26,23 @@ def copy_bandwidth(threads: int = 1, nbytes: int = BUFFER, repeats: int = 5) -> 
     return 2 * nbytes / median(seconds[1:])
 
 
+def device_bandwidth(nbytes: int = 1 << 30, repeats: int = 20) -> float:
+    """Bytes per second that a GPU reads and writes together while copying a tensor, the median of `repeats`."""
+    import torch
+
+    source = torch.ones(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    milliseconds = []
+    for _ in range(repeats + 1):  # the first one warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        milliseconds.append(start.elapsed_time(end))
+    return 2 * nbytes / (median(milliseconds[1:]) / 1000)
+
+
 def resident_bytes() -> tuple[int | None, int | None]:
     """(now, at most so far) resident memory of this process; None where the system does not tell."""
     status = Path("/proc/self/status")

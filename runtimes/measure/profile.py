@@ -1,4 +1,4 @@
-"""Where the time goes: ExecuTorch's own event dump (ETDump) of prefill and of decoding, by operator."""
+"""Where the time goes in prefill and in decoding, by operator: ExecuTorch's own event dump (ETDump), PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import SEGMENT
 from rmse_edge.package import Package
 from rmse_edge.runtimes.engines.executorch import ExecutorchMethods, ExecutorchRuntime
+from rmse_edge.runtimes.host.text import LoopRuntime
 
 WHOLE = "Method::execute"
 PARTS = ("DELEGATE_CALL", "OPERATOR_CALL")  # of which the other events are details
@@ -58,6 +59,34 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
             dump = Path(folder) / "calls.etdp"
             runtime.methods.write_profile(dump)
             rows += summary(test, events(dump))
+    return rows
+
+
+def profile_torch(runtime: LoopRuntime, ids: np.ndarray, dials: Dials) -> list[Profile]:
+    """The same of an engine that PyTorch runs: kernels on a GPU, those of replayed graphs too; on a CPU operators.
+
+    Raises:
+        ArgumentError: there are fewer than `PREFILL` tokens.
+    """
+    if len(ids) < PREFILL:
+        raise ArgumentError("ids", f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one")
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watched
+
+    gpu = torch.cuda.is_available()
+    rows = []
+    for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
+        for _ in range(2):  # graphs are recorded in the first round, whose times are let go
+            runtime.reset()
+            with watched(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+                for tokens in calls:
+                    runtime.feed(tokens, dials, "last")
+        events = found.key_averages()
+        times = {e.key: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000 for e in events}
+        total = sum(times.values())
+        of = [Profile(test, e.key, e.count, times[e.key], times[e.key] / total) for e in events if times[e.key]]
+        rows += sorted(of, key=lambda row: -row.ms)
     return rows
 
 

@@ -260,6 +260,7 @@ BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
 SPECULATES = "minutes; tests/runtimes/test_speculation.py runs it on a tiny model"
+GPU = "needs a GPU; tests/runtimes/test_cuda.py runs the verbs with --device cpu"
 SERVES = "serves until it is ended; tests/serve"
 NOT_RUN: dict[str, str] = {
     "make apk": "tests/android/test_apk.py builds it with a tiny model, its nightly test as here",
@@ -268,6 +269,11 @@ NOT_RUN: dict[str, str] = {
     "make runner": "tests/runtimes/test_runner.py builds it",
     "make benchmarks": "takes an hour and compiles llama.cpp; tests/benchmarks runs its parts on tiny models",
     'make benchmarks BENCHMARKS="--models dense -t 1 -r 7 --json results.json --plot results.png"': "as above",
+    "make gpu": "needs a GPU; tests/benchmarks/test_gpu_benchmark.py runs its benchmark on the CPU",
+    "make gpu-dry-run": "tests/benchmarks/test_gpu_benchmark.py, of a smaller model",
+    'rmse-run models/rmse-shakespeare --runtime cuda --prompt "ROMEO:"': GPU,
+    "rmse-eval models/rmse-shakespeare --runtime cuda --dtype bf16 --text shakespeare.txt": GPU,
+    "rmse-bench models/rmse-shakespeare --runtime cuda": GPU,
     "make fuzz": "takes hours; tests/cli/test_robustness.py runs a few of its cases",
     'rmse-run MODEL --chat --system "Be brief."': "the shipped model has no template; tests/cli/test_chat.py",
     "python docs/experiments/knowledge/recall.py": "runs above, at another size",
@@ -373,6 +379,7 @@ NOT_RUN: dict[str, str] = {
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",
     "pip install -c constraints.txt '.[onnx,serve]'": "installs",
+    "pip install -c constraints.txt '.[cuda]'": "installs",
     "rmse-serve rmse-shakespeare-onnx.rmse": SERVES,
     "rmse-serve rmse-shakespeare-onnx.rmse --host 0.0.0.0 --api-key-file keys.txt": SERVES,
     "python web_demo rmse-shakespeare-onnx.rmse": "serves until it is ended; tests/web",

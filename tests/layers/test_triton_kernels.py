@@ -25,6 +25,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install 'rmse-edge[cuda]'", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # compiled, where there is one: a part of make gpu
 
 
 @pytest.fixture(scope="module")

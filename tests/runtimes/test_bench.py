@@ -364,7 +364,7 @@ def test_token_ids_instead_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_too_few_tokens_are_said_of_the_flag_that_gave_them(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmse_edge.cli.profiling.executorch_package", lambda runtime: None)  # which is not asked
+    monkeypatch.setattr("rmse_edge.cli.profiling.check", lambda runtime: None)  # which is not asked
     (tmp_path / "ids.txt").write_text("1 2 3")
     (tmp_path / "text.txt").write_text(ALPHABET[:3])
     for flag, name in (("--ids", "ids.txt"), ("--text", "text.txt")):

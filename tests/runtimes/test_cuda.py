@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from architectures import TEXTS, Case, settings_of, text_of, whole
+from architectures import CASES, TEXTS, Case, settings_of, text_of, whole
+from helpers import ALPHABET, assert_one_line
 
+from rmse_edge.cli.bench import main as rmse_bench
+from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ArgumentError
-from rmse_edge.quantize import load_quantized
+from rmse_edge.quantize import Scheme, load_quantized
+from rmse_edge.quantize.tensors import round_to_nearest
 from rmse_edge.runtimes import Dials, open_runtime
+from rmse_edge.runtimes.cuda.dry import dry_run
 from rmse_edge.runtimes.engines.cuda import DTYPES, CudaMethods, CudaRuntime, matrices_in
 from rmse_edge.runtimes.engines.torch import TorchRuntime
+from rmse_edge.runtimes.measure.profile import profile_torch
 
 # Of models with many layers the nightly run says it again.
 texts = pytest.mark.parametrize(
@@ -143,3 +150,91 @@ def test_what_it_is_asked_for_has_to_be_there(checkpoint: Path) -> None:
         open_runtime(checkpoint, "torch", dtype="bf16")
     runtime = open_runtime(checkpoint, "cuda", "cpu", dtype="bf16")
     assert runtime.info.target == "cuda" and runtime.info.quant == "bf16"
+
+
+@texts
+def test_the_device_may_decide(case: Case) -> None:
+    """Iterations within conditions, one inside the other, in place of flags that the host reads."""
+    text, settings = text_of(case)[:LENGTH], settings_of(case)
+    runtime = CudaRuntime(case.model(), case.name, device="cpu", exits="cond")
+    for setting in ("adaptive", "shallow"):
+        logits, depth = whole(case.model(), text, settings[setting])
+        ours, our_depth = fed_in(runtime, text, settings[setting], (16, 1, 1, 20))
+        assert np.array_equal(our_depth, depth)
+        np.testing.assert_allclose(ours, logits, atol=3e-5)
+
+
+# Some models of the tests make tensors on the CPU, whatever their own place: no GPU runs them.
+ON_CPU = ("tower", "toy_recurrent", "toy")
+
+
+@pytest.mark.parametrize(
+    ("case", "held"),
+    [
+        pytest.param(
+            c,
+            held,
+            marks=[] if c.name == "rmse" or (c.name, held) == ("ouro", "int4") else [pytest.mark.nightly],
+            id=f"{c.name}-{held}",
+        )
+        for c in CASES
+        if c.name not in ON_CPU
+        for held in ("fp32", "bf16", "int4")
+    ],
+)
+def test_every_recording_can_be_built_without_a_gpu(case: Case, held: str) -> None:
+    """No layer looks at a tensor, and every operator of a kernel says what it gives."""
+    model, weights = case.quantizable(), {}
+    if held == "bf16":
+        weights = dict(matrices_in(model, torch.bfloat16))
+    elif held == "int4":
+        formats = Scheme("int4", group_size=16, dense_group_size=16).formats(model)
+        assert formats
+        weights = {n: round_to_nearest(model.get_parameter(n).detach(), f) for n, f in formats.items()}
+    built = dry_run(model, weights)
+    for chunk in model.call_sizes():
+        spec = model.spec(chunk)
+        names = [graph.name for graph in built if graph.chunk == chunk]
+        assert names[: spec.max_loops + 2] == ["prelude", "begin", *(f"step {k}" for k in range(spec.max_loops))]
+        assert names[spec.max_loops + 2 :] == [n for n in ("coda", "head", "commit") if n in spec.methods]
+        given = {name: shape for graph in built if graph.chunk == chunk for name, shape in graph.gives.items()}
+        for t in (*spec.prelude, *spec.carried, *spec.coda, *spec.head, *spec.commit):
+            assert given[t.name] == t.shape, t.name
+
+
+def test_a_layer_that_looks_is_found_by_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would have a GPU's host wait, and no recording hold."""
+    case = next(c for c in CASES if c.name == "rmse")
+    monkeypatch.setattr("rmse_edge.layers.experts.is_fixed", lambda: False)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        dry_run(case.model())
+
+
+def test_the_verbs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """rmse-run and rmse-eval say what they say on the torch runtime; rmse-bench compares what is read with the bandwidth."""
+    written = []
+    for runtime in ("torch", "cuda"):
+        place = ["--runtime", runtime, "--device", "cpu"]
+        assert (
+            rmse_run([str(checkpoint), *place, "--prompt", ALPHABET[:3], "-n", "6", "--temperature", "0", "-o", "json"])
+            == 0
+        )
+        written.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert written[0] == written[1]
+    few = ["-p", "8", "-n", "2", "-d", "4", "-r", "1", "-t", "1", "--ids"]
+    (ids := checkpoint.parent / "ids.txt").write_text("1 2 3 " * 40)
+    assert rmse_bench([str(checkpoint), *place, "--dtype", "bf16", *few, str(ids), "-o", "json"]) == 0
+    d = json.loads(capsys.readouterr().out)
+    decoding = next(row for row in d["rows"] if row["test"] == "tg2" and row["mode"] == "fixed")
+    assert d["runtime"] == "cuda" and d["quant"] == "bf16"
+    assert decoding["roofline"] == pytest.approx(decoding["gb_per_s"] / d["memory_gb_per_s"])
+    assert rmse_run([str(checkpoint), "--dtype", "bf16", "--prompt", ALPHABET[:3]]) == 2
+    assert_one_line(capsys.readouterr().err, "error: --dtype bf16: is of the cuda runtime (--runtime cuda)")
+
+
+def test_a_profile_is_of_every_operator(tiny: Any) -> None:
+    runtime = CudaRuntime(tiny, "tiny", device="cpu")
+    rows = profile_torch(runtime, np.arange(256) % 65, Dials(1))
+    assert {row.test for row in rows} == {"pp256", "tg32"}
+    assert sum(row.share for row in rows if row.test == "tg32") == pytest.approx(1)
+    assert any("mm" in row.operator for row in rows)
