@@ -60,7 +60,7 @@ def generation_of(args: argparse.Namespace, runtime: BlockRuntime, text: str) ->
     eos = () if args.ignore_eos else info.language.eos_token_ids
     return BlockGeneration(
         runtime, tokenizer, prompt, dials, Sampler(Sampling(0.0)), args.max_new_tokens, eos, args.stop or (), told=told
-    )  # type: ignore[arg-type]
+    )
 
 
 def statistics_lines(s: dict[str, Any], ended: str) -> list[str]:
