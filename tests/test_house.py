@@ -35,6 +35,7 @@ FLOORS = (
     ("layers", "puzzles"),
     ("info",),
     ("archive", "loop"),
+    ("chat_turns",),
     ("chat", "losses", "package", "shards", "vocabulary"),
     ("numbers", "parts", "text"),
     ("cache",),
