@@ -34,7 +34,8 @@ FLOORS = (
     ("arch",),
     ("layers", "puzzles"),
     ("info",),
-    ("archive", "chat_turns", "loop"),
+    ("archive", "loop"),
+    ("chat_turns",),
     ("chat", "losses", "package", "shards", "vocabulary"),
     ("numbers", "parts", "text"),
     ("cache",),
@@ -44,7 +45,7 @@ FLOORS = (
 # The same inside of the large rooms.
 INNER_FLOORS = {
     "rmse_edge.export": (("pipeline",), ("gate", "onnx", "executorch", "coreml"), ("targets",), ("program",)),
-    "rmse_edge.runtimes": (("text", "measure"), ("engines",), ("cuda",), ("host",), ("mil",)),
+    "rmse_edge.runtimes": (("text", "measure"), ("engines",), ("host",), ("mil",)),
     "rmse_edge.hf": (
         ("auto",),
         ("model",),

@@ -165,14 +165,14 @@ def test_sessions_go_from_python_to_the_core_and_back(int4: CoreRuntime, executo
 
 def test_appended_state_grows_and_goes_into_a_session(app: Core, toy_package: Path, tmp_path: Path) -> None:
     runtime, python = CoreRuntime(app, toy_package, tmp_path), open_runtime(toy_package, threads=1)
-    text, dials = random_tokens(90, vocab=runtime.info.vocab_size), runtime.info.dials
+    text, dials = random_tokens(44, vocab=runtime.info.vocab_size), runtime.info.dials
     begun = runtime.ask("reset")["state_bytes"]
     expected = python.feed(text, dials)
-    first = runtime.feed(text[:70], dials)
+    first = runtime.feed(text[:30], dials)
     assert runtime.ask("save", path=str(tmp_path / "s"), chat="")["state_bytes"] > begun
     runtime.reset()
-    assert runtime.ask("restore", path=str(tmp_path / "s"))["position"] == 70
-    found = np.concatenate([first.logits, runtime.feed(text[70:], dials).logits])
+    assert runtime.ask("restore", path=str(tmp_path / "s"))["position"] == 30
+    found = np.concatenate([first.logits, runtime.feed(text[30:], dials).logits])
     np.testing.assert_allclose(found, expected.logits, atol=1e-5)
     runtime.close()
 
