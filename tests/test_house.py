@@ -45,7 +45,7 @@ FLOORS = (
 # The same inside of the large rooms.
 INNER_FLOORS = {
     "rmse_edge.export": (("pipeline",), ("gate", "onnx", "executorch", "coreml"), ("targets",), ("program",)),
-    "rmse_edge.runtimes": (("text", "measure"), ("engines",), ("host",), ("mil",)),
+    "rmse_edge.runtimes": (("measure",), ("text",), ("engines",), ("host",), ("mil",)),
     "rmse_edge.hf": (
         ("auto",),
         ("model",),

@@ -209,7 +209,7 @@ def test_texts_have_the_distribution_of_plain_decoding():
 @pytest.mark.onnx
 @pytest.mark.slow
 def test_an_onnx_package_verifies_in_calls_of_as_many_rows_as_there_are_tokens(
-    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    remembering_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     rows: list[int] = []
     compute = Calls.compute
@@ -221,7 +221,8 @@ def test_an_onnx_package_verifies_in_calls_of_as_many_rows_as_there_are_tokens(
     monkeypatch.setattr(Calls, "compute", told)
     said = []
     for flags in ((), ("--speculate", "1", "--draft-tokens", "4")):
-        argv = [str(package), "-p", "to be", "-n", "30", "--temperature", "0", "--ignore-eos", "-o", "json", *flags]
+        how = ("--prompt-tokens", "3,1,4", "-n", "30", "--temperature", "0", "--ignore-eos", "-o", "json")
+        argv = [str(remembering_package), *how, *flags]
         assert rmse_run(argv) == 0
         said.append(json.loads(capsys.readouterr().out))
     assert said[1]["tokens"] == said[0]["tokens"] and said[1]["depth"] == said[0]["depth"]
@@ -231,10 +232,10 @@ def test_an_onnx_package_verifies_in_calls_of_as_many_rows_as_there_are_tokens(
 @pytest.mark.onnx
 @pytest.mark.slow
 def test_the_measurements_are_made_of_texts_that_are_the_same(
-    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    remembering_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     script = ROOT / "docs" / "experiments" / "speculation" / "measure.py"
-    argv = [str(script), str(package), "--loops", "1", "--tokens", "2,3", "-n", "9", "-r", "1"]
+    argv = [str(script), str(remembering_package), *"--loops 1 --tokens 2,3 -n 9 -r 1 --prompt ROMEO:".split()]
     monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(script), run_name="__main__")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 ")]

@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--loops", type=numbers, default=[1, 2])
     parser.add_argument("--tokens", type=numbers, default=[1, 2, 3, 5])
     parser.add_argument("--adaptive", action="store_true", help="the package's own exits instead of full depth")
-    parser.add_argument("-n", type=int, default=64, help="tokens behind each of three prompts")
+    parser.add_argument("--prompt", action="append", help="instead of the three that there are; repeatable")
+    parser.add_argument("-n", type=int, default=64, help="tokens behind each prompt")
     parser.add_argument("-r", type=int, default=5, help="repetitions, after one that is not timed")
     parser.add_argument("--costs", action="store_true", help="time the parts of a round instead")
     args = parser.parse_args()
@@ -69,6 +70,7 @@ def main() -> None:
     assert isinstance(runtime, LoopRuntime)
     if args.costs:
         return print_costs(runtime, args.loops, args.tokens, 10 * args.r)
+    prompts = args.prompt or PROMPTS
     tokenizer = open_tokenizer(args.package, runtime.info.vocab_size)
     dials = runtime.info.dials if args.adaptive else runtime.info.full_depth
 
@@ -90,16 +92,16 @@ def main() -> None:
     texts: list[Generation] = []
     for repetition in range(args.r + 1):
         seconds = 0.0
-        for prompt in PROMPTS:
+        for prompt in prompts:
             made, spent = write(prompt, None)
             seconds += spent
             if not repetition:
                 texts.append(made)
         if repetition:
-            plain.append(len(PROMPTS) * args.n / seconds)
+            plain.append(len(prompts) * args.n / seconds)
         for setting in settings:
             own = 0.0
-            for prompt, text in zip(PROMPTS, texts):
+            for prompt, text in zip(prompts, texts):
                 made, spent = write(prompt, setting)
                 own += spent
                 if not repetition:
@@ -114,7 +116,7 @@ def main() -> None:
     for setting in settings:
         found = [made.statistics()["speculation"] for made in said[setting]]
         rounds, drafted, accepted = (sum(f[name] for f in found) for name in ("rounds", "drafted", "accepted"))
-        length = len(PROMPTS) * args.n / rounds
+        length = len(prompts) * args.n / rounds
         times = ratios[setting]
         print(
             f"| {setting.loops} | {setting.tokens} | {accepted / drafted:.0%} | {length:.2f} | {median(times):.2f} "
