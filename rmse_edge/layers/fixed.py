@@ -28,4 +28,5 @@ def fixed_work() -> Iterator[None]:
 
 def is_fixed() -> bool:
     """Whether within `fixed_work`, or while a graph is traced."""
-    return _fixed.get() or torch.compiler.is_exporting()
+    # In this order: a tracer cannot follow the variable, and while it traces it need not.
+    return torch.compiler.is_exporting() or _fixed.get()
