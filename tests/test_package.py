@@ -152,14 +152,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no list of hashes": (lambda f: (f / SUMS).unlink(), ["SHA256SUMS: missing from the package"]),
     "an empty list": (edit_sums(lambda s: ""), ["SHA256SUMS: lists no manifest.json"]),
     "a list that is cut": (cut(SUMS, 78), ["weights.bin: not listed in the package's SHA256SUMS"]),
-    "a list that ends in a line": (cut(SUMS, 12), ["SHA256SUMS: line 9: no hash and name"]),
+    "a list that ends in a line": (cut(SUMS, 12), ["SHA256SUMS: line 10: no hash and name"]),
     "an edited hash": (edit_sums(lambda s: "0" * 64 + s[64:]), ["its SHA-256 is not that in SHA256SUMS"]),
     "a hash of another kind": (edit_sums(lambda s: s[32:]), ["SHA256SUMS: line 1: no hash and name"]),
-    "a file listed twice": (edit_sums(lambda s: s + s.splitlines()[0]), ["SHA256SUMS: line 10: the same file again"]),
+    "a file listed twice": (edit_sums(lambda s: s + s.splitlines()[0]), ["SHA256SUMS: line 11: the same file again"]),
     "an empty line": (edit_sums(lambda s: "\n" + s), ["SHA256SUMS: line 1: no hash and name"]),
     "a list that is no text": (lambda f: (f / SUMS).write_bytes(b"\xff\xfe"), ["SHA256SUMS: not a list of hashes"]),
     "a list of itself": (edit_sums(lambda s: f"{s}{'0' * 64}  {SUMS}\n"), ["SHA256SUMS: missing from the package"]),
-    "a name that commands terminals": (edit_sums(lambda s: f"{s}{'0' * 64}  \x1b[31m\n"), ["SHA256SUMS: line 10"]),
+    "a name that commands terminals": (edit_sums(lambda s: f"{s}{'0' * 64}  \x1b[31m\n"), ["SHA256SUMS: line 11"]),
     "a truncated manifest": (cut(MANIFEST, 30), ["manifest.json: not readable as JSON"]),
     "a manifest of another kind": (lambda f: (f / MANIFEST).write_text("[1, 2]"), ["not the manifest of"]),
     "a manifest that is no text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), ["not readable as JSON"]),
@@ -191,7 +191,7 @@ def test_a_damaged_package_is_one_line(case: str, copied: Path, capsys: pytest.C
 def test_every_file_of_a_package_is_protected(copied: Path) -> None:
     """One flipped bit in any file, graph, weights or text, is noticed and the file named."""
     names = sorted(p.name for p in copied.iterdir() if p.name not in (MANIFEST, SUMS))
-    assert len(names) == 8  # five graphs, the weights, the tokenizer, the text sample
+    assert len(names) == 9  # six graphs, the weights, the tokenizer, the text sample
     for name in names:
         before = (copied / name).read_bytes()
         flip(name)(copied)
@@ -253,7 +253,7 @@ def test_a_runtime_that_does_not_fit_is_refused(package: Path, checkpoint: Path,
     for path, options, said in (
         (package, {"runtime": "torch"}, "needs a checkpoint folder"),
         (package, {"device": "cuda"}, "runs on the CPU"),
-        (package, {"runtime": "tflite"}, "expected one of torch, onnx"),
+        (package, {"runtime": "tflite"}, "expected one of torch, cuda, onnx"),
         (checkpoint, {"runtime": "onnx"}, "is not a package"),
         (tmp_path / "nowhere.rmse", {}, "no such package"),
         (tmp_path / "nowhere", {}, "no such package or checkpoint folder"),

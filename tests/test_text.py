@@ -182,7 +182,9 @@ def test_texts_are_indexed_whole(remembering: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(remembering, tmp_path / "cut")
     cut_short(folder / "tokenizer.json")
     (tmp_path / "text.txt").write_text("A" * 150 + "\n")
-    embedder = model_embedder(Namespace(model=folder, runtime=None, device="cpu", threads=1, expert_ram=None))
+    embedder = model_embedder(
+        Namespace(model=folder, runtime=None, device="cpu", threads=1, expert_ram=None, dtype=None)
+    )
     (passages,) = cut_files([tmp_path / "text.txt"], embedder).values()
     assert [len(passage.text) for passage in passages] == [
         64,

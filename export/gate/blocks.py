@@ -161,11 +161,16 @@ def block_gate(
             if np.array_equal(got.tokens, expected.tokens) and np.array_equal(got.depth, expected.depth):
                 difference = np.abs(got.logits - expected.logits).max() / max(1.0, np.abs(expected.logits).max())
                 differences.append(float(difference))
+        if not same:
+            raise ParityError(
+                f"parity failed at {name}: nothing could be compared, since each of {len(steps)} blocks hangs on a decision closer "
+                f"than {UNDECIDED[exact]:g}; train the model further, or choose {'another text' if exact else 'fp32'}"
+            )
         summary = {
             "blocks": len(steps),
             "max_logit_difference": max(differences),
-            "same_tokens": float(np.mean(same)) if same else 1.0,
-            "same_depth": float(np.mean(depths)) if depths else 1.0,
+            "same_tokens": float(np.mean(same)),
+            "same_depth": float(np.mean(depths)),
             "undecided": undecided,
             "mean_steps": float(np.mean(steps)),
         }

@@ -300,6 +300,9 @@ def print_result(package, output: Path) -> None:
         if "boards" in r:
             compared = f"{r['boards']} boards, same cells {r['same_cells']:.1%}"
             end = f"mean depth {r['mean_depth']:.2f}"
+        elif "blocks" in r:
+            compared = f"{r['blocks']} blocks, same tokens {r['same_tokens']:.1%}"
+            end = f"mean steps {r['mean_steps']:.2f}, undecided {r['undecided']}"
         else:
             compared = f"{r['positions']} positions"
             end = f"mean depth {r['mean_depth'][1]:.2f}, undecided {len(r['undecided'])}"

@@ -181,6 +181,16 @@ RUN: dict[str, list[str]] = {
     "rmse-train --text shakespeare.txt --recipe docs/experiments/inkling/recipe.json -o runs/inkling": [
         "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "block_size=64",
     ],
+    "rmse-train --text shakespeare.txt --recipe docs/experiments/diffusion/blocks.json -o runs/blocks": [
+        "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "batch_size=2",
+    ],
+    "rmse-train --text shakespeare.txt --recipe docs/experiments/diffusion/one.json -o runs/one": [
+        "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "batch_size=2",
+    ],
+    "python docs/experiments/diffusion/measure.py runs/blocks runs/one shakespeare.txt": ["--prompts", "1"],
+    "python docs/experiments/hybrid/stopped.py --text shakespeare.txt": [
+        "--seeds", "0", "--steps", "2", "--batch", "4", "--length", "8",
+    ],
     "rmse-train --text shakespeare.txt --stage gate --init runs/dory -o runs/gated": [
         "--set", "gate_steps=2", "--set", "eval_blocks=2", "--set", "block_size=64",
     ],
@@ -260,6 +270,7 @@ BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
 SPECULATES = "minutes; tests/runtimes/test_speculation.py runs it on a tiny model"
+BLOCKWISE = "MODEL writes by blocks there; tests/runtimes/test_blocks.py runs the verbs on one"
 GPU = "needs a GPU; tests/runtimes/test_cuda.py runs the verbs with --device cpu"
 SERVES = "serves until it is ended; tests/serve"
 NOT_RUN: dict[str, str] = {
@@ -304,6 +315,11 @@ NOT_RUN: dict[str, str] = {
     'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
     'rmse-run rmse-shakespeare-coreml.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_coreml.py",
     'rmse-run MODEL -p "ROMEO:" --speculate 2 --draft-tokens 5': "runs above, with other drafts",
+    'rmse-run MODEL -p "ROMEO:" -n 128 --show-depth': BLOCKWISE,
+    'rmse-run MODEL -p "ROMEO:" -n 128 --exit-threshold 0.9': BLOCKWISE,
+    "rmse-export -m MODEL --target onnx": BLOCKWISE,
+    "rmse-export -m models/rmse-shakespeare --target executorch --archive": "tests/android/test_android_executorch.py, of tiny models",
+    "python docs/experiments/diffusion/measure.py BLOCKS ONE TEXT [--prompts 8] [-o results.json]": "runs above, with names",
     "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
     "python docs/experiments/speculation/measure.py PACKAGE --costs": SPECULATES,
     "python docs/experiments/speculation/measure.py ouro-shakespeare-onnx.rmse --costs": SPECULATES,

@@ -254,7 +254,7 @@ def test_ctrl_c_at_any_token(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--runtime", "tpu"], ["--runtime", "tpu", "torch, onnx"]),
+        (["--runtime", "tpu"], ["--runtime", "tpu", "torch, cuda, onnx"]),
         (["--runtime", "onnx"], ["onnx", "rmse-export"]),
         (["--device", "tpu"], ["--device", "cpu", "cuda"]),
         (["--max-loops", "5"], ["--max-loops", "5", "1..4"]),
@@ -343,7 +343,7 @@ def test_a_prompt_beyond_the_package(
 ):
     limited = TorchRuntime.open(checkpoint)
     limited.info = limited.info.with_limit(20)
-    monkeypatch.setattr(runtimes, "open_runtime", lambda *_: limited)
+    monkeypatch.setattr(runtimes, "open_writer", lambda *_: limited)
     code, out, err = call(capsys, checkpoint, "-p", "A" * 21)
     assert (code, out) == (2, "")
     assert_one_line(err, "21 tokens", "20", "--max-seq-len")

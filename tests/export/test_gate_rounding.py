@@ -69,8 +69,8 @@ def test_examples_of_large_models_have_few_slots() -> None:
     """Several copies of the appended state are compared at once: that of Ouro-1.4B takes 1.5 MiB a slot."""
     with torch.device("meta"):
         large = Ouro(OuroConfig(max_position_embeddings=4096)).spec(64)
-        tiny = Ouro(OuroConfig(max_position_embeddings=80)).spec(64)
+        tiny = Ouro(OuroConfig(max_position_embeddings=48)).spec(1)
     assert EXAMPLE_STATE // (4 * 24 * 16 * 128 * 4 * 2) == 42
     assert example_slots(large) == FEWEST_SLOTS == 64
-    assert example_slots(tiny) == 80
+    assert example_slots(tiny) == 48
     assert example_slots(lively_ouro().spec(64)) == 300

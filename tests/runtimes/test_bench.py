@@ -362,12 +362,13 @@ def test_token_ids_instead_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_too_few_tokens_are_said_of_the_flag_that_gave_them(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rmse_edge.cli.profiling.check", lambda runtime: None)  # which is not asked
     (tmp_path / "ids.txt").write_text("1 2 3")
     (tmp_path / "text.txt").write_text(ALPHABET[:3])
     for flag, name in (("--ids", "ids.txt"), ("--text", "text.txt")):
-        code, _, err = call(capsys, checkpoint, "--profile", flag, tmp_path / name)
+        code, _, err = call(
+            capsys, checkpoint, "--runtime", "cuda", "--device", "cpu", "--profile", flag, tmp_path / name
+        )
         assert code == 2
         assert_one_line(err, f"error: {flag}: the text has 3 tokens")

@@ -18,9 +18,10 @@ from rmse_edge.arch.bd3lm.model import Bd3lm
 from rmse_edge.arch.common.identity import model_info
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.cli.evaluate import main as rmse_eval
+from rmse_edge.cli.export import main as rmse_export
 from rmse_edge.cli.run import main as rmse_run
 from rmse_edge.errors import ArgumentError, PackageError, ParityError, UserError
-from rmse_edge.export import ExportRequest, LoopProgram, export_package
+from rmse_edge.export import LoopProgram
 from rmse_edge.export.gate import blocks as gate
 from rmse_edge.export.gate.blocks import block_gate, written
 from rmse_edge.loop.dials import Dials
@@ -224,8 +225,21 @@ def test_the_gate_catches_wrong_hosts(model: Bd3lm, monkeypatch: pytest.MonkeyPa
     assert all(found[name]["mean_steps"] < found["full depth"]["mean_steps"] for name in found if name != "full depth")
     for wrong in (TooFew, Forgets):
         host = wrong(right.info, right.calls.methods, type(right.calls))
-        with pytest.raises(ParityError, match=r"^parity failed at full depth: "):
+        with pytest.raises(ParityError, match=r"^parity failed at full depth: logits differ"):
             block_gate(program, model, host, tokens, exact=True)
+
+
+def test_the_gate_passes_nothing_that_it_could_not_compare() -> None:
+    """Logits that are all the same: every choice is a tie, whatever the host does."""
+    model = make()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    program = LoopProgram(model, {SIZE: model.spec(SIZE)}, ())
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 100)
+    for exact in (True, False):
+        with pytest.raises(
+            ParityError, match=r"^parity failed at full depth: nothing could be compared, since each of"
+        ):
+            block_gate(program, model, on_torch(model), tokens, exact)
 
 
 # ------------------------------------------------------------------------------------------------------------- packages
@@ -235,7 +249,7 @@ def test_the_gate_catches_wrong_hosts(model: Bd3lm, monkeypatch: pytest.MonkeyPa
 def package(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip({"onnx": "onnxruntime"}.get(request.param, request.param))
     folder = tmp_path_factory.mktemp("packages") / "tiny.rmse"
-    export_package(make(), folder, ExportRequest(request.param), checkpoint)
+    assert rmse_export(["-m", str(checkpoint), "--target", request.param, "-o", str(folder)]) in (None, 0)
     return folder
 
 

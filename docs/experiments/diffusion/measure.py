@@ -1,6 +1,6 @@
 """What denoising steps a model that writes by blocks can do without, and what its text is then worth.
 
-    python docs/experiments/diffusion/measure.py BLOCKS ONE TEXT [PROMPTS]
+    python docs/experiments/diffusion/measure.py BLOCKS ONE TEXT [--prompts 8] [-o results.json]
 
 BLOCKS, a checkpoint, continues prompts of 48 tokens from the validation part of TEXT by four blocks, at settings of its dials.
 ONE, a model of blocks of one token, which is an autoregressive model, says what it finds of each written text: its loss, in nats a
@@ -9,9 +9,9 @@ token. Text that repeats itself has a low loss, so the share of different runs o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +51,21 @@ def loss(judge: object, texts: np.ndarray) -> float:
     return float(found[:, PROMPT - 1 :].mean())
 
 
-def main(blocks: str, one: str, text: str, prompts: str = "24") -> None:
-    runtime = open_writer(blocks)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("blocks", type=Path, help="checkpoint")
+    parser.add_argument("one", type=Path, help="checkpoint")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("-o", "--output", type=Path, help="also as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runtime = open_writer(args.blocks)
     assert isinstance(runtime, TorchBlocks)
-    size, tokenizer = runtime.blocks.size, Tokenizer(Path(blocks) / "tokenizer.json")
-    ids = split(np.array(tokenizer.encode(read_text(Path(text)))), "validation")
+    size, tokenizer = runtime.blocks.size, Tokenizer(args.blocks / "tokenizer.json")
+    ids = split(np.array(tokenizer.encode(read_text(args.text))), "validation")
     length = PROMPT + BLOCKS * size
-    starts = np.linspace(0, len(ids) - length, int(prompts)).astype(int)
+    starts = np.linspace(0, len(ids) - length, args.prompts).astype(int)
     given = np.stack([ids[s : s + length] for s in starts])
     count = len(starts) * BLOCKS
     written: dict[str, np.ndarray] = {}
@@ -71,7 +79,7 @@ def main(blocks: str, one: str, text: str, prompts: str = "24") -> None:
             steps[name] += sum(b.iterations for b in found)
             texts.append(np.concatenate([start, *(b.tokens for b in found)]))
         written[name] = np.stack(texts)
-    judge = load_checkpoint(Path(one))
+    judge = load_checkpoint(args.one)
     first = next(iter(written.values()))
     rows = [
         {
@@ -92,8 +100,9 @@ def main(blocks: str, one: str, text: str, prompts: str = "24") -> None:
         for r in rows
     ]  # fmt: skip
     print(table(head, [*cells, ("the text itself", "", "", f"{real['loss']:.2f}", f"{real['runs']:.0%}", "")]))
-    (Path(__file__).parent / "results.json").write_text(json.dumps({"real": real, "settings": rows}, indent=1) + "\n")
+    if args.output:
+        args.output.write_text(json.dumps({"real": real, "settings": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
