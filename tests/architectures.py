@@ -59,8 +59,9 @@ from rmse_edge.text import TokenNumbers
 TARGETS = ("onnx", "executorch", "coreml")
 QUANTS = ("fp32", "int4")
 # Packages by target and precision, for `Case.always`.
-MOST = (*((target, "fp32") for target in TARGETS), ("onnx", "int4"))
-NO_COREML = tuple(p for p in MOST if p[0] != "coreml")
+FLOATS = tuple((target, "fp32") for target in TARGETS)
+MOST = (*FLOATS, ("onnx", "int4"))
+NO_COREML = tuple(p for p in FLOATS if p[0] != "coreml")
 ONE = (("onnx", "fp32"),)
 
 
@@ -397,12 +398,18 @@ CASES = (
         },
         trains=True,
     ),
-    Case("ouro", lively_ouro, calm=decided_ouro, trains=True),
+    Case(
+        "ouro",
+        lively_ouro,
+        calm=decided_ouro,
+        trains=True,
+        always=(*NO_COREML, *((target, "int4") for target in TARGETS)),
+    ),
     Case(
         "tower",
         tower,
         TOWER,
-        always=MOST,
+        always=FLOATS,
         wrong={kind.__name__: wrong_tower(kind) for kind in (CountsPadding, ForgetsDeepLoops, LastKeysForAll)},
     ),
     Case(
@@ -439,7 +446,7 @@ CASES = (
         always=ONE,
         slow=True,
     ),
-    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, always=ONE, slow=True),
+    Case("dory", small_dory, calm=decided_dory, rule="exit_kl", threshold=0.05, trains=True, always=(), slow=True),
     Case(
         "inkling2_loop_text",
         small_inkling,
@@ -447,7 +454,7 @@ CASES = (
         rule="exit_kl",
         threshold=0.05,
         trains=True,
-        always=ONE,
+        always=(),
         slow=True,
     ),
     Case("hybrid", looped_hybrid, calm=decided_hybrid, trains=True, slow=True, nightly=True),

@@ -52,7 +52,7 @@ def run(core: Core, shipped_int4: tuple[Any, Path], tmp_path: Path) -> Iterator[
 # -------------------------------------------------------------------------------------------------- as PyTorch says
 
 
-@pytest.mark.parametrize("made", ["shipped_int4", "dense"])
+@pytest.mark.parametrize("made", ["shipped_int4", pytest.param("dense", marks=pytest.mark.nightly)])
 def test_the_core_says_what_pytorch_says(core: Core, made: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As the parity gate asks of every runtime, by its exact rule, at full depth and by each exit rule: logits, depths, and what the
     memory made of every segment, over 256 tokens of a conversation with a session in the middle.

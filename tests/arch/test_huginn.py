@@ -169,6 +169,7 @@ def test_greedy_tokens(known: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.packages
+@pytest.mark.nightly
 @pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path, known: dict[str, Tensor]) -> None:
     """From the given start that a package can have, which is zeros."""

@@ -87,6 +87,7 @@ def test_decode_says_what_the_published_cache_gives(name: str, threshold: float)
 
 
 @pytest.mark.packages
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_packages_say_what_the_published_code_says(target: str, tmp_path: Path) -> None:

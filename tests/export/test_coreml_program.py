@@ -158,7 +158,7 @@ def twice(folder: Path, function: str) -> str | None:
     return coreml_graph.named_twice(ModelFile(folder / MODEL).function(function))
 
 
-@pytest.mark.parametrize("quant", ["fp32", "fp16"])
+@pytest.mark.parametrize("quant", ["fp32", pytest.param("fp16", marks=pytest.mark.nightly)])
 def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
     """No context, no state, nothing emitted, no commit: nothing here is about text."""
     from puzzle import CELLS, Puzzle

@@ -292,7 +292,8 @@ def test_a_wrong_host_of_checkpoints_fails(case: str, model: RMSE, reference: Re
 
 
 @pytest.mark.parametrize("case", ["one slot too far", "angles of the token before", "a session without keys"])
-@pytest.mark.parametrize("engine", ["executorch", pytest.param("coreml", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["executorch", "coreml"])
 def test_a_wrong_host_of_other_engines_fails(
     engine: str, case: str, tiny: RMSE, request: pytest.FixtureRequest, monkeypatch: Patch
 ) -> None:

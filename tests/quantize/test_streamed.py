@@ -120,6 +120,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Pa
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("target", ONNX_ALWAYS)
 def test_a_package_of_a_lean_model_is_that_of_the_float_one(
     target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,7 @@ def test_what_is_recorded(calm: Quantized) -> None:
 
 @pytest.mark.executorch
 @pytest.mark.native
+@pytest.mark.nightly
 def test_the_same_logits_with_and_without(
     calm: Quantized, int4: Runner, runner: Path, executorch_int4: Path, tmp_path: Path
 ) -> None:

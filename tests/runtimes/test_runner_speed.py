@@ -163,6 +163,7 @@ def arm_runner() -> Path:
 
 
 @pytest.mark.arm
+@pytest.mark.nightly
 @pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("quant", ACROSS_PROCESSORS)
 def test_arm_processors_say_the_same(

@@ -52,12 +52,13 @@ interface LoopRuntime : AutoCloseable {
     /** All that is kept, as sessions store it. */
     fun tensors(): Map<String, Tensor>
 
-    /** Shapes and types of what [tensors] gives at a position. */
-    fun forms(position: Long): Map<String, TensorSpec> = keptTensors(info).mapValues { (_, spec) -> spec.filled(info, position) }
-
     /** Goes on from what [tensors] gave at [position]; forms were compared before. */
     fun restore(position: Long, tensors: Map<String, Tensor>)
 }
+
+/** Shapes and types of what [LoopRuntime.tensors] gives at a position. */
+internal fun LoopRuntime.forms(position: Long): Map<String, TensorSpec> =
+    keptTensors(info).mapValues { (_, spec) -> spec.filled(info, position) }
 
 /**
  * What became of the memory that experts may take, all in bytes but the rate.

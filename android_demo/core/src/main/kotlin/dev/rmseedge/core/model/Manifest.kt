@@ -69,7 +69,13 @@ internal fun readModel(manifest: Fields, nbytes: Long): ModelInfo {
     val page = model.orNull("page", count)
     val methods = model.at("methods", items(name)).toSet()
     if ("text" !in model) {
-        val other = if ("board" in model) "a board" else if ("blocks" in model) "blocks" else "nothing"
+        val other = if ("board" in model) {
+            "a board"
+        } else if ("blocks" in model) {
+            "blocks"
+        } else {
+            "nothing"
+        }
         model.refuse("text", other, "a model of texts token by token, as this app runs")
     }
     val text = textInfo(model.at("text", fields))

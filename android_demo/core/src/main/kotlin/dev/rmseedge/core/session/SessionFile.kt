@@ -3,6 +3,7 @@ package dev.rmseedge.core.session
 import dev.rmseedge.core.SessionException
 import dev.rmseedge.core.engine.Tensor
 import dev.rmseedge.core.host.LoopRuntime
+import dev.rmseedge.core.host.forms
 import dev.rmseedge.core.json.JsonException
 import dev.rmseedge.core.model.Dtype
 import dev.rmseedge.core.model.TensorSpec
