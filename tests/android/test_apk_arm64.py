@@ -68,7 +68,8 @@ def phone(apk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cpu", [pytest.param(CPUS[0], marks=pytest.mark.nightly), CPUS[1]])
+@pytest.mark.nightly
+@pytest.mark.parametrize("cpu", CPUS)
 def test_the_app_for_phones_says_what_pytorch_says(
     phone: Path, shipped_int4: tuple[Any, Path], cpu: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
