@@ -132,16 +132,8 @@ class BlockRuntime:
         if self.calls.slots is not None:
             context[SLOTS] = np.arange(self.calls.slots)
         inputs = {"tokens": context["tokens"]}
-        found = self.calls.run(
-            size,
-            inputs,
-            context,
-            dials.arrays(),
-            self._position,
-            size,
-            write,
-            also=("block", "drafts") if write else (),
-            instead=None if write else self._nothing,
-        )
+        nothing = None if write else self._nothing
+        call = self.calls.compute(size, inputs, context, dials.arrays(), self._position, size, write, nothing)
+        self.calls.keep(call, size)
         self._position += size
-        return found
+        return self.calls.said(call, ("block", "drafts") if write else ())

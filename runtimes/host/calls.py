@@ -182,25 +182,6 @@ class Calls:
 
     any_rows = False  # whether a call may have any number of rows, and not only `ModelInfo.chunks`
 
-    def run(
-        self,
-        chunk: int,
-        inputs: Arrays,
-        context: Arrays,
-        dials: Arrays,
-        position: int,
-        n: int,
-        head: bool,
-        also: tuple[str, ...] = (),
-        instead: Arrays | None = None,
-    ) -> Arrays:
-        """One call: prelude, loop, coda, head, commit, and what is kept afterwards. Arguments and result as of `compute` and
-        `said`.
-        """
-        call = self.compute(chunk, inputs, context, dials, position, n, head, instead)
-        self.keep(call, n)
-        return self.said(call, also)
-
     def compute(
         self,
         chunk: int,

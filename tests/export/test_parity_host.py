@@ -159,7 +159,7 @@ def nothing_written(patch: Patch) -> None:
 
 def written_a_call_late(patch: Patch) -> None:
     """The first call of a segment still reads the memory without the segment before."""
-    true, memorized, pending = Calls.run, Calls.memorize, []
+    true, memorized, pending = LoopRuntime._call, Calls.memorize, []
 
     def memorize(self: Calls, count: int, learn: bool) -> Arrays:
         before = {name: self.put(np.array(array)) for name, array in self.memory.items()}
@@ -170,14 +170,14 @@ def written_a_call_late(patch: Patch) -> None:
                 array[...] = before[name]
         return found
 
-    def run(self: Calls, *args: Any, **kwargs: Any) -> Arrays:
+    def call(self: LoopRuntime, *args: Any, **kwargs: Any) -> Arrays:
         result = true(self, *args, **kwargs)
         for name, array in (pending.pop() if pending else {}).items():
-            self.memory[name][...] = array
+            self.calls.memory[name][...] = array
         return result
 
     patch.setattr(Calls, "memorize", memorize)
-    patch.setattr(Calls, "run", run)
+    patch.setattr(LoopRuntime, "_call", call)
 
 
 def stale_hits(patch: Patch) -> None:
