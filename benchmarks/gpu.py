@@ -28,7 +28,8 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes.cuda.batch import TextBatch
 from rmse_edge.runtimes.cuda.dry import dry_run
-from rmse_edge.runtimes.engines.cuda import CudaRuntime, check_device
+from rmse_edge.runtimes.engines.cuda import CudaRuntime
+from rmse_edge.runtimes.engines.torch import check_device
 from rmse_edge.runtimes.measure.machine import copy_bandwidth, device_bandwidth
 
 from .gpu_report import Report, read_tests

@@ -100,7 +100,9 @@ class ExportRequest:
         if self.draft_tokens is None:
             return sizes
         if sizes[0] != 1:
-            raise ArgumentError("draft_tokens", "the model fills in boards and drafts nothing; leave it out")
+            raise ArgumentError(
+                "draft_tokens", "the model does not write token by token, and drafts nothing; leave it out"
+            )
         return sizes if get_target(self.target).any_rows else tuple(sorted({*sizes, self.draft_tokens + 1}))
 
     @property

@@ -233,3 +233,13 @@ def refused_export(target: str, checkpoint: Path, folder: Path, flags: list[str]
     (folder / "text").write_text("A" * 100)
     given = [str(folder / "text") if flag == "x" else flag for flag in flags]
     return main(["--target", target, "-m", str(checkpoint), "-o", str(folder / "p.rmse"), *given])
+
+
+def fed_in(runtime: Any, text: np.ndarray, dials: Dials, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and depths of a text, fed in pieces of these sizes from an empty past."""
+    runtime.reset()
+    fed, done, i = [], 0, 0
+    while done < len(text):
+        fed.append(runtime.feed(text[done : done + sizes[i % len(sizes)]], dials))
+        done, i = done + sizes[i % len(sizes)], i + 1
+    return np.concatenate([f.logits for f in fed]), np.concatenate([f.depth for f in fed])

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from . import packed
 from .cache import table_row
-from .fixed import is_fixed
+from .fixed import is_fixed, rows_of
 from .held import Rounded, Stored
 
 # Up to this many rows the weights of the chosen experts are gathered instead of sorting rows by expert.
 GATHER_ROWS = 4
 ALIGNMENT = 16  # bytes of a row that `grouped_mm` asks for
-GROUPED_MM = True  # on a GPU, of many rows in bfloat16; False: our own kernel. Not measured, see benchmarks/cuda.py
+GROUPED_MM = True  # on a GPU, of many rows in bfloat16; False: our own kernel. Not measured
 
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -172,13 +172,6 @@ def grouped_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, 
         # the same sum, without a copy of `out` in rows' order
         return F.embedding_bag(position.view(rows, top_k), out, mode="sum")
     return out.index_select(0, position).view(rows, top_k, -1).sum(1)
-
-
-def rows_of(experts: Tensor, n_experts: int) -> Tensor:
-    """How many rows each expert has: (P,) int64 -> (n_experts,) int64. `torch.bincount` would have a GPU's host wait."""
-    return torch.zeros(n_experts, dtype=torch.int64, device=experts.device).scatter_add_(
-        0, experts, torch.ones_like(experts)
-    )
 
 
 def held_experts(x: Tensor, routing: Routing, gate_up: Stored, down: Stored, caps: Caps = NO_CAPS) -> Tensor:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 _fixed = ContextVar("fixed", default=False)
 
@@ -30,3 +31,10 @@ def is_fixed() -> bool:
     """Whether within `fixed_work`, or while a graph is traced."""
     # In this order: a tracer cannot follow the variable, and while it traces it need not.
     return torch.compiler.is_exporting() or _fixed.get()
+
+
+def rows_of(experts: Tensor, n_experts: int) -> Tensor:
+    """How many rows each expert has: (P,) int64 -> (n_experts,) int64. `torch.bincount` would have a GPU's host wait."""
+    return torch.zeros(n_experts, dtype=torch.int64, device=experts.device).scatter_add_(
+        0, experts, torch.ones_like(experts)
+    )

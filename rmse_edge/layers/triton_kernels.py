@@ -10,7 +10,7 @@ Two kernels, for two ways in which memory is read:
 - `rows_kernel`, of few rows: every p reads its own weights, a block of outputs at a time, and sums without tensor cores;
 - `tiles_kernel`, of many: pairs of one expert are a tile of `TILE` rows, which read the expert's weights once.
 
-Sizes of blocks are guesses, not measured: `benchmarks/cuda.py` tries others and says which is fastest.
+Sizes of blocks are guesses, not measured: `benchmarks/gpu_kernels.py` tries others and says which is fastest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .fixed import rows_of
 
 TILE = 16  # pairs of a tile: the least that tensor cores take
 
@@ -140,7 +142,7 @@ class Tiles(NamedTuple):
 def tiles_of(experts: Tensor, n_experts: int) -> Tiles:
     """Cut pairs into tiles, without a look at any of them: experts (P,) int64."""
     pairs, device = experts.numel(), experts.device
-    count = torch.zeros(n_experts, dtype=torch.int64, device=device).scatter_add_(0, experts, torch.ones_like(experts))
+    count = rows_of(experts, n_experts)
     needed = (count + TILE - 1) // TILE
     until = needed.cumsum(0)  # tiles of the experts up to each
     first = count.cumsum(0) - count

@@ -46,12 +46,7 @@ def run_loop(
     if torch.compiler.is_exporting():
         first = _apart(first, fixed)
     h = first["h"]
-    batch = 1 if spec.h.batch_axis is None else h.shape[spec.h.batch_axis]
-    stacks = [
-        # Floating point emits have the type of h: the model may have been cast since its spec was written.
-        h.new_zeros((spec.max_loops, *t.of_batch(batch)), dtype=h.dtype if t.dtype.is_floating_point else t.dtype)
-        for t in spec.emits
-    ]
+    stacks = empty_stacks(spec, h).values()
     start = (torch.zeros((), dtype=torch.int64, device=h.device), *(first[n] for n in names), *stacks)
 
     def cond(k: Tensor, *values: Tensor) -> Tensor:
@@ -71,6 +66,19 @@ def run_loop(
     iterations, *values = while_loop(cond, body, start)
     result = dict(zip(names + emits, values))
     return {name: result[name] for name in ("h", "depth", *emits)} | {"iterations": iterations}
+
+
+def empty_stacks(spec: LoopSpec, h: Tensor) -> Tensors:
+    """Room for every emit of all iterations, (K, ...), by name, for the batch of h. Floating point emits have the type of h: the
+    model may have been cast since its spec was written.
+    """
+    batch = 1 if spec.h.batch_axis is None else h.shape[spec.h.batch_axis]
+    return {
+        t.name: h.new_zeros(
+            (spec.max_loops, *t.of_batch(batch)), dtype=h.dtype if t.dtype.is_floating_point else t.dtype
+        )
+        for t in spec.emits
+    }
 
 
 def depth_after(carry: Tensors, new: Tensors) -> Tensor:

@@ -24,7 +24,7 @@ from rmse_edge.errors import UserError
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.contract import LoopModel, LoopSpec, Tensors, TensorSpec
 from rmse_edge.loop.dials import Dials
-from rmse_edge.loop.drive import depth_after
+from rmse_edge.loop.drive import depth_after, empty_stacks
 from rmse_edge.runtimes.host.base import Fed
 
 
@@ -49,13 +49,7 @@ def compacting_loop(model: LoopModel, spec: LoopSpec, tensors: Tensors, dials: T
     assert spec.h.batch_axis == 0 and spec.active.batch_axis == 0
     batch, device = len(carry["h"]), carry["h"].device
     final = {name: carry[name].clone() for name in ("h", "depth")}
-    kind = carry["h"].dtype
-    emits = {
-        t.name: carry["h"].new_zeros(
-            (spec.max_loops, *t.of_batch(batch)), dtype=kind if t.dtype.is_floating_point else t.dtype
-        )
-        for t in spec.emits
-    }
+    emits = empty_stacks(spec, carry["h"])
     iterations = torch.zeros(batch, dtype=torch.int64, device=device)
     read = (*spec.prelude, *spec.inputs, *spec.context, *spec.whole)
     names = {t.name for t in read}

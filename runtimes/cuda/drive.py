@@ -5,7 +5,7 @@ answer travels; one that never asks computes all K. Here the flag of every itera
 there, and the host launches iteration k when it has read the flag from before iteration k - (m - 1): m iterations are on
 their way, and at most m - 1 are launched that nobody needed. Those change nothing: positions that have stopped keep their
 state, and `iterations` is counted on the device. m = 1 asks every time. That is `AheadLoop`; in `ConditionalLoop` the device
-decides alone. Which is faster was not measured: benchmarks/cuda.py does.
+decides alone. Which is faster was not measured: benchmarks/gpu.py does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmse_edge.loop.contract import LoopModel, LoopSpec, Tensors
-from rmse_edge.loop.drive import depth_after
+from rmse_edge.loop.drive import depth_after, empty_stacks
 
 from .recorded import Recorded, places
 
@@ -76,14 +76,7 @@ class AheadLoop:
         self.carry["depth"] = torch.zeros_like(first["active"], dtype=torch.int64)
         self.invariants = {name: t.clone() for name, t in invariants.items()}
         self.fixed = tensors | self.invariants
-        batch = 1 if spec.h.batch_axis is None else first["h"].shape[spec.h.batch_axis]
-        self.emits = {
-            t.name: first["h"].new_zeros(
-                (spec.max_loops, *t.of_batch(batch)),
-                dtype=first["h"].dtype if t.dtype.is_floating_point else t.dtype,
-            )
-            for t in spec.emits
-        }
+        self.emits = empty_stacks(spec, first["h"])
         self.iterations = torch.zeros((), dtype=torch.int64, device=device)
         self.loops = torch.arange(spec.max_loops, device=device)
         self.flags = Flags(spec.max_loops, device)

@@ -64,7 +64,7 @@ def dry_run(
         held: weights as integers or in 16 bits, by name; None: as the model has them.
         note: is told of every recording and what it read of weights and state.
     Raises:
-        NotImplementedError, RuntimeError: of PyTorch, where a layer looks at a tensor.
+        RuntimeError: PyTorch's, where a layer looks at a tensor.
     """
     twin, found = on_meta(model, held or {}), []
     with fixed_work():

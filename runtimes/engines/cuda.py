@@ -33,21 +33,11 @@ from rmse_edge.runtimes.cuda.traffic import Traffic, traffic
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.shards import weight_files
 
-from .torch import TorchCalls, TorchMethods
+from .torch import TorchCalls, TorchMethods, check_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORDED = ("prelude", "coda", "head", "commit")  # and the loop
 AHEAD = 2  # iterations on their way: not measured, see docs/cuda.md
-
-
-def check_device(device: str) -> torch.device:
-    """
-    Raises:
-        ArgumentError: PyTorch sees no such device.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
-    return torch.device(device)
 
 
 def matrices_in(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -164,15 +164,23 @@ class TorchBoards(BoardRuntime):
         return answers
 
 
+def check_device(device: str) -> torch.device:
+    """
+    Raises:
+        ArgumentError: PyTorch sees no such device.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
+    return torch.device(device)
+
+
 def on_device(model: Any, device: str) -> Any:
     """The model there, in evaluation mode.
 
     Raises:
         ArgumentError: there is no such device.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ArgumentError("device", "PyTorch sees no CUDA device here; use device=cpu", "cuda")
-    return model.to(device).eval()
+    return model.to(check_device(device)).eval()
 
 
 def loaded(folder: Path) -> tuple[Any, str | None, int]:

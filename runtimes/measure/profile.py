@@ -38,6 +38,17 @@ class Profile:
         return vars(self)
 
 
+def _profiled(ids: np.ndarray) -> tuple[tuple[str, np.ndarray], ...]:
+    """Prefill and decoding of a text: a name, and the tokens of each call.
+
+    Raises:
+        ArgumentError: there are fewer than `PREFILL` tokens.
+    """
+    if len(ids) < PREFILL:
+        raise ArgumentError("ids", f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one")
+    return (f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])
+
+
 def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None) -> list[Profile]:
     """Prefill and decode a text, each in a runtime of its own; the costliest operators first.
 
@@ -46,10 +57,8 @@ def profile(package: Package, ids: np.ndarray, dials: Dials, threads: int | None
     Raises:
         UserError: there are fewer.
     """
-    if len(ids) < PREFILL:
-        raise ArgumentError("ids", f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one")
     rows = []
-    for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
+    for test, calls in _profiled(ids):
         runtime = ExecutorchRuntime(package, threads, profile=True)
         runtime.info = runtime.info.with_limit(None)
         for tokens in calls:
@@ -68,15 +77,14 @@ def profile_torch(runtime: LoopRuntime, ids: np.ndarray, dials: Dials) -> list[P
     Raises:
         ArgumentError: there are fewer than `PREFILL` tokens.
     """
-    if len(ids) < PREFILL:
-        raise ArgumentError("ids", f"the text has {len(ids)} tokens, a profile needs {PREFILL}; give a longer one")
+    tests = _profiled(ids)
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watched
 
     gpu = torch.cuda.is_available()
     rows = []
-    for test, calls in ((f"pp{PREFILL}", ids[None, :PREFILL]), (f"tg{DECODE}", ids[:DECODE, None])):
+    for test, calls in tests:
         for _ in range(2):  # graphs are recorded in the first round, whose times are let go
             runtime.reset()
             with watched(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:

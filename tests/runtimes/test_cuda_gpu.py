@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from architectures import TEXTS, Case, settings_of, text_of, whole
+from helpers import fed_in
 
 from rmse_edge.arch.common.identity import model_info
 from rmse_edge.quantize import load_quantized
@@ -21,15 +21,6 @@ pytestmark = pytest.mark.gpu
 ON_GPU = [case for case in TEXTS if case.name not in ("tower", "toy_recurrent", "toy")]
 texts = pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
 SIZES = (16, 1, 1, 1, 9, 1, 1, 1)  # calls of one row often enough to be recorded, and replayed
-
-
-def fed_in(runtime: Any, text: np.ndarray, dials: Any) -> tuple[np.ndarray, np.ndarray]:
-    runtime.reset()
-    fed, done, i = [], 0, 0
-    while done < len(text):
-        fed.append(runtime.feed(text[done : done + SIZES[i % len(SIZES)]], dials))
-        done, i = done + SIZES[i % len(SIZES)], i + 1
-    return np.concatenate([f.logits for f in fed]), np.concatenate([f.depth for f in fed])
 
 
 def replays(runtime: CudaRuntime) -> bool:
@@ -49,7 +40,7 @@ def test_float32_says_what_the_cpu_says(case: Case, exits: str, ahead: int) -> N
     for setting in ("full depth", "adaptive", "shallow"):
         dials = settings_of(case)[setting]
         logits, depth = whole(case.model(), text, dials)
-        ours, our_depth = fed_in(runtime, text, dials)
+        ours, our_depth = fed_in(runtime, text, dials, SIZES)
         assert np.array_equal(our_depth, depth)
         assert np.array_equal(ours.argmax(-1), logits.argmax(-1))
         np.testing.assert_allclose(ours, logits, atol=2e-4)
@@ -67,7 +58,7 @@ def test_16_bits_by_the_rounded_rule(case: Case, dtype: str) -> None:
             rounded.get_parameter(name).copy_(weight.float())
     logits, depth = whole(rounded, text, dials)
     runtime = CudaRuntime(copy.deepcopy(case.quantizable()), case.name, dtype=dtype)
-    ours, our_depth = fed_in(runtime, text, dials)
+    ours, our_depth = fed_in(runtime, text, dials, SIZES)
     assert (ours.argmax(-1) == logits.argmax(-1)).mean() >= 0.98
     assert (our_depth == depth).mean() >= 0.97
 
@@ -79,7 +70,7 @@ def test_integers_by_the_rounded_rule(case: Case, tmp_path: Path) -> None:
     case.stored(tmp_path / "q", "int4")
     text, dials = text_of(case), settings_of(case)["adaptive"]
     logits, depth = whole(load_quantized(tmp_path / "q", lean=False).model, text, dials)
-    ours, our_depth = fed_in(CudaRuntime.open(tmp_path / "q"), text, dials)
+    ours, our_depth = fed_in(CudaRuntime.open(tmp_path / "q"), text, dials, SIZES)
     assert (ours.argmax(-1) == logits.argmax(-1)).mean() >= 0.98
     assert (our_depth == depth).mean() >= 0.97
 
