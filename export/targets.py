@@ -27,6 +27,7 @@ ACCURACY_LEVELS = (0, 4)
 # What is so of a target that has not got an option which others have.
 WITHOUT = {
     "compact": "never computes the experts of stopped rows",
+    "experts": "has one form of experts",
     "compute": "packages are the same everywhere",
     "profile_experts": "packages keep no budget of memory for experts; executorch's do",
 }

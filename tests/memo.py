@@ -28,7 +28,7 @@ class Memo:
 
     def __init__(self) -> None:
         self.programs: list[tuple[tuple[Any, ...], LoopProgram]] = []  # with the kind of trace
-        self.graphs: dict[tuple[int, bool], onnx.ModelProto] = {}
+        self.graphs: dict[tuple[int, bool, bool], onnx.ModelProto] = {}
         self._to_onnx = onnx_target.to_onnx
 
     def trace(
@@ -44,10 +44,10 @@ class Memo:
         self.programs.append((kind, trace(model, chunks, progress, *kind)))
         return self.programs[-1][1]
 
-    def to_onnx(self, method: ExportedMethod, compact: bool) -> onnx.ModelProto:
-        key = (id(method), compact)  # `self.programs` keeps the methods alive
+    def to_onnx(self, method: ExportedMethod, compact: bool, gathered: bool = False) -> onnx.ModelProto:
+        key = (id(method), compact, gathered)  # `self.programs` keeps the methods alive
         if key not in self.graphs:
-            self.graphs[key] = self._to_onnx(method, compact)
+            self.graphs[key] = self._to_onnx(method, compact, gathered)
         return copy.deepcopy(self.graphs[key])
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,13 +44,13 @@ def graph_file(program: LoopProgram, method: ExportedMethod) -> str:
 
 
 @cache
-def registry(compact: bool) -> ONNXRegistry:
+def registry(compact: bool, gathered: bool) -> ONNXRegistry:
     """What `torch.onnx.export` reads its operators' translations from, with ours; see `translations`.
 
     `torch.onnx.export` makes one in every call, from the source text of some 500 functions: half a second for each method.
     """
     found = ONNXRegistry.from_torchlib(opset_version=OPSET)
-    for operator, translation in translations(compact).items():
+    for operator, translation in translations(compact, gathered).items():
         found.register_op(operator, translation)
     return found
 
@@ -67,7 +67,7 @@ def without_monitor() -> Iterator[None]:
         tqdm.monitor_interval = before
 
 
-def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
+def to_onnx(method: ExportedMethod, compact: bool, gathered: bool = False) -> onnx.ModelProto:
     """One traced method as an ONNX model with its weights inline, after all passes; but for the codes of quantised weights,
     whose initializers have no data.
     """
@@ -78,7 +78,7 @@ def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
             opset_version=OPSET,
             input_names=[t.name for t in method.takes],
             output_names=[t.name for t in method.gives],
-            registry=registry(compact),
+            registry=registry(compact, gathered),
             verbose=False,
         )
     without_codes(exported.model)
@@ -129,7 +129,7 @@ def _behind_loop(program: LoopProgram) -> tuple[ExportedMethod, ...]:
 
 def _lowered(methods: tuple[ExportedMethod, ...], own: OnnxOptions) -> dict[str, onnx.ModelProto]:
     """By label."""
-    return {method.label: to_onnx(method, _compact(method, own)) for method in methods}
+    return {method.label: to_onnx(method, _compact(method, own), own.gathered) for method in methods}
 
 
 @target(
@@ -148,7 +148,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """Write METHOD.onnx and weights.bin into `folder`.
 
     Returns:
-        "graphs": METHOD_ROWS -> the file that serves calls of so many rows; "weights", "opset", "compact". With
+        "graphs": METHOD_ROWS -> the file that serves calls of so many rows; "weights", "opset", "compact"; "experts", where
+        they are not fused. With
         `options.exact_twin` also "exact_twin", the same for graphs that read the same integers with float activations.
     Raises:
         ExportError: a graph that ONNX's own checker refuses, or a quantised weight that no graph reads as integers.
@@ -162,7 +163,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     read: set[str] = set()
     with quiet():
         for compact in {_compact(method, own) for method in program.methods}:
-            registry(compact)  # once, not on both cores
+            registry(compact, own.gathered)  # once, not on both cores
     with (
         aside(partial(_lowered, _behind_loop(program), own), options.idle) as ahead,
         WeightFile(folder / WEIGHTS, aliases(model), half=options.quant == "fp16") as weights,
@@ -172,7 +173,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
             options.progress(f"lowering {method.label}")
             if known is None and method in _behind_loop(program):
                 known = ahead() or {}
-            graph = (known or {}).get(method.label) or to_onnx(method, _compact(method, own))
+            graph = (known or {}).get(method.label) or to_onnx(method, _compact(method, own), own.gathered)
             if options.tensors:
                 read |= use_integers(graph, options.tensors, names, own.level)
             expand_expert_loops(graph)
@@ -195,6 +196,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
         except onnx.checker.ValidationError as error:
             raise ExportError(f"{file}: {str(error).splitlines()[0]}") from error
     found: dict[str, Any] = {"opset": OPSET, "graphs": graphs, "weights": WEIGHTS, "compact": own.compact}
+    if own.gathered:
+        found["experts"] = own.experts
     if options.tensors:
         found["accuracy_level"] = own.level
     return found | ({"exact_twin": found | {"graphs": twins, "accuracy_level": 0}} if options.exact_twin else {})

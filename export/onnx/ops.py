@@ -7,6 +7,9 @@ Three operators of our own stand in the graph only until export/onnx/passes.py a
 `rmse_edge::sparse_experts` selects experts by scores, but weighs them by their logits. `MoE` knows one input for both, so the logits of experts that were not selected are pushed to -1e4 first: its own top-k then
 finds the same experts, and its softmax gives the rest exactly nothing. Which experts are selected is decided by `TopK`,
 whose ties go to the lower index by definition: exactly `top_k` logits are left for `MoE`, whose own ties go elsewhere.
+
+Where `MoE` and `QMoE` are not to be had, as on GPUs of browsers, the experts are gathered: weights of those that a row chose are
+copied, and multiplied by operators of ONNX itself.
 """
 
 from __future__ import annotations
@@ -98,12 +101,13 @@ def register_own_schemas() -> None:
         defs.register_schema(schema)
 
 
-def translations(compact: bool) -> dict[Any, Any]:
+def translations(compact: bool, gathered: bool = False) -> dict[Any, Any]:
     """The translation table for `torch.onnx.export`.
 
     Args:
         compact: compute the experts of active rows only. Rows that stopped are taken out before and put back after,
             so the cost follows the number of active rows instead of the deepest one's depth.
+        gathered: no operator of experts, see `OnnxOptions.experts`.
     """
     # A second of imports, which nothing but an export needs.
     from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
@@ -138,7 +142,24 @@ def translations(compact: bool) -> dict[Any, Any]:
         count = op.Size(which)
         return own.ExpertLoop(count, x, chosen, weights, which, start, gate_up, down, gate_cap=gate_cap, up_cap=up_cap)
 
+    def capped(x, cap):
+        return op.Mul(op.Tanh(op.Div(x, op.Constant(value_float=cap))), op.Constant(value_float=cap)) if cap else x
+
+    def gathered_experts(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap):
+        _, chosen = op.TopK(scores, op.Constant(value_ints=[top_k]), axis=-1)  # (N, k)
+        weights = op.Softmax(op.GatherElements(logits, chosen, axis=-1), axis=-1)
+        rows = op.Unsqueeze(x, op.Constant(value_ints=[1, 3]))  # (N, 1, d, 1)
+        hidden = op.MatMul(op.Gather(gate_up, chosen, axis=0), rows)  # (N, k, 2f, d) -> (N, k, 2f, 1)
+        pairs = op.Reshape(hidden, op.Constant(value_ints=[0, top_k, -1, 2]))  # gate and up by turns
+        gate, up = op.Split(pairs, axis=3, num_outputs=2)  # (N, k, f, 1)
+        hidden = op.Mul(op.Mul(capped(gate, gate_cap), op.Sigmoid(gate)), capped(up, up_cap))
+        hidden = op.Mul(hidden, op.Unsqueeze(weights, op.Constant(value_ints=[2, 3])))
+        found = op.MatMul(op.Gather(down, chosen, axis=0), hidden)  # (N, k, d, f) -> (N, k, d, 1)
+        return op.Squeeze(op.ReduceSum(found, op.Constant(value_ints=[1]), keepdims=0), op.Constant(value_ints=[2]))
+
     def either(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap):
+        if gathered:
+            return gathered_experts(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap)
         if gate_cap or up_cap:  # which `MoE` has not
             return expert_loop(x, logits, scores, gate_up, down, top_k, gate_cap, up_cap)
         return experts(x, logits, scores, gate_up, down, top_k)

@@ -247,7 +247,7 @@ def _gather(node: NodeProto, weights: dict[int, str], stored: _Stored, accuracy_
     inputs = [stored.codes(name), node.input[1], stored.scales(name, block), stored.zeros(name)]
     return helper.make_node(
         "GatherBlockQuantized", inputs if inputs[-1] else inputs[:-1], node.output, node.name, domain=CONTRIB,
-        bits=q.format.bits, block_size=block, gather_axis=0, quantize_axis=1,
+        bits=q.format.bits, block_size=block, gather_axis=0, quantize_axis=len(q.shape) - 1,
     )  # fmt: skip
 
 

@@ -82,6 +82,10 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         help="of executorch and coreml: also calls in which rmse-run --speculate verifies M tokens (onnx takes any number)",
     )  # fmt: skip
     p.add_argument("--no-compact", action="store_true", help="in 64-row calls, compute the experts of stopped rows too")
+    p.add_argument(
+        "--experts", choices=("fused", "gathered"),
+        help="onnx: gathered, for GPUs of browsers: in operators that all engines have, slower elsewhere (default: fused)",
+    )  # fmt: skip
     p.add_argument("--force", action="store_true", help="replace an existing package")
     p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
     p.add_argument("--seed", type=int, default=0, help="seed of --config's random weights")
@@ -207,6 +211,7 @@ def options_given(args) -> dict[str, object]:
         "compact": False if args.no_compact else None,
         "accuracy_level": args.accuracy_level,
         "compute": args.compute,
+        "experts": args.experts,
     }
     return {name: value for name, value in flags.items() if value is not None}
 

@@ -60,9 +60,9 @@ def test_packages_are_alike_on_one_core_and_on_two(
     lowered, gates = [], []
     to_onnx, gate = onnx_target.to_onnx, pipeline.gate
 
-    def lowers(method: ExportedMethod, compact: bool) -> Any:
+    def lowers(method: ExportedMethod, *form: bool) -> Any:
         lowered.append(method.name)
-        return to_onnx(method, compact)
+        return to_onnx(method, *form)
 
     def compares(*args: Any) -> dict[str, Any]:
         gates.append(args)

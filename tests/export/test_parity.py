@@ -287,8 +287,8 @@ def test_a_wrong_graph_fails_the_export(
     where, plant, said = GRAPH_PLANTS[case]
     planted = set()
 
-    def to_onnx(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
-        model = quick_export.to_onnx(method, compact)
+    def to_onnx(method: ExportedMethod, *form: bool) -> onnx.ModelProto:
+        model = quick_export.to_onnx(method, *form)
         calls = {f"{method.name}_{chunk}": chunk for chunk in method.chunks}
         if hit := where & set(calls):
             plant(model, method, None if hit == set(calls) else calls[min(hit)])
@@ -493,8 +493,8 @@ def test_a_failed_replacement_keeps_the_old_package(
     before = {p.name: p.read_bytes() for p in destination.iterdir()}
     to_onnx = quick_export.to_onnx
 
-    def wrong(method: ExportedMethod, compact: bool) -> onnx.ModelProto:
-        model = to_onnx(method, compact)
+    def wrong(method: ExportedMethod, *form: bool) -> onnx.ModelProto:
+        model = to_onnx(method, *form)
         if method.name == "loop":
             output_becomes("depth", "Add", lambda _: np.int64(1))(model, method, None)
         return model
