@@ -23,3 +23,12 @@ def shipped(name: str) -> Path:
     if name not in names():
         raise ArgumentError("name", f"got {name!r}, expected one of {', '.join(names())}")
     return FOLDER / name
+
+
+def or_shipped(given: str | Path) -> Path:
+    """A path as it is given; where nothing is there, the folder of the shipped model that it names: `rmse-shakespeare`, or
+    `models/rmse-shakespeare`, as it is called in a clone.
+    """
+    path = Path(given).expanduser()
+    name = path.as_posix().removeprefix("models/")
+    return FOLDER / name if not path.exists() and name in names() else path

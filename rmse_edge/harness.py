@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from .runtimes import LoopRuntime, open_runtime
 from .runtimes.measure.evaluate import cross_entropy
 from .runtimes.text.generate import Generation
 from .runtimes.text.sampling import Sampler, Sampling
+from .shipped import or_shipped
 from .text import Tokenizer
 
 MAX_GEN_TOKS = 256  # of tasks that do not say, as lm-eval's own models have it
@@ -64,7 +64,7 @@ class LoopedLM(TemplateLM):
     ) -> None:
         """
         Args:
-            package: a package, as a folder or an archive, or a checkpoint folder.
+            package: a package, as a folder or an archive, a checkpoint folder, or the name of a shipped model.
             runtime, threads, expert_ram: see `open_runtime`.
             device: "cuda" is a wish, since lm-eval gives it where nothing was said: a checkpoint goes there if it can.
             memory: False leaves the neural memory blank.
@@ -84,7 +84,7 @@ class LoopedLM(TemplateLM):
         if unknown:
             known = "package, runtime, device, threads, expert_ram, memory, prefix_token_id, max_gen_toks, seed"
             raise ArgumentError(unknown[0], f"is no argument of the model; known: {known}, {', '.join(DIALS)}")
-        self.folder = unpacked(Path(package).expanduser())
+        self.folder = unpacked(or_shipped(package))
         found = open_runtime(self.folder, runtime, self._place(device), threads, expert_ram)
         assert isinstance(found, LoopRuntime)
         self.runtime, self.info = found, found.info

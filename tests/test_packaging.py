@@ -30,6 +30,7 @@ SOURCES = (
     "quantize",
     "models",
     "optimum_commands",
+    "web_demo",
     "pyproject.toml",
     "README.md",
     "LICENSE",
@@ -122,6 +123,12 @@ def test_the_wheel_has_every_source_and_the_shipped_models(built: Path) -> None:
         assert f"rmse_edge/shipped/{name}/model.safetensors" in packed
     assert {"rmse_edge/py.typed", "rmse_edge/probe/page.html", "rmse_edge/runtimes/native/Makefile"} <= packed
     assert "optimum/commands/register/register_rmse.py" in packed
+    page = [
+        file.relative_to(ROOT / "web_demo")
+        for kind in ("*.js", "*.html", "*.lock")
+        for file in (ROOT / "web_demo").rglob(kind)
+    ]
+    assert len(page) > 10 and {f"rmse_edge/web_demo/{file.as_posix()}" for file in page} <= packed
     assert not any(
         name.startswith(("optimum/__init__", "optimum/commands/__init__", "tests", "build/")) for name in packed
     )
@@ -151,12 +158,18 @@ def test_a_missing_extra_is_named(python: Path, tmp_path: Path) -> None:
     cases: dict[str, list[str | Path]] = {
         "probe": ["rmse-probe", model, "--text", "text", "-o", "out"],
         "onnx": ["rmse-export"],
+        "serve": ["rmse-serve", "rmse-shakespeare"],
     }
     for extra, (script, *flags) in cases.items():
         done = run([python.parent / script, *flags], tmp_path)
         assert done.returncode == 2 and not (tmp_path / "out").exists()
         assert_one_line(done.stderr, f"{script}: error: ", f"pip install 'rmse-edge[{extra}]'")
-    solved = run([python.parent / "rmse-eval", model, "--boards", f"{model}/test.csv", "--max-tokens", "2"], tmp_path)
+    page = run([python, "-m", "rmse_edge.web_demo"], tmp_path)
+    assert page.returncode == 2
+    assert_one_line(page.stderr, "web_demo: error: ", "pip install 'rmse-edge[serve]'")
+    solved = run(
+        [python.parent / "rmse-eval", "trm-sudoku", "--boards", f"{model}/test.csv", "--max-tokens", "2"], tmp_path
+    )
     assert solved.returncode == 0 and "boards" in solved.stdout, solved.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["text"]
 

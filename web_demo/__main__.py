@@ -1,6 +1,6 @@
 """The page in which a browser runs a package by itself: fetches what it needs once, and serves it, with the package.
 
-    python web_demo rmse-shakespeare-onnx.rmse      # http://localhost:8001
+    python -m rmse_edge.web_demo rmse-shakespeare-onnx.rmse      # http://localhost:8001; in a clone also: python web_demo
 
 Nothing here computes: any server of files will do that knows ranges and sends the headers below. Without them a page is not
 isolated, and the model runs on one thread.
@@ -9,27 +9,23 @@ isolated, and the model runs on one thread.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
+import rmse_edge.serve
+from rmse_edge.cache import cache_folder
 from rmse_edge.cli.common import Parser, existing_path, verb
 from rmse_edge.errors import UserError
-from rmse_edge.serve.listen import bind, server
+from rmse_edge.registries import have, read_lock
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HERE = Path(__file__).resolve().parent
 LOCK = HERE / "parts.lock"
-PARTS = HERE.parent / "build" / "web" / "parts"
-PAGE = HERE.parent / "rmse_edge" / "serve" / "page"
+PAGE = Path(rmse_edge.serve.__file__).parent / "page"
 HEADERS = {
     # Isolated from pages of others, so that threads may share memory.
     "cross-origin-opener-policy": "same-origin",
@@ -48,6 +44,8 @@ class Headed:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.datastructures import MutableHeaders
+
         async def headed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
@@ -58,6 +56,11 @@ class Headed:
 
 def application(package: Path | None, parts: Path) -> Starlette:
     """The page, its parts, and a package: a folder or an archive, which the page loads by itself; None: it is picked."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, HTMLResponse, Response
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
 
     async def index(request: Request) -> Response:
         text = (HERE / "index.html").read_text()
@@ -67,6 +70,10 @@ def application(package: Path | None, parts: Path) -> Starlette:
     async def archive(request: Request) -> Response:
         assert package is not None
         return FileResponse(package)
+
+    async def script(request: Request) -> Response:
+        name = request.path_params["name"]
+        return FileResponse(HERE / f"{name}.js") if name in ("main", "worker") else Response(status_code=404)
 
     routes: list[Route | Mount] = [Route("/", index)]
     if package is not None and package.is_dir():
@@ -81,9 +88,10 @@ def application(package: Path | None, parts: Path) -> Starlette:
     return app
 
 
-async def script(request: Request) -> Response:
-    name = request.path_params["name"]
-    return FileResponse(HERE / f"{name}.js") if name in ("main", "worker") else Response(status_code=404)
+def parts_folder() -> Path:
+    """Where the parts are kept: of a clone in its `build`, of a wheel in the user's cache."""
+    clone = (HERE.parent / "pyproject.toml").is_file()
+    return (HERE.parent / "build" if clone else cache_folder()) / "web" / "parts"
 
 
 def fetched() -> Path:
@@ -92,14 +100,10 @@ def fetched() -> Path:
     Raises:
         UserError: one cannot be fetched, or is another file than `parts.lock` says.
     """
-    # The script that fetches the parts of the other app fetches these as well.
-    spec = importlib.util.spec_from_file_location("rmse_edge_parts", HERE.parent / "android_demo" / "parts.py")
-    assert spec is not None and spec.loader is not None
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    for part in script.read_lock(LOCK).values():
-        script.have(part, PARTS)
-    return PARTS
+    into = parts_folder()
+    for part in read_lock(LOCK).values():
+        have(part, into)
+    return into
 
 
 @verb("web_demo")
@@ -110,6 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args: argparse.Namespace = parser.parse_args(argv)
     if args.package is not None and args.package.is_dir() and not (args.package / "manifest.json").is_file():
         raise UserError(f"{args.package}: is no package; make one with rmse-export")
+    try:
+        import starlette  # noqa: F401
+
+        from rmse_edge.serve.listen import bind, server
+    except ImportError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(f"{error.name} is not installed; install it with: pip install 'rmse-edge[serve]'") from None
+
     at = bind("127.0.0.1", args.port)
     app = application(args.package, fetched())
     address = f"http://localhost:{at.getsockname()[1]}"

@@ -28,7 +28,7 @@ from .boards import bench_boards, refuse_flags_of_texts
 from .common import (
     Parser,
     existing_file,
-    existing_path,
+    existing_model,
     list_of,
     model_folder,
     non_negative_int,
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.arguments["tokens"] = "--stream"
     parser.add_argument(
-        "model", type=existing_path, nargs="*",
+        "model", type=existing_model, nargs="*",
         help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder; several are timed side by side and compared with the first",
     )  # fmt: skip
     parser.add_argument(

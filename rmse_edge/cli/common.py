@@ -302,6 +302,13 @@ def existing_path(text: str) -> Path:
     return path
 
 
+def existing_model(text: str) -> Path:
+    """A checkpoint or package that must be there, or the name of a shipped model."""
+    from rmse_edge.shipped import or_shipped
+
+    return existing_path(str(or_shipped(text)))
+
+
 def existing_file(text: str) -> Path:
     path = existing_path(text)
     if path.is_dir():
@@ -314,6 +321,13 @@ def existing_folder(text: str) -> Path:
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: is {kind_of(path)}, expected a folder")
     return path
+
+
+def existing_model_folder(text: str) -> Path:
+    """A checkpoint folder that must be there, or the name of a shipped model."""
+    from rmse_edge.shipped import or_shipped
+
+    return existing_folder(str(or_shipped(text)))
 
 
 def model_folder(path: Path) -> Path:

@@ -19,7 +19,7 @@ from .boards import evaluate_boards, refuse_flags_of_texts
 from .common import (
     Parser,
     existing_file,
-    existing_path,
+    existing_model,
     finite_float,
     model_folder,
     non_negative_float,
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure loss, perplexity and loops per token on a text; with --sweep, over thresholds and depths.",
     )
     parser.arguments["path"] = "--plot"
-    parser.add_argument("model", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
+    parser.add_argument("model", type=existing_model, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--text", type=existing_file, metavar="FILE", help="UTF-8 text (default: the folder's sample.txt)"

@@ -46,7 +46,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         metavar="DIR",
-        help=f"checkpoint folder, float or made by rmse-quantize (default: {DEFAULT_MODEL}, which comes with rmse-edge)",
+        help=f"checkpoint folder, float or made by rmse-quantize, or the name of a shipped model (default: {DEFAULT_MODEL})",
     )
     p.add_argument(
         "--config", metavar="FILE", help="a config.json instead of a checkpoint: random weights, for benches"
@@ -125,13 +125,13 @@ def export(args: argparse.Namespace) -> int | None:
     from rmse_edge.package import check_destination
     from rmse_edge.quantize import Scheme, can_stream, is_quantized_checkpoint, load_quantized, quantize
     from rmse_edge.quantize.quantizer import cached_in
-    from rmse_edge.shipped import shipped
+    from rmse_edge.shipped import or_shipped, shipped
 
     if args.threads:
         import torch
 
         torch.set_num_threads(args.threads)
-    folder = Path(args.model) if args.model else shipped(DEFAULT_MODEL)
+    folder = or_shipped(args.model) if args.model else shipped(DEFAULT_MODEL)
     stored = load_quantized(folder) if not args.config and is_quantized_checkpoint(folder) else None
     quant = args.quant or (stored.quant if stored else "fp32")
     request = ExportRequest(

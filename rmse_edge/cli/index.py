@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from rmse_edge.errors import UserError
 
-from .common import Parser, existing_file, existing_path, key_value, model_folder, positive_float, positive_int, verb
+from .common import Parser, existing_file, existing_model, key_value, model_folder, positive_float, positive_int, verb
 from .flags import add_runtime_flags, open_model
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.arguments["text"] = "--query"
     parser.add_argument(
-        "model", nargs="?", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder"
+        "model", nargs="?", type=existing_model, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder"
     )
     parser.add_argument("texts", nargs="*", type=existing_file, metavar="TEXT", help="UTF-8 files; a line is a passage")
     parser.add_argument(

@@ -15,6 +15,7 @@ from .common import (
     Parser,
     existing_file,
     existing_folder,
+    existing_model_folder,
     non_negative_int,
     positive_float,
     positive_int,
@@ -64,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "and more after every one: a table here, and a document, plots and a page to look into in a folder.",
     )
     parser.add_argument(
-        "model", type=existing_folder, help="checkpoint folder of a looped model, or of the GPT baseline"
+        "model", type=existing_model_folder, help="checkpoint folder of a looped model, or of the GPT baseline"
     )
     parser.add_argument("--text", type=existing_file, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for what is written")

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from rmse_edge.errors import UserError
 
-from .common import Parser, existing_file, existing_folder, non_negative_int, output_path, positive_int, total_bar, verb
+from .common import (
+    Parser,
+    existing_file,
+    existing_model_folder,
+    non_negative_int,
+    output_path,
+    positive_int,
+    total_bar,
+    verb,
+)
 from .display import table
 
 if TYPE_CHECKING:
@@ -25,7 +34,9 @@ def parser() -> Parser:
         description="Quantise a checkpoint for every target: the integers are chosen once, exporters store them as they are.",
     )
     p.arguments["overwrite"] = "--force"
-    p.add_argument("-m", "--model", type=existing_folder, metavar="DIR", required=True, help="float checkpoint folder")
+    p.add_argument(
+        "-m", "--model", type=existing_model_folder, metavar="DIR", required=True, help="float checkpoint folder"
+    )
     p.add_argument("-o", "--output", type=output_path, metavar="DIR", help="folder to write (default: ./MODEL-QUANT)")
     p.add_argument("--quant", choices=("int8", "int4"), default="int4")
     add_quantize_flags(p)

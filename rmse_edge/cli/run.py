@@ -16,7 +16,7 @@ from rmse_edge.files import check_file
 from . import blocks
 from .boards import refuse_flags_of_texts, run_boards
 from .chat import NO_QUESTION, talk
-from .common import INTERRUPTED, Parser, existing_path, list_of, model_folder, non_negative_int, positive_int, verb
+from .common import INTERRUPTED, Parser, existing_model, list_of, model_folder, non_negative_int, positive_int, verb
 from .display import DepthWriter, offload_lines, plain
 from .flags import (
     add_dial_flags,
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Parser]:
         prog="rmse-run",
         description="Continue a prompt, or talk (--chat). Text goes to stdout, statistics to stderr.",
     )
-    parser.add_argument("model", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
+    parser.add_argument("model", type=existing_model, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without it, all of stdin")
     given.add_argument(

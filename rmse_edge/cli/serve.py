@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rmse_edge.errors import TextError, UserError
 
-from .common import Parser, existing_file, existing_path, model_folder, non_negative_int, positive_int, verb
+from .common import Parser, existing_file, existing_model, model_folder, non_negative_int, positive_int, verb
 from .flags import add_memory_flags, add_runtime_flags, open_model, prepare_memory
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="rmse-serve",
         description="Serve a model over HTTP as OpenAI's clients expect it, and a page to try it with at /.",
     )
-    parser.add_argument("model", type=existing_path, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
+    parser.add_argument("model", type=existing_model, help="package (NAME.rmse or NAME.rmse.zip) or checkpoint folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any that is free")
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rmse_edge.errors import UserError
 
-from .common import Parser, existing_file, existing_path, model_folder, positive_int, verb
+from .common import Parser, existing_file, existing_model, model_folder, positive_int, verb
 from .display import table
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint also what every loop said, how the state moved and which experts it used. Pictures and one page.",
     )
     parser.arguments["text"] = "--text"
-    parser.add_argument("model", type=existing_path, help="checkpoint folder, or package (NAME.rmse or NAME.rmse.zip)")
+    parser.add_argument("model", type=existing_model, help="checkpoint folder, or package (NAME.rmse or NAME.rmse.zip)")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue")
     given.add_argument("--text", type=existing_file, metavar="FILE", help="UTF-8 text to read")

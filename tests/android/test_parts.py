@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from helpers import assert_one_line
 
-from android_demo import parts
-from android_demo.parts import Part, Registry, have, main, read_lock, source_stanzas
+from android_demo.parts import LOCK, main, read_lock
+from rmse_edge import registries
 from rmse_edge.errors import UserError
+from rmse_edge.registries import Part, Registry, have, source_stanzas
 
 
 def tgz(files: dict[str, bytes]) -> bytes:
@@ -46,7 +47,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], Part]:
         def fetch(part: Part, folder: Path) -> None:
             (folder / name).write_bytes(content)
 
-        monkeypatch.setitem(parts.REGISTRIES, registry, Registry(fetch, name))
+        monkeypatch.setitem(registries.REGISTRIES, registry, Registry(fetch, name))
         return Part("p", registry, "p", "1", hashlib.sha256(content).hexdigest(), "lib/*.jar")
 
     return serve
@@ -90,8 +91,8 @@ def test_a_package_manager_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatc
         (["no-such-command"], "no-such-command: not found"),
         (["sh", "-c", "echo one >&2; echo two >&2; exit 1"], "sh -c: two"),
     ):
-        registry = Registry(lambda part, folder, command=command: parts.run(command, folder), "*")  # type: ignore[misc]
-        monkeypatch.setitem(parts.REGISTRIES, "npm", registry)
+        registry = Registry(lambda part, folder, command=command: registries.run(command, folder), "*")  # type: ignore[misc]
+        monkeypatch.setitem(registries.REGISTRIES, "npm", registry)
         with pytest.raises(UserError) as caught:
             have(Part("p", "npm", "p", "1", "", "*"), tmp_path)
         assert_one_line(str(caught.value), said)
@@ -99,9 +100,9 @@ def test_a_package_manager_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_the_lock_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     locked = read_lock()
-    assert {part.registry for part in locked.values()} == set(parts.REGISTRIES)
+    assert {part.registry for part in locked.values()} == set(registries.REGISTRIES)
     assert all(len(part.sha256) == 64 for part in locked.values())
-    lines = [line for line in parts.LOCK.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
     assert lines == [part.line() for part in locked.values()]
     assert main(["no-such-part"]) == 2
     assert_one_line(capsys.readouterr().err, "no-such-part: no such part, expected some of kotlin")
@@ -113,7 +114,7 @@ def test_sources_are_listed_where_packages_are(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "d" / "a.sources").write_text(
         "Types: deb\nURIs: mirror:/debian\nSuites: a b\n\nTypes: deb\nURIs: mirror:/other\nSuites: c\n"
     )
-    monkeypatch.setattr(parts, "APT_SOURCES", (tmp_path / "list", tmp_path / "d"))
+    monkeypatch.setattr(registries, "APT_SOURCES", (tmp_path / "list", tmp_path / "d"))
     first, second = source_stanzas()
     assert first == "Types: deb-src\nURIs: mirror:/debian\nSuites: bookworm\nComponents: main\n"
     assert second == "Types: deb-src\nURIs: mirror:/debian\nSuites: a b\n"

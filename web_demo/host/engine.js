@@ -3,11 +3,10 @@
 import { Gpu, Memory } from "./place.js";
 import { operators } from "./operators.js";
 
-// What onnxruntime-web 1.30.0 does not compute on the GPU though it is most of a model's work, and how to do without.
-const NOT_ON_GPU = {
-  "com.microsoft.MoE": "experts in floats; export with --quant int4 --accuracy-level 0",
-  Loop: "a loop over experts",
-};
+// What onnxruntime-web 1.30.0 does not compute on the GPU though it is most of a model's work: experts in floats, and a loop over
+// experts. Experts in integers are there, but for no more than a workgroup of the GPU holds. Gathered experts need none of these.
+const NOT_ON_GPU = ["com.microsoft.MoE", "Loop"], FUSED = "com.microsoft.QMoE";
+const AVOIDED = "export with --experts gathered";
 const READ_HERE = ["logits"]; // floats that are looked at, not only passed on
 
 // The engine does not compute all of a package on the GPU; it does in WebAssembly.
@@ -23,6 +22,7 @@ export class Engine {
   #ort;
   #files = new Map(); // file -> session
   #graphs;
+  #fused = false; // whether experts are one operator
   #given = []; // tensors of the GPU that `release` takes back
 
   constructor(ort, graphs) {
@@ -40,8 +40,9 @@ export class Engine {
     }
     const models = new Map();
     for (const file of files.keys()) {
-      const model = await pack.read(file), missing = gpu ? [...operators(model)].filter((name) => name in NOT_ON_GPU) : [];
-      if (missing.length) throw new NotOnGpu(`WebGPU has no ${missing[0]} (${NOT_ON_GPU[missing[0]]})`);
+      const model = await pack.read(file), used = gpu ? operators(model) : new Set();
+      for (const name of NOT_ON_GPU) if (used.has(name)) throw new NotOnGpu(`WebGPU has no ${name}; ${AVOIDED}`);
+      if (used.has(FUSED)) engine.#fused = true;
       models.set(file, model);
     }
     const data = await pack.read(weights);
@@ -100,6 +101,12 @@ export class Engine {
   release() {
     this.place.flush();
     for (const tensor of this.#given.splice(0)) tensor.dispose();
+  }
+
+  // What to say of a call that the GPU refused: the reason alone, since the engine names the file and line that found it.
+  refused(error) {
+    const reason = String(error.message ?? error).split("Status Message: ").at(-1).trim().split("\n")[0];
+    return new NotOnGpu(`WebGPU cannot run it (${reason})${this.#fused ? `; ${AVOIDED}` : ""}`);
   }
 
   async close() {

@@ -1,7 +1,7 @@
 // A looped language model that remembers what it was fed: runtimes/host/text.py in JavaScript, steered by the manifest.
 
 import { Calls, planCalls } from "./calls.js";
-import { Engine, NotOnGpu } from "./engine.js";
+import { Engine } from "./engine.js";
 import { zeros } from "./place.js";
 import { starts } from "./random.js";
 
@@ -85,7 +85,7 @@ export class Runtime {
       for (const count of [TRIED, 1]) await this.feed(new Array(count).fill(0), this.info.dialsWith({ max_loops: 1 }));
     } catch (error) {
       await this.close();
-      throw new NotOnGpu(`WebGPU cannot run it (${String(error.message).split("Status Message: ").at(-1).trim()})`);
+      throw this.engine.refused(error);
     }
     this.reset();
   }
