@@ -84,7 +84,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-compact", action="store_true", help="in 64-row calls, compute the experts of stopped rows too")
     p.add_argument(
         "--experts", choices=("fused", "gathered"),
-        help="onnx: gathered, for GPUs of browsers: in operators that all engines have, slower elsewhere (default: fused)",
+        help="onnx: gathered, for GPUs of browsers: in operators that all engines have; int4 is slower elsewhere (default: fused)",
     )  # fmt: skip
     p.add_argument("--force", action="store_true", help="replace an existing package")
     p.add_argument("-t", "--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")

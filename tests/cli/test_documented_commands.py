@@ -113,7 +113,8 @@ def test_every_flag_and_file_of_a_documented_command_exists(document: str, comma
             assert extra in PROJECT["optional-dependencies"]
         return
     if program == "python":
-        script = ROOT / rest[0]
+        script = ROOT / (rest[1].removeprefix("rmse_edge.") if rest[0] == "-m" else rest[0])
+        flags = [flag for flag in flags if flag != "-m" or rest[0] != "-m"]
         script = script / "__main__.py" if script.is_dir() else script
         assert script.is_file(), rest[0]
         known = script_flags(script)
@@ -398,8 +399,11 @@ NOT_RUN: dict[str, str] = {
     "pip install -c constraints.txt '.[cuda]'": "installs",
     "rmse-serve rmse-shakespeare-onnx.rmse": SERVES,
     "rmse-serve rmse-shakespeare-onnx.rmse --host 0.0.0.0 --api-key-file keys.txt": SERVES,
-    "python web_demo rmse-shakespeare-onnx.rmse": "serves until it is ended; tests/web",
-    "python web_demo": "as above",
+    "python -m rmse_edge.web_demo rmse-shakespeare-onnx.rmse": "serves until it is ended; tests/web",
+    "python -m rmse_edge.web_demo": "as above",
+    "rmse-lm-eval --model rmse --model_args package=rmse-shakespeare --tasks mine.yaml": "as the one on docs/examples/shakespeare.yaml",
+    "rmse-run trm-sudoku --board board.txt": "runs above, by the folder",
+    "rmse-export -m models/rmse-shakespeare --experts gathered": "minutes; tests/layers/test_router_ties.py has both forms of experts",
     "rmse-export -m models/rmse-shakespeare --quant int4 --calibrate shakespeare.txt --accuracy-level 0 --archive": EXPORTS,
     "python docs/experiments/serve/load.py MODEL [-n 1000] [--clients 16] [--seconds 600]": SERVES,
     "python docs/experiments/serve/load.py rmse-shakespeare-onnx.rmse --seconds 600": SERVES,

@@ -72,9 +72,8 @@ def gpu_page() -> Iterator[Any]:
 
 def on_gpu(package: Path, page: Any, settings: list[Dials], text: np.ndarray) -> list[dict[str, Any]]:
     with serving(package) as address:
-        page.open(f"{address}page/style.css")  # any file of the page's own address
-        page.until("location.pathname === '/page/style.css'")
-        page.logged.clear()  # Chromium looks for an icon
+        page.open(f"{address}?package=")  # the page itself, with no package yet
+        page.until("document.getElementById('file') !== null")
         adapter = page.value("navigator.gpu?.requestAdapter().then((adapter) => adapter !== null)")
         if not adapter:
             pytest.skip("this Chromium has no GPU in software")
