@@ -70,8 +70,11 @@ def timed(call: Callable[[], np.ndarray]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time experts fused and gathered.")
-    for name, value in (("--experts", 512), ("--top-k", 10), ("--d-model", 192), ("--width", 32), ("--reps", 31)):
-        parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--experts", type=int, default=512)
+    parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--d-model", type=int, default=192)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--reps", type=int, default=31)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = Experts(args.experts, args.top_k, args.d_model, args.width).eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "build" / "site-pages"
-DOCUMENTS = ("*.md", "docs/**/*.md", "models/**/*.md", "findings/*.md", "android_demo/*.md")
+DOCUMENTS = ("*.md", "docs/**/*.md", "models/**/*.md", "findings/*.md", "android_demo/*.md", "web_demo/*.md")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 MODULES = {
     "Runtimes": "rmse_edge.runtimes",

@@ -246,6 +246,9 @@ SLOW: dict[str, list[str]] = {
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
+    "python docs/experiments/gathered_experts.py [--experts 512] [--top-k 10] [--d-model 192] [--width 32] [--reps 31]": [
+        "--experts", "8", "--top-k", "2", "--d-model", "32", "--reps", "1",
+    ],
     "python docs/experiments/space_time/compare.py --text shakespeare.txt": [
         "--text", SAMPLE, "--seeds", "0", "--only", "gpt-1,loop-2", "-o", "results.json", *(word for change in (
             "steps=4", "warmup=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
