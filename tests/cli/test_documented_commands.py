@@ -399,6 +399,7 @@ NOT_RUN: dict[str, str] = {
     "pip install 'rmse-edge[coreml]'": "installs",
     "pip install -c constraints.txt '.[onnx]'": "installs",
     "pip install -c constraints.txt '.[onnx,serve]'": "installs",
+    "pip install -c constraints.txt -e '.[onnx,serve]' pytest": "installs",
     "pip install -c constraints.txt '.[cuda]'": "installs",
     "rmse-serve rmse-shakespeare-onnx.rmse": SERVES,
     "rmse-serve rmse-shakespeare-onnx.rmse --host 0.0.0.0 --api-key-file keys.txt": SERVES,
