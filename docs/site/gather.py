@@ -42,7 +42,7 @@ def gather() -> None:
         text = document.read_text(encoding="utf-8")
         for link in LINK.findall(text):
             target = (document.parent / link.partition("#")[0]).resolve()
-            if "://" not in link and target.is_file() and target.suffix != ".md":
+            if "://" not in link and target.is_file() and target not in found:
                 put(target, target.read_bytes())
         put(document, text.encode())
     for title, module in MODULES.items():
