@@ -189,6 +189,18 @@ def test_experts_keep_to_their_budget(app: Core, int4: CoreRuntime, executorch_i
     bounded.close()
 
 
+@pytest.mark.parametrize("made", ["executorch_package", "executorch_int4"])
+def test_what_generating_takes_is_foreseen(app: Core, made: str, request: pytest.FixtureRequest) -> None:
+    """The memory that a package is said to need is not less than it takes, nor three times as much."""
+    package = request.getfixturevalue(made)
+    fresh = app.serve()
+    before, after = fresh.ask(["memory", str(package)])
+    fresh.close()
+    print(made, package, before, after)
+    predicted = app.document("open", package)["predicted_bytes"]
+    assert after - before <= predicted <= 3 * (after - before)
+
+
 @pytest.mark.parametrize(
     ("budget", "said"), [("1K", "the smallest budget that works is"), ("much", "got 'much', expected a size")]
 )
