@@ -403,13 +403,13 @@ CASES = (
         lively_ouro,
         calm=decided_ouro,
         trains=True,
-        always=(*NO_COREML, *((target, "int4") for target in TARGETS)),
+        always=(*ONE, ("onnx", "int4"), ("executorch", "int4")),
     ),
     Case(
         "tower",
         tower,
         TOWER,
-        always=FLOATS,
+        always=ONE,
         wrong={kind.__name__: wrong_tower(kind) for kind in (CountsPadding, ForgetsDeepLoops, LastKeysForAll)},
     ),
     Case(
@@ -432,7 +432,7 @@ CASES = (
         rule="exit_kl",
         threshold=0.5,
         trains=True,
-        always=ONE,
+        always=(),
         slow=True,
     ),
     Case(

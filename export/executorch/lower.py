@@ -50,6 +50,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
 
     Returns:
         "program": its file name; "methods": the names of its methods; "delegates": XNNPACK's parts of each method;
+        "expert_bytes": of integers and scales that a host may read expert by expert, within a budget (0: there are none);
         "parts": how large files are cut, for the manifest; "expert_profile": of the profile that experts are laid out by, where
         there is one, its digest and its tokens.
     Raises:
@@ -86,7 +87,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     if profile is not None:
         stored = {name: profile.placed(name, q) for name, q in stored.items()}
     parts = cut(path.stat().st_size, check_weights(path, stored))
-    found: dict[str, Any] = {"program": PROGRAM, "methods": [*methods], "delegates": delegates}
+    experts = sum(q.nbytes for q in stored.values() if len(q.shape) == 3)
+    found: dict[str, Any] = {"program": PROGRAM, "methods": [*methods], "delegates": delegates, "expert_bytes": experts}
     if parts is not None:
         found[PARTS] = {PROGRAM: parts}
     if profile is not None:

@@ -186,7 +186,26 @@ def test_experts_keep_to_their_budget(app: Core, int4: CoreRuntime, executorch_i
     assert np.array_equal(a.logits, b.logits) and np.array_equal(a.depth, b.depth)
     experts = bounded.ask("reset")["experts"]
     assert 0 < experts["budget"] <= experts["total"] / 2 and 0 < experts["hit_rate"] < 1
+    assert (
+        0.9 < app.document("open", executorch_int4)["expert_bytes"] / experts["total"] <= 1
+    )  # as they lie, in whole lines
     bounded.close()
+
+
+def test_without_experts_no_memory_for_them_is_offered(app: Core, executorch_package: Path) -> None:
+    """Those of a float model are read by an operator that knows of no budget."""
+    assert app.document("open", executorch_package)["expert_bytes"] == 0
+
+
+@pytest.mark.parametrize("made", ["executorch_package", "executorch_int4"])
+def test_what_generating_takes_is_foreseen(app: Core, made: str, request: pytest.FixtureRequest) -> None:
+    """The memory that a package is said to need is not less than it takes, nor three times as much."""
+    package = request.getfixturevalue(made)
+    fresh = app.serve()
+    before, after = fresh.ask(["memory", str(package)])
+    fresh.close()
+    predicted = app.document("open", package)["predicted_bytes"]
+    assert after - before <= predicted <= 3 * (after - before)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,10 @@ def test_the_core_says_what_pytorch_says(core: Core, made: str, tmp_path: Path, 
 
 
 @pytest.mark.packages
-@pytest.mark.parametrize("case", TEXTS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.nightly] if c.is_nightly("onnx", "fp32") else [], id=c.name) for c in TEXTS],
+)
 def test_every_architecture_of_texts(
     core: Core, case: Case, tmp_path: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -94,6 +94,7 @@ private fun described(pack: LoopPackage) = mapOf(
     "nbytes" to pack.nbytes,
     "rules" to pack.info.rules,
     "predicted_bytes" to pack.predictedBytes(),
+    "expert_bytes" to pack.expertBytes,
     "longest" to pack.info.longest,
     "window" to pack.info.window,
 )

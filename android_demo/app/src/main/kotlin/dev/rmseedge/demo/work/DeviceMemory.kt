@@ -12,6 +12,6 @@ class DeviceMemory(context: Context) {
     /** What a package would leave. */
     fun forecast(pack: LoopPackage): MemoryForecast {
         val info = ActivityManager.MemoryInfo().also(manager::getMemoryInfo)
-        return MemoryForecast(pack.predictedBytes(), info.availMem, info.threshold, pack.target.engine, pack.boundsExperts)
+        return MemoryForecast(pack.predictedBytes(), info.availMem, info.threshold, pack.target.engine, pack.expertBytes > 0)
     }
 }

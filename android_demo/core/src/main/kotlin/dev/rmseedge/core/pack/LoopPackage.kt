@@ -5,6 +5,7 @@ import dev.rmseedge.core.json.Fields
 import dev.rmseedge.core.json.Json
 import dev.rmseedge.core.json.JsonException
 import dev.rmseedge.core.json.fields
+import dev.rmseedge.core.json.long
 import dev.rmseedge.core.model.MethodSpec
 import dev.rmseedge.core.model.ModelInfo
 import dev.rmseedge.core.model.checkSignatures
@@ -37,8 +38,8 @@ class LoopPackage private constructor(
     /** What it was made for. */
     val target: Target get() = index.target
 
-    /** Whether its experts may be given less memory than they have. */
-    val boundsExperts: Boolean get() = target == Target.EXECUTORCH && info.quant in setOf("int8", "int4")
+    /** Bytes of the experts that may be given less memory than they have; 0: there are none, or no engine that could. */
+    val expertBytes: Long get() = lowering.or(0L, "expert_bytes", long(0..Long.MAX_VALUE))
 
     /** How its chat template puts messages into a text; null: it has none, or one that [hasUnreadTemplate] tells of. */
     val turns: ChatTurns? by lazy { PackageIndex.namingManifest(folder.path) { index.manifest.orNull("chat", fields)?.let(ChatTurns::of) } }
@@ -74,7 +75,7 @@ class LoopPackage private constructor(
      * Memory in bytes that the model is going to take, with the state of a text of so many tokens, above what the process takes without
      * it: an estimate from above. Weights are there twice, in their mapped file and laid out for the operators.
      */
-    fun predictedBytes(positions: Long = 0): Long = ENGINE_BYTES + 2 * nbytes + info.keptBytes(positions)
+    fun predictedBytes(positions: Long = 0): Long = target.engineBytes + 2 * nbytes + info.keptBytes(positions)
 
     /** The same package at another place, where it was moved to. */
     internal fun movedTo(folder: File) = LoopPackage(folder, info, methods, index)
@@ -93,9 +94,6 @@ class LoopPackage private constructor(
         private val TEMPLATE_FILES = listOf("chat_template.jinja", "tokenizer_config.json")
         private const val SAMPLE = "sample.txt"
         private const val TOKENIZER = "tokenizer.json"
-
-        /** What the engine takes besides the weights: its library, sessions, the Java heap. */
-        private const val ENGINE_BYTES = 56L shl 20
 
         /**
          * Reads and verifies a package: its format, its target, that no file is missing, changed or unlisted, and that its methods fit

@@ -2,10 +2,15 @@ package dev.rmseedge.core.pack
 
 import dev.rmseedge.core.runner.RunnerLibrary
 
-/** What packages are made for, as far as this app can run them; [label] as manifests have it. */
-enum class Target(val label: String, val engine: String) {
-    ONNX("onnx", "ONNX Runtime"),
-    EXECUTORCH("executorch", "ExecuTorch"),
+/**
+ * What packages are made for, as far as this app can run them.
+ *
+ * @property label as manifests have it.
+ * @property engineBytes memory that the engine takes besides the weights: its library, sessions, the Java heap.
+ */
+enum class Target(val label: String, val engine: String, val engineBytes: Long) {
+    ONNX("onnx", "ONNX Runtime", 56L shl 20),
+    EXECUTORCH("executorch", "ExecuTorch", 24L shl 20),
     ;
 
     /** Why its packages cannot be run here, as the rest of a sentence; null: they can. */
