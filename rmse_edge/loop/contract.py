@@ -164,6 +164,9 @@ class LoopSpec:
     # Further methods, `Tensors -> Tensors`, that hosts call outside the loop: name -> (inputs, outputs).
     extra: Mapping[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = field(default_factory=dict)
     dials: tuple[str, ...] = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon")  # of rmse_edge/loop/dials.py
+    # Of a planned loop: how many layers there are, of which each iteration runs one; 0: all iterations are alike. The model has
+    # `layer` in place of `step`, and `decide`, see rmse_edge/loop/plan.py.
+    layers: int = 0
     segment: int | None = None  # calls never cross a multiple of so many positions; None: they may
     # Inputs that a host fills with noise of this standard deviation, from a seed and the position: a state to begin from.
     noise: Mapping[str, float] = field(default_factory=dict)
