@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rmse_edge.arch.common import dense
-from rmse_edge.arch.registry import Arch
+from rmse_edge.arch.registry import Arch, Stored
 from rmse_edge.info import PlanInfo
 
 from .config import DrLlmConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTERS = "model.routers."  # how the names of all their tensors begin
+ONCE = (0.0, 4.0, 0.0)  # logits of a router that was not trained: the layer is run once
 
 
 def loop_weights(c: DrLlmConfig) -> int:
@@ -60,6 +61,29 @@ def build(config: DrLlmConfig) -> DrLlm:
     return DrLlm(config)
 
 
+def stored(c: DrLlmConfig) -> Mapping[str, Stored]:
+    """The routers of a checkpoint that has none: they run every layer once."""
+
+    def zeros(*shape: int) -> Stored:
+        import torch
+
+        return Stored((), lambda: torch.zeros(shape))
+
+    def once() -> Any:
+        import torch
+
+        return torch.tensor(ONCE)
+
+    found: dict[str, Stored] = {}
+    for index in range(c.num_hidden_layers):
+        router = f"{ROUTERS}{index}"
+        found[f"{router}.linear1.weight"] = zeros(c.router_hidden, c.hidden_size)
+        found[f"{router}.linear1.bias"] = zeros(c.router_hidden)
+        found[f"{router}.linear2.weight"] = zeros(3, c.router_hidden)
+        found[f"{router}.linear2.bias"] = Stored((), once)
+    return found
+
+
 def tied(c: DrLlmConfig) -> Mapping[str, str]:
     return {HEAD: EMBEDDING} if c.tie_word_embeddings else {}
 
@@ -71,7 +95,7 @@ ARCH = Arch(
     settings=("route",),
     tied=tied,
     unread=("*.rotary_emb.inv_freq",),
-    additions=(ROUTERS,),
+    stored=stored,
     trains=True,
     planned=True,
     stated=stated,

@@ -33,6 +33,7 @@ from rmse_edge.loop.plan import PLAN, chances, lead, times, windows
 from rmse_edge.numbers import PROMPT
 
 from .config import DrLlmConfig
+from .entry import ONCE
 
 
 class Router(nn.Module):
@@ -125,7 +126,7 @@ class DrLlm(nn.Module):
             router.linear1.weight.normal_(std=router.linear1.in_features**-0.5)
             router.linear1.bias.zero_()
             router.linear2.weight.zero_()
-            router.linear2.bias.copy_(torch.tensor([0.0, 4.0, 0.0]))
+            router.linear2.bias.copy_(torch.tensor(ONCE))
 
     # ------------------------------------------------------------------------------------------------ LoopModel
 
@@ -244,9 +245,12 @@ class DrLlm(nn.Module):
 
     def router_logits(self, index: int, prompt: Tensor) -> Tensor:
         """What a layer's router says of a prompt's states (B, T, d): (B, 3)."""
+        return self.model.routers[index](self.window_means(prompt)).mean(1)
+
+    def window_means(self, prompt: Tensor) -> Tensor:
+        """What a router reads of a prompt's states (B, T, d): means of at most `num_windows` windows, (B, W, d)."""
         count = min(self.config.num_windows, prompt.shape[1])
-        means = prompt[:, : prompt.shape[1] // count * count].unflatten(1, (count, -1)).mean(2)
-        return self.model.routers[index](means).mean(1)
+        return prompt[:, : prompt.shape[1] // count * count].unflatten(1, (count, -1)).mean(2)
 
     def angles_of(self, count: int) -> Tensors:
         """Of the first `count` positions of a text, (1, count, hd/2) each."""
