@@ -19,15 +19,18 @@ from rmse_edge.arch.dr_llm.model import DrLlm
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.cli.evaluate import main as rmse_eval
 from rmse_edge.cli.export import main as rmse_export
+from rmse_edge.cli.quantize import main as rmse_quantize
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.errors import PackageError, ParityError
+from rmse_edge.errors import PackageError, ParityError, UserError
 from rmse_edge.export.gate.compare import compare, compare_host
 from rmse_edge.export.gate.reference import Reference
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.plan import plan_of
 from rmse_edge.package import Package
+from rmse_edge.probe.subjects import Looped
 from rmse_edge.runtimes import open_runtime
+from rmse_edge.runtimes.cuda.batch import TextBatch
 from rmse_edge.runtimes.engines.torch import TorchCalls, TorchMethods, TorchRuntime
 from rmse_edge.runtimes.host.calls import Computed
 from rmse_edge.runtimes.host.session import restore_session, save_session
@@ -242,6 +245,24 @@ def test_losses_at_several_settings(checkpoint: Path, tmp_path: Path, capsys: py
     result = json.loads(capsys.readouterr().out)
     loops = [point["mean_loops"] for point in result["adaptive"]]
     assert loops[0] == 0 and 0 < loops[1] < 2 * LAYERS and loops[2] == LAYERS
+
+
+def test_what_knows_no_plans_says_so(model: DrLlm, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rmse_run([str(checkpoint), "--prompt-tokens", "1,2", "--runtime", "cuda", "--device", "cpu"]) == 2
+    assert_one_line(capsys.readouterr().err, "cuda runs no layers by a plan, as tiny has; torch does")
+    with pytest.raises(UserError, match=r"^tiny: each of its texts has a plan of its own; feed them one by one"):
+        TextBatch(model, model_info(model, "tiny", 0), 2, "cpu")
+    assert rmse_quantize(["-m", str(checkpoint), "--method", "rtn", "-o", str(checkpoint.parent / "int8")]) == 2
+    assert_one_line(capsys.readouterr().err, "dr_llm")
+
+
+def test_probes_read_states_behind_layers(model: DrLlm) -> None:
+    subject = Looped(model)
+    states, gates = subject.course(torch.from_numpy(random_tokens(20, vocab=VOCABULARY))[None])
+    assert len(states) == LAYERS and gates is None
+    scalars = {name: torch.from_numpy(a) for name, a in EACH.arrays().items()}
+    whole = model.whole_text(torch.from_numpy(random_tokens(20, vocab=VOCABULARY)), scalars)
+    torch.testing.assert_close(subject.logits(states[-1])[0], whole.logits)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from rmse_edge.info import PlanInfo
 from .config import DrLlmConfig
 
 if TYPE_CHECKING:
+    from rmse_edge.loop.course import Reader
+
     from .model import DrLlm
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -61,6 +63,14 @@ def build(config: DrLlmConfig) -> DrLlm:
     return DrLlm(config)
 
 
+def reader(model: DrLlm) -> Reader:
+    from rmse_edge.loop.dials import Dials
+
+    from .model import LayerReader
+
+    return LayerReader(model, Dials(model.config.max_loops), model.lm_head)
+
+
 def stored(c: DrLlmConfig) -> Mapping[str, Stored]:
     """The routers of a checkpoint that has none: they run every layer once."""
 
@@ -96,6 +106,7 @@ ARCH = Arch(
     tied=tied,
     unread=("*.rotary_emb.inv_freq",),
     stored=stored,
+    reader=reader,
     trains=True,
     planned=True,
     stated=stated,

@@ -30,6 +30,7 @@ from rmse_edge.layers.trajectory import of_one_text, whole_masks
 from rmse_edge.loop.contract import Append, InjectedHits, LoopSpec, Replace, StateSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.plan import PLAN, chances, lead, times, windows
+from rmse_edge.loop.reading import TrajectoryReader
 from rmse_edge.numbers import PROMPT
 
 from .config import DrLlmConfig
@@ -89,6 +90,16 @@ class DrLlmModel(nn.Module):
         self.routers = nn.ModuleList(Router(c.hidden_size, c.router_hidden) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.cache = KeptKeysValues(c.kv_dtype, c.max_loops, c.num_key_value_heads)
+
+
+class LayerReader(TrajectoryReader):
+    """Reads texts with every layer run once; a state is that behind a layer, and the head reads it behind the last norm."""
+
+    def logits(self, state: Tensor) -> Tensor:
+        return self.head(self.read_by_head(state))
+
+    def read_by_head(self, state: Tensor) -> Tensor:
+        return self.model.model.norm(state)
 
 
 class DrLlm(nn.Module):
