@@ -72,8 +72,9 @@ def run_loop(
     return {name: result[name] for name in ("h", "depth", *emits)} | {"iterations": iterations}
 
 
-def _run_plan(model: Any, spec: LoopSpec, tensors: Tensors, dials: Tensors) -> Tensors:
+def _run_plan(planned: LoopModel, spec: LoopSpec, tensors: Tensors, dials: Tensors) -> Tensors:
     """`run_loop` of a planned loop, of one text."""
+    model: Any = planned  # a `PlannedTextModel`
     first, invariants = model.begin(tensors)
     fixed = tensors | invariants
     first = first | {"depth": torch.zeros_like(first["active"], dtype=torch.int64)}

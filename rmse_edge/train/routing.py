@@ -43,6 +43,8 @@ Share = Annotated[float, Field(ge=0, lt=1), Expected("a number in [0, 1)")]
 RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"
 SETTINGS = (-0.7, -0.65, -0.6, -0.55, ROUTERS, -0.4, -0.2, EACH_ONCE)  # of the dial that are measured
 BATCH = 16  # prompts that are searched together
+POOL = 48  # of which the one plan for all is found
+PRICES = (0.5, 1.0, 2.0, 4.0)  # of its executions, in those of the recipe
 
 
 @dataclass(frozen=True)
@@ -287,9 +289,9 @@ def measure(model: Any, tokens: Tensor, labelled: Tensor, recipe: RouterRecipe) 
         point(torch.cat([routed(model, t, recipe.prompt, route) for t in tokens.split(BATCH)]), route=route)
         for route in SETTINGS
     ]
-    pool = labelled[: max(BATCH, 64)]
+    pool = labelled[:POOL]
     one: dict[tuple[int, ...], float] = {}
-    for price in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
+    for price in PRICES:
         plan = best_plans(model, pool, recipe.prompt, price * recipe.price, recipe.width, pooled=True).counts[0]
         one.setdefault(tuple(plan.tolist()), price * recipe.price)
     found["one plan for all"] = [
