@@ -32,6 +32,9 @@ Route = Annotated[
 ]
 
 
+ONCE = (0.0, 4.0, 0.0)  # logits of a router that was not trained: the layer is run once
+
+
 @dataclass(frozen=True)
 class DrLlmConfig(PublishedConfig):
     """Shape and behaviour of one Dr.LLM. The defaults are those of Llama-3.2-1B."""

@@ -9,7 +9,7 @@ from rmse_edge.arch.common import dense
 from rmse_edge.arch.registry import Arch, Stored
 from rmse_edge.info import PlanInfo
 
-from .config import DrLlmConfig
+from .config import ONCE, DrLlmConfig
 
 if TYPE_CHECKING:
     from rmse_edge.loop.course import Reader
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTERS = "model.routers."  # how the names of all their tensors begin
-ONCE = (0.0, 4.0, 0.0)  # logits of a router that was not trained: the layer is run once
 
 
 def loop_weights(c: DrLlmConfig) -> int:

@@ -33,8 +33,7 @@ from rmse_edge.loop.plan import PLAN, chances, lead, times, windows
 from rmse_edge.loop.reading import TrajectoryReader
 from rmse_edge.numbers import PROMPT
 
-from .config import DrLlmConfig
-from .entry import ONCE
+from .config import ONCE, DrLlmConfig
 
 
 class Router(nn.Module):
