@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         what = "gate is" if args.stage == "gate" else "routers are"
         raise UserError(f"--stage {args.stage}: missing --init DIR, the checkpoint whose {what} trained")
     if args.stage == "routers":
-        return routers(args)
+        routers(args)
+        return None
     if args.stage and args.recipe:
         raise UserError("--recipe: --stage gate makes its own of the checkpoint; leave it out, and use --set")
     source = args.recipe or (args.output / RECIPE_FILE if args.resume else None)

@@ -16,7 +16,7 @@ is cut into calls; here it does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -76,7 +76,7 @@ def drive_plan(
     return carry, k
 
 
-def plan_of(kept: Sequence[int]) -> list[int]:
+def plan_of(kept: Iterable[Any]) -> list[int]:
     """The layers of a plan as the state `PLAN` holds it."""
     return [int(entry) - 1 for entry in kept if int(entry) > 0]
 
@@ -93,11 +93,10 @@ def windows(h: Tensor, prompt: Tensor, most: int) -> tuple[Tensor, Tensor]:
     Returns:
         ((B, W, d) means, zeros where there is no such window; (B or 1, W) the share of each in their mean: 1 / windows or 0).
     """
-    here = {"device": h.device}
     count = prompt.clamp_max(most)  # of windows
     size = torch.div(prompt, count, rounding_mode="floor")
-    window = torch.arange(most, **here)  # (W,)
-    row = torch.arange(h.shape[1], **here)  # (C,)
+    window = torch.arange(most, device=h.device)  # (W,)
+    row = torch.arange(h.shape[1], device=h.device)  # (C,)
     start = (window * size[:, None]).unsqueeze(-1)  # (B, W, 1)
     there = (window < count[:, None]).unsqueeze(-1)
     inside = (row >= start) & (row < start + size[:, None, None]) & there  # (B, W, C)

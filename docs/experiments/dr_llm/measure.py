@@ -77,7 +77,9 @@ def of_brake(args: argparse.Namespace) -> None:
     recipe = RouterRecipe.from_file(args.recipe) if args.recipe else RouterRecipe()
     runtime = TorchRuntime.open(args.model)
     ids = np.array(Tokenizer(args.model / "tokenizer.json").encode(read_text(args.text)))
-    texts = consecutive_blocks(split(ids, "validation"), recipe.prompt + recipe.answer - 1)[: recipe.held_out]
+    texts = consecutive_blocks(split(ids, "validation"), recipe.prompt + recipe.answer - 1)[
+        : args.prompts or recipe.held_out
+    ]
     rows, base = [], None
     for threshold in THRESHOLDS:
         dials = Dials(runtime.info.trained_loops, exit_threshold=threshold)
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="default: the model's own")
     parser.add_argument("--recipe", type=Path, help="of the routers")
+    parser.add_argument("--prompts", type=int, help="fewer than the recipe's")
     parser.add_argument("-n", "--count", type=int, default=32)
     parser.add_argument("-r", "--rounds", type=int, default=5)
     args = parser.parse_args()
