@@ -327,7 +327,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --text shakespeare.txt --stage routers --init runs/dense --recipe docs/experiments/dr_llm/routers.json --set beta=0.999 -o runs/balanced": ROUTERS,
     "rmse-export -m runs/routed": EXPORTS,
     "python docs/experiments/dr_llm/measure.py time PACKAGE TEXT [-n 32] [-r 5]": "runs/routed is trained above; tests/runtimes/test_planned.py",
-    "python docs/experiments/dr_llm/measure.py time routed-onnx.rmse shakespeare.txt": "as above",
+    "python docs/experiments/dr_llm/measure.py time routed-onnx.rmse shakespeare.txt -r 9": "as above",
     "python docs/experiments/dr_llm/measure.py brake OURO TEXT [--recipe routers.json]": "runs above, with names",
     "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
     "python docs/experiments/speculation/measure.py PACKAGE --costs": SPECULATES,

@@ -4,7 +4,7 @@
     python docs/experiments/dr_llm/measure.py brake OURO TEXT [--recipe routers.json]
 
 `time`: PACKAGE continues a prompt of TEXT by n tokens at several settings of `--route`, one after the other in every round; medians over
-rounds. `brake`: OURO, a checkpoint with an exit gate and one token a character, reads the held-out prompts that `rmse-train --stage routers`
+rounds of the processor time of one thread. `brake`: OURO, a checkpoint with an exit gate and one token a character, reads the held-out prompts that `rmse-train --stage routers`
 measures its routers on, at several thresholds: the loss of what follows, and the loops of it as a share of all.
 """
 
@@ -32,14 +32,14 @@ THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def seconds(runtime: LoopRuntime, prompt: np.ndarray, dials: Dials, count: int) -> tuple[float, float]:
-    """Of the prompt, and of each of `count` tokens behind it."""
+    """Processor time of the prompt, and of each of `count` tokens behind it: the machine may be shared."""
     runtime.reset()
-    began = time.perf_counter()
+    began = time.process_time()
     logits = runtime.feed(prompt, dials, "last").logits
-    read = time.perf_counter()
+    read = time.process_time()
     for _ in range(count):
         logits = runtime.feed([int(logits[-1].argmax())], dials, "last").logits
-    return read - began, (time.perf_counter() - read) / count
+    return read - began, (time.process_time() - read) / count
 
 
 def of_time(args: argparse.Namespace) -> None:
