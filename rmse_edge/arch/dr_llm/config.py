@@ -93,11 +93,9 @@ class DrLlmConfig(PublishedConfig):
             "num_hidden_layers",
             f"at most {most}: each may be run twice, {MAX_LOOPS} executions in all",
         )
-        for name in ("routed_positions", "block_size"):
-            value = getattr(self, name)
-            if value is not None and name == "block_size":
-                most = self.max_position_embeddings
-                self.require(value <= most, name, f"at most max_position_embeddings ({most})")
+        if self.block_size is not None:
+            most = self.max_position_embeddings
+            self.require(self.block_size <= most, "block_size", f"at most max_position_embeddings ({most})")
         self.check_tokens()
 
     @property
