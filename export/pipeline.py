@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rmse_edge.arch.common.identity import fingerprint, model_info
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
 from rmse_edge.chat_turns import turns_of
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
@@ -193,6 +194,13 @@ def export_package(
         if p.is_floating_point() and not all_finite(p):
             raise ExportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     request.check_integers(quantized)
+    if arch_of_model(model).planned:
+        if not get_target(request.target).plans:
+            raise ArgumentError(
+                "target", "its hosts run no layers by a plan of the text; export to onnx or executorch", request.target
+            )
+        if request.draft_tokens is not None:
+            raise ArgumentError("draft_tokens", "the model's texts have a plan, and draft nothing; leave it out")
     with writing(destination, request.overwrite) as folder, one_thread(model) as idle, ExitStack() as stack:
         target = get_target(request.target)
         idle = idle and not holds(model)  # a second process takes memory, which a model that is held so lacks

@@ -12,6 +12,10 @@ This is the stage between a model and every target. Its methods and their tensor
 | head    | what coda gives first; h without a coda                   | head                                       |
 | commit  | all of these, iterations, stacked emits, coda, its state  | commit                                     |
 
+A planned model (rmse_edge/loop/plan.py) has no loop that an engine could own: in place of `loop` and `step` it has a `step` for each of
+its layers, `step0`, `step1`, ..., of the same tensors. Each holds the weights of its layer alone, so all of them together hold
+every weight once.
+
 A model may add methods of its own (`LoopSpec.extra`), which hosts call outside the loop.
 
 `loop` holds the loop itself (`torch.while_loop`); `begin` and `step`, one iteration, are for hosts that own the loop. The
@@ -76,6 +80,11 @@ def stacked(spec: LoopSpec) -> tuple[TensorSpec, ...]:
     )
 
 
+def layer_methods(spec: LoopSpec) -> tuple[str, ...]:
+    """The methods that run a layer each, in order; none of a model whose iterations are all alike."""
+    return tuple(f"step{index}" for index in range(spec.layers))
+
+
 def next_of(carried: TensorSpec) -> TensorSpec:
     """A carried tensor as `step` returns it: a graph cannot give a name that it takes."""
     return dataclasses.replace(carried, name=f"next_{carried.name}")
@@ -90,6 +99,8 @@ def signature(spec: LoopSpec, method: str, host_loop: bool = False) -> Signature
     """The tensors a method takes and gives, in order; `host_loop` as in `trace`."""
     if method in spec.extra:
         return spec.extra[method]
+    if method in layer_methods(spec):
+        method = "step"
     depth = next(t for t in spec.carried if t.name == "depth")
     given = (*spec.prelude, *spec.context)
     fixed = (*given, *spec.invariants) if host_loop else given
@@ -170,6 +181,8 @@ class Method(nn.Module):
         tensors = {t.name: v for t, v in zip(self.takes, values, strict=True)}
         if self.method in self.spec.extra:
             results = getattr(self.model, self.method)(tensors)
+        elif self.method in (layers := layer_methods(self.spec)):
+            results = self._step(tensors, layers.index(self.method))
         else:
             results = getattr(self, f"_{self.method}")(tensors)
         return tuple(results[t.name] for t in self.gives)
@@ -180,14 +193,18 @@ class Method(nn.Module):
     def _loop(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return run_loop(self.model, self._spec_of_call(tensors), tensors, self._dials(tensors), while_loop)
 
-    def _step(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _step(self, tensors: dict[str, Tensor], layer: int | None = None) -> dict[str, Tensor]:
         carry = {t.name: tensors[t.name] for t in self.spec.carried}
         given = {t.name: tensors[t.name] for t in (*self.spec.prelude, *self.spec.context, *self.spec.whole)}
         past = {t.name: tensors[t.name] for t in self.spec.rows}
         names = [t.name for t in self.spec.invariants]
         ready = bool(names) and all(name in tensors for name in names)
         invariants = {name: tensors[name] for name in names} if ready else self.model.begin(given)[1]
-        new, emitted = self.model.step(tensors["k"], carry, past, given | invariants, self._dials(tensors))
+        rest = (tensors["k"], carry, past, given | invariants, self._dials(tensors))
+        if layer is None:
+            new, emitted = self.model.step(*rest)
+        else:
+            new, emitted = cast(Any, self.model).layer(layer, *rest)
         new["depth"] = depth_after(carry, new)
         return {next_of(t).name: new[t.name] for t in self.spec.carried} | emitted | {"any_active": new["active"].any()}
 
@@ -279,7 +296,10 @@ class LoopProgram:
 
 def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
     """The methods that are traced; see `trace`."""
-    methods = HOST_METHODS if host_loop else METHODS
+    methods = HOST_METHODS if host_loop or spec.layers else METHODS
+    if spec.layers:
+        at = methods.index("step")
+        methods = (*methods[:at], *layer_methods(spec), *methods[at + 1 :])
     absent = {name for name, there in (("commit", spec.commit), ("coda", spec.coda)) if not there}
     return (*(m for m in methods if m not in absent), *spec.extra)
 

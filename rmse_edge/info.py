@@ -107,6 +107,14 @@ class TextInfo:
 
 
 @dataclass(frozen=True)
+class PlanInfo:
+    """Of a model of texts whose iterations are executions of layers, by a plan that is made when a text begins."""
+
+    layers: Count
+    prompt: Count  # positions that the plan is made of, at most; the largest call has as many
+
+
+@dataclass(frozen=True)
 class BoardInfo:
     """Of a model that is given a board of cells and fills it in."""
 
@@ -162,6 +170,7 @@ class ModelInfo:
     text: TextInfo | None = None
     board: BoardInfo | None = None
     blocks: BlocksInfo | None = None
+    plan: PlanInfo | None = None  # None: all iterations are alike
     retrieval: Retrieval | None = None  # None: the model has no retrieval head
     quant: Name = "fp32"  # how weights are held: fp32, fp16, int8, int4
     # of the weights, the same for a checkpoint and every package made of it

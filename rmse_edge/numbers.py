@@ -20,6 +20,9 @@ ROWS, SLOTS, BOARDS = "rows", "slots", "boards"
 # A model that names this in its context is told how many of a text's first positions see each other whatever their order,
 # (1,) int64: 0 for a text without a prefix. The call that reads them holds all of them.
 PREFIX = "prefix"
+# A model with a plan (rmse_edge/loop/plan.py) that names this is told how many of a text's first positions the plan is made of,
+# (1,) int64. The first call holds all of them.
+PROMPT = "prompt"
 DRAFT_TOKENS = 3  # of speculative decoding, where nobody says how many: docs/experiments/speculation
 MAX_LOOPS = 64  # upper bound on the trained depth
 

@@ -42,6 +42,7 @@ PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate
     options=ExecutorchOptions,
     host_loop=True,
     grows=True,
+    plans=True,
     check_format=check_format,
     prepare=prepare,
 )

@@ -18,7 +18,8 @@ hits between the engine's calls is compared like everything else. Two rules:
   up in the file. Shares would forgive small faults of the host, so unless some package of the export is held to the exact
   rule, the host is, run on PyTorch's own methods (`compare_host`).
 
-A model whose texts may have a prefix is compared with one, too, at full depth.
+A model whose texts may have a prefix is compared with one, too, at full depth. One whose texts have a plan is compared with every
+layer run once, with the plan that its routers make of the first tokens, and with every layer run twice, which fills all slots.
 
 The tokens are fed as in a conversation: prompts, single tokens, another prompt; in between, what is kept is taken out and
 put back, as a session is. Every method is also compared by itself, and the loop driven by the host through `step` must
@@ -43,6 +44,7 @@ from rmse_edge.errors import ParityError
 from rmse_edge.export.program import LoopProgram
 from rmse_edge.info import ModelInfo
 from rmse_edge.loop.dials import DIALS, Dials
+from rmse_edge.loop.plan import EACH_TWICE, ROUTERS
 from rmse_edge.loop.predictions import RULES as PREDICTION_RULES
 from rmse_edge.loop.predictions import compares
 from rmse_edge.runtimes.engines.torch import TorchRuntime
@@ -57,6 +59,7 @@ from .reference import (
     Course,
     Known,
     Reference,
+    Told,
     affordable,
     conversation,
     least_positions,
@@ -92,6 +95,10 @@ def adaptive_settings(reference: Reference, tokens: np.ndarray) -> dict[str, Dia
             value = value if value != dial.off else clear_threshold(of_loops[middle])
             value = float(np.float32(min(value, 0.999) if name == "exit_threshold" else value))
         settings[dial.rule] = Dials(**(vars(full) | {name: value}))
+    if reference.info.plan is not None:
+        routed = own.route if DIALS["route"].enables(own.route) else ROUTERS
+        settings["route"] = dataclasses.replace(full, route=routed)
+        settings["every layer twice"] = dataclasses.replace(full, route=EACH_TWICE)
     return settings
 
 
@@ -106,7 +113,7 @@ def clear_threshold(values: np.ndarray) -> float:
     return float((central[widest] + central[widest + 1]) / 2)
 
 
-def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials, prefix: int = 0) -> Course:
+def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials, told: Told = ()) -> Course:
     """Every token, fed from an empty state as `conversation` says; of the first prompt, the last 64 tokens by themselves.
 
     Made-up hits are there from the first single token to the next boundary. Amid the single tokens the text is
@@ -114,14 +121,14 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials, prefi
     come from a call that was asked for its last row only, as prompts of people are.
 
     Args:
-        prefix: of the first prompt.
+        told: of the first prompt.
     """
-    told: dict[str, Any] = {"prefix": prefix} if prefix else {}
+    beginning_told: dict[str, Any] = dict(told)
     first, last = conversation(len(tokens), runtime.info)
     fed, surprise = [], np.zeros(len(tokens))
     runtime.reset()
     beginning = min(LAST_ONLY, first)
-    only = runtime.feed(tokens[:beginning], dials, "last", **told).logits[-1] if beginning else None
+    only = runtime.feed(tokens[:beginning], dials, "last", **beginning_told).logits[-1] if beginning else None
     runtime.reset()
     cuts = sorted({0, max(0, first - stretch(runtime.info)), *range(first, last + 1), len(tokens)})
     for start, end in itertools.pairwise(cuts):
@@ -129,7 +136,7 @@ def teacher_forced(runtime: LoopRuntime, tokens: np.ndarray, dials: Dials, prefi
             runtime.inject(*hits)
         if start == first + SINGLES // 2:
             interrupt(runtime)
-        fed.append(runtime.feed(tokens[start:end], dials, **(told if start == 0 else {})))
+        fed.append(runtime.feed(tokens[start:end], dials, **(beginning_told if start == 0 else {})))
         for found in fed[-1].surprises:
             surprise[found.position - 1] = found.value
     logits = np.concatenate([f.logits for f in fed])
@@ -162,9 +169,9 @@ def compare(
     room = longest_text(candidate.info, tokens)
     while start < len(tokens):
         text = tokens[start : start + room]
-        prefix = told_prefix(len(text), candidate.info) if prefixed else 0
-        a = reference.course(text, dials, prefix)
-        b = teacher_forced(candidate, text, dials, prefix)
+        told = told_of(len(text), candidate.info, prefixed)
+        a = reference.course(text, dials, told)
+        b = teacher_forced(candidate, text, dials, told)
         difference = np.abs(a.logits - b.logits).max(1)
         surprise = np.abs(a.surprise - b.surprise) / np.maximum(1e-3, a.surprise)  # relative
         if exact and not difference.max() <= allowed:
@@ -202,6 +209,17 @@ def compare(
         if not exact and not largest <= SURPRISE:  # NaN is wrong
             raise ParityError(f"surprise differs by {largest:.1e} relative (allowed {SURPRISE:.0e})")
     return summary
+
+
+def told_of(count: int, info: ModelInfo, prefixed: bool = False) -> Told:
+    """What a text of `count` tokens is told at its beginning.
+
+    Args:
+        prefixed: it has a prefix.
+    """
+    if info.plan is not None:
+        return (("prompt", max(1, told_prefix(count, info))),)
+    return (("prefix", told_prefix(count, info)),) if prefixed else ()
 
 
 def agreement(
@@ -312,9 +330,9 @@ def computed_ahead(reference: Reference, tokens: np.ndarray) -> Known:
     for start in range(0, len(tokens), room):
         text = tokens[start : start + room]
         for dials in settings.values():
-            reference.course(text, dials)
+            reference.course(text, dials, told_of(len(text), reference.info))
         if reference.info.language.prefix:
-            reference.course(text, settings["full depth"], told_prefix(len(text), reference.info))
+            reference.course(text, settings["full depth"], told_of(len(text), reference.info, prefixed=True))
     if reference.info.memory:
         reference.segments(memory_tokens(reference.info))
     return reference.known()

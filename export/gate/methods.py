@@ -56,7 +56,8 @@ def example_feeds(spec: LoopSpec, methods: Methods, seed: int = 0, slots: int | 
     for s in spec.written:
         feeds[s.name] = (0.1 * np.abs(draw.standard_normal(s.shape))).astype(np.float32)
     for takes, _ in spec.extra.values():
-        feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in takes if t.name not in feeds}
+        made = (t for t in takes if t.name not in feeds and t.name not in spec.dials)
+        feeds |= {t.name: draw.standard_normal(t.shape).astype(np.float32) for t in made}
     return feeds
 
 
@@ -157,6 +158,8 @@ def compare_methods(
         begun = {f"first_{k}": v for k, v in carry.items()} | invariants
         for key in got:
             note(f"begin_{chunk}", key, begun[key], got[key])
+        if spec.layers:  # the host has driven `loop` already, by the layers' own methods
+            continue
         carry["depth"] = np.zeros(spec.active.shape, np.int64)
         last, emits, iterations = host_loop(candidate, spec, carry, feeds | invariants, dials)
         for name in ("h", "depth"):

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from rmse_edge.info import ModelInfo
-from rmse_edge.loop.contract import InjectedHits, PrefixedTextModel, TextModel
+from rmse_edge.loop.contract import InjectedHits, TextModel
 from rmse_edge.loop.dials import Dials
 from rmse_edge.runtimes.engines.torch import TorchMethods
 from rmse_edge.runtimes.host.base import Arrays
@@ -55,8 +55,10 @@ class ReferenceCourse(Course):
         return ReferenceCourse(**values, scores={name: of_loops[:, :count] for name, of_loops in self.scores.items()})
 
 
-# Courses by dials, prefix and text, exit states of segments by text.
-Known = tuple[dict[tuple[Dials, int, bytes], ReferenceCourse], dict[bytes, list[np.ndarray]]]
+# What a text is told beside its tokens: the name of an argument of `whole_text` and `LoopRuntime.feed`, and its value.
+Told = tuple[tuple[str, int], ...]
+# Courses by dials, what the text was told, and text, exit states of segments by text.
+Known = tuple[dict[tuple[Dials, Told, bytes], ReferenceCourse], dict[bytes, list[np.ndarray]]]
 
 
 class Reference:
@@ -74,35 +76,32 @@ class Reference:
         self.info = info
         self.methods = TorchMethods(model)
         self._text = np.zeros(0, np.int64) if text is None else text[: info.room]
-        self._courses: dict[tuple[Dials, int, bytes], ReferenceCourse] = {}
+        self._courses: dict[tuple[Dials, Told, bytes], ReferenceCourse] = {}
         self._segments: dict[bytes, list[np.ndarray]] = {}
 
-    def course(self, tokens: np.ndarray, dials: Dials, prefix: int = 0) -> ReferenceCourse:
+    def course(self, tokens: np.ndarray, dials: Dials, told: Told = ()) -> ReferenceCourse:
         """All of `tokens` from an empty past, with hits where `conversation` has them.
 
         Args:
-            prefix: of the tokens, how many see each other whatever their order.
+            told: of the tokens, how many are a prefix, or how many a plan is made of.
         """
         count, whole = len(tokens), self._text
         begins = np.array_equal(whole[:count], tokens)
         if not begins or conversation(count, self.info) != conversation(len(whole), self.info):
             whole = tokens
-        key = dials, prefix, whole.tobytes()
+        key = dials, told, whole.tobytes()
         if key not in self._courses:
-            self._courses[key] = self._course(whole, dials, prefix)
+            self._courses[key] = self._course(whole, dials, told)
         return self._courses[key].first(count)
 
-    def _course(self, tokens: np.ndarray, dials: Dials, prefix: int) -> ReferenceCourse:
+    def _course(self, tokens: np.ndarray, dials: Dials, told: Told) -> ReferenceCourse:
         hits = made_up_hits(self.info)
         given = None
         if hits is not None:
             vectors, cosines = (torch.from_numpy(a) for a in hits)
             given = InjectedHits(conversation(len(tokens), self.info)[0], vectors, cosines)
         text, scalars = torch.from_numpy(tokens), self.scalars(dials)
-        if prefix:
-            found = cast(PrefixedTextModel, self.model).whole_text(text, scalars, given, prefix)
-        else:
-            found = self.model.whole_text(text, scalars, given)
+        found = cast(Any, self.model).whole_text(text, scalars, given, **dict(told))
         surprise = np.zeros(len(tokens))
         if (segment := self.info.segment) is not None:
             surprise[segment - 1 :: segment][: len(found.surprise)] = found.surprise.numpy()
@@ -203,7 +202,9 @@ def conversation(count: int, info: ModelInfo) -> tuple[int, int]:
 
 
 def told_prefix(count: int, info: ModelInfo) -> int:
-    """Tokens of the prefix with which a text of `count` tokens is compared, too: a part of its first call."""
+    """Tokens of the prefix with which a text of `count` tokens is compared, too, or that a plan is made of: a part of its first
+    call.
+    """
     first, length = conversation(count, info)[0], stretch(info)
     return min(PREFIX_TOKENS, longest_prefix(info.chunks, info.segment), first - length if first > length else first)
 

@@ -112,6 +112,8 @@ class Arch:
     reader: Callable[[Any], Reader] | None = None
     # Whether its models write texts by blocks, not token by token: `ModelInfo.blocks`.
     by_blocks: bool = False
+    # Whether iterations of its models are executions of layers, by a plan of each text: `ModelInfo.plan`.
+    planned: bool = False
     # Whether rmse-train knows it: its models are `HasTrajectory` (rmse_edge/loop/reading.py).
     trains: bool = False
     # A config -> the name of the exit gate's bias; None: the model has no gate. It is trained last and alone, it decides

@@ -53,6 +53,8 @@ def add_dial_flags(parser: argparse.ArgumentParser) -> None:
     for name, dial in DIALS.items():
         if dial.dtype == "int64":
             number: Callable[[str], float] = positive_int if dial.least > 0 else non_negative_int
+        elif dial.least < 0:
+            number = finite_float  # `Dials.check` knows its range
         else:
             number = positive_float if dial.exclusive else non_negative_float
         group.add_argument(

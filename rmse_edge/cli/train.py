@@ -5,6 +5,7 @@ Several processes: `torchrun --nproc-per-node N --no-python rmse-train --text ..
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -40,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         help="start from this checkpoint's weights; the recipe's model may add a memory or retrieval",
     )  # fmt: skip
     parser.add_argument(
-        "--stage", choices=("gate",),
-        help="train the exit gate of the --init checkpoint alone, all else frozen; a model without a gate gets one",
+        "--stage", choices=("gate", "routers"),
+        help="train the exit gate of the --init checkpoint alone, all else frozen; a model without a gate gets one. Or the routers before "
+        "its layers, by plans that are searched for prompts of the text (--recipe: their own recipe)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     parser.add_argument("--stop-at", type=positive_int, metavar="STEP", help="leave after this step, to resume later")
@@ -61,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.stage and not args.init and not args.resume:
-        raise UserError("--stage gate: missing --init DIR, the checkpoint whose gate is trained")
+        what = "gate is" if args.stage == "gate" else "routers are"
+        raise UserError(f"--stage {args.stage}: missing --init DIR, the checkpoint whose {what} trained")
+    if args.stage == "routers":
+        routers(args)
+        return None
     if args.stage and args.recipe:
         raise UserError("--recipe: --stage gate makes its own of the checkpoint; leave it out, and use --set")
     source = args.recipe or (args.output / RECIPE_FILE if args.resume else None)
@@ -86,6 +92,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if evaluation is not None:
         print(evaluation_table(evaluation))
     return None
+
+
+def routers(args: argparse.Namespace) -> None:
+    """`--stage routers`."""
+    from rmse_edge.train.routing import RouterRecipe, as_markdown, train_routers
+
+    for flag in ("resume", "stop_at"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')}: --stage routers is done in one go; leave it out")
+    if args.device != "cpu":
+        raise UserError("--device: --stage routers runs on the CPU; leave it out")
+    if args.text is None:
+        raise UserError("missing --text FILE")
+    recipe = RouterRecipe.from_file(args.recipe) if args.recipe else RouterRecipe()
+    print(as_markdown(train_routers(args.text, args.output, recipe.override(args.set), args.init, args.tokenizer)))
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> str:

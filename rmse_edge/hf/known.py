@@ -17,7 +17,9 @@ OWN = {"rmse": Own((".config", "RMSEPretrainedConfig"), (".model", "RMSEForCausa
 
 
 def text_types() -> list[str]:
-    """The names of all architectures of texts that write token by token: those whose configuration has a `vocab_size`."""
+    """The names of all architectures of texts that write token by token, but for those whose texts have a plan: those whose
+    configuration has a `vocab_size`.
+    """
     from dataclasses import fields, is_dataclass
 
     from rmse_edge.arch.registry import arch_of, model_types
@@ -30,6 +32,10 @@ def text_types() -> list[str]:
         except Exception as error:  # of another package, whatever its import raises: transformers must not suffer
             warnings.warn(f"architecture {name}: cannot be loaded ({error})", stacklevel=2)
             continue
-        if not arch.by_blocks and is_dataclass(config) and any(f.name == "vocab_size" for f in fields(config)):
+        if (
+            not (arch.by_blocks or arch.planned)
+            and is_dataclass(config)
+            and any(f.name == "vocab_size" for f in fields(config))
+        ):
             found.append(name)
     return found

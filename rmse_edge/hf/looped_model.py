@@ -203,6 +203,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
         exit_entropy_change: float | None = None,
         exit_steady: int | None = None,
         exit_gap: float | None = None,
+        route: float | None = None,
         noise_seed: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -248,6 +249,7 @@ class LoopedForCausalLM(LoopedGeneration, PreTrainedModel):
             "exit_entropy_change": exit_entropy_change,
             "exit_steady": exit_steady,
             "exit_gap": exit_gap,
+            "route": route,
         }
         dials = resolve_dials(spec, own, given, input_ids.device, getattr(self.model.config, "untrained_loops", None))
         seed = resolve_seed(spec, noise_seed)

@@ -164,6 +164,9 @@ class LoopSpec:
     # Further methods, `Tensors -> Tensors`, that hosts call outside the loop: name -> (inputs, outputs).
     extra: Mapping[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = field(default_factory=dict)
     dials: tuple[str, ...] = ("max_loops", "min_loops", "exit_threshold", "exit_epsilon")  # of rmse_edge/loop/dials.py
+    # Of a planned loop: how many layers there are, of which each iteration runs one; 0: all iterations are alike. The model is
+    # a `PlannedTextModel`.
+    layers: int = 0
     segment: int | None = None  # calls never cross a multiple of so many positions; None: they may
     # Inputs that a host fills with noise of this standard deviation, from a seed and the position: a state to begin from.
     noise: Mapping[str, float] = field(default_factory=dict)
@@ -366,3 +369,24 @@ class PrefixedTextModel(TextModel, Protocol):
         self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None, prefix: int = 0
     ) -> WholeText:
         """As of `TextModel`; the first `prefix` tokens see each other whatever their order."""
+
+
+class PlannedTextModel(Protocol):
+    """A model of texts whose iterations are executions of `LoopSpec.layers` layers (rmse_edge/loop/plan.py): it has all methods of a
+    `TextModel` but `step`, and these.
+    """
+
+    def layer(
+        self, index: int, k: Tensor, carry: Tensors, past: Tensors, fixed: Tensors, dials: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """As `step`, of one layer; iteration k is the k-th execution of the text."""
+
+    def decide(self, tensors: Tensors) -> Tensors:
+        """The state h before a layer, `PROMPT` (rmse_edge/numbers.py) and the dials -> `chances` (B, L, 3): of each layer, of skipping,
+        running and repeating it. It is named in `LoopSpec.extra`.
+        """
+
+    def whole_text(
+        self, tokens: Tensor, dials: Tensors, hits: InjectedHits | None = None, prompt: int = 0
+    ) -> WholeText:
+        """As of `TextModel`; the plan is made of the first `prompt` tokens, 0: of all that one call takes."""

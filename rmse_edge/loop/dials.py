@@ -80,6 +80,10 @@ DIALS = {
             "exit_gap", "float32", "G", "mean lead (logits) at which a block is filled in whole; 0 disables", 0,
             off=0.0, expected="0 (off) or more", rule="gap",
         ),
+        Dial(
+            "route", "float32", "P", "layers that a prompt is run through: -0.5 as routers say, less skips more; 0.5 disables", -1,
+            exclusive=True, off=0.5, expected="a number above -1 (0.5 runs every layer once)", rule="route",
+        ),
     )
 }  # fmt: skip
 
@@ -98,6 +102,7 @@ class Dials:
     exit_entropy_change: Finite = 0.0
     exit_steady: int = 0
     exit_gap: Finite = 0.0
+    route: Finite = 0.5  # of a model with routers before its layers: 0.5 or more asks none
 
     @property
     def exits(self) -> bool:

@@ -8,11 +8,13 @@ runner follow the same rule in their own languages.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contract import LoopModel, LoopSpec, Tensors
+from .plan import PLAN, drive_plan, plan_of, times
 
 WhileLoop = Callable[[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -38,6 +40,8 @@ def run_loop(
         h, depth, iterations (0-d int64: the deepest position's depth, the real cost of the call) and every emit
         stacked to (K, ...), undefined from row `iterations` on.
     """
+    if spec.layers:
+        return _run_plan(model, spec, tensors, dials)
     first, invariants = model.begin(tensors)
     fixed = tensors | invariants
     names = [t.name for t in spec.carried]
@@ -66,6 +70,30 @@ def run_loop(
     iterations, *values = while_loop(cond, body, start)
     result = dict(zip(names + emits, values))
     return {name: result[name] for name in ("h", "depth", *emits)} | {"iterations": iterations}
+
+
+def _run_plan(planned: LoopModel, spec: LoopSpec, tensors: Tensors, dials: Tensors) -> Tensors:
+    """`run_loop` of a planned loop, of one text."""
+    model: Any = planned  # a `PlannedTextModel`
+    first, invariants = model.begin(tensors)
+    fixed = tensors | invariants
+    first = first | {"depth": torch.zeros_like(first["active"], dtype=torch.int64)}
+    rows = {t.name: tensors[t.name] for t in spec.rows}
+
+    def layer(index: int, given: Tensors, k: int) -> Tensors:
+        carry = {t.name: given[t.name] for t in spec.carried}
+        past = {name: given[name] for name in rows}
+        new, emitted = model.layer(index, torch.tensor(k, device=given["h"].device), carry, past, fixed, dials)
+        return {f"next_{name}": t for name, t in (new | {"depth": depth_after(carry, new)}).items()} | emitted
+
+    def decide(index: int, h: Tensor) -> int:
+        return times(model.decide(tensors | {"h": h} | dials)["chances"][0, index])
+
+    stacks = empty_stacks(spec, first["h"])
+    begun = None if int(tensors["position"][0]) == 0 else plan_of(tensors[PLAN])
+    carry, k = drive_plan(layer, decide, first, rows, stacks, spec.layers, int(dials["max_loops"]), begun)
+    iterations = torch.tensor(k, device=carry["h"].device)
+    return {"h": carry["h"], "depth": carry["depth"], "iterations": iterations} | stacks
 
 
 def empty_stacks(spec: LoopSpec, h: Tensor) -> Tensors:

@@ -121,6 +121,8 @@ class TextBatch:
             rows: texts.
             seed: of the noise that some models begin from.
         """
+        if info.plan is not None:
+            raise UserError(f"{info.name}: each of its texts has a plan of its own; feed them one by one")
         self.model, self.info, self.rows, self.seed = model, info, rows, seed
         self.device = torch.device(device)
         self.kept = KeptBatch()

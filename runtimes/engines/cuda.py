@@ -173,7 +173,7 @@ class CudaRuntime(LoopRuntime):
             quant: what those are called.
         Raises:
             ArgumentError: there is no such device or type, or no triton.
-            UserError: the architecture does not say which weights may be held in fewer bits.
+            UserError: the architecture does not say which weights may be held in fewer bits, or its texts have a plan.
         """
         if check_device(device).type == "cuda" and not has_triton():
             raise ArgumentError(
@@ -181,6 +181,10 @@ class CudaRuntime(LoopRuntime):
             )
         if dtype not in DTYPES:
             raise ArgumentError("dtype", f"got {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if arch_of_model(model).planned:
+            raise ArgumentError(
+                "runtime", f"cuda runs no layers by a plan, as {name} has; torch does, on a GPU too", "cuda"
+            )
         source = source or fingerprint(model)
         held = tensors or ({} if dtype == "fp32" else matrices_in(model, DTYPES[dtype]))
         if held:

@@ -19,6 +19,7 @@ from rmse_edge.loop.steps import carried_and_emitted, drive_steps
 from rmse_edge.package import AGAIN, Package
 from rmse_edge.runtimes.host.base import Arrays
 from rmse_edge.runtimes.host.calls import Opened
+from rmse_edge.runtimes.host.plan import Outputs, PlannedLoop
 from rmse_edge.runtimes.host.signatures import check_engine, check_methods, read_methods, read_model, refusal
 from rmse_edge.runtimes.host.text import LoopRuntime
 from rmse_edge.schema import Name
@@ -81,11 +82,13 @@ class ExecutorchMethods:
         profile: bool = False,
         digest: str | None = None,
         per_loop: Collection[str] = (),
+        layers: int = 0,
     ) -> None:
         """
         Args:
             tensors: the manifest's "methods": what each takes and gives, in order.
             per_loop: the state of which iteration k reads row k.
+            layers: of a planned loop; 0: it is none.
             profile: keep the time of every operator; see `write_profile`.
             digest: SHA-256 of the program, where it is known already.
         """
@@ -93,6 +96,9 @@ class ExecutorchMethods:
         self.tensors = tensors
         self.max_loops = max_loops
         self.per_loop = frozenset(per_loop)
+        self.planned: PlannedLoop | None = None  # None: `step` is iterated
+        if layers:
+            self.planned = PlannedLoop(self.run, self._of_layers, layers, max_loops, per_loop)
         # Methods of both sizes share one packed copy of a weight. The engine knows it by its codes, whatever their scales,
         # and keeps it for the whole process: a second program must not find the weights of the first.
         digest = digest or digest_file(path)
@@ -133,10 +139,14 @@ class ExecutorchMethods:
 
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
         if method == "loop":
-            return self._loop(chunk, feeds)
+            return self._loop(chunk, feeds) if self.planned is None else self.planned.run(chunk, feeds)
         name = f"{method}_{chunk}"
         given = self._given(name, feeds)
         return {key: value.numpy() for key, value in self._call(name, given).items()}
+
+    def _of_layers(self, chunk: int) -> Outputs:
+        """What the method of each layer gives."""
+        return [(t["name"], tuple(t["shape"]), t["dtype"]) for t in self.tensors[f"step0_{chunk}"]["outputs"]]
 
     def write_profile(self, path: Path) -> None:
         """Write the times of all calls so far as an ETDump."""
@@ -221,8 +231,9 @@ def opened(package: Package, threads: int | None = None, profile: bool = False) 
     check_methods(info, tables, in_graph=False, refuse=refusal(package))
     set_threads(threads)
     manifest = package.manifest
+    layers = 0 if info.plan is None else info.plan.layers
     rows = [state for state, kept in info.state.items() if kept.per_loop]
-    methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name], rows)
+    methods = ExecutorchMethods(path, manifest["methods"], info.max_loops, profile, package.digests[name], rows, layers)
     for method in manifest["methods"]:  # now, so that the first token does not wait for it
         methods.load(method)
     release_mapped(path, DONTNEED)  # XNNPACK's weights are packed by now; those of experts come back when read

@@ -16,6 +16,7 @@ from rmse_edge.package import Package
 from rmse_edge.runtimes.host.base import Arrays, Methods
 from rmse_edge.runtimes.host.board import BATCHED
 from rmse_edge.runtimes.host.calls import Calls, Opened
+from rmse_edge.runtimes.host.plan import Outputs, PlannedLoop
 from rmse_edge.runtimes.host.signatures import (
     Form,
     Method,
@@ -178,10 +179,12 @@ class OnnxMethods:
         threads: int | None = None,
         manifest: tuple[Mapping[str, Method], Refuse] | None = None,
         capacity: int | None = None,
+        info: ModelInfo | None = None,
     ) -> None:
         """
         Args:
             capacity: slots that the appended state has at most.
+            info: of a model whose loop is a planned one.
             manifest: what each METHOD_ROWS takes and gives by the manifest, and what to do where its graph says otherwise.
         """
         self.folder = folder
@@ -190,6 +193,10 @@ class OnnxMethods:
         self.threads = threads
         self._loaded: dict[str, Any] = {}  # file -> session
         self._sessions: dict[tuple[str, int], BoundSession] = {}
+        self.planned: PlannedLoop | None = None  # None: the loop is in the graph
+        if info is not None and info.plan is not None:
+            per_loop = [name for name, kept in info.state.items() if kept.per_loop]
+            self.planned = PlannedLoop(self.run, self._of_layers, info.plan.layers, info.max_loops, per_loop)
         self.batches = False  # whether the methods of a batch take any number of boards; `check_others` finds out
 
     def session(self, method: str, chunk: int) -> BoundSession:
@@ -243,7 +250,14 @@ class OnnxMethods:
             found = [(value.name, _form(value, chunk, self.capacity)) for value in values]
             check_engine(name, side, getattr(tables[name], side), found, refuse)
 
+    def _of_layers(self, chunk: int) -> Outputs:
+        """What the graph of each layer gives."""
+        outputs = self.session("step0", chunk).outputs
+        return [(name, array.shape, str(array.dtype)) for name, array in outputs.items()]
+
     def run(self, method: str, chunk: int, feeds: Arrays) -> Arrays:
+        if method == "loop" and self.planned is not None:
+            return self.planned.run(chunk, feeds)
         return self.session(method, chunk).run(feeds)
 
 
@@ -259,7 +273,8 @@ class OnnxCalls(Calls):
     """Calls of any number of rows, where the package's graphs take them."""
 
     def __init__(self, info: ModelInfo, methods: OnnxMethods) -> None:
-        own = (m for m in info.methods if m in ("prelude", "loop", "coda", "head", "commit"))
+        loop = ("loop",) if info.plan is None else ("begin", "decide", *(f"step{i}" for i in range(info.plan.layers)))
+        own = (*loop, *(m for m in info.methods if m in ("prelude", "coda", "head", "commit")))
         self.any_rows = all(methods.of_any_rows(method) for method in own)
         super().__init__(info, methods)
 
@@ -275,7 +290,7 @@ def opened(package: Package, threads: int | None = None) -> Opened:
     for file in (*lowering.graphs.values(), lowering.weights):
         package.path(file)
     check_methods(info, tables, in_graph=True, refuse=refuse)
-    methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse), info.capacity)
+    methods = OnnxMethods(package.folder, lowering.graphs, threads, (tables, refuse), info.capacity, info)
     for chunk in info.chunks:  # now, so that the first token does not wait for it
         for method in info.methods:
             if f"{method}_{chunk}" in methods.graphs:

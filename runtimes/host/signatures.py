@@ -15,9 +15,10 @@ from pydantic import Field
 
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
-from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, BlocksInfo, Dtype, Form, ModelInfo
+from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, BlocksInfo, Dtype, Form, ModelInfo, PlanInfo
 from rmse_edge.loop.dials import DIALS
-from rmse_edge.numbers import PREFIX, SLOTS
+from rmse_edge.loop.plan import PLAN
+from rmse_edge.numbers import PREFIX, PROMPT, SLOTS
 from rmse_edge.package import AGAIN, MANIFEST, Package
 from rmse_edge.schema import Name, Shape
 
@@ -112,6 +113,8 @@ def check_model(info: ModelInfo, refuse: Refuse) -> None:
                 refuse(f"model.{part}.{name}", list(ids), f"ids below {text.vocab_size}")
     if info.blocks is not None:
         _check_blocks(info, info.blocks, refuse)
+    if info.plan is not None:
+        _check_plan(info, info.plan, refuse)
     chunks = info.chunks
     if not chunks or list(chunks) != sorted(set(chunks)) or (info.text is not None and chunks[0] != 1):
         refuse("model.chunks", list(chunks), "rising numbers of rows, the first of a model of texts 1")
@@ -136,6 +139,19 @@ def _check_blocks(info: ModelInfo, blocks: BlocksInfo, refuse: Refuse) -> None:
         refuse("model.blocks.mask_token_id", blocks.mask_token_id, f"an id below {blocks.text.vocab_size}")
     if info.capacity is None or info.capacity < blocks.size:
         refuse("model.state", f"room for {info.capacity} positions", f"appended ones of at least {blocks.size} slots")
+
+
+def _check_plan(info: ModelInfo, plan: PlanInfo, refuse: Refuse) -> None:
+    """Of a model whose iterations are executions of layers: it keeps its plan, and one call has all that this is made of."""
+    kept = info.state.get(PLAN)
+    if info.text is None:
+        refuse("model.plan", "one of layers", "null, since the model reads no text token by token")
+    if kept is None or (kept.kind, kept.form) != ("replace", ((info.max_loops,), "int64")):
+        refuse(
+            f"model.state.{PLAN}", "none" if kept is None else kept.kind, f"{info.max_loops} layers, int64, replaced"
+        )
+    if plan.prompt > info.chunks[-1]:
+        refuse("model.plan.prompt", plan.prompt, f"at most {info.chunks[-1]}, the rows of the largest call")
 
 
 def _stated(info: ModelInfo, name: str) -> Any:
@@ -214,6 +230,8 @@ class Flow:
                 found["n_valid"] = ((1,), "int64")
             if text.prefix:
                 found[PREFIX] = ((1,), "int64")
+            if info.plan is not None:
+                found[PROMPT] = ((1,), "int64")
             if pairs := text.rotary_dims // 2:
                 endings = ("", *(f"_{name}" for name in text.further_thetas))
                 angles = [f"{name}{ending}" for ending in endings for name in ("cos", "sin")]
@@ -245,6 +263,7 @@ class Flow:
         """prelude, the loop, coda, head, commit, and what is left to be kept."""
         have, self.made = self.given(rows), {}
         self.run(f"prelude_{rows}", have)
+        in_graph = in_graph and self.info.plan is None
         begins = f"{'loop' if in_graph else 'begin'}_{rows}"
         if (
             self.info.text is not None
@@ -254,8 +273,13 @@ class Flow:
             self.refuse("model.text.prefix", "true", f"false, since {begins} takes no {PREFIX}")
         if in_graph:
             self.run(begins, have)
+        elif self.info.plan is None:
+            self.host_loop(rows, have, "step")
         else:
-            self.host_loop(rows, have)
+            for index in range(self.info.plan.layers):  # every layer takes and gives what the others do
+                self.host_loop(rows, have, f"step{index}")
+            self.run(f"decide_{rows}", have)
+            self.require(f"decide_{rows}", {"chances": ((1, self.info.plan.layers, 3), "float32")})
         held = rows + (self.info.board.prefix if self.info.board is not None else 0)
         self.require(f"the loop of {rows} rows", {"h": ((1, held, self.width), "float32"), "iterations": ((), "int64")})
         if "depth" not in self.made or self.made["depth"][1] != "int64":
@@ -274,9 +298,9 @@ class Flow:
             if state.kind != "written" and not (self.engine_keeps and state.kind in ("ring", "append")):
                 self.require(f"the call of {rows} rows", {state.source: (state.taken(rows), state.dtype)})
 
-    def host_loop(self, rows: int, have: dict[str, Form]) -> None:
-        """begin, then step: `first_X` and `next_X` are X, all else that step gives is stacked over the loops."""
-        begin, step = f"begin_{rows}", f"step_{rows}"
+    def host_loop(self, rows: int, have: dict[str, Form], method: str) -> None:
+        """begin, then `method`, which is step: `first_X` and `next_X` are X, all else that step gives is stacked over the loops."""
+        begin, step = f"begin_{rows}", f"{method}_{rows}"
         self.run(begin, have, {"first_"})
         have.setdefault("depth", (have["active"][0] if "active" in have else (1, rows), "int64"))
         self.take(step, have, of_loop=True)

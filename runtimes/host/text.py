@@ -15,7 +15,7 @@ from rmse_edge.info import LARGEST_STATE, ModelInfo, TextInfo
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.generator import starts
-from rmse_edge.numbers import PREFIX, SLOTS
+from rmse_edge.numbers import PREFIX, PROMPT, SLOTS
 
 from .base import Arrays, Fed, Methods, Surprise
 from .calls import Calls, Computed, longest_prefix, plan_calls
@@ -60,6 +60,7 @@ class LoopRuntime:
         self.on_surprise: Callable[[Surprise], object] | None = None
         self._position = 0
         self._prefix = 0  # tokens of the prefix that the calls of this `feed` are told of
+        self._prompt = 0  # likewise, of what a plan is made of
         self.reset()
 
     @property
@@ -125,15 +126,25 @@ class LoopRuntime:
         others = [*self.retrieved.values(), *([] if self.calls.segment is None else [self.calls.segment])]
         return self.info.kept_bytes(self._position) + sum(array.nbytes for array in others)
 
-    def feed(self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all", prefix: int = 0) -> Fed:
+    def feed(
+        self, tokens: Sequence[int] | np.ndarray, dials: Dials, logits: str = "all", prefix: int = 0, prompt: int = 0
+    ) -> Fed:
+        """As of `Runtime`.
+
+        Args:
+            prompt: of a text that begins with these tokens, of how many of them its plan is made; 0: all, as far as one call
+                takes them. For models with a plan.
+        """
         ids = self._checked(tokens)
         self.info.check(dials)
         self._check_prefix(prefix, len(ids))
-        self._prefix = prefix
+        self._prefix, self._prompt = prefix, self._planned_by(prompt, len(ids))
         rows, depths, iterations, chunks, surprises = [], [], [], [], []
         done = 0
         self.whole = False
-        for chunk, n in plan_calls(self._position, len(ids), self.info.chunks, self.info.segment, prefix):
+        for chunk, n in plan_calls(
+            self._position, len(ids), self.info.chunks, self.info.segment, max(prefix, self._prompt)
+        ):
             last = done + n == len(ids)
             out = self._call(chunk, ids[done : done + n], dials, head=logits == "all" or last)
             depths.append(out["depth"][0, :n].copy())
@@ -189,6 +200,23 @@ class LoopRuntime:
                 "one; shorten it, leave it out, or raise longest_prefix in config.json",
             )
 
+    def _planned_by(self, prompt: int, count: int) -> int:
+        """Of how many of `count` tokens the plan is made of the text that they begin; 0: they begin none, or there is no plan.
+
+        Raises:
+            ArgumentError: `prompt` is none that the model can read, or it reads none here.
+        """
+        plan = self.info.plan
+        if prompt and (plan is None or self._position):
+            what = "makes no plan of a prompt" if plan is None else f"has its plan since {self._position} tokens ago"
+            raise ArgumentError("prompt", f"{self.info.name} {what}; leave it out")
+        if plan is None or self._position:
+            return 0
+        most = min(count, plan.prompt)
+        if not 0 <= prompt <= most:
+            raise ArgumentError("prompt", f"got {prompt}, expected 0..{most}, of the tokens that are fed")
+        return prompt or most
+
     def context(self, chunk: int, n: int, position: int | None = None) -> Arrays:
         """What a call of `chunk` rows, `n` of them valid, is told about where it stands (here, by default)."""
         position = self._position if position is None else position
@@ -197,6 +225,7 @@ class LoopRuntime:
         angles: Arrays = given_angles(places, text.rotary_dims, text.rope_theta, text.further_thetas)
         slots: Arrays = {} if self.calls.slots is None else {SLOTS: self._slots(self.calls.slots)}
         known: Arrays = {PREFIX: np.array([self._prefix], np.int64)} if text.prefix else {}
+        known |= {} if self.info.plan is None else {PROMPT: np.array([max(1, self._prompt)], np.int64)}
         known |= {"position": np.array([position], np.int64), "n_valid": np.array([n], np.int64)}
         return angles | slots | known
 
@@ -247,8 +276,12 @@ class LoopRuntime:
         """How many of `count` tokens `ahead` takes from here: as many as there is room for, and none of another segment.
 
         Raises:
-            ArgumentError: the model has calls of one position alone.
+            ArgumentError: the model has calls of one position alone, or a plan, which drafts would have to leave aside.
         """
+        if self.info.plan is not None:
+            raise ArgumentError(
+                "speculate", f"{self.info.name} runs its texts by a plan, which no shallower draft has; leave it out"
+            )
         if not self.calls.any_rows and self.info.chunks == (1,):
             raise ArgumentError(
                 "speculate",

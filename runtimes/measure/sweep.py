@@ -104,7 +104,11 @@ def label(rule: str) -> str:
 
 
 def values_of(rule: str, full_depth: int, points: int) -> tuple[float, ...]:
-    """Values of a dial that counts loops; none of others, which are placed by what is measured."""
+    """Values of a dial that counts loops, and of routers; none of others, which are placed by what is measured."""
+    if (
+        rule == "route"
+    ):  # from next to nothing to every layer once: no measurement says where routers change their minds
+        return tuple(round(float(value), 3) for value in np.linspace(-0.7, 0.5, max(points, 2)))
     if DIALS[rule].dtype != "int64":
         return ()
     most = max(1, full_depth - 1)
@@ -144,7 +148,7 @@ def sweep(
         return Point.of("adaptive", measure(replace(dials, **changed)), rule)
 
     if listed := tuple(values) or values_of(rule, full_depth, points):
-        later = DIALS[rule].dtype == "int64" or rule == GATE  # whether larger values stop positions later
+        later = DIALS[rule].dtype == "int64" or rule in (GATE, "route")  # whether larger values stop positions later
         return Sweep(fixed, [at(value) for value in sorted(set(listed), reverse=not later)], budget, rule)
 
     def placed(x: float) -> Point:

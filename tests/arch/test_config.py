@@ -192,7 +192,7 @@ def test_the_shipped_recipe_reads_and_spells_out() -> None:
         ("precision=fp8", "changes: precision: got 'fp8', expected one of auto, bf16, fp32"),
         (
             "architecture=rnn",
-            "changes: architecture: got 'rnn', expected one of gpt, bd3lm, dory, hrm, hrm_text, huginn_raven, hybrid, inkling2_loop_text, "
+            "changes: architecture: got 'rnn', expected one of gpt, bd3lm, dory, dr_llm, hrm, hrm_text, huginn_raven, hybrid, inkling2_loop_text, "
             "ouro, qwen3_next, rmse, rodimus, trm",
         ),
         ("speed=9", "changes: unknown key 'speed'; known keys are "),

@@ -189,6 +189,7 @@ RUN: dict[str, list[str]] = {
         "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "batch_size=2",
     ],
     "python docs/experiments/diffusion/measure.py runs/blocks runs/one shakespeare.txt": ["--prompts", "1"],
+    "python docs/experiments/dr_llm/measure.py brake models/ouro-shakespeare shakespeare.txt --recipe docs/experiments/dr_llm/routers.json": ["--prompts", "2"],
     "python docs/experiments/hybrid/stopped.py --text shakespeare.txt": [
         "--seeds", "0", "--steps", "2", "--batch", "4", "--length", "8",
     ],
@@ -274,6 +275,7 @@ BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
 SPECULATES = "minutes; tests/runtimes/test_speculation.py runs it on a tiny model"
+ROUTERS = "minutes; tests/train/test_train_routing.py runs the verb on a tiny model"
 BLOCKWISE = "MODEL writes by blocks there; tests/runtimes/test_blocks.py runs the verbs on one"
 GPU = "needs a GPU; tests/runtimes/test_cuda.py runs the verbs with --device cpu"
 SERVES = "serves until it is ended; tests/serve"
@@ -324,6 +326,13 @@ NOT_RUN: dict[str, str] = {
     "rmse-export -m MODEL --target onnx": BLOCKWISE,
     "rmse-export -m models/rmse-shakespeare --target executorch --archive": "tests/android/test_android_executorch.py, of tiny models",
     "python docs/experiments/diffusion/measure.py BLOCKS ONE TEXT [--prompts 8] [-o results.json]": "runs above, with names",
+    "rmse-train --text shakespeare.txt --recipe docs/experiments/dr_llm/recipe.json -o runs/dense": TRAINS,
+    "rmse-train --text shakespeare.txt --stage routers --init runs/dense --recipe docs/experiments/dr_llm/routers.json -o runs/routed": ROUTERS,
+    "rmse-train --text shakespeare.txt --stage routers --init runs/dense --recipe docs/experiments/dr_llm/routers.json --set beta=0.999 -o runs/balanced": ROUTERS,
+    "rmse-export -m runs/routed": EXPORTS,
+    "python docs/experiments/dr_llm/measure.py time PACKAGE TEXT [-n 32] [-r 5]": "runs/routed is trained above; tests/runtimes/test_planned.py",
+    "python docs/experiments/dr_llm/measure.py time routed-onnx.rmse shakespeare.txt -r 9": "as above",
+    "python docs/experiments/dr_llm/measure.py brake OURO TEXT [--recipe routers.json]": "runs above, with names",
     "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
     "python docs/experiments/speculation/measure.py PACKAGE --costs": SPECULATES,
     "python docs/experiments/speculation/measure.py ouro-shakespeare-onnx.rmse --costs": SPECULATES,

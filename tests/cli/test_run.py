@@ -64,7 +64,7 @@ def test_json_names(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert len(document["tokens"]) == len(document["depth"]) == 12
     assert document["dials"] == {
         "max_loops": 4, "min_loops": 1, "exit_threshold": 0.6, "exit_epsilon": 0.0, "exit_entropy": 0.0, "exit_cosine": 0.0,
-        "exit_kl": 0.0, "exit_entropy_change": 0.0, "exit_steady": 0, "exit_gap": 0.0,
+        "exit_kl": 0.0, "exit_entropy_change": 0.0, "exit_steady": 0, "exit_gap": 0.0, "route": 0.5,
     }  # fmt: skip
 
 

@@ -421,6 +421,7 @@ BAD_PACKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a method more": (resealed(lambda m: m["methods"].update(more_1=m["methods"]["head_1"])), "holds no more_1, which the manifest has"),
     "no text": (model(text=None), "manifest.json: model: got neither text nor board, expected one of them"),
     "a board": (model(text=None, board={"cells": 4, "symbols": 2}), "model.text: got none, expected a model of texts, as this runner runs"),
+    "a plan": (model(plan={"layers": 2, "prompt": 4}), "model.plan: got one of layers, expected a model whose iterations are alike, as this runner runs"),
     "no model": (resealed(lambda m: m.pop("model")), 'there is no "model"'),
     "another window": (state(shape=[4, 1, 2, 32, 16]), "methods.step_1.inputs.past_keys: got [1, 2, 64, 16] float32, expected [1, 2, 32, 16] float32"),
     "another vocabulary": (text(vocab_size=66), "logits: got [1, 1, 65] float32, expected [1, 1, 66] float32"),

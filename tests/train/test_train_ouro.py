@@ -49,7 +49,7 @@ def test_all_three_stages(tmp_path: Path) -> None:
     [
         (
             {"architecture": "gru"},
-            "architecture: got 'gru', expected one of gpt, bd3lm, dory, hrm, hrm_text, huginn_raven, hybrid, inkling2_loop_text, ouro, qwen3_next, rmse, rodimus, trm",
+            "architecture: got 'gru', expected one of gpt, bd3lm, dory, dr_llm, hrm, hrm_text, huginn_raven, hybrid, inkling2_loop_text, ouro, qwen3_next, rmse, rodimus, trm",
         ),
         ({"depths": [2, 4]}, "depths: got [2, 4], expected loops in 1..3, the depth that is trained"),
         ({"model": RECIPE["model"] | {"block_size": None}}, "block_size: is missing, expected the number"),  # type: ignore[operator]

@@ -13,6 +13,7 @@ export class Info {
   constructor(model) {
     Object.assign(this, model);
     if (this.blocks) throw new Error(`${this.name}: writes by blocks, which this page does not show; rmse-run does`);
+    if (this.plan) throw new Error(`${this.name}: runs layers by a plan of its prompt, which this page does not know; rmse-run does`);
     if (!this.text) throw new Error(`${this.name}: fills in boards and reads no text, which this page does not show`);
     const appended = Object.values(this.state).find((state) => state.kind === "append");
     this.capacity = appended ? appended.shape.at(-2) : null;

@@ -23,11 +23,10 @@ import dataclasses
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmse_edge.errors import ConfigError
-from rmse_edge.layers.dense import FullAttention, Pair, normal_by_fan_in
+from rmse_edge.layers.dense import FullAttention, Pair, gelu, normal_by_fan_in
 from rmse_edge.layers.masks import MASKED, slots_mask
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.layers.stack import Stack, context
@@ -50,16 +49,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gelu(self.up_proj(x)))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """By tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2).
-
-    In graphs in parts: ExecuTorch's XNNPACK takes the operator and computes the exact function in its place, up to 5e-4 off.
-    """
-    if not torch.compiler.is_exporting():
-        return F.gelu(x, approximate="tanh")
-    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))
 
 
 class Bd3lmLayer(nn.Module):

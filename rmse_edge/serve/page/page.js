@@ -17,6 +17,7 @@ const RANGES = {
   exit_entropy_change: [0, 0.5, 0.005, "it stops when its entropy changes by less (nats); 0: never"],
   exit_steady: [0, 8, 1, "it stops when its likeliest token is the same for so many loops; 0: never"],
   exit_gap: [0, 10, 0.1, "a block is filled in whole when its tokens lead by more (logits); 0: never"],
+  route: [-0.75, 0.5, 0.05, "layers that a prompt runs: -0.5 as its routers say, less: fewer; 0.5: all, once"],
 };
 const SHOWN = 240; // tokens in the chart
 

@@ -215,6 +215,7 @@ ModelInfo read_model(const Json& manifest) {
     if (!present("board") && !present("blocks")) model.refuse("", "neither text nor board", "one of them");
     model.refuse(".text", "none", "a model of texts, as this runner runs");
   }
+  if (present("plan")) model.refuse(".plan", "one of layers", "a model whose iterations are alike, as this runner runs");
   info.text = text_info(model.part("text"));
   info.page = model.at("page", or_null(count), std::nullopt);
   const Part states = model.part("state");

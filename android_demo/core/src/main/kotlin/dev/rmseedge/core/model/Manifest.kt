@@ -78,6 +78,7 @@ internal fun readModel(manifest: Fields, nbytes: Long): ModelInfo {
         }
         model.refuse("text", other, "a model of texts token by token, as this app runs")
     }
+    if ("plan" in model) model.refuse("plan", "one of layers", "a model whose iterations are alike, as this app runs")
     val text = textInfo(model.at("text", fields))
     val info = ModelInfo(
         name = model.at("name", anyText),
