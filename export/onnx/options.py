@@ -12,3 +12,5 @@ class OnnxOptions(TargetOptions):
     """Options of the target ONNX. `accuracy_level` is 4 unless given."""
 
     compact: bool = True  # compute experts of active rows only, in calls of many rows
+    # Recurrences and short convolutions as LinearAttention and CausalConvWithState, which ONNX Runtime has from 1.29 on.
+    recurrent_operators: bool = True

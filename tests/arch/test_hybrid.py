@@ -54,6 +54,7 @@ def test_ratios_fill_the_layers() -> None:
         ({"mamba_angles": 33}, "mamba_angles: got 33, expected at most half of mamba_state_dim (32)"),
         ({"n_experts": 4}, "top_k: got 10, expected at most n_experts (4)"),
         ({"n_experts": 16, "intermediate_size": 8}, "intermediate_size: got 8, expected 0, since there are experts"),
+        ({"layers": ["rodimus_plus"]}, "intermediate_size: got 0, expected above 0, or n_experts, for rodimus_plus"),
         ({"atlas_degree": 4}, "atlas_degree: got 4, expected 1, 2 or 3"),
         ({"atlas_segment": 65}, "atlas_segment: got 65, expected 2 to 64"),
         ({"exit_rules": ["entropy_change"]}, "exit_rules: got 'entropy_change', expected some of gate, delta, cosine"),
@@ -126,7 +127,9 @@ def test_every_tensor_has_a_line_in_the_quantiser_s_table(name: str, quant: str)
 
 @pytest.mark.slow
 def test_gptq_hears_the_matrices_of_every_mixer_and_says_more_than_rounding() -> None:
-    config = replace(small_hybrid().config, layers=MIXERS, think=(0, 5), untrained_loops=0, n_experts=0)
+    config = replace(
+        small_hybrid().config, layers=MIXERS, think=(0, 5), untrained_loops=0, n_experts=0, intermediate_size=32
+    )
     torch.manual_seed(9)
     model, text = HybridModel(config).eval(), random_tokens(1100, vocab=65)
     request = QuantizeRequest(

@@ -129,6 +129,8 @@ class HybridConfig(HybridBase):
         if self.n_experts:
             self.require(self.top_k <= self.n_experts, "top_k", f"at most n_experts ({self.n_experts})")
             self.require(not self.intermediate_size, "intermediate_size", "0, since there are experts")
+        elif TWO_HOP in self.layers:  # its second mixer would reach nothing
+            self.require(self.intermediate_size > 0, "intermediate_size", f"above 0, or n_experts, for {TWO_HOP}")
         if self.block_size is not None:
             most = self.max_position_embeddings
             self.require(self.block_size <= most, "block_size", f"at most max_position_embeddings ({most})")

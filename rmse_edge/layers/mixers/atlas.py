@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.layers.convolution import depthwise
 from rmse_edge.layers.memory.atlas import newton_schulz
 from rmse_edge.layers.memory.base import gradient
 from rmse_edge.layers.norm import rms, unit
@@ -36,6 +35,7 @@ from rmse_edge.layers.rows import Kept
 from rmse_edge.loop.contract import Tensors
 
 from .base import Call, Mixer, Past, Rows, StateKind
+from .operators import convolved
 
 Rule = Literal["muon", "sgd"]
 MATRICES = ("up", "down")
@@ -132,7 +132,7 @@ class AtlasLayer(Mixer):
     def forward(self, x: Tensor, rows: Rows, state: Tensors, call: Call) -> tuple[Tensor, Tensors]:
         inputs, tail = rows.add("inputs", self.qkv_proj(x).unsqueeze(1))
         assert tail is not None
-        mixed = depthwise(inputs, tail, self.conv1d.weight).squeeze(1)  # (B, C, 3 H m)
+        mixed = convolved(inputs, tail, self.conv1d, False, self.operators)  # (B, C, 3 H m)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in mixed.chunk(3, -1))  # (B, H, C, m)
         rates = (
             torch.sigmoid(self.rates_proj(x).float()).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -35,6 +35,7 @@ from rmse_edge.layers.rows import Kept
 from rmse_edge.loop.contract import Tensors
 
 from .base import Call, Carried, Mixer, Past, Rows, StateKind, by_blocks
+from .operators import linear_attention
 
 Activation = Literal["softplus", "heavy_tail"]
 LEAST_DECAY = 1e-4
@@ -183,6 +184,19 @@ class Mamba3(Mixer):
         own, next_one = lam * dt, (1 - lam) * dt
         nothing = total[:, :, :1] * 0
         share = torch.cat([next_one, nothing], 2) + torch.cat([nothing, own], 2)
+        # Of the last position that is there; of a block of padding, what was kept before.
+        latest = there - torch.cat([there, there[:, :, :1] * 0], 2)[:, :, 1:]  # (B, 1, C, 1)
+        kept = 1 - latest.sum(2, keepdim=True)
+        by_rank = (keys * self._rows(latest)).unflatten(2, (-1, rank)).sum(2)
+        after = (
+            _wrapped(theta[:, :, -1:]),
+            kept * last_keys + by_rank,
+            kept * last_values + (values * latest).sum(2, keepdim=True),
+        )
+        query = None if len(parts) == 7 else self._turned(parts[7], theta)  # None: nobody reads
+        if self.as_operators and rank == 1:
+            y, new = self._as_operator(query, keys, values, decay, own, share, carried)
+            return y, (new, *after)
         # One row for each key: those of the position before, then those of the call.
         every_key = torch.cat([last_keys, keys], 2)
         every_value = torch.cat([self._ranked(last_values), self._ranked(values)], 2)  # (B, H, (1 + C) R, P)
@@ -190,20 +204,8 @@ class Mamba3(Mixer):
         whole = total[:, :, -1:]
         left = self._rows((whole - since).exp() * share)
         new = whole.exp() * memory + (every_value * left).transpose(2, 3) @ every_key
-        # Of the last position that is there; of a block of padding, what was kept before.
-        latest = there - torch.cat([there, there[:, :, :1] * 0], 2)[:, :, 1:]  # (B, 1, C, 1)
-        kept = 1 - latest.sum(2, keepdim=True)
-        of_last = self._rows(latest)
-        by_rank = (keys * of_last).unflatten(2, (-1, rank)).sum(2)
-        after = (
-            new,
-            _wrapped(theta[:, :, -1:]),
-            kept * last_keys + by_rank,
-            kept * last_values + (values * latest).sum(2, keepdim=True),
-        )
-        if len(parts) == 7:  # nobody reads
-            return values, after
-        query = self._turned(parts[7], theta)
+        if query is None:
+            return values, (new, *after)
         row = torch.arange(count, device=values.device)
         distance = (row[:, None] + 1) - torch.arange(
             count + 1, device=values.device
@@ -213,7 +215,33 @@ class Mamba3(Mixer):
         scores = (query @ every_key.transpose(2, 3)) * self._rows(self._rows(weight).transpose(2, 3)).transpose(2, 3)
         y = scores @ every_value + (query * self._rows(total.exp())) @ memory.transpose(2, 3)
         y = y + self.D[:, None, None] * self._ranked(values)
-        return y.unflatten(2, (-1, rank)).flatten(3), after
+        return y.unflatten(2, (-1, rank)).flatten(3), (new, *after)
+
+    def _as_operator(
+        self,
+        query: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        decay: Tensor,
+        own: Tensor,
+        share: Tensor,
+        carried: Carried,
+    ) -> tuple[Tensor, Tensor]:
+        """Of rank 1, what is read and the matrix after the call: as a recurrence in which every key has its whole share.
+
+        The operator reads behind the row, when the share is in that only the next position adds: it is taken off again.
+        """
+        memory, _, last_keys, last_values = carried
+        first = memory + share[:, :, :1] * last_values.transpose(2, 3) @ last_keys
+        shares = share[:, :, 1:]
+        found = linear_attention(
+            keys if query is None else query, keys * shares, values, first.transpose(2, 3), decay, None, 1.0
+        )
+        y, new = found[0], found[1].transpose(2, 3)
+        if query is None:
+            return y, new
+        early = self.D[:, None, None] - (shares - own) * (query * keys).sum(-1, keepdim=True)
+        return y + early * values, new
 
     def _rows(self, x: Tensor) -> Tensor:
         """Each position's row R times, (B, H, C, n) -> (B, H, C * R, n)."""
