@@ -54,6 +54,7 @@ def test_ratios_fill_the_layers() -> None:
         ({"mamba_angles": 33}, "mamba_angles: got 33, expected at most half of mamba_state_dim (32)"),
         ({"n_experts": 4}, "top_k: got 10, expected at most n_experts (4)"),
         ({"n_experts": 16, "intermediate_size": 8}, "intermediate_size: got 8, expected 0, since there are experts"),
+        ({"mamba_least_step": 0.5}, "mamba_most_step: got 0.1, expected at least mamba_least_step (0.5)"),
         ({"layers": ["rodimus_plus"]}, "intermediate_size: got 0, expected above 0, or n_experts, for rodimus_plus"),
         ({"atlas_degree": 4}, "atlas_degree: got 4, expected 1, 2 or 3"),
         ({"atlas_segment": 65}, "atlas_segment: got 65, expected 2 to 64"),
@@ -95,6 +96,20 @@ def test_the_state_does_not_grow_where_no_layer_attends_beyond_its_window() -> N
     assert runtime.state_bytes() == few == sum(a.nbytes for a in runtime.tensors().values())
     runtime.calls.grow(100_000)  # what a host allocates for a text of this length
     assert runtime.info.kept_bytes(100_000) == few
+
+
+def test_a_text_has_no_end_where_no_layer_attends_to_all_of_it() -> None:
+    """Of others `max_position_embeddings` is the end."""
+    sizes = {"vocab_size": 65, "d_model": 32, "max_position_embeddings": 16, "n_heads": 2, "head_dim": 16}
+    text = random_tokens(40, vocab=65)
+    for window in (8, None):
+        model = HybridModel(HybridConfig(layers=("gated_deltanet", "gated_attention"), window=window, **sizes)).eval()
+        if window is None:
+            with pytest.raises(ConfigError, match=r"chunk: got 40, expected 1\.\.16, the positions of a call"):
+                whole(model, torch.from_numpy(text), Dials(1))
+        else:
+            found = whole(model, torch.from_numpy(text), Dials(1)).logits
+            np.testing.assert_allclose(found, fed(model, text, (13, 1, 26), Dials(1))[0], atol=1e-5)
 
 
 @pytest.mark.slow

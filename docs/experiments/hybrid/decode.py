@@ -2,8 +2,8 @@
 
     python docs/experiments/hybrid/decode.py
 
-Each package has four looped layers of one mixer, without MLPs, random weights, and one loop: what is timed is a call of one position
-behind 300 others, with all that the host does. What is no layer is taken off: of attention, a package of one layer is timed, too.
+Each package has one looped layer of a mixer, without an MLP, random weights, and one loop: what is timed is a call of one position
+behind 300 others, with all that the host does. What is no layer is taken off, and known from a package of four layers of attention.
 All packages stand side by side and take turns. Times are the processor's of the one thread that computes, so that other
 work on the machine is not counted; the medians of all turns, and ratios to attention.
 """
@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--segment", type=int, default=64, help="positions that an ATLAS layer learns together")
+    parser.add_argument("--no-plain", action="store_true", help="leave out the packages of plain operators")
     parser.add_argument("--only", default=",".join(KINDS), help="mixers, separated by commas")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds = [ATTENTION, *(kind for kind in args.only.split(",") if kind != ATTENTION)]
     with tempfile.TemporaryDirectory() as folder:
-        forms = [(ATTENTION, 1, True), *((kind, LAYERS, True) for kind in kinds)]
-        forms += [(kind, LAYERS, False) for kind in kinds if kind in OPERATORS]
+        forms = [(ATTENTION, LAYERS, True), *((kind, 1, True) for kind in kinds)]
+        forms += [(kind, 1, False) for kind in kinds if kind in OPERATORS and not args.no_plain]
         runtimes = {}
         for i, (kind, layers, operators) in enumerate(forms):
             model = model_of(kind, layers, args.width, args.segment)
@@ -91,11 +92,7 @@ def main() -> None:
     print(f"| layer, width {args.width} | relative to {ATTENTION}, window {WINDOW} | in plain operators |")
     print("|---|---|---|")
     for kind in kinds:
-        own = [
-            (found[form] - rest) / LAYERS / one
-            for form in ((kind, LAYERS, True), (kind, LAYERS, False))
-            if form in found
-        ]
+        own = [(found[form] - rest) / one for form in ((kind, 1, True), (kind, 1, False)) if form in found]
         print(f"| `{kind}` | {' | '.join([f'{value:.2f}' for value in own] + [''] * (2 - len(own)))} |")
 
 

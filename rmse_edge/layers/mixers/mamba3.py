@@ -21,7 +21,7 @@ Channels that turn together lie n apart: the first n with the next n. Published 
 
 from __future__ import annotations
 
-from math import pi
+from math import log, pi
 from typing import Literal
 
 import torch
@@ -69,6 +69,7 @@ class Mamba3(Mixer):
         angles: int,
         rank: int = 1,
         a_activation: Activation = "heavy_tail",
+        first_steps: tuple[float, float] = (1e-3, 0.1),
         norm_eps: float = 1e-5,
     ) -> None:
         """
@@ -77,10 +78,11 @@ class Mamba3(Mixer):
             state_dim: N, channels of keys and queries.
             angles: n, pairs of these that turn, at most N / 2; 0: none do, which is the recurrence in real numbers.
             rank: R, keys of a position.
+            first_steps: dt of a head before training, at least and at most.
         """
         super().__init__()
         self.heads, self.head_dim, self.state_dim, self.angles, self.rank = heads, head_dim, state_dim, angles, rank
-        self.a_activation = a_activation
+        self.a_activation, self.first_steps = a_activation, first_steps
         inner = heads * head_dim
         self.x_proj = nn.Linear(d_model, inner, bias=False)
         self.b_proj = nn.Linear(d_model, rank * state_dim, bias=False)
@@ -100,8 +102,9 @@ class Mamba3(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Steps between 1e-3 and 0.1."""
-        step = torch.empty_like(self.dt_bias).uniform_(-6.9, -2.3).exp()
+        """Steps spread evenly over the logarithms of `first_steps`."""
+        least, most = map(log, self.first_steps)
+        step = torch.empty_like(self.dt_bias).uniform_(least, most).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
     @property
