@@ -68,14 +68,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--segment", type=int, default=64, help="positions that an ATLAS layer learns together")
-    parser.add_argument("--no-plain", action="store_true", help="leave out the packages of plain operators")
+    parser.add_argument(
+        "--plain", default=",".join(OPERATORS), help="those of which one in plain operators is timed, too"
+    )
     parser.add_argument("--only", default=",".join(KINDS), help="mixers, separated by commas")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds = [ATTENTION, *(kind for kind in args.only.split(",") if kind != ATTENTION)]
     with tempfile.TemporaryDirectory() as folder:
         forms = [(ATTENTION, LAYERS, True), *((kind, 1, True) for kind in kinds)]
-        forms += [(kind, 1, False) for kind in kinds if kind in OPERATORS and not args.no_plain]
+        forms += [(kind, 1, False) for kind in kinds if kind in args.plain.split(",")]
         runtimes = {}
         for i, (kind, layers, operators) in enumerate(forms):
             model = model_of(kind, layers, args.width, args.segment)
