@@ -244,6 +244,9 @@ SLOW: dict[str, list[str]] = {
     "python docs/experiments/executorch/experts.py [--sizes 192x32,768x128] [--rows 1,64]": [
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
+    "python docs/experiments/hybrid/decode.py --only gated_deltanet,rodimus,mamba3,atlas --plain gated_deltanet,rodimus": [
+        "--width", "32", "--turns", "2", "--only", "gated_deltanet", "--plain", "gated_deltanet",
+    ],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
     "python docs/experiments/space_time/compare.py --text shakespeare.txt": [
         "--text", SAMPLE, "--seeds", "0", "--only", "gpt-1,loop-2", "-o", "results.json", *(word for change in (
@@ -488,7 +491,10 @@ def test_the_memory_of_a_command_is_that_of_all_its_processes() -> None:
 @pytest.mark.parametrize(
     "command",
     # Exports of tiny models, a minute and more: benchmarks of this kind are for people to read.
-    [pytest.param(c, marks=[pytest.mark.nightly] if "experiments/executorch" in c else []) for c in SLOW],
+    [
+        pytest.param(c, marks=[pytest.mark.nightly] if re.search("experiments/executorch|hybrid/decode", c) else [])
+        for c in SLOW
+    ],
 )
 def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
     """In a process of its own: it sets threads and logging for all of it."""
