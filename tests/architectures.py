@@ -321,7 +321,7 @@ def looped_hybrid() -> HybridModel:
     """Every mixer in the loop, and nothing else: what packages are made of. Graphs of recurrences have thousands of operators."""
     config = replace(
         small_hybrid().config, layers=("atlas", "gated_deltanet", "mamba3", "rodimus_plus", "gated_attention"),
-        think=(0, 5), untrained_loops=0, n_experts=0, atlas_steps=1, exit_rules=("gate",),
+        think=(0, 5), untrained_loops=0, n_experts=0, intermediate_size=32, atlas_steps=1, exit_rules=("gate",),
     )  # fmt: skip
     torch.manual_seed(9)
     model = HybridModel(config)
@@ -334,7 +334,7 @@ def decided_hybrid() -> HybridModel:
     model = looped_hybrid()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("out_proj.weight", "o_proj.weight")):
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
                 p *= 0.3
         model.lm_head.weight.copy_(model.embed_tokens.weight * 0.5)
     return model

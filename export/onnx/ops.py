@@ -1,4 +1,5 @@
-"""How the model's own operators become ONNX: `RotaryEmbedding`, and ONNX Runtime's contrib `MoE`, with compaction or not.
+"""How the model's own operators become ONNX: `RotaryEmbedding`, and of ONNX Runtime's contrib operators `MoE`, with compaction or not,
+`LinearAttention` and `CausalConvWithState`.
 
 Three operators of our own stand in the graph only until export/onnx/passes.py and quantize.py have seen who reads what:
 `StoredWeight`, a weight given by its integers, `Transposed`, the weight of a linear layer as a product wants it, and
@@ -23,7 +24,8 @@ import torch
 from onnxscript import opset23 as op
 
 import rmse_edge.layers.attention  # which defines the operator
-import rmse_edge.layers.experts  # noqa: F401
+import rmse_edge.layers.experts
+import rmse_edge.layers.mixers.operators  # noqa: F401
 from rmse_edge.layers import held
 from rmse_edge.layers.masks import MASKED
 
@@ -33,6 +35,8 @@ STORED_WEIGHT, TRANSPOSED, EXPERT_LOOP = "StoredWeight", "Transposed", "ExpertLo
 ROTARY = torch.ops.rmse_edge.rotary.default
 SPARSE_EXPERTS = torch.ops.rmse_edge.sparse_experts.default
 LINEAR = torch.ops.aten.linear.default
+LINEAR_ATTENTION = torch.ops.rmse_edge.linear_attention.default
+SHORT_CONVOLUTION = torch.ops.rmse_edge.short_convolution.default
 
 
 @cache
@@ -112,7 +116,7 @@ def translations(compact: bool, gathered: bool = False) -> dict[Any, Any]:
     # A second of imports, which nothing but an export needs.
     from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
 
-    register_contrib_schemas("MoE")
+    register_contrib_schemas("MoE", "LinearAttention", "CausalConvWithState")
     register_own_schemas()
     ms, own = onnxscript.values.Opset(CONTRIB, 1), onnxscript.values.Opset(OWN, 1)
 
@@ -190,11 +194,31 @@ def translations(compact: bool, gathered: bool = False) -> dict[Any, Any]:
         product = op.MatMul(x, own.Transposed(weight))
         return product if bias is None else op.Add(product, bias)
 
+    def packed(x):
+        """(B, H, C, n) -> (B, C, H * n)."""
+        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+
+    def linear_attention(query, key, value, memory, decay, beta, scale: float):
+        heads = memory.shape[1]
+        y, after = ms.LinearAttention(
+            packed(query), packed(key), packed(value), memory, packed(decay), None if beta is None else packed(beta),
+            q_num_heads=heads, kv_num_heads=heads, scale=scale, update_rule="gated" if beta is None else "gated_delta",
+        )  # fmt: skip
+        apart = op.Reshape(y, op.Constant(value_ints=[0, 0, heads, -1]))
+        return op.Transpose(apart, perm=[0, 2, 1, 3]), after
+
+    def short_convolution(x, past, weight, bias, silu: bool):
+        activation = "silu" if silu else "none"
+        y, _ = ms.CausalConvWithState(x, weight, bias, past, ndim=1, channels_last=1, activation=activation)
+        return y
+
     experts_of = active_rows if compact else all_rows
     return {
         SPARSE_EXPERTS: experts_of,
         ROTARY: rotary,
         held.OPERATOR: stored_weight,
         LINEAR: linear,
+        LINEAR_ATTENTION: linear_attention,
+        SHORT_CONVOLUTION: short_convolution,
         torch.ops.aten.sym_stride.int: contiguous_stride,
     }

@@ -18,6 +18,8 @@ class OnnxOptions(TargetOptions):
     # Of every row: "fused", all that it chose in one operator, `MoE` or `QMoE`; "gathered", in operators that every engine has,
     # on a copy of their weights.
     experts: str = FUSED
+    # Recurrences and short convolutions as LinearAttention and CausalConvWithState, which ONNX Runtime has from 1.29 on.
+    recurrent_operators: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,10 +22,13 @@ from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.errors import ExportError
 from rmse_edge.export.targets import LowerOptions
 from rmse_edge.layers.held import with_stored
+from rmse_edge.layers.mixers.base import Mixer
 from rmse_edge.quantize import Format, QuantizedTensor
+from rmse_edge.quantize.parallel import shared_copy
 
 from .experts import DOWN, UP, Product, expert_loop
 from .ops import CONTRIB, EXPERT_LOOP, STORED_WEIGHT, TRANSPOSED
+from .options import OnnxOptions
 from .passes import forget_own_operators, graphs, names_read, remove_dead_nodes
 from .weights import MODEL
 
@@ -34,10 +37,17 @@ BLOCKS = (128, 64, 32, 16)  # for weights with one scale per channel, by prefere
 
 
 def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
-    """`model`, or a copy in which quantised weights are their integers."""
-    if not options.tensors:
+    """`model`, or a copy in which quantised weights are their integers, and mixers trace to ONNX Runtime's operators."""
+    if options.tensors:
+        model = with_stored(model, options.tensors, arch_of_model(model).tied(model.config))
+    own: OnnxOptions = options.own or OnnxOptions()
+    if not own.recurrent_operators or not any(isinstance(module, Mixer) for module in model.modules()):
         return model
-    return with_stored(model, options.tensors, arch_of_model(model).tied(model.config))
+    model = shared_copy(model)
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.operators = True
+    return model
 
 
 def use_integers(

@@ -54,6 +54,8 @@ def test_ratios_fill_the_layers() -> None:
         ({"mamba_angles": 33}, "mamba_angles: got 33, expected at most half of mamba_state_dim (32)"),
         ({"n_experts": 4}, "top_k: got 10, expected at most n_experts (4)"),
         ({"n_experts": 16, "intermediate_size": 8}, "intermediate_size: got 8, expected 0, since there are experts"),
+        ({"mamba_least_step": 0.5}, "mamba_most_step: got 0.1, expected at least mamba_least_step (0.5)"),
+        ({"layers": ["rodimus_plus"]}, "intermediate_size: got 0, expected above 0, or n_experts, for rodimus_plus"),
         ({"atlas_degree": 4}, "atlas_degree: got 4, expected 1, 2 or 3"),
         ({"atlas_segment": 65}, "atlas_segment: got 65, expected 2 to 64"),
         ({"exit_rules": ["entropy_change"]}, "exit_rules: got 'entropy_change', expected some of gate, delta, cosine"),
@@ -96,6 +98,20 @@ def test_the_state_does_not_grow_where_no_layer_attends_beyond_its_window() -> N
     assert runtime.info.kept_bytes(100_000) == few
 
 
+def test_a_text_has_no_end_where_no_layer_attends_to_all_of_it() -> None:
+    """Of others `max_position_embeddings` is the end."""
+    sizes = {"vocab_size": 65, "d_model": 32, "max_position_embeddings": 16, "n_heads": 2, "head_dim": 16}
+    text = random_tokens(40, vocab=65)
+    for window in (8, None):
+        model = HybridModel(HybridConfig(layers=("gated_deltanet", "gated_attention"), window=window, **sizes)).eval()
+        if window is None:
+            with pytest.raises(ConfigError, match=r"chunk: got 40, expected 1\.\.16, the positions of a call"):
+                whole(model, torch.from_numpy(text), Dials(1))
+        else:
+            found = whole(model, torch.from_numpy(text), Dials(1)).logits
+            np.testing.assert_allclose(found, fed(model, text, (13, 1, 26), Dials(1))[0], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_all_loops_may_be_computed_for_what_later_positions_read() -> None:
     """With "all" a state takes in what every loop makes of a position; with "repeat" what its last one made."""
@@ -126,7 +142,9 @@ def test_every_tensor_has_a_line_in_the_quantiser_s_table(name: str, quant: str)
 
 @pytest.mark.slow
 def test_gptq_hears_the_matrices_of_every_mixer_and_says_more_than_rounding() -> None:
-    config = replace(small_hybrid().config, layers=MIXERS, think=(0, 5), untrained_loops=0, n_experts=0)
+    config = replace(
+        small_hybrid().config, layers=MIXERS, think=(0, 5), untrained_loops=0, n_experts=0, intermediate_size=32
+    )
     torch.manual_seed(9)
     model, text = HybridModel(config).eval(), random_tokens(1100, vocab=65)
     request = QuantizeRequest(

@@ -246,6 +246,9 @@ SLOW: dict[str, list[str]] = {
     "python docs/experiments/executorch/experts.py [--sizes 192x32,768x128] [--rows 1,64]": [
         "--sizes", "64x32", "--rows", "1,2", "--reps", "2,2", "--sample", "1",
     ],
+    "python docs/experiments/hybrid/decode.py --only gated_deltanet,rodimus,mamba3,atlas --plain gated_deltanet,rodimus": [
+        "--width", "32", "--turns", "2", "--only", "gated_deltanet", "--plain", "gated_deltanet",
+    ],
     "python docs/experiments/facts/measure.py runs/facts.rmse": ["--questions", "3"],
     "python docs/experiments/gathered_experts.py [--experts 512] [--top-k 10] [--d-model 192] [--width 32] [--reps 31]": [
         "--experts", "8", "--top-k", "2", "--d-model", "32", "--reps", "1",
@@ -505,7 +508,10 @@ def test_the_memory_of_a_command_is_that_of_all_its_processes() -> None:
 @pytest.mark.parametrize(
     "command",
     # Exports of tiny models, a minute and more: benchmarks of this kind are for people to read.
-    [pytest.param(c, marks=[pytest.mark.nightly] if "experiments/executorch" in c else []) for c in SLOW],
+    [
+        pytest.param(c, marks=[pytest.mark.nightly] if re.search("experiments/executorch|hybrid/decode", c) else [])
+        for c in SLOW
+    ],
 )
 def test_a_documented_experiment_runs(command: str, tmp_path: Path) -> None:
     """In a process of its own: it sets threads and logging for all of it."""

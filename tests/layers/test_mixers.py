@@ -32,12 +32,34 @@ def small(kind: str, **changes: Any) -> HybridModel:
     """A model of one layer of a kind."""
     torch.manual_seed(3)
     sizes: dict[str, Any] = {
-        "vocab_size": 65, "d_model": 32, "layers": (kind,), "max_position_embeddings": 512, "n_heads": 4, "n_kv_heads": 2,
-        "head_dim": 8, "rotary_dims": 4, "window": 24, "shared_key_window": 20, "deltanet_key_heads": 2,
-        "deltanet_value_heads": 4, "deltanet_key_dim": 8, "deltanet_value_dim": 8, "mamba_heads": 4, "mamba_head_dim": 8,
-        "mamba_state_dim": 8, "mamba_angles": 2, "mamba_rank": 2, "rodimus_channels": 32, "rodimus_state_dim": 8,
-        "rodimus_gate_rank": 8, "atlas_heads": 2, "atlas_head_dim": 8, "atlas_hidden": 8,
-    }  # fmt: skip
+        "vocab_size": 65,
+        "d_model": 32,
+        "layers": (kind,),
+        "max_position_embeddings": 512,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "rotary_dims": 4,
+        "window": 24,
+        "shared_key_window": 20,
+        "deltanet_key_heads": 2,
+        "deltanet_value_heads": 4,
+        "deltanet_key_dim": 8,
+        "deltanet_value_dim": 8,
+        "mamba_heads": 4,
+        "mamba_head_dim": 8,
+        "mamba_state_dim": 8,
+        "mamba_angles": 2,
+        "mamba_rank": 2,
+        "rodimus_channels": 32,
+        "rodimus_state_dim": 8,
+        "rodimus_gate_rank": 8,
+        "atlas_heads": 2,
+        "atlas_head_dim": 8,
+        "atlas_hidden": 8,
+    }
+    if kind == "rodimus_plus":
+        sizes["intermediate_size"] = 32  # fmt: skip
     return HybridModel(HybridConfig(**sizes | changes)).eval()
 
 

@@ -126,8 +126,9 @@ class HybridModel(ExitRules):
 
     def spec(self, chunk: int) -> LoopSpec:
         c, capacity = self.config, self.config.max_position_embeddings
-        if not 1 <= chunk <= capacity:
-            raise ConfigError(f"chunk: got {chunk}, expected 1..{capacity}, the positions of a call")
+        if chunk < 1 or (c.attends_to_all and chunk > capacity):  # otherwise a text has no end
+            most = f"1..{capacity}" if c.attends_to_all else "at least 1"
+            raise ConfigError(f"chunk: got {chunk}, expected {most}, the positions of a call")
         vector, (dims, _) = TensorSpec("h", (1, chunk, c.width)), c.turning
         angles = (TensorSpec(name, (1, chunk, dims // 2)) for name in ("cos", "sin"))
         context = (*angles, *(TensorSpec(name, (1,), torch.int64) for name in ("position", "n_valid")))
@@ -136,7 +137,7 @@ class HybridModel(ExitRules):
         if c.attends_to_all:
             context += (TensorSpec(SLOTS, (capacity,), torch.int64, None, slots_axis=0),)
         decodes = bool(self.decoder.layers)
-        valid = max(1, chunk - 3)
+        valid, far = max(1, chunk - 3), min(40, capacity - chunk) if c.attends_to_all else 40
         return LoopSpec(
             chunk=chunk,
             max_loops=c.max_loops,
@@ -163,7 +164,7 @@ class HybridModel(ExitRules):
             segment=c.segment,
             ids={"tokens": c.vocab_size},
             # Where a segment is learned by it, a call that completes one.
-            examples={"position": [c.segment - valid if c.segment else min(40, capacity - chunk)], "n_valid": [valid]},
+            examples={"position": [c.segment - valid if c.segment else far], "n_valid": [valid]},
         )
 
     def prelude(self, tensors: Tensors) -> Tensors:

@@ -70,6 +70,8 @@ class HybridConfig(HybridBase):
     mamba_state_dim: Count = 64
     mamba_angles: Some = 16  # pairs of channels that turn; 0: none do
     mamba_rank: Count = 1
+    mamba_least_step: Positive = 1e-3  # dt of a head before training, at least
+    mamba_most_step: Positive = 0.1
     mamba_activation: Literal["heavy_tail", "softplus"] = "heavy_tail"
     rodimus_channels: Count = 512
     rodimus_state_dim: Count = 64
@@ -126,9 +128,13 @@ class HybridConfig(HybridBase):
         self.require(heads % self.deltanet_key_heads == 0, "deltanet_key_heads", divisor)
         half = self.mamba_state_dim // 2
         self.require(self.mamba_angles <= half, "mamba_angles", f"at most half of mamba_state_dim ({half})")
+        least = f"at least mamba_least_step ({self.mamba_least_step})"
+        self.require(self.mamba_least_step <= self.mamba_most_step, "mamba_most_step", least)
         if self.n_experts:
             self.require(self.top_k <= self.n_experts, "top_k", f"at most n_experts ({self.n_experts})")
             self.require(not self.intermediate_size, "intermediate_size", "0, since there are experts")
+        elif TWO_HOP in self.layers:  # its second mixer would reach nothing
+            self.require(self.intermediate_size > 0, "intermediate_size", f"above 0, or n_experts, for {TWO_HOP}")
         if self.block_size is not None:
             most = self.max_position_embeddings
             self.require(self.block_size <= most, "block_size", f"at most max_position_embeddings ({most})")
@@ -176,7 +182,8 @@ class HybridConfig(HybridBase):
             sizes = {
                 name: getattr(self, f"mamba_{name}") for name in ("heads", "head_dim", "state_dim", "angles", "rank")
             }
-            return sizes | {"a_activation": self.mamba_activation, "norm_eps": self.norm_eps}
+            steps = (self.mamba_least_step, self.mamba_most_step)
+            return sizes | {"a_activation": self.mamba_activation, "first_steps": steps, "norm_eps": self.norm_eps}
         if kind == "rodimus":
             sizes = {name: getattr(self, f"rodimus_{name}") for name in ("channels", "state_dim", "gate_rank")}
             return sizes | {"taps": self.taps, "norm_eps": self.norm_eps}

@@ -13,7 +13,8 @@ When `segment` positions are complete, the memory learns them together, at their
 `rule` is five Newton-Schulz iterations ("muon") or nothing ("sgd"); gamma is of a position, theta, eta and alpha are means over
 the segment of what its positions ask for. Positions read the memory of the segments before theirs. All of it is free of autograd, in
 closed form as rmse_edge/layers/memory has it. Other than there the memory is no state that a method of its own writes, so a layer may
-stand anywhere, in a loop too; the price is that every call, of one position too, computes what its segment would teach.
+stand anywhere, in a loop too; the price is that every call, of one position too, computes what its segment would teach, but in graphs
+that may branch.
 
 No call crosses a multiple of `segment` positions, but for those of whole texts, which begin at one.
 """
@@ -28,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.layers.convolution import depthwise
 from rmse_edge.layers.memory.atlas import newton_schulz
 from rmse_edge.layers.memory.base import gradient
 from rmse_edge.layers.norm import rms, unit
@@ -36,6 +36,7 @@ from rmse_edge.layers.rows import Kept
 from rmse_edge.loop.contract import Tensors
 
 from .base import Call, Mixer, Past, Rows, StateKind
+from .operators import convolved
 
 Rule = Literal["muon", "sgd"]
 MATRICES = ("up", "down")
@@ -132,7 +133,7 @@ class AtlasLayer(Mixer):
     def forward(self, x: Tensor, rows: Rows, state: Tensors, call: Call) -> tuple[Tensor, Tensors]:
         inputs, tail = rows.add("inputs", self.qkv_proj(x).unsqueeze(1))
         assert tail is not None
-        mixed = depthwise(inputs, tail, self.conv1d.weight).squeeze(1)  # (B, C, 3 H m)
+        mixed = convolved(inputs, tail, self.conv1d, False, self.operators)  # (B, C, 3 H m)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in mixed.chunk(3, -1))  # (B, H, C, m)
         rates = (
             torch.sigmoid(self.rates_proj(x).float()).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -154,10 +155,20 @@ class AtlasLayer(Mixer):
         if not torch.compiler.is_exporting() and count > self.segment:
             return self._whole(None, rows, past, state, call)[1]
         latest = {name: self._of_segment(rows[name], past[name], call) for name in rows}
-        learned = self._learned(latest, state)
         ends = torch.remainder(call.position + call.n_valid, self.segment) == 0
         ends = (ends & (call.n_valid > 0))[:, None, None, None]
-        return {name: torch.where(ends, learned[name], old) for name, old in state.items()}
+
+        def taught(*given: Tensor) -> tuple[Tensor, ...]:
+            old = dict(zip(state, given[len(latest) :]))
+            learned = self._learned(dict(zip(latest, given)), old)
+            return tuple(torch.where(ends, learned[name], t) for name, t in old.items())
+
+        given = (*latest.values(), *state.values())
+        if not self.as_operators:
+            return dict(zip(state, taught(*given)))
+        # A graph that may branch: within a segment nothing is computed of what it will teach.
+        new = torch.cond(ends.any(), taught, lambda *given: tuple(t.clone() for t in given[len(latest) :]), given)
+        return dict(zip(state, new))
 
     def _whole(
         self, query: Tensor | None, rows: Tensors, past: Past, state: Tensors, call: Call

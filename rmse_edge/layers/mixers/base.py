@@ -80,6 +80,14 @@ class Mixer(nn.Module, ABC):
     """See the module."""
 
     kind: Kind | None = None  # of its attention: which masks it reads
+    operators = (
+        False  # in graphs: parts of it as one operator each (operators.py); a target that has them sets it to True
+    )
+
+    @property
+    def as_operators(self) -> bool:
+        """Whether what is computed now is a graph of a target that has them."""
+        return self.operators and torch.compiler.is_exporting()
 
     @property
     @abstractmethod

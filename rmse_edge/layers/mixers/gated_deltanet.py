@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.layers.convolution import depthwise
 from rmse_edge.layers.norm import RMSNorm, unit
 from rmse_edge.layers.rows import Kept
 from rmse_edge.loop.contract import Tensors
 
 from .base import Call, Carried, Mixer, Past, Rows, StateKind, by_blocks
 from .chunks import behind, decays, inverse_of_unit_lower
+from .operators import convolved, linear_attention
 
 
 class GatedDeltaNet(Mixer):
@@ -86,7 +86,7 @@ class GatedDeltaNet(Mixer):
         inputs, tail = rows.add("inputs", self.qkv_proj(x).unsqueeze(1))
         assert tail is not None
         wide = self.key_heads * self.key_dim
-        mixed = F.silu(depthwise(inputs, tail, self.conv1d.weight)).squeeze(1)  # (B, C, n)
+        mixed = convolved(inputs, tail, self.conv1d, True, self.operators)  # (B, C, n)
         q, k, v = (
             t.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, C, dk or dv)
             for t, heads in zip(
@@ -99,12 +99,20 @@ class GatedDeltaNet(Mixer):
         gates = torch.stack([torch.sigmoid(b), decay], -1).transpose(1, 2)  # beta and g, (B, H_v, C, 2)
         own = {name: rows.add(name, t)[0] for name, t in (("keys", unit(k)), ("values", v), ("gates", gates))}
         query = self._of_value_heads(unit(q)) * self.key_dim**-0.5
-        y, memory = by_blocks(self._block, (*self._parts(own, call), query), (state["memory"],))
+        y, (memory,) = self._run((*self._parts(own, call), query), state)
         gate = F.silu(self.z_proj(x).unflatten(-1, (-1, self.value_dim)))  # (B, C, H, dv)
-        return self.out_proj((self.norm(y.transpose(1, 2)) * gate).flatten(2)), {"memory": memory[0]}
+        return self.out_proj((self.norm(y.transpose(1, 2)) * gate).flatten(2)), {"memory": memory}
 
     def absorb(self, rows: Tensors, past: Past, state: Tensors, call: Call) -> Tensors:
-        return {"memory": by_blocks(self._block, self._parts(rows, call), (state["memory"],))[1][0]}
+        return {"memory": self._run(self._parts(rows, call), state)[1][0]}
+
+    def _run(self, parts: Carried, state: Tensors) -> tuple[Tensor, Carried]:
+        """`_block` over all positions of a call."""
+        if not self.as_operators:
+            return by_blocks(self._block, parts, (state["memory"],))
+        k, v, beta, g = parts[:4]
+        y, memory = linear_attention(parts[-1] if len(parts) > 4 else k, k, v, state["memory"], g, beta, 1.0)
+        return y, (memory,)
 
     def _parts(self, rows: Tensors, call: Call) -> Carried:
         """k (B, H, C, dk), v (B, H, C, dv), beta and g (B, H, C, 1), of padding such that nothing changes."""

@@ -21,7 +21,7 @@ Channels that turn together lie n apart: the first n with the next n. Published 
 
 from __future__ import annotations
 
-from math import pi
+from math import log, pi
 from typing import Literal
 
 import torch
@@ -35,6 +35,7 @@ from rmse_edge.layers.rows import Kept
 from rmse_edge.loop.contract import Tensors
 
 from .base import Call, Carried, Mixer, Past, Rows, StateKind, by_blocks
+from .operators import linear_attention
 
 Activation = Literal["softplus", "heavy_tail"]
 LEAST_DECAY = 1e-4
@@ -68,6 +69,7 @@ class Mamba3(Mixer):
         angles: int,
         rank: int = 1,
         a_activation: Activation = "heavy_tail",
+        first_steps: tuple[float, float] = (1e-3, 0.1),
         norm_eps: float = 1e-5,
     ) -> None:
         """
@@ -76,10 +78,11 @@ class Mamba3(Mixer):
             state_dim: N, channels of keys and queries.
             angles: n, pairs of these that turn, at most N / 2; 0: none do, which is the recurrence in real numbers.
             rank: R, keys of a position.
+            first_steps: dt of a head before training, at least and at most.
         """
         super().__init__()
         self.heads, self.head_dim, self.state_dim, self.angles, self.rank = heads, head_dim, state_dim, angles, rank
-        self.a_activation = a_activation
+        self.a_activation, self.first_steps = a_activation, first_steps
         inner = heads * head_dim
         self.x_proj = nn.Linear(d_model, inner, bias=False)
         self.b_proj = nn.Linear(d_model, rank * state_dim, bias=False)
@@ -99,8 +102,9 @@ class Mamba3(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Steps between 1e-3 and 0.1."""
-        step = torch.empty_like(self.dt_bias).uniform_(-6.9, -2.3).exp()
+        """Steps spread evenly over the logarithms of `first_steps`."""
+        least, most = map(log, self.first_steps)
+        step = torch.empty_like(self.dt_bias).uniform_(least, most).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
     @property
@@ -183,6 +187,19 @@ class Mamba3(Mixer):
         own, next_one = lam * dt, (1 - lam) * dt
         nothing = total[:, :, :1] * 0
         share = torch.cat([next_one, nothing], 2) + torch.cat([nothing, own], 2)
+        # Of the last position that is there; of a block of padding, what was kept before.
+        latest = there - torch.cat([there, there[:, :, :1] * 0], 2)[:, :, 1:]  # (B, 1, C, 1)
+        kept = 1 - latest.sum(2, keepdim=True)
+        by_rank = (keys * self._rows(latest)).unflatten(2, (-1, rank)).sum(2)
+        after = (
+            _wrapped(theta[:, :, -1:]),
+            kept * last_keys + by_rank,
+            kept * last_values + (values * latest).sum(2, keepdim=True),
+        )
+        query = None if len(parts) == 7 else self._turned(parts[7], theta)  # None: nobody reads
+        if self.as_operators and rank == 1:
+            y, new = self._as_operator(query, keys, values, decay, own, share, carried)
+            return y, (new, *after)
         # One row for each key: those of the position before, then those of the call.
         every_key = torch.cat([last_keys, keys], 2)
         every_value = torch.cat([self._ranked(last_values), self._ranked(values)], 2)  # (B, H, (1 + C) R, P)
@@ -190,20 +207,8 @@ class Mamba3(Mixer):
         whole = total[:, :, -1:]
         left = self._rows((whole - since).exp() * share)
         new = whole.exp() * memory + (every_value * left).transpose(2, 3) @ every_key
-        # Of the last position that is there; of a block of padding, what was kept before.
-        latest = there - torch.cat([there, there[:, :, :1] * 0], 2)[:, :, 1:]  # (B, 1, C, 1)
-        kept = 1 - latest.sum(2, keepdim=True)
-        of_last = self._rows(latest)
-        by_rank = (keys * of_last).unflatten(2, (-1, rank)).sum(2)
-        after = (
-            new,
-            _wrapped(theta[:, :, -1:]),
-            kept * last_keys + by_rank,
-            kept * last_values + (values * latest).sum(2, keepdim=True),
-        )
-        if len(parts) == 7:  # nobody reads
-            return values, after
-        query = self._turned(parts[7], theta)
+        if query is None:
+            return values, (new, *after)
         row = torch.arange(count, device=values.device)
         distance = (row[:, None] + 1) - torch.arange(
             count + 1, device=values.device
@@ -213,7 +218,33 @@ class Mamba3(Mixer):
         scores = (query @ every_key.transpose(2, 3)) * self._rows(self._rows(weight).transpose(2, 3)).transpose(2, 3)
         y = scores @ every_value + (query * self._rows(total.exp())) @ memory.transpose(2, 3)
         y = y + self.D[:, None, None] * self._ranked(values)
-        return y.unflatten(2, (-1, rank)).flatten(3), after
+        return y.unflatten(2, (-1, rank)).flatten(3), (new, *after)
+
+    def _as_operator(
+        self,
+        query: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        decay: Tensor,
+        own: Tensor,
+        share: Tensor,
+        carried: Carried,
+    ) -> tuple[Tensor, Tensor]:
+        """Of rank 1, what is read and the matrix after the call: as a recurrence in which every key has its whole share.
+
+        The operator reads behind the row, when the share is in that only the next position adds: it is taken off again.
+        """
+        memory, _, last_keys, last_values = carried
+        first = memory + share[:, :, :1] * last_values.transpose(2, 3) @ last_keys
+        shares = share[:, :, 1:]
+        found = linear_attention(
+            keys if query is None else query, keys * shares, values, first.transpose(2, 3), decay, None, 1.0
+        )
+        y, new = found[0], found[1].transpose(2, 3)
+        if query is None:
+            return y, new
+        early = self.D[:, None, None] - (shares - own) * (query * keys).sum(-1, keepdim=True)
+        return y + early * values, new
 
     def _rows(self, x: Tensor) -> Tensor:
         """Each position's row R times, (B, H, C, n) -> (B, H, C * R, n)."""

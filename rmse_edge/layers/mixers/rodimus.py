@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmse_edge.layers.convolution import depthwise
 from rmse_edge.layers.masks import MASKED
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rows import Kept
@@ -31,6 +30,7 @@ from rmse_edge.loop.contract import Tensors
 
 from .base import Call, Carried, Mixer, Past, Rows, StateKind, by_blocks
 from .chunks import behind
+from .operators import convolved, linear_attention
 
 
 class Rodimus(Mixer):
@@ -86,7 +86,7 @@ class Rodimus(Mixer):
         given = self.x_proj(x)
         inputs, tail = rows.add("inputs", given.unsqueeze(1))
         assert tail is not None
-        c = F.silu(depthwise(inputs, tail, self.conv1d.weight, self.conv1d.bias)).squeeze(1)  # (B, C, channels)
+        c = convolved(inputs, tail, self.conv1d, True, self.operators)  # (B, C, channels)
         r, k = self.rk_proj(c).chunk(2, -1)
         s, tau = self.selection_proj(c).float().chunk(2, -1)
         s, tau = F.softplus(s), torch.sigmoid(tau)
@@ -95,12 +95,22 @@ class Rodimus(Mixer):
         value = torch.sigmoid(self.value_up_proj(self.value_down_proj(given))) * given
         made = (("keys", key), ("values", value), ("decays", -s * tau))
         own = {name: rows.add(name, t.unsqueeze(1))[0] for name, t in made}
-        y, memory = by_blocks(self._block, (*self._parts(own, call), r.unsqueeze(1)), (state["memory"],))
+        y, (memory,) = self._run((*self._parts(own, call), r.unsqueeze(1)), state)
         y = y.squeeze(1) * self.state_dim**-0.5 + self.residual_weight * c
-        return self.out_proj(self.norm(y * F.silu(self.g_proj(x)))), {"memory": memory[0]}
+        return self.out_proj(self.norm(y * F.silu(self.g_proj(x)))), {"memory": memory}
 
     def absorb(self, rows: Tensors, past: Past, state: Tensors, call: Call) -> Tensors:
-        return {"memory": by_blocks(self._block, self._parts(rows, call), (state["memory"],))[1][0]}
+        return {"memory": self._run(self._parts(rows, call), state)[1][0]}
+
+    def _run(self, parts: Carried, state: Tensors) -> tuple[Tensor, Carried]:
+        """`_block` over all positions of a call."""
+        if not self.as_operators:
+            return by_blocks(self._block, parts, (state["memory"],))
+        key, value, decay = parts[:3]
+        y, memory = linear_attention(
+            parts[-1] if len(parts) > 3 else key, key, value, state["memory"], decay, None, 1.0
+        )
+        return y, (memory,)
 
     @staticmethod
     def _parts(rows: Tensors, call: Call) -> Carried:
