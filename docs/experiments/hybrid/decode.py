@@ -1,6 +1,6 @@
 """What a layer of each mixer costs a token in an ONNX package, beside windowed attention of the same width.
 
-    python docs/experiments/hybrid/decode.py
+    python docs/experiments/hybrid/decode.py --only gated_deltanet,rodimus,mamba3,atlas --plain gated_deltanet,rodimus
 
 Each package has one looped layer of a mixer, without an MLP, random weights, and one loop: what is timed is a call of one position
 behind 300 others, with all that the host does. What is no layer is taken off, and known from a package of four layers of attention.
