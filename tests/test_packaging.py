@@ -62,15 +62,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def needed(names: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Distributions that these need, and those, as far as they are installed here."""
+    """Distributions that these need, and those, with the extras that are asked for, as far as they are installed here."""
     found: dict[str, importlib.metadata.Distribution] = {}
-    todo = [Requirement(name) for name in names]
+    known: set[tuple[str, str]] = set()  # name, extra
+    todo = [(Requirement(name), "") for name in names]
     while todo:
-        requirement = todo.pop()
-        if requirement.name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        requirement, asked = todo.pop()  # by the extra `asked` of another
+        if requirement.marker and not requirement.marker.evaluate({"extra": asked}):
             continue
-        distribution = found[requirement.name] = importlib.metadata.distribution(requirement.name)
-        todo += [Requirement(line) for line in distribution.requires or ()]
+        for extra in {"", *requirement.extras} - {extra for name, extra in known if name == requirement.name}:
+            known.add((requirement.name, extra))
+            distribution = found[requirement.name] = importlib.metadata.distribution(requirement.name)
+            todo += [(Requirement(line), extra) for line in distribution.requires or ()]
     return found
 
 
