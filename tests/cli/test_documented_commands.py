@@ -382,6 +382,7 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --recipe docs/experiments/hybrid/parity.json --set model.mamba_angles=0 -o runs/real": TRAINS,
     "python docs/experiments/quantization/measure.py --text shakespeare.txt --seeds 0,1,2": "runs above, for one variant",
     "python docs/experiments/peak_memory.py COMMAND": "runs below",
+    "python docs/experiments/ungated.py FOLDER-int4 FOLDER.rmse [--target executorch] [--max-seq-len 4096]": PUBLISHED,
     "rmse-quantize -m FOLDER --quant int4 --method rtn": PUBLISHED,
     "rmse-export -m FOLDER-int4 --target executorch --max-seq-len 4096": PUBLISHED,
     "python docs/experiments/random_checkpoint.py FOLDER --shape dory-4b": PUBLISHED,
