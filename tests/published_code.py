@@ -43,7 +43,8 @@ def assert_close(got: Any, expected: Tensor, relative: float = 1e-5) -> None:
     """The largest difference is so small beside the largest number."""
     got = torch.as_tensor(got)
     assert got.shape == expected.shape
-    assert float((got - expected).abs().max() / expected.abs().max()) < relative
+    ratio = float((got - expected).abs().max() / expected.abs().max())
+    assert ratio < relative, ratio
 
 
 def assert_refused(checkpoint: Path, damage: Callable[[dict[str, Tensor]], object], message: str, folder: Path) -> None:

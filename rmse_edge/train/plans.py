@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmse_edge.loop.plan import MOST_EXECUTIONS, chances
+from rmse_edge.layers.routers import chances
+from rmse_edge.loop.plan import MOST_EXECUTIONS
 from rmse_edge.losses import token_loss
 
 CHOICES = MOST_EXECUTIONS + 1

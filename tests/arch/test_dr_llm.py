@@ -18,8 +18,9 @@ from rmse_edge.arch.dr_llm.config import DrLlmConfig
 from rmse_edge.arch.dr_llm.model import DrLlm
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ArgumentError, ConfigError
+from rmse_edge.layers.routers import chances, windows
 from rmse_edge.loop.dials import Dials
-from rmse_edge.loop.plan import chances, drive_plan, plan_of, times, windows
+from rmse_edge.loop.plan import drive_plan, plan_of, times
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.session import restore_session, save_session
 from rmse_edge.runtimes.text.speculation import Speculation

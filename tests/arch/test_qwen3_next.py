@@ -28,6 +28,9 @@ from rmse_edge.runtimes import runtime_for
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 
 GOLDEN = ROOT / "tests" / "data" / "qwen3_next"
+# Of whole models: random weights multiply what other sums round otherwise, by as much as the processor's kernels have it. Up to
+# 1.3e-5 was seen; single mixers are held to 1e-5 by tests/layers/test_mixers.py.
+RELATIVE = 3e-5
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +57,12 @@ def test_every_layer_gives_the_published_states(model: HybridModel, known: dict[
     logits = whole(model, known["input_ids"][0], Dials(1)).logits
     for hook in hooks:
         hook.remove()
-    assert_close(logits, known["logits"][0])
+    assert_close(logits, known["logits"][0], RELATIVE)
     for i in range(4):
-        assert_close(heard[f"mixer{i}"], known[f"layer{i}.mixer_out"])
+        assert_close(heard[f"mixer{i}"], known[f"layer{i}.mixer_out"], RELATIVE)
         if i < 3:  # the last one is recorded behind the norm
-            assert_close(heard[f"layer{i}"][0], known["hidden_states"][i + 1, 0])
-    assert_close(model.norm(heard["layer3"])[0], known["hidden_states"][4, 0])
+            assert_close(heard[f"layer{i}"][0], known["hidden_states"][i + 1, 0], RELATIVE)
+    assert_close(model.norm(heard["layer3"])[0], known["hidden_states"][4, 0], RELATIVE)
 
 
 @pytest.mark.slow
@@ -75,13 +78,13 @@ def test_a_text_in_calls_leaves_the_published_cache(model: HybridModel, known: d
                 continue
             kept, tag = runtime.tensors(), {66: "after_prefill", 70: "after_decode"}[done]
             for i in range(3):
-                assert_close(kept[f"past_layer{i}_memory"][0], known[f"{tag}.layer{i}.recurrent_states"])
+                assert_close(kept[f"past_layer{i}_memory"][0], known[f"{tag}.layer{i}.recurrent_states"], RELATIVE)
                 slots = torch.from_numpy(kept[f"past_layer{i}_inputs"][0, 0, 0])  # position p in slot p mod 3
                 order = [p % 3 for p in range(done - 3, done)]
-                assert_close(slots[order].T, known[f"{tag}.layer{i}.conv_states"][0][:, 1:])
+                assert_close(slots[order].T, known[f"{tag}.layer{i}.conv_states"][0][:, 1:], RELATIVE)
             for name in ("keys", "values"):
-                assert_close(kept[f"past_layer3_{name}"][0, :, :, :done], known[f"{tag}.layer3.{name}"])
-        assert_close(np.concatenate(found), known["logits"][0], 2e-5)
+                assert_close(kept[f"past_layer3_{name}"][0, :, :, :done], known[f"{tag}.layer3.{name}"], RELATIVE)
+        assert_close(np.concatenate(found), known["logits"][0], RELATIVE)
 
 
 def test_the_greedy_tokens_are_the_published_ones(model: HybridModel, known: dict[str, Tensor]) -> None:
@@ -213,8 +216,7 @@ def test_a_model_of_transformers_says_what_it_says_there(seed: int, tmp_path: Pa
     tokens = torch.randint(3, 80, (1, 90))
     with torch.no_grad():
         expected = theirs(tokens).logits[0]
-    assert_close(whole(ours, tokens[0], Dials(1)).logits, expected)
-    # Random weights multiply what other sums round otherwise, by as much as the processor's kernels have it.
+    assert_close(whole(ours, tokens[0], Dials(1)).logits, expected, RELATIVE)
     assert_close(fed(ours, tokens[0].numpy(), (70, *[1] * 20), Dials(1))[0], expected, 5e-5)
     greedy = theirs.generate(tokens[:, :60], max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 60:].tolist()
     runtime, found = TorchRuntime(ours, "ours"), []

@@ -189,7 +189,9 @@ RUN: dict[str, list[str]] = {
         "--set", "steps=2", "--set", "warmup=1", "--set", "eval_blocks=2", "--set", "batch_size=2",
     ],
     "python docs/experiments/diffusion/measure.py runs/blocks runs/one shakespeare.txt": ["--prompts", "1"],
-    "python docs/experiments/dr_llm/measure.py brake models/ouro-shakespeare shakespeare.txt --recipe docs/experiments/dr_llm/routers.json": ["--prompts", "2"],
+    "python docs/experiments/dr_llm/measure.py brake models/ouro-shakespeare --text shakespeare.txt --recipe docs/experiments/dr_llm/routers.json": [
+        "--prompts", "2", "--text", "models/ouro-shakespeare/sample.txt",
+    ],
     "python docs/experiments/hybrid/stopped.py --text shakespeare.txt": [
         "--seeds", "0", "--steps", "2", "--batch", "4", "--length", "8",
     ],
@@ -333,9 +335,9 @@ NOT_RUN: dict[str, str] = {
     "rmse-train --text shakespeare.txt --stage routers --init runs/dense --recipe docs/experiments/dr_llm/routers.json -o runs/routed": ROUTERS,
     "rmse-train --text shakespeare.txt --stage routers --init runs/dense --recipe docs/experiments/dr_llm/routers.json --set beta=0.999 -o runs/balanced": ROUTERS,
     "rmse-export -m runs/routed": EXPORTS,
-    "python docs/experiments/dr_llm/measure.py time PACKAGE TEXT [-n 32] [-r 5]": "runs/routed is trained above; tests/runtimes/test_planned.py",
-    "python docs/experiments/dr_llm/measure.py time routed-onnx.rmse shakespeare.txt -r 9": "as above",
-    "python docs/experiments/dr_llm/measure.py brake OURO TEXT [--recipe routers.json]": "runs above, with names",
+    "python docs/experiments/dr_llm/measure.py time PACKAGE --text TEXT [-n 32] [-r 5]": "runs/routed is trained above; tests/runtimes/test_planned.py",
+    "python docs/experiments/dr_llm/measure.py time routed-onnx.rmse --text shakespeare.txt -r 9": "as above",
+    "python docs/experiments/dr_llm/measure.py brake OURO --text TEXT [--recipe routers.json]": "runs above, with names",
     "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
     "python docs/experiments/speculation/measure.py PACKAGE --costs": SPECULATES,
     "python docs/experiments/speculation/measure.py ouro-shakespeare-onnx.rmse --costs": SPECULATES,

@@ -1,7 +1,7 @@
 """The time that a plan saves, and what the exit gate of a looped model makes of the same prompts.
 
-    python docs/experiments/dr_llm/measure.py time PACKAGE TEXT [-n 32] [-r 5]
-    python docs/experiments/dr_llm/measure.py brake OURO TEXT [--recipe routers.json]
+    python docs/experiments/dr_llm/measure.py time PACKAGE --text TEXT [-n 32] [-r 5]
+    python docs/experiments/dr_llm/measure.py brake OURO --text TEXT [--recipe routers.json]
 
 `time`: PACKAGE continues a prompt of TEXT by n tokens at several settings of `--route`, one after the other in every round; medians over
 rounds of the processor time of one thread. `brake`: OURO, a checkpoint with an exit gate and one token a character, reads the held-out prompts that `rmse-train --stage routers`
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("time", "brake"))
     parser.add_argument("model", type=Path, help="package, or checkpoint")
-    parser.add_argument("text", type=Path)
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--tokenizer", type=Path, help="default: the model's own")
     parser.add_argument("--recipe", type=Path, help="of the routers")
     parser.add_argument("--prompts", type=int, help="fewer than the recipe's")

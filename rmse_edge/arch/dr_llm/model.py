@@ -25,11 +25,12 @@ from rmse_edge.layers.cache import KeptKeysValues
 from rmse_edge.layers.dense import FullAttention, GatedMLP, Pair, gelu, normal_by_fan_in
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.layers.rope import given_angles
+from rmse_edge.layers.routers import chances, lead, windows
 from rmse_edge.layers.stack import context, mask_specs, masks_of
 from rmse_edge.layers.trajectory import of_one_text, whole_masks
 from rmse_edge.loop.contract import Append, InjectedHits, LoopSpec, Replace, StateSpec, Tensors, TensorSpec, WholeText
 from rmse_edge.loop.course import Stop, Watcher
-from rmse_edge.loop.plan import PLAN, chances, lead, times, windows
+from rmse_edge.loop.plan import PLAN, times
 from rmse_edge.loop.reading import TrajectoryReader
 from rmse_edge.numbers import PROMPT
 
