@@ -241,7 +241,12 @@ def test_only_an_archive_is_replaced(archive: Path, folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "fixture", ["package", "executorch_package", pytest.param("coreml_package", marks=pytest.mark.nightly)]
+    "fixture",
+    [
+        "package",
+        pytest.param("executorch_package", marks=pytest.mark.executorch),  # which others have made there
+        pytest.param("coreml_package", marks=pytest.mark.nightly),
+    ],
 )
 @pytest.mark.slow
 def test_packages_of_every_target_survive(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:

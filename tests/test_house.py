@@ -218,7 +218,9 @@ raise SystemExit(pytest.main(["--collect-only", "-q", *sys.argv[2:]], plugins=[P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["-m", "not slow"], []], ids=["quick", "all"])
+@pytest.mark.parametrize(
+    "flags", [["-m", "not slow"], pytest.param([], marks=pytest.mark.nightly)], ids=["quick", "all"]
+)
 def test_finding_tests_imports_no_exporter(flags: list[str]) -> None:
     """Every process of a test run finds all tests first, and one file that imports what takes seconds would be enough
     to slow them down: name it by `later` (tests/later.py), or import it where the test needs it."""

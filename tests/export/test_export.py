@@ -482,7 +482,11 @@ def test_a_disk_that_is_full_at_the_very_end(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "when"), [(signal.SIGINT, ".p.rmse.*/new/p.rmse/*.onnx"), (signal.SIGKILL, ".p.rmse.*/new/p.rmse")]
+    ("sent", "when"),
+    [
+        (signal.SIGINT, ".p.rmse.*/new/p.rmse/*.onnx"),
+        pytest.param(signal.SIGKILL, ".p.rmse.*/new/p.rmse", marks=pytest.mark.nightly),
+    ],
 )
 def test_an_export_that_is_ended(sent: signal.Signals, when: str, tmp_path: Path) -> None:
     """With --force over an older package, which stays untouched.

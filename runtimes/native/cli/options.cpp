@@ -100,7 +100,8 @@ std::vector<Flag> exit_flags(Options& o) {
   for (size_t i = 0; i < kExitDials.size(); ++i) {
     const ExitDial& dial = kExitDials[i];
     flags.push_back({names[i], "", dial.symbol, dial.help, [&o, &dial](const std::string& v) {
-                       o.exits[dial.name] = dial.off > 0                  ? positive(v)
+                       o.exits[dial.name] = dial.least < 0                ? number(v)
+                                            : dial.off > 0                  ? positive(v)
                                             : dial.dtype == Dtype::kInt64 ? static_cast<double>(whole<int64_t>(v, 0))
                                                                           : non_negative(v);
                      }});

@@ -302,7 +302,7 @@ std::optional<int64_t> ModelInfo::longest() const {
   return std::min(*most, *text.max_seq_len);
 }
 
-const std::array<ExitDial, 8> kExitDials = {{
+const std::array<ExitDial, 9> kExitDials = {{
     {"exit_threshold", &Dials::exit_threshold, Dtype::kFloat32, 1, "P", "brake score to stop at; 1 disables"},
     {"exit_epsilon", &Dials::exit_epsilon, Dtype::kFloat32, 0, "E", "state change to stop at; 0 disables"},
     {"exit_entropy", &Dials::exit_entropy, Dtype::kFloat32, 0, "H", "entropy (nats) to stop at; 0 disables"},
@@ -316,6 +316,9 @@ const std::array<ExitDial, 8> kExitDials = {{
      "loops without another likeliest token to stop at; 0 disables"},
     {"exit_gap", &Dials::exit_gap, Dtype::kFloat32, 0, "G",
      "mean lead (logits) at which a block is filled in whole; 0 disables"},
+    {"route", &Dials::route, Dtype::kFloat32, 0.5, "P",
+     "layers that a prompt is run through: -0.5 as routers say, less skips more; 0.5 disables", -1,
+     "a number above -1 (0.5 runs every layer once)"},
 }};
 
 bool Dials::exits() const {
@@ -340,7 +343,7 @@ void Dials::check(int64_t deepest, std::optional<int64_t> untrained) const {
   for (const ExitDial& dial : kExitDials) {
     const double got = this->*dial.value;
     if (dial.off > 0) {
-      if (!(got > 0)) fail(dial.name, shown(got), "a positive number (1 disables it)");
+      if (!(got > dial.least)) fail(dial.name, shown(got), dial.expected);
     } else if (dial.dtype == Dtype::kInt64) {
       if (!(got >= 0 && got == std::floor(got))) fail(dial.name, shown(got), "0 (off) or a whole number");
     } else if (!(got >= 0)) {

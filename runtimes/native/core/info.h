@@ -27,6 +27,7 @@ struct Dials {
   double exit_entropy_change = 0;
   double exit_steady = 0;  // loops
   double exit_gap = 0;
+  double route = 0.5;  // of models with a plan, which the runner does not run; dials have it
 
   // Throws std::runtime_error naming the dial and its range, for a model that runs `deepest` loops at most, `untrained` of
   // them beyond the depth that it was trained to, where its configuration says so.
@@ -39,14 +40,16 @@ struct ExitDial {
   const char* name;
   double Dials::*value;
   Dtype dtype;         // of the scalar that programs take
-  double off = 0;      // this value disables the rule; 1: so does everything above, and 0 is no value
+  double off = 0;      // this value disables the rule; where it is positive, so does everything above, and `least` is no value
   const char* symbol;  // of its value, in help
   const char* help;
+  double least = 0;
+  const char* expected = "a positive number (1 disables it)";  // of a rule with a positive `off`
 
   bool enables(double chosen) const { return off > 0 ? chosen < off : chosen > off; }
 };
 
-extern const std::array<ExitDial, 8> kExitDials;
+extern const std::array<ExitDial, 9> kExitDials;
 
 enum class StateKind {
   kRing,     // the row of position p lies in slot p mod W of the last axis but one

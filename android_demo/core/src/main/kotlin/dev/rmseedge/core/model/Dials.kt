@@ -73,6 +73,15 @@ class Dial private constructor(
                 0.0,
                 "0 (off) or more",
             ),
+            Dial(
+                "route",
+                Dtype.FLOAT32,
+                "layers that a prompt is run through: -0.5 as routers say, less skips more; 0.5 disables",
+                -1.0,
+                true,
+                0.5,
+                "a number above -1 (0.5 runs every layer once)",
+            ),
         )
         val BY_NAME: Map<String, Dial> = ALL.associateBy { it.name }
     }
