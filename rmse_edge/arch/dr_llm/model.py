@@ -126,6 +126,7 @@ class DrLlm(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head.weight.normal_(std=0.5 * c.hidden_size**-0.5)
         for layer in self.model.layers:
+            assert isinstance(layer, DrLlmLayer)
             for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 last.weight.mul_((2 * c.num_hidden_layers) ** -0.5)
         self.reset_routers()
@@ -134,6 +135,7 @@ class DrLlm(nn.Module):
     def reset_routers(self) -> None:
         """Routers as they are before they are trained: whatever the prompt, a layer is run once."""
         for router in self.model.routers:
+            assert isinstance(router, Router)
             router.linear1.weight.normal_(std=router.linear1.in_features**-0.5)
             router.linear1.bias.zero_()
             router.linear2.weight.zero_()
