@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,13 +13,14 @@ from rmse_edge.arch.bd3lm.config import Bd3lmConfig
 from rmse_edge.arch.common.recursive import RecursiveConfig
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.checkpoint import read_config
-from rmse_edge.errors import ArgumentError, ConfigError
+from rmse_edge.errors import ConfigError
 from rmse_edge.numbers import SEGMENT, Loops, Share
-from rmse_edge.schema import Expected, Finite, check_fields, first_of, read_json
+from rmse_edge.schema import Expected, Finite, check_fields
 from rmse_edge.shards import StoredTensors
 
 from .gpt import GPTConfig
 from .looped import gate_name, trainable
+from .recipe_file import RecipeFile
 
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 SomeSteps = Annotated[int, Field(ge=0, le=10**9)]
@@ -32,8 +32,10 @@ LENGTH = 256  # positions of a sequence that a gate is trained on, at most, unle
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(RecipeFile):
     """Data order, optimiser and stages. Lengths are optimiser steps."""
+
+    groups: ClassVar[tuple[str, ...]] = ("model", "task")
 
     model: Annotated[dict[str, Any], Expected("an object of model fields")] = field(
         default_factory=dict
@@ -199,55 +201,3 @@ class Recipe:
         if step < self.steps:
             return "loops"
         return "gate" if step < self.steps + self.gate_steps else "exits"
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    def override(self, changes: list[str]) -> Recipe:
-        """The recipe with "key=value" changes applied: "lr=1e-3", "model.d_model=64".
-
-        Values are JSON; what is not JSON is taken as text.
-
-        Raises:
-            ArgumentError: no such key, or a value out of range.
-        """
-        values = dataclasses.asdict(self)
-        for change in changes:
-            key, equals, text = change.partition("=")
-            if not equals or not key:
-                raise ArgumentError("changes", f"got {change!r}, expected key=value")
-            try:
-                value = json.loads(text)
-            except ValueError:
-                value = text
-            group, dot, inner = key.partition(".")
-            if dot and group in ("model", "task"):
-                values[group] = (values[group] or {}) | {inner: value}
-            else:
-                values[key] = value
-        try:
-            return Recipe.from_dict(values, where="")
-        except ConfigError as error:
-            raise ArgumentError("changes", str(error)) from None
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
-        known = {f.name for f in dataclasses.fields(cls)}
-        if (unknown := first_of(values, known)) is not None:
-            raise ConfigError(
-                f"{where}{where and ': '}unknown key {unknown!r}; known keys are {', '.join(sorted(known))}"
-            )
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{where}{where and ': '}{error}") from None
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> Recipe:
-        try:
-            values = read_json(Path(path), ConfigError)
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; expected a recipe.json") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object of recipe fields")
-        return cls.from_dict(values, where=str(path))

@@ -12,12 +12,11 @@ is. Source: Dr.LLM, arXiv 2510.12773, section 3.3.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,18 +26,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmse_edge.checkpoint import load_checkpoint, read_config, save_checkpoint
-from rmse_edge.errors import ArgumentError, CheckpointError, ConfigError, TextError, UserError
+from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
 from rmse_edge.files import check_changes, write_text
 from rmse_edge.loop.plan import EACH_ONCE, ROUTERS
-from rmse_edge.schema import Expected, check_fields, first_of, read_json
+from rmse_edge.numbers import Share
+from rmse_edge.schema import check_fields
 from rmse_edge.text import Tokenizer, consecutive_blocks, random_blocks, read_text, split
 
 from .plans import CHOICES, Found, best_plans, loss_of_plans, read_by_routers, routed
+from .recipe import Above, AtLeastZero
+from .recipe_file import RecipeFile
 
 Some = Annotated[int, Field(ge=1, le=10**6)]
-Above = Annotated[float, Field(gt=0, allow_inf_nan=False), Expected("a number above 0")]
-AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("a number of at least 0")]
-Share = Annotated[float, Field(ge=0, lt=1), Expected("a number in [0, 1)")]
 
 RECIPE_FILE, TOKENIZER_FILE, EVALUATION_FILE = "recipe.json", "tokenizer.json", "evaluation.json"
 SETTINGS = (-0.7, -0.65, -0.6, -0.55, ROUTERS, -0.4, -0.2, EACH_ONCE)  # of the dial that are measured
@@ -48,8 +47,10 @@ PRICES = (0.5, 1.0, 2.0, 4.0)  # of its executions, in those of the recipe
 
 
 @dataclass(frozen=True)
-class RouterRecipe:
+class RouterRecipe(RecipeFile):
     """Everything that decides what `train_routers` makes of a checkpoint."""
+
+    named: ClassVar[str] = "routers"
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     prompts: Some = 512  # that are labelled
@@ -69,46 +70,6 @@ class RouterRecipe:
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str) -> RouterRecipe:
-        known = {f.name for f in dataclasses.fields(cls)}
-        if (unknown := first_of(values, known)) is not None:
-            raise ConfigError(f"{where}: unknown key {unknown!r}; known keys are {', '.join(sorted(known))}")
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-
-    @classmethod
-    def from_file(cls, path: Path) -> RouterRecipe:
-        values = read_json(path, ConfigError)
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object of recipe fields")
-        return cls.from_dict(values, str(path))
-
-    def override(self, changes: list[str]) -> RouterRecipe:
-        """The recipe with "key=value" changes applied.
-
-        Raises:
-            ArgumentError: no such key, or a value out of range.
-        """
-        values = dataclasses.asdict(self)
-        for change in changes:
-            key, equals, text = change.partition("=")
-            if not equals or not key:
-                raise ArgumentError("changes", f"got {change!r}, expected key=value")
-            try:
-                values[key] = json.loads(text)
-            except ValueError:
-                values[key] = text
-        try:
-            return RouterRecipe.from_dict(values, "routers")
-        except ConfigError as error:
-            raise ArgumentError("changes", str(error)) from None
 
 
 def train_routers(

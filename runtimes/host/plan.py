@@ -70,6 +70,9 @@ class PlannedLoop:
 
     def _stack(self, chunk: int) -> Arrays:
         if chunk not in self._stacks:
-            emitted = [o for o in self._outputs(chunk) if not o[0].startswith("next_") and o[0] != "any_active"]
-            self._stacks[chunk] = {name: np.zeros((self._max_loops, *shape), dtype) for name, shape, dtype in emitted}
+            outputs = self._outputs(chunk)
+            _, emitted = carried_and_emitted(name for name, _, _ in outputs)
+            self._stacks[chunk] = {
+                name: np.zeros((self._max_loops, *shape), dtype) for name, shape, dtype in outputs if name in emitted
+            }
         return self._stacks[chunk]

@@ -105,9 +105,8 @@ def label(rule: str) -> str:
 
 def values_of(rule: str, full_depth: int, points: int) -> tuple[float, ...]:
     """Values of a dial that counts loops, and of routers; none of others, which are placed by what is measured."""
-    if (
-        rule == "route"
-    ):  # from next to nothing to every layer once: no measurement says where routers change their minds
+    # From next to nothing to every layer once: no measurement says where routers change their minds.
+    if rule == "route":
         return tuple(round(float(value), 3) for value in np.linspace(-0.7, 0.5, max(points, 2)))
     if DIALS[rule].dtype != "int64":
         return ()

@@ -80,9 +80,8 @@ class Mixer(nn.Module, ABC):
     """See the module."""
 
     kind: Kind | None = None  # of its attention: which masks it reads
-    operators = (
-        False  # in graphs: parts of it as one operator each (operators.py); a target that has them sets it to True
-    )
+    # In graphs: parts of it as one operator each (operators.py). A target that has them sets it to True.
+    operators = False
 
     @property
     def as_operators(self) -> bool:
