@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import subprocess
 import sys
 import zipfile
@@ -18,6 +17,7 @@ import pytest
 from app import fetch
 from arm import COMPILER, CPUS, QEMU, emulated, make_system
 from bionic import make_libraries
+from java_classes import for_java, is_interface
 from kotlin_core import COMPILER as TOOLS
 from kotlin_core import DRIVER, ENGINE, Core, CoreRuntime, assert_says_what_pytorch_says
 from kotlin_core import built as driver
@@ -37,7 +37,6 @@ FLAGS = (
     "-XX:+UnlockDiagnosticVMOptions",
     "-XX:-BytecodeVerificationRemote",
 )
-JAVA_8 = struct.pack(">H", 52)  # of a class file: enjarify writes an older one, in which interfaces have no code
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +57,10 @@ def phone(apk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     with zipfile.ZipFile(made) as classes, zipfile.ZipFile(folder / APP, "w") as app:
         own = set(classes.namelist())
+        interfaces = {name.removesuffix(".class") for name in own if is_interface(classes.read(name))}
+        assert "dev/rmseedge/core/host/LoopRuntime" in interfaces
         for name in own:
-            content = classes.read(name)
-            app.writestr(name, content[:6] + JAVA_8 + content[8:])
+            app.writestr(name, for_java(classes.read(name), interfaces))
     assert {f"dev/rmseedge/{name}.class" for name in ("core/host/LoopRuntime", "demo/MainActivity")} <= own
     with zipfile.ZipFile(driver() / DRIVER) as tests, zipfile.ZipFile(folder / DRIVER, "w") as rest:
         for name in set(tests.namelist()) - own:  # nothing that the app has
