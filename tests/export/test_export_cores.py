@@ -78,6 +78,7 @@ def test_packages_are_alike_on_one_core_and_on_two(
     assert all(files == packages[cores] for files in packages.values())
 
 
+@pytest.mark.parametrize("cores", [pytest.param(1, marks=pytest.mark.nightly), 2], indirect=True)
 @pytest.mark.parametrize("package_too", [False, True])
 def test_integers_that_fail_fail_the_export_wherever_they_are_compared(
     quantized: Quantized, cores: int, package_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
