@@ -337,10 +337,15 @@ def speculation_lines(s: dict[str, Any]) -> list[str]:
     """How much of its drafts was accepted; nothing without --speculate."""
     if not (found := s.get("speculation")) or not found["rounds"]:
         return []
-    return [
-        f"{found['tokens_per_round']:.2f} tokens per verification; {found['accepted']} of {found['drafted']} drafted with "
-        f"{found['draft_loops']} loops accepted"
+    source = {"loops": f"with {found['draft_loops']} loops ", "heads": "by heads "}.get(found["drafts"], "")
+    lines = [
+        f"{found['tokens_per_round']:.2f} tokens per verification; {found['accepted']} of {found['drafted']} drafted {source}accepted"
     ]
+    if rates := found.get("tokens_per_ms"):
+        lines.append(
+            "tokens per ms, by what drafted: " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
+        )
+    return lines
 
 
 def retrieval_lines(s: dict[str, Any]) -> list[str]:

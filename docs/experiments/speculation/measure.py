@@ -17,6 +17,7 @@ from statistics import median
 from time import process_time
 
 from rmse_edge.runtimes import LoopRuntime, open_runtime
+from rmse_edge.runtimes.text.drafts import shallow
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.runtimes.text.speculation import Speculation
@@ -36,7 +37,7 @@ def print_costs(runtime: LoopRuntime, loops: list[int], tokens: list[int], repet
 
     def draft(n: int) -> None:
         with runtime.aside(1) as feed:
-            feed(1, Speculation(n).dials(full))
+            feed(1, shallow(full, n))
 
     def verify(rows: int) -> None:
         runtime.calls.keep(runtime.ahead([1] * rows, full).call, rows, note=False)  # the text stays where it is
@@ -119,7 +120,7 @@ def main() -> None:
         length = len(prompts) * args.n / rounds
         times = ratios[setting]
         print(
-            f"| {setting.loops} | {setting.tokens} | {accepted / drafted:.0%} | {length:.2f} | {median(times):.2f} "
+            f"| {setting.source} | {setting.tokens} | {accepted / drafted:.0%} | {length:.2f} | {median(times):.2f} "
             f"({min(times):.2f} to {max(times):.2f}) |"
         )
 
