@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rmse_edge.errors import UserError
 from rmse_edge.loop.dials import DIALS
@@ -95,6 +95,12 @@ def draft_source(text: str) -> int | str:
         return positive_int(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of loops, heads or auto") from None
+
+
+def rates_line(found: dict[str, Any]) -> str:
+    """What `Rates` measured, of statistics of speculation that have it."""
+    rates = ", ".join(f"{name} {rate:.3f}" for name, rate in found["tokens_per_ms"].items())
+    return f"tokens per ms, by what drafted: {rates}"
 
 
 def chosen_speculation(args: argparse.Namespace) -> Speculation | None:

@@ -26,6 +26,7 @@ from .flags import (
     chosen_dials,
     chosen_speculation,
     prepare_memory,
+    rates_line,
 )
 
 if TYPE_CHECKING:
@@ -341,11 +342,7 @@ def speculation_lines(s: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['tokens_per_round']:.2f} tokens per verification; {found['accepted']} of {found['drafted']} drafted {source}accepted"
     ]
-    if rates := found.get("tokens_per_ms"):
-        lines.append(
-            "tokens per ms, by what drafted: " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
-        )
-    return lines
+    return [*lines, rates_line(found)] if "tokens_per_ms" in found else lines
 
 
 def retrieval_lines(s: dict[str, Any]) -> list[str]:

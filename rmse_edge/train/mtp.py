@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmse_edge.arch.common.identity import fingerprint
+from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.chat import chat_files
 from rmse_edge.checkpoint import CONFIG_FILE, load_checkpoint
 from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
@@ -46,6 +47,7 @@ from .recipe_file import RecipeFile
 
 Some = Annotated[int, Field(ge=1, le=10**6)]
 
+LARGEST_LOGITS = 4 << 30  # bytes of a model's logits that are kept
 RECIPE_FILE, EVALUATION_FILE = "mtp-recipe.json", "mtp-evaluation.json"
 
 
@@ -82,7 +84,16 @@ class Course(NamedTuple):
 
     tokens: Tensor  # (N, T) int64
     states: Tensor  # (N, T, d) that its positions stopped with
+    # (N, T, V) float16, of a model with layers behind its loop: what its head reads are not these states. None: it reads them.
+    logits: Tensor | None
     depth: float  # iterations, in the mean
+
+    def says(self, model: Any, window: Any, places: Any) -> Tensor:
+        """The model's own logits (..., V) at places of windows."""
+        if self.logits is not None:
+            return self.logits[window, places].float()
+        found = self.states[window, places]
+        return model.head(found.view(1, -1, found.shape[-1]))["logits"].view(*found.shape[:-1], -1)
 
 
 def train_heads(
@@ -147,8 +158,8 @@ def train_heads(
 
 def dials_of(model: Any) -> tuple[Dials, Dials]:
     """The checkpoint's own dials, and those of full depth."""
-    own = model.config.dials
-    return own, Dials(own.max_loops)
+    full = model.spec(1).max_loops - getattr(model.config, "untrained_loops", 0)
+    return arch_of_model(model).parts(model)["dials"], Dials(full)
 
 
 def copy_checkpoint(start: Path, folder: Path, tokenizer: Path) -> None:
@@ -165,12 +176,20 @@ def copy_checkpoint(start: Path, folder: Path, tokenizer: Path) -> None:
 def read(model: Any, windows: Tensor, dials: Dials) -> Course:
     """Every window (N, T) by itself, from an empty past."""
     scalars = {name: torch.from_numpy(value) for name, value in dials.arrays().items() if name in model.spec(1).dials}
-    states, depth = [], 0.0
+    states, logits, depth = [], [], 0.0
+    behind = bool(model.spec(1).coda)
+    if behind and (size := 2 * windows.numel() * model.config.vocab_size) > LARGEST_LOGITS:
+        raise ConfigError(
+            f"windows: got {len(windows)}, whose logits take {size} bytes, expected at most {LARGEST_LOGITS}: the model has layers "
+            "behind its loop"
+        )
     for window in tqdm(windows, desc="reading", unit="window", disable=None):
         said = model.whole_text(window, scalars)
         states.append(said.h)
+        if behind:
+            logits.append(said.logits.half())
         depth += float(said.depth.double().mean()) / len(windows)
-    return Course(windows, torch.stack(states), depth)
+    return Course(windows, torch.stack(states), torch.stack(logits) if behind else None, depth)
 
 
 def chain(heads: MtpHeads, embed: Any, states: Tensor, tokens: Tensor) -> list[Tensor]:
@@ -187,6 +206,8 @@ def learn(model: Any, heads: MtpHeads, courses: list[Course], recipe: HeadsRecip
     embed, count = model.get_submodule(embedding_of(model)), recipe.heads
     tokens = torch.cat([c.tokens for c in courses])  # (N, T)
     states = torch.cat([c.states for c in courses])
+    known = [c.logits for c in courses if c.logits is not None]
+    course = Course(tokens, states, torch.cat(known) if known else None, 0.0)
     length = recipe.window - count  # positions behind which a window has all that the heads look at
     ahead = torch.arange(1, count + 1)
     decay = [p for p in heads.parameters() if p.dim() > 1]
@@ -206,9 +227,8 @@ def learn(model: Any, heads: MtpHeads, courses: list[Course], recipe: HeadsRecip
         places = position[:, None] + ahead  # (B, n)
         behind = tokens[window[:, None], places]
         with torch.no_grad():
-            later = states[window[:, None], places]  # (B, n, d), of the positions that say what the heads guess
             if recipe.teacher:
-                targets: Tensor = F.softmax(model.head(later)["logits"].float(), -1)
+                targets: Tensor = F.softmax(course.says(model, window[:, None], places), -1)
             else:
                 targets = tokens[window[:, None], (places + 1).clamp(max=recipe.window - 1)]
         said = chain(heads, embed, states[window, position], behind)
@@ -236,9 +256,9 @@ def measure(model: Any, heads: MtpHeads, course: Course) -> dict[str, Any]:
     embed, count = model.get_submodule(embedding_of(model)), len(heads.layers)
     length = course.tokens.shape[1] - count
     same, overlap, all_same = torch.zeros(count), torch.zeros(count), torch.zeros(count)
-    for tokens, states in zip(course.tokens, course.states):
+    for window, (tokens, states) in enumerate(zip(course.tokens, course.states)):
         places = torch.arange(length)[:, None] + torch.arange(1, count + 1)
-        wanted = model.head(states[None])["logits"][0]
+        wanted = course.says(model, window, torch.arange(length + count))
         so_far = torch.ones(length, dtype=torch.bool)
         for k, said in enumerate(chain(heads, embed, states[:length], tokens[places])):
             logits, own = model.head(said[None])["logits"][0], wanted[places[:, k]]
