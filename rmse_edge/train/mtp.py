@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -132,19 +132,20 @@ def train_heads(
     heads = MtpHeads(config)
     heads.reset_parameters(recipe.seed)
     own, deep = dials_of(model)
-    begun = perf_counter()
+    begun = process_time()
     windows = torch.from_numpy(random_blocks(train, recipe.windows, recipe.window - 1, (recipe.seed, 0)))
     cut = round(recipe.windows * recipe.full_depth)
     courses = [read(model, part, dials) for part, dials in ((windows[:cut], deep), (windows[cut:], own)) if len(part)]
-    seconds = {"reading_s": perf_counter() - begun}
-    begun = perf_counter()
+    seconds = {"reading_s": process_time() - begun}
+    begun = process_time()
     losses = learn(model, heads, courses, recipe)
-    seconds["training_s"] = perf_counter() - begun
+    seconds["training_s"] = process_time() - begun
     held_out = torch.from_numpy(consecutive_blocks(other, recipe.window - 1)[: recipe.held_out])
     with new_folder(out, CheckpointError, replace=False) as folder:
         copy_checkpoint(start, folder, source)
         save_heads(heads, folder)
         stored = load_heads(folder, config.model)  # as they were rounded
+        assert stored is not None
         evaluation = {
             "parameters": sum(p.numel() for p in heads.parameters()),
             **seconds,
@@ -286,4 +287,4 @@ def as_markdown(evaluation: dict[str, Any]) -> str:
         for k, (same, overlap) in enumerate(zip(found["same_token"], found["same_distribution"]), 1):
             lines.append(f"| {name} | {found['loops']:.2f} | {k} | {same:.1%} | {overlap:.1%} |")
     seconds = evaluation["reading_s"] + evaluation["training_s"]
-    return "\n".join([*lines, f"{evaluation['parameters']:,} parameters, {seconds:.0f} s"])
+    return "\n".join([*lines, f"{evaluation['parameters']:,} parameters, {seconds:.0f} s of processor time"])

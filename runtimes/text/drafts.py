@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from statistics import mean, median
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +16,8 @@ from rmse_edge.runtimes.host.text import LoopRuntime
 
 HEADS, AUTO, NOTHING = "heads", "auto", "nothing"
 AUTO_LOOPS = (1, 2)  # that `Rates` tries: more cost more than they gain (docs/experiments/speculation)
-TRIED = 4  # rounds of each source before the best is taken
+TRIED = 5  # rounds of each source before the best is taken
+AGAIN, LATEST = 24, 64  # rounds
 
 Source = int | str  # loops of a draft, HEADS, or NOTHING
 Feed = Callable[[int], np.ndarray]  # a token -> logits (V,) of what comes behind it
@@ -44,22 +47,27 @@ def label(source: Source) -> str:
 
 @dataclass
 class Rate:
-    """What rounds of one source gave."""
+    """What rounds of one source gave. Of time the median counts: other work on the machine makes some rounds far too long."""
 
     rounds: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    tokens: deque[int] = field(default_factory=lambda: deque(maxlen=LATEST))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+
+    def note(self, tokens: int, seconds: float) -> None:
+        self.rounds += 1
+        self.tokens.append(tokens)
+        self.seconds.append(seconds)
 
     @property
     def per_ms(self) -> float:
-        return self.tokens / (1000 * self.seconds) if self.seconds else 0.0
+        return mean(self.tokens) / (1000 * max(median(self.seconds), 1e-9)) if self.rounds else 0.0
 
 
 @dataclass
 class Rates:
     """Which source makes the most tokens a millisecond, on this machine and in this text: each is tried in turns, once untimed, since
-    an engine's first call of a size prepares it, and `TRIED` times by the clock. From then on the best so far makes every round, and goes on
-    being timed.
+    an engine's first call of a size prepares it, and `TRIED` times by the clock. From then on the best of their latest rounds makes the
+    next one; every `AGAIN`th belongs to whichever was timed least, so that no bad luck lasts.
 
     The clock takes part in the choice, not in what is said: greedy texts are the same whatever is chosen, drawn ones have the same distribution,
     but at one seed two runs may draw differently.
@@ -71,13 +79,14 @@ class Rates:
     @classmethod
     def of(cls, runtime: LoopRuntime) -> Rates:
         """With every source that a runtime has."""
-        loops = [n for n in AUTO_LOOPS if n < runtime.info.max_loops]
-        heads = [] if runtime.info.drafting is None else [HEADS]
+        loops: list[Source] = [n for n in AUTO_LOOPS if n < runtime.info.max_loops]
+        heads: list[Source] = [] if runtime.info.drafting is None else [HEADS]
         return cls({source: Rate() for source in (*heads, *loops, NOTHING)})
 
     def choose(self) -> Source:
         least = min(self.found, key=lambda source: self.found[source].rounds)
-        if self.found[least].rounds < TRIED:
+        total = sum(rate.rounds for rate in self.found.values())
+        if self.found[least].rounds < TRIED or total % AGAIN == AGAIN - 1:
             return least
         return max(self.found, key=lambda source: self.found[source].per_ms)
 
@@ -86,8 +95,7 @@ class Rates:
         if source not in self.warm:
             self.warm.add(source)
             return
-        rate = self.found[source]
-        rate.rounds, rate.tokens, rate.seconds = rate.rounds + 1, rate.tokens + tokens, rate.seconds + seconds
+        self.found[source].note(tokens, seconds)
 
     def statistics(self) -> dict[str, float]:
         return {label(source): rate.per_ms for source, rate in self.found.items()}
