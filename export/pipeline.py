@@ -25,7 +25,7 @@ from rmse_edge.chat_turns import turns_of
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.exits import carried
 from rmse_edge.files import Digests
-from rmse_edge.heads import has_heads, load_heads
+from rmse_edge.heads import load_heads
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.cache import cache_dtype, with_cache_dtype
 from rmse_edge.layers.held import holds, shape_of
@@ -207,9 +207,9 @@ def export_package(
         target = get_target(request.target)
         idle = idle and not holds(model)  # a second process takes memory, which a model that is held so lacks
         source = quantized.fingerprint if quantized else None
-        heads = None
-        if checkpoint is not None and target.drafts and has_heads(checkpoint):
-            heads = rounded(load_heads(checkpoint, source or fingerprint(model)), request.quant)
+        heads = load_heads(checkpoint, model, source) if checkpoint is not None and target.drafts else None
+        if heads is not None:
+            heads = rounded(heads, request.quant)
         cached = as_cached(model, request)
         if cached is not model:
             source = source or fingerprint(model)

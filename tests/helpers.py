@@ -21,6 +21,7 @@ from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.export.gate.compare import MARGIN
 from rmse_edge.export.gate.reference import Reference, conversation, made_up_hits
+from rmse_edge.heads import embedding_of
 from rmse_edge.layers.mtp import HeadsConfig, MtpHeads
 from rmse_edge.loop.contract import InjectedHits
 from rmse_edge.package import MANIFEST, SUMS, seal, write_sums
@@ -48,7 +49,7 @@ TINY = {
 
 def random_heads(model: Any, count: int = 2, seed: int = 0) -> MtpHeads:
     """Heads that have learnt nothing, for a model."""
-    heads = MtpHeads(HeadsConfig(count, model.spec(1).h.shape[-1], 24, 1e-6, fingerprint(model)))
+    heads = MtpHeads(HeadsConfig(count, model.spec(1).h.shape[-1], 24, 1e-6, embedding_of(model), fingerprint(model)))
     heads.reset_parameters(seed)
     return heads.eval().requires_grad_(False)
 

@@ -21,11 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rmse_edge.arch.registry import arch_of_model
-from rmse_edge.errors import ConfigError
 from rmse_edge.loop.contract import LoopSpec, Tensors, TensorSpec
 from rmse_edge.numbers import Count, Positive
-from rmse_edge.schema import Digest
+from rmse_edge.schema import Digest, Name
 
 from .dense import GatedMLP
 from .norm import RMSNorm
@@ -42,6 +40,7 @@ class HeadsConfig:
     hidden_size: Count  # channels of the model's state, and of its embedding
     intermediate_size: Count
     norm_eps: Positive
+    embedding: Name  # the model's layer that looks up the rows of tokens, "model.embed_tokens"
     model: Digest  # fingerprint of the model whose states the heads were trained on
 
 
@@ -87,7 +86,7 @@ class MtpHeads(nn.Module):
 
     def draft(self, method: str, model: Any, tensors: Tensors) -> Tensors:
         """One of `methods`: the state h before a token and the token, (1, 1) -> `DRAFTED`."""
-        embedded = model.get_submodule(embedding_of(model))(tensors["tokens"])
+        embedded = model.get_submodule(self.config.embedding)(tensors["tokens"])
         return {DRAFTED: self.layers[self.methods.index(method)](embedded, tensors["h"])}
 
     def added_to(self, spec: LoopSpec) -> LoopSpec:
@@ -102,37 +101,3 @@ class MtpHeads(nn.Module):
 def draft_methods(heads: int) -> tuple[str, ...]:
     """The methods of so many heads, in the order of the tokens that they guess."""
     return tuple(f"draft{index}" for index in range(heads))
-
-
-def embedding_of(model: Any) -> str:
-    """The name of the layer that looks up the rows of tokens.
-
-    Raises:
-        ConfigError: it is not to be told which.
-    """
-    table = arch_of_model(model).quantization
-    if table is not None and (name := table(model.config).embedding) is not None:
-        return name.rpartition(".")[0]
-    size = model.config.vocab_size
-    found = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size]
-    if len(found) != 1:
-        raise ConfigError(f"model_type: {model.config.model_type} has {len(found)} embeddings of tokens, expected one")
-    return found[0]
-
-
-def check_fits(model: Any) -> None:
-    """Fail where a model cannot have heads.
-
-    Raises:
-        ConfigError: it does not write token by token, makes a plan of each text, or its head reads other states than it loops over.
-    """
-    arch, name = arch_of_model(model), model.config.model_type
-    if getattr(model.config, "vocab_size", None) is None or arch.by_blocks or not hasattr(model, "whole_text"):
-        raise ConfigError(f"model_type: {name} does not write token by token, and has no use for drafts")
-    if arch.planned:
-        raise ConfigError(f"model_type: {name} runs its texts by a plan, and drafts nothing")
-    spec = model.spec(1)
-    wide = model.get_submodule(embedding_of(model)).embedding_dim
-    if not spec.h.shape == spec.final.shape == (1, 1, wide):
-        sizes = f"states {spec.h.shape}, embeddings of {wide}, and a head that reads {spec.final.shape}"
-        raise ConfigError(f"model_type: {name} has {sizes}; heads need them alike")

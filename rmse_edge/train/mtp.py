@@ -33,8 +33,8 @@ from rmse_edge.chat import chat_files
 from rmse_edge.checkpoint import CONFIG_FILE, load_checkpoint
 from rmse_edge.errors import CheckpointError, ConfigError, TextError, UserError
 from rmse_edge.files import new_folder, write_text
-from rmse_edge.heads import load_heads, save_heads
-from rmse_edge.layers.mtp import MOST_HEADS, HeadsConfig, MtpHeads, check_fits, embedding_of
+from rmse_edge.heads import check_fits, embedding_of, load_heads, save_heads
+from rmse_edge.layers.mtp import MOST_HEADS, HeadsConfig, MtpHeads
 from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import Count, Share
 from rmse_edge.schema import check_fields
@@ -127,6 +127,7 @@ def train_heads(
         model.spec(1).h.shape[-1],
         recipe.intermediate_size,
         getattr(model.config, "norm_eps", getattr(model.config, "rms_norm_eps", 1e-6)),
+        embedding_of(model),
         fingerprint(model),
     )
     heads = MtpHeads(config)
@@ -144,7 +145,7 @@ def train_heads(
     with new_folder(out, CheckpointError, replace=False) as folder:
         copy_checkpoint(start, folder, source)
         save_heads(heads, folder)
-        stored = load_heads(folder, config.model)  # as they were rounded
+        stored = load_heads(folder, model)  # as they were rounded
         assert stored is not None
         evaluation = {
             "parameters": sum(p.numel() for p in heads.parameters()),
@@ -204,7 +205,7 @@ def chain(heads: MtpHeads, embed: Any, states: Tensor, tokens: Tensor) -> list[T
 
 def learn(model: Any, heads: MtpHeads, courses: list[Course], recipe: HeadsRecipe) -> list[list[float]]:
     """Train the heads; the losses of each, nats a token, averaged over every tenth of the steps."""
-    embed, count = model.get_submodule(embedding_of(model)), recipe.heads
+    embed, count = model.get_submodule(heads.config.embedding), recipe.heads
     tokens = torch.cat([c.tokens for c in courses])  # (N, T)
     states = torch.cat([c.states for c in courses])
     known = [c.logits for c in courses if c.logits is not None]
@@ -254,7 +255,7 @@ def measure(model: Any, heads: MtpHeads, course: Course) -> dict[str, Any]:
     distribution that it has in common with the model's, by which drafts are accepted at temperature 1. And how many tokens a chain
     of likeliest ones would gain before the first that is refused.
     """
-    embed, count = model.get_submodule(embedding_of(model)), len(heads.layers)
+    embed, count = model.get_submodule(heads.config.embedding), len(heads.layers)
     length = course.tokens.shape[1] - count
     same, overlap, all_same = torch.zeros(count), torch.zeros(count), torch.zeros(count)
     for window, (tokens, states) in enumerate(zip(course.tokens, course.states)):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmse_edge.arch.common.identity import fingerprint, model_info
+from rmse_edge.arch.common.identity import model_info
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ArgumentError, UserError
-from rmse_edge.heads import has_heads, load_heads
+from rmse_edge.heads import load_heads
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.mtp import MtpHeads
 from rmse_edge.loop.contract import LoopModel, LoopSpec
@@ -99,7 +99,7 @@ class TorchRuntime(LoopRuntime):
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
         model, source, nbytes = loaded(folder := Path(folder))
-        return cls(model, folder.absolute().name, nbytes, device, source, folder, heads_of(folder, model, source))
+        return cls(model, folder.absolute().name, nbytes, device, source, folder, load_heads(folder, model, source))
 
 
 class TorchBlocks(BlockRuntime):
@@ -120,7 +120,7 @@ def open_writer(folder: str | Path, device: str = "cpu") -> TorchRuntime | Torch
     name = folder.absolute().name
     if arch_of_model(model).by_blocks:
         return TorchBlocks(model, model_info(model, name, nbytes, source=source, folder=folder), device)
-    return TorchRuntime(model, name, nbytes, device, source, folder, heads_of(folder, model, source))
+    return TorchRuntime(model, name, nbytes, device, source, folder, load_heads(folder, model, source))
 
 
 class TorchBoards(BoardRuntime):
@@ -169,17 +169,6 @@ class TorchBoards(BoardRuntime):
             if not len(rows):
                 break
         return answers
-
-
-def heads_of(folder: Path, model: Any, source: str | None = None) -> MtpHeads | None:
-    """The heads that draft for the model of a checkpoint folder; None: it has none.
-
-    Args:
-        source: fingerprint of the float model that a quantised one was made from.
-    Raises:
-        CheckpointError: they are damaged, or another model's.
-    """
-    return load_heads(folder, source or fingerprint(model)) if has_heads(folder) else None
 
 
 def check_device(device: str) -> torch.device:

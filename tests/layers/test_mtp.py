@@ -24,7 +24,7 @@ def test_a_head_is_the_published_layer_around_another_block():
     """`MtpLayer` of transformers, by its own names, with our block in the place of its decoder layer."""
     layers = pytest.importorskip("transformers.modeling_layers")
     torch.manual_seed(3)
-    ours = MtpHead(HeadsConfig(1, 16, 24, 1e-5, "0" * 64))
+    ours = MtpHead(HeadsConfig(1, 16, 24, 1e-5, "embed", "0" * 64))
     with torch.no_grad():
         for p in ours.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 1.0))

@@ -95,16 +95,18 @@ def test_a_quantised_checkpoint_has_the_heads_of_the_float_one(checkpoint: Path,
 
 def test_files_that_do_not_fit_are_one_line(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]):
     model = mixed_model()
-    folder, own = write_checkpoint(model, tmp_path / "tiny"), fingerprint(model)
-    assert load_heads(folder, own) is None
+    folder = write_checkpoint(model, tmp_path / "tiny")
+    assert load_heads(folder, model) is None
     heads = random_heads(model)
     save_heads(heads, folder)
-    known = load_heads(folder, own)
+    known = load_heads(folder, model)
     assert known is not None
     for name, tensor in known.state_dict().items():
         torch.testing.assert_close(tensor, heads.state_dict()[name].bfloat16().float(), atol=0, rtol=0)
     with pytest.raises(CheckpointError, match=r"mtp.json: the heads were trained on another model"):
-        load_heads(folder, "0" * 64)
+        load_heads(folder, mixed_model(1))
+    with pytest.raises(CheckpointError, match=r"mtp.json: the heads were trained on another model"):
+        load_heads(folder, model, "0" * 64)
     weights, config = folder / "mtp.safetensors", folder / "mtp.json"
     whole = load_file(weights)
     gone = "layers.1.eh_proj.weight"
@@ -117,6 +119,15 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path, text: Path, capsys: 
         save_file(tensors, weights)
         assert rmse_run([str(folder), "-p", "!", "-n", "1"]) == 2
         assert_one_line(capsys.readouterr().err, said)
+    known_values = json.loads(config.read_text())
+    for changes, said in (
+        ({"embedding": "head"}, "embedding: got 'head', expected 'embed'"),
+        ({"hidden_size": 32}, "hidden_size: got 32"),
+    ):
+        config.write_text(json.dumps(known_values | changes))
+        assert rmse_run([str(folder), "-p", "!", "-n", "1"]) == 2
+        assert_one_line(capsys.readouterr().err, said)
+    config.write_text(json.dumps(known_values))
     weights.unlink()
     assert rmse_run([str(folder), "-p", "!", "-n", "1"]) == 2
     assert_one_line(capsys.readouterr().err, "mtp.safetensors: no such file")
