@@ -317,6 +317,16 @@ def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
     return (*(m for m in methods if m not in absent), *spec.extra)
 
 
+def specs_of(
+    model: LoopModel, chunks: tuple[int, ...], most: int | None, heads: MtpHeads | None
+) -> dict[int, LoopSpec]:
+    """The specs of the calls that are traced, checked, with the methods of heads among them; arguments as of `trace`."""
+    specs = {chunk: model.spec(chunk).of_capacity(most) for chunk in chunks}
+    for spec in specs.values():
+        check_spec(spec)
+    return specs if heads is None else {chunk: heads.added_to(spec) for chunk, spec in specs.items()}
+
+
 def trace(
     model: LoopModel,
     chunks: tuple[int, ...],
@@ -345,11 +355,7 @@ def trace(
     """
     if isinstance(model, nn.Module):
         model.eval()
-    specs = {chunk: model.spec(chunk).of_capacity(most) for chunk in chunks}
-    if heads is not None:
-        specs = {chunk: heads.added_to(spec) for chunk, spec in specs.items()}
-    for spec in specs.values():
-        check_spec(spec)
+    specs = specs_of(model, chunks, most, heads)
     methods = []
     for chunk, spec in specs.items():
         for name in method_names(spec, host_loop):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rmse_edge.errors import ParityError
 from rmse_edge.export.gate.methods import compare_methods
-from rmse_edge.export.program import LoopProgram
-from rmse_edge.layers.mtp import DRAFTED, HeadsConfig, MtpHead
+from rmse_edge.export.program import LoopProgram, specs_of
+from rmse_edge.layers.mtp import HeadsConfig, MtpHead
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.runtimes.engines.torch import TorchMethods, TorchRuntime
 from rmse_edge.train.mtp import chain
@@ -68,13 +68,19 @@ def test_hosts_run_the_chain_that_was_trained():
         runtime.by_heads()
 
 
+def test_a_memory_has_its_methods_beside_those_of_heads():
+    """In calls of a segment, and heads in calls of one row."""
+    model = mixed_model(memory="titans", memory_dim=16, memory_hidden=32)
+    specs = specs_of(model, (1, 64), None, random_heads(model))
+    assert [list(specs[rows].extra) for rows in (1, 64)] == [["draft0", "draft1"], ["blank", "memorize"]]
+
+
 def test_the_gate_compares_every_head():
     model = mixed_model()
     heads, others = random_heads(model), random_heads(model)
     with torch.no_grad():
         others.layers[1].post_norm.weight.mul_(1.01)  # type: ignore[union-attr, operator]
     program = LoopProgram(model, {1: heads.added_to(model.spec(1))}, (), heads=heads)
-    assert heads.added_to(model.spec(64)) is not None and DRAFTED not in heads.added_to(model.spec(64)).extra
 
     class Host(TorchMethods):
         def run(self, method: str, chunk: int, feeds: dict[str, Any]) -> dict[str, Any]:
