@@ -25,6 +25,7 @@ from rmse_edge.chat_turns import turns_of
 from rmse_edge.errors import ArgumentError, ExportError, ParityError, UserError
 from rmse_edge.exits import carried
 from rmse_edge.files import Digests
+from rmse_edge.heads import load_heads
 from rmse_edge.info import ModelInfo
 from rmse_edge.layers.cache import cache_dtype, with_cache_dtype
 from rmse_edge.layers.held import holds, shape_of
@@ -184,7 +185,8 @@ def export_package(
 
     Args:
         quantized: for int8 and int4, the quantised model; `model` is then its model.
-        checkpoint: the folder the model came from; its tokenizer.json and sample.txt go into the package.
+        checkpoint: the folder the model came from; its tokenizer.json and sample.txt go into the package, and its heads for
+            multi-token prediction, where the target has a form for them.
         progress: told each stage as it begins, and how far the whole is.
     Raises:
         ExportError, ParityError: nothing is left behind but what stood at `destination` before.
@@ -205,6 +207,9 @@ def export_package(
         target = get_target(request.target)
         idle = idle and not holds(model)  # a second process takes memory, which a model that is held so lacks
         source = quantized.fingerprint if quantized else None
+        heads = load_heads(checkpoint, model, source) if checkpoint is not None and target.drafts else None
+        if heads is not None:
+            heads = rounded(heads, request.quant)
         cached = as_cached(model, request)
         if cached is not model:
             source = source or fingerprint(model)
@@ -223,6 +228,7 @@ def export_package(
             checkpoint,
             request.max_seq_len,
             request.call_sizes(model),
+            heads,
         )
         if not target.grows:
             info = dataclasses.replace(info, page=None)
@@ -250,6 +256,7 @@ def export_package(
                 target.grows,
                 request.max_seq_len,
                 target.batches,
+                **({} if heads is None else {"heads": heads}),
             )
             lowering = target.lower(program, folder, options)
         # What was traced may have its weights in a form of the target's own. The gate does without, and needs room.

@@ -47,6 +47,7 @@ from torch.export import ExportedProgram
 from rmse_edge import numbers
 from rmse_edge.errors import ExportError, first_line
 from rmse_edge.info import dtype_name
+from rmse_edge.layers.mtp import MtpHeads
 from rmse_edge.loop.contract import LoopModel, LoopSpec, TensorSpec, check_spec
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.loop.drive import depth_after, run_loop
@@ -168,18 +169,29 @@ class Method(nn.Module):
     Args:
         spec: of calls of any size that the method serves.
         tensors: what it takes and gives, if other than in `spec`: see `shared_signature`.
+        heads: that draft for the model; of these a method holds its weights if it is one of theirs.
     """
 
-    def __init__(self, model: LoopModel, spec: LoopSpec, method: str, tensors: Signature | None = None) -> None:
+    def __init__(
+        self,
+        model: LoopModel,
+        spec: LoopSpec,
+        method: str,
+        tensors: Signature | None = None,
+        heads: MtpHeads | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.heads = heads if heads is not None and method in heads.methods else None
         self.spec = spec
         self.method = method
         self.takes, self.gives = tensors or signature(spec, method)
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         tensors = {t.name: v for t, v in zip(self.takes, values, strict=True)}
-        if self.method in self.spec.extra:
+        if self.heads is not None:
+            results = self.heads.draft(self.method, self.model, tensors)
+        elif self.method in self.spec.extra:
             results = getattr(self.model, self.method)(tensors)
         elif self.method in (layers := layer_methods(self.spec)):
             results = self._step(tensors, layers.index(self.method))
@@ -279,6 +291,7 @@ class LoopProgram:
     specs: dict[int, LoopSpec]  # chunk -> spec
     methods: tuple[ExportedMethod, ...]
     grows: bool = False  # the methods take any number of slots of the appended state
+    heads: MtpHeads | None = None  # that draft for the model; their methods are among `LoopSpec.extra`
 
     def without_traces(self, model: LoopModel) -> LoopProgram:
         """What can be asked of it when it has been lowered; the graphs, and the weights that they hold, are gone.
@@ -304,6 +317,16 @@ def method_names(spec: LoopSpec, host_loop: bool = False) -> tuple[str, ...]:
     return (*(m for m in methods if m not in absent), *spec.extra)
 
 
+def specs_of(
+    model: LoopModel, chunks: tuple[int, ...], most: int | None, heads: MtpHeads | None
+) -> dict[int, LoopSpec]:
+    """The specs of the calls that are traced, checked, with the methods of heads among them; arguments as of `trace`."""
+    specs = {chunk: model.spec(chunk).of_capacity(most) for chunk in chunks}
+    for spec in specs.values():
+        check_spec(spec)
+    return specs if heads is None else {chunk: heads.added_to(spec) for chunk, spec in specs.items()}
+
+
 def trace(
     model: LoopModel,
     chunks: tuple[int, ...],
@@ -313,6 +336,7 @@ def trace(
     grows: bool = False,
     most: int | None = None,
     batches: bool = False,
+    heads: MtpHeads | None = None,
 ) -> LoopProgram:
     """Model -> LoopProgram.
 
@@ -325,14 +349,13 @@ def trace(
         grows: trace with a symbolic number of slots of the appended state; otherwise there are as many as fit.
         most: positions that a text may have, where that is fewer than the model attends to.
         batches: trace what hosts call of a model of boards with a symbolic number of them; see the module.
+        heads: that draft for the model: a method for each of them, for calls of one row.
     Raises:
         ExportError: a method does not trace, or does not return what its spec says.
     """
     if isinstance(model, nn.Module):
         model.eval()
-    specs = {chunk: model.spec(chunk).of_capacity(most) for chunk in chunks}
-    for spec in specs.values():
-        check_spec(spec)
+    specs = specs_of(model, chunks, most, heads)
     methods = []
     for chunk, spec in specs.items():
         for name in method_names(spec, host_loop):
@@ -342,9 +365,9 @@ def trace(
             tensors = shared or signature(spec, name, host_loop)
             if batches and spec.batches and name != "loop":
                 tensors = of_boards(tensors)
-            method = Method(model, spec, name, growing(tensors) if grows else tensors)
+            method = Method(model, spec, name, growing(tensors) if grows else tensors, heads)
             methods.append(_traced(method, (chunk,) if shared is None else chunks, progress))
-    return LoopProgram(model, specs, tuple(methods), grows)
+    return LoopProgram(model, specs, tuple(methods), grows, heads)
 
 
 def tensors_json(specs: Iterable[TensorSpec], grows: bool = False) -> list[dict[str, Any]]:

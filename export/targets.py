@@ -125,6 +125,7 @@ class Target:
     any_rows: bool = False  # methods with a symbolic number of rows, see `trace`; otherwise all shapes are static
     host_loop: bool = False  # the engine has no loop, see `trace`
     grows: bool = False  # methods take any number of slots of the appended state; otherwise all there are
+    drafts: bool = False  # has methods for heads that draft (rmse_edge/layers/mtp.py)
     plans: bool = False  # its hosts know planned loops (rmse_edge/loop/plan.py)
     batches: bool = False  # methods take any number of boards at once, see `trace`; otherwise one
     halves: tuple[str, ...] = ()  # precisions whose packages compute in float16

@@ -33,6 +33,7 @@ from rmse_edge.checkpoint import (
 )
 from rmse_edge.errors import CheckpointError, UserError
 from rmse_edge.files import changed_folder, check_changes, digest_file, tidy
+from rmse_edge.heads import HEADS_FILES
 from rmse_edge.layers.held import hold, plain_state
 from rmse_edge.schema import Digest, Name, annotations_of, first_of, read_json, validated
 from rmse_edge.shards import WEIGHTS_FILE, check_finite
@@ -46,7 +47,7 @@ FORMAT_VERSION = 1
 AGAIN = "quantise again"
 LEAN = 1 << 30  # bytes of float32 weights
 # From the float checkpoint.
-CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, GENERATION_FILE, "sample.txt")
+CARRIED = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, GENERATION_FILE, "sample.txt", *HEADS_FILES)
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
@@ -71,7 +72,7 @@ def save_quantized(quantized: Quantized, folder: str | Path, source: str | Path 
     """Write a quantised checkpoint, all or nothing.
 
     Args:
-        source: the float checkpoint; its tokenizer and text sample come along.
+        source: the float checkpoint; its tokenizer, text sample and heads for drafts come along.
     Raises:
         CheckpointError: the folder exists and holds something else, or cannot be written.
     """

@@ -115,6 +115,14 @@ class PlanInfo:
 
 
 @dataclass(frozen=True)
+class DraftingInfo:
+    """Of a model with heads for multi-token prediction: `draft0`, `draft1`, ... for calls of one row (rmse_edge/layers/mtp.py)."""
+
+    heads: Count
+    reads: Name  # what `head` calls the state that it reads
+
+
+@dataclass(frozen=True)
 class BoardInfo:
     """Of a model that is given a board of cells and fills it in."""
 
@@ -171,6 +179,7 @@ class ModelInfo:
     board: BoardInfo | None = None
     blocks: BlocksInfo | None = None
     plan: PlanInfo | None = None  # None: all iterations are alike
+    drafting: DraftingInfo | None = None  # None: the model has no heads that draft
     retrieval: Retrieval | None = None  # None: the model has no retrieval head
     quant: Name = "fp32"  # how weights are held: fp32, fp16, int8, int4
     # of the weights, the same for a checkpoint and every package made of it

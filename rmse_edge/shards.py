@@ -72,15 +72,20 @@ class StoredTensors:
         path: model.safetensors or the index: what a message about all tensors names.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, alone: str | None = None, asked: str = "config.json") -> None:
         """Look into all files and compare them with their index.
 
+        Args:
+            alone: the one file that is meant; None: those of the model.
+            asked: the file that says which shapes they have.
         Raises:
             CheckpointError: one line that names the file, and the tensor, that is missing, damaged, or there twice.
         """
-        self.path = folder / (INDEX_FILE if is_sharded(folder) else WEIGHTS_FILE)
+        self._asked = asked
+        sharded = alone is None and is_sharded(folder)
+        self.path = folder / (alone or (INDEX_FILE if sharded else WEIGHTS_FILE))
         self._files: dict[str, Path] = {}  # by tensor
-        for path in weight_files(folder):
+        for path in weight_files(folder) if alone is None else [self.path]:
             with _damage_of(path), safe_open(path, framework="pt", device="cpu") as file:
                 names = list(file.keys())
             for name in names:
@@ -88,7 +93,7 @@ class StoredTensors:
                     first = self._files[name].name
                     raise CheckpointError(f"{path}: tensor {name} is in {first}, too; keep one of them")
                 self._files[name] = path
-        if is_sharded(folder):
+        if sharded:
             self._compare(read_index(self.path))
 
     def _compare(self, index: dict[str, str]) -> None:
@@ -133,7 +138,7 @@ class StoredTensors:
             found = tuple(file.get_slice(name).get_shape())
             if shape is not None and found != shape:
                 raise CheckpointError(
-                    f"{path}: tensor {name} has shape {found}, config.json asks for {shape}; "
+                    f"{path}: tensor {name} has shape {found}, {self._asked} asks for {shape}; "
                     "the two files do not belong together"
                 )
             tensor = file.get_tensor(name)

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from rmse_edge.arch.common.identity import model_info
+from rmse_edge.arch.common.identity import fingerprint, model_info
 from rmse_edge.arch.rmse.config import RMSEConfig
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.export.gate.compare import MARGIN
 from rmse_edge.export.gate.reference import Reference, conversation, made_up_hits
+from rmse_edge.heads import embedding_of
+from rmse_edge.layers.mtp import HeadsConfig, MtpHeads
 from rmse_edge.loop.contract import InjectedHits
 from rmse_edge.package import MANIFEST, SUMS, seal, write_sums
 from rmse_edge.quantize import Quantized, QuantizeRequest, Scheme, quantize
@@ -43,6 +45,13 @@ TINY = {
     "vocab_size": 65, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "window": 64, "max_loops": 4,
     "n_experts": 32, "top_k": 4, "expert_width": 32, "shared_width": 32, "block_size": 64, "exit_threshold": 0.6,
 }  # fmt: skip
+
+
+def random_heads(model: Any, count: int = 2, seed: int = 0) -> MtpHeads:
+    """Heads that have learnt nothing, for a model."""
+    heads = MtpHeads(HeadsConfig(count, model.spec(1).h.shape[-1], 24, 1e-6, embedding_of(model), fingerprint(model)))
+    heads.reset_parameters(seed)
+    return heads.eval().requires_grad_(False)
 
 
 def tiny_config(**changes: Any) -> RMSEConfig:

@@ -32,7 +32,7 @@ FLOORS = (
     ("probe",),
     ("runtimes",),
     ("exits", "quantize", "train", "hf", "knowledge"),
-    ("checkpoint",),
+    ("checkpoint", "heads"),
     ("arch",),
     ("layers", "puzzles"),
     ("info",),

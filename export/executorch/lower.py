@@ -43,6 +43,7 @@ PLAIN = ("begin", "blank")  # methods without arithmetic to speak of: a delegate
     host_loop=True,
     grows=True,
     plans=True,
+    drafts=True,
     check_format=check_format,
     prepare=prepare,
 )

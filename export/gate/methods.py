@@ -122,7 +122,7 @@ def compare_methods(
             raise ParityError(f"{label}: {name} differs by {difference:.1e} (allowed {allowed:.0e})")
 
     for chunk, spec in program.specs.items():
-        reference = TorchMethods(program.model)
+        reference = TorchMethods(program.model, heads=program.heads)
         dials = {t.name: np.array(dial_values[t.name], dtype_name(t.dtype)) for t in dial_specs(spec)}
         slots = example_slots(spec) if program.grows else None
         feeds = example_feeds(spec, reference, slots=slots)

@@ -45,6 +45,7 @@ from .flags import (
     chosen_dials,
     chosen_speculation,
     open_model,
+    rates_line,
 )
 
 if TYPE_CHECKING:
@@ -409,6 +410,8 @@ def as_markdown(d: dict[str, Any]) -> str:
                 f"{row['test']}, {row['mode']}: {row['speculation']['tokens_per_round']:.2f} tokens per verification, "
                 f"{d['speculative_speedup'][row['mode']]:.2f} × as fast as plain decoding of the same text"
             )
+            if "tokens_per_ms" in row["speculation"]:
+                lines.append(rates_line(row["speculation"]))
     if d["histogram"]:
         lines += [
             f"adaptive exit skips {d['work_skipped']:.1%} of the iterations of full depth:",

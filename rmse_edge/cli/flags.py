@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rmse_edge.errors import UserError
 from rmse_edge.loop.dials import DIALS
@@ -77,13 +77,30 @@ def chosen_dials(args: argparse.Namespace, info: ModelInfo) -> Dials:
 def add_speculation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speculative decoding")
     group.add_argument(
-        "--speculate", type=positive_int, metavar="N",
-        help="draft tokens with N loops, and verify them together at the dials: greedy tokens stay the same",
+        "--speculate", type=draft_source, metavar="N|heads|auto",
+        help="draft tokens with N loops, or by the model's heads (rmse-train --stage mtp), and verify them together at the dials: greedy "
+        "tokens stay the same. auto: whichever makes more tokens a millisecond, or none; drawn texts then depend on the clock",
     )  # fmt: skip
     group.add_argument(
         "--draft-tokens", type=positive_int, metavar="M",
         help=f"of --speculate: tokens that are drafted before they are verified, at most (default: {DRAFT_TOKENS})",
     )  # fmt: skip
+
+
+def draft_source(text: str) -> int | str:
+    """Where drafts come from: a number of loops, or a word."""
+    if text in ("heads", "auto"):
+        return text
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of loops, heads or auto") from None
+
+
+def rates_line(found: dict[str, Any]) -> str:
+    """What `Rates` measured, of statistics of speculation that have it."""
+    rates = ", ".join(f"{name} {rate:.3f}" for name, rate in found["tokens_per_ms"].items())
+    return f"tokens per ms, by what drafted: {rates}"
 
 
 def chosen_speculation(args: argparse.Namespace) -> Speculation | None:

@@ -26,6 +26,7 @@ from .flags import (
     chosen_dials,
     chosen_speculation,
     prepare_memory,
+    rates_line,
 )
 
 if TYPE_CHECKING:
@@ -337,10 +338,11 @@ def speculation_lines(s: dict[str, Any]) -> list[str]:
     """How much of its drafts was accepted; nothing without --speculate."""
     if not (found := s.get("speculation")) or not found["rounds"]:
         return []
-    return [
-        f"{found['tokens_per_round']:.2f} tokens per verification; {found['accepted']} of {found['drafted']} drafted with "
-        f"{found['draft_loops']} loops accepted"
+    source = {"loops": f"with {found['draft_loops']} loops ", "heads": "by heads "}.get(found["drafts"], "")
+    lines = [
+        f"{found['tokens_per_round']:.2f} tokens per verification; {found['accepted']} of {found['drafted']} drafted {source}accepted"
     ]
+    return [*lines, rates_line(found)] if "tokens_per_ms" in found else lines
 
 
 def retrieval_lines(s: dict[str, Any]) -> list[str]:

@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         help="start from this checkpoint's weights; the recipe's model may add a memory or retrieval",
     )  # fmt: skip
     parser.add_argument(
-        "--stage", choices=("gate", "routers"),
+        "--stage", choices=("gate", "routers", "mtp"),
         help="train the exit gate of the --init checkpoint alone, all else frozen; a model without a gate gets one. Or the routers before "
-        "its layers, by plans that are searched for prompts of the text (--recipe: their own recipe)",
+        "its layers, by plans that are searched for prompts of the text, or heads for multi-token prediction, which draft for "
+        "rmse-run --speculate (--recipe: their own recipe)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     parser.add_argument("--stop-at", type=positive_int, metavar="STEP", help="leave after this step, to resume later")
@@ -63,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.stage and not args.init and not args.resume:
-        what = "gate is" if args.stage == "gate" else "routers are"
-        raise UserError(f"--stage {args.stage}: missing --init DIR, the checkpoint whose {what} trained")
-    if args.stage == "routers":
-        routers(args)
+        what = {"gate": "whose gate is trained", "routers": "whose routers are trained", "mtp": "that gets the heads"}
+        raise UserError(f"--stage {args.stage}: missing --init DIR, the checkpoint {what[args.stage]}")
+    if args.stage in ("routers", "mtp"):
+        in_one_go(args)
         return None
     if args.stage and args.recipe:
         raise UserError("--recipe: --stage gate makes its own of the checkpoint; leave it out, and use --set")
@@ -94,17 +95,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def routers(args: argparse.Namespace) -> None:
-    """`--stage routers`."""
-    from rmse_edge.train.routing import RouterRecipe, as_markdown, train_routers
-
+def in_one_go(args: argparse.Namespace) -> None:
+    """`--stage routers` and `--stage mtp`, whose recipes are their own."""
     for flag in ("resume", "stop_at"):
         if getattr(args, flag):
-            raise UserError(f"--{flag.replace('_', '-')}: --stage routers is done in one go; leave it out")
+            raise UserError(f"--{flag.replace('_', '-')}: --stage {args.stage} is done in one go; leave it out")
     if args.device != "cpu":
-        raise UserError("--device: --stage routers runs on the CPU; leave it out")
+        raise UserError(f"--device: --stage {args.stage} runs on the CPU; leave it out")
     if args.text is None:
         raise UserError("missing --text FILE")
+    if args.stage == "mtp":
+        from rmse_edge.train import mtp
+
+        heads = mtp.HeadsRecipe.from_file(args.recipe) if args.recipe else mtp.HeadsRecipe()
+        print(
+            mtp.as_markdown(
+                mtp.train_heads(args.text, args.output, heads.override(args.set), args.init, args.tokenizer)
+            )
+        )
+        return
+    from rmse_edge.train.routing import RouterRecipe, as_markdown, train_routers
+
     recipe = RouterRecipe.from_file(args.recipe) if args.recipe else RouterRecipe()
     print(as_markdown(train_routers(args.text, args.output, recipe.override(args.set), args.init, args.tokenizer)))
 

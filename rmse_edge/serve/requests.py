@@ -65,7 +65,7 @@ COMMON: dict[str, Any] = {
     "stream_options": StreamOptions,
     "ignore_eos": bool,
     "prefix": Literal["all", "none"],
-    "speculate": int,
+    "speculate": Annotated[int | Literal["heads", "auto"], Expected("a number of loops, heads or auto")],
     "draft_tokens": int,
     "user": str,
     **{name: int if dial.dtype == "int64" else float for name, dial in DIALS.items()},
@@ -162,7 +162,7 @@ def read_request(data: bytes, kind: Literal["text", "chat"], info: ModelInfo, na
         if "speculate" in given:
             speculation = Speculation(given["speculate"], given.get("draft_tokens", DRAFT_TOKENS))
         elif "draft_tokens" in given:
-            raise ArgumentError("draft_tokens", "needs speculate, the loops of a draft")
+            raise ArgumentError("draft_tokens", "needs speculate, where drafts come from")
     except ArgumentError as error:
         raise refused(error) from None
     stop, prefix = given.get("stop", ()), given.get("prefix")

@@ -13,7 +13,9 @@ from rmse_edge.arch.common.identity import model_info
 from rmse_edge.arch.registry import arch_of_model
 from rmse_edge.checkpoint import load_checkpoint
 from rmse_edge.errors import ArgumentError, UserError
+from rmse_edge.heads import load_heads
 from rmse_edge.info import ModelInfo
+from rmse_edge.layers.mtp import MtpHeads
 from rmse_edge.loop.contract import LoopModel, LoopSpec
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.drive import run_loop
@@ -28,8 +30,8 @@ from rmse_edge.shards import weight_files
 class TorchMethods:
     """A `LoopModel`'s methods, on NumPy arrays or on tensors of the model's device: what is given is given back."""
 
-    def __init__(self, model: LoopModel, device: str = "cpu") -> None:
-        self.model = model
+    def __init__(self, model: LoopModel, device: str = "cpu", heads: MtpHeads | None = None) -> None:
+        self.model, self.heads = model, heads
         self.device = torch.device(device)
         self._specs: dict[int, LoopSpec] = {}
 
@@ -48,6 +50,8 @@ class TorchMethods:
             out = run_loop(model, spec, tensors, {d: tensors[d] for d in spec.dials})
         elif method == "head":
             out = model.head(tensors[spec.final.name])
+        elif self.heads is not None and method in self.heads.methods:
+            out = self.heads.draft(method, model, tensors)
         elif method in spec.methods:
             out = getattr(model, method)(tensors)
         else:
@@ -84,15 +88,18 @@ class TorchRuntime(LoopRuntime):
         device: str = "cpu",
         source: str | None = None,
         folder: Path | None = None,
+        heads: MtpHeads | None = None,
     ) -> None:
         self.model = on_device(model, device)
-        info = model_info(model, name, nbytes, source=source, folder=folder)
-        super().__init__(info, TorchMethods(model, device), TorchCalls)
+        if heads is not None:
+            heads = on_device(heads, device)
+        info = model_info(model, name, nbytes, source=source, folder=folder, heads=heads)
+        super().__init__(info, TorchMethods(model, device, heads), TorchCalls)
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> TorchRuntime:
         model, source, nbytes = loaded(folder := Path(folder))
-        return cls(model, folder.absolute().name, nbytes, device, source, folder)
+        return cls(model, folder.absolute().name, nbytes, device, source, folder, load_heads(folder, model, source))
 
 
 class TorchBlocks(BlockRuntime):
@@ -113,7 +120,7 @@ def open_writer(folder: str | Path, device: str = "cpu") -> TorchRuntime | Torch
     name = folder.absolute().name
     if arch_of_model(model).by_blocks:
         return TorchBlocks(model, model_info(model, name, nbytes, source=source, folder=folder), device)
-    return TorchRuntime(model, name, nbytes, device, source, folder)
+    return TorchRuntime(model, name, nbytes, device, source, folder, load_heads(folder, model, source))
 
 
 class TorchBoards(BoardRuntime):

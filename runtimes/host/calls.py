@@ -231,6 +231,14 @@ class Calls:
         wanted = [name for name, giver in call.givers.items() if giver == "head" or name in named]
         return {name: self.get(call.found[name]) for name in wanted}
 
+    def draft(self, index: int, state: Any, token: int) -> tuple[Any, np.ndarray]:
+        """One head that drafts: the state (1, 1, d) before a token, and the token -> (the next state, logits (V,))."""
+        assert self.info.drafting is not None
+        tokens = self.give("tokens", np.array([[token]], np.int64))
+        drafted = self.methods.run(f"draft{index}", 1, {"h": state, "tokens": tokens})["drafted"]
+        said = self.methods.run("head", 1, {self.info.drafting.reads: drafted})
+        return self.copied(drafted), self.get(said["logits"])[0, 0].copy()
+
     def keep(self, call: Computed, n: int, note: bool = True) -> None:
         """Take the first `n` rows of a call into what is kept, as if it had had no more.
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from rmse_edge.arch.registry import arch_of
 from rmse_edge.errors import ConfigError, PackageError, UserError
-from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, BlocksInfo, Dtype, Form, ModelInfo, PlanInfo
+from rmse_edge.info import LARGEST_STATE, PAGE, SIZES, BlocksInfo, DraftingInfo, Dtype, Form, ModelInfo, PlanInfo
 from rmse_edge.loop.dials import DIALS
 from rmse_edge.loop.plan import PLAN
 from rmse_edge.numbers import PREFIX, PROMPT, SLOTS
@@ -290,6 +290,8 @@ class Flow:
         if self.info.text_part is not None:
             self.require(f"head_{rows}", {"logits": ((1, rows, self.info.vocab_size), "float32")})
             self.require(f"the loop of {rows} rows", {"depth": ((1, rows), "int64")})
+        if rows == 1 and self.info.drafting is not None:
+            self.drafts(self.info.drafting)
         if "commit" in self.info.methods:
             self.run(f"commit_{rows}", have)
         if self.info.blocks is not None:
@@ -320,6 +322,19 @@ class Flow:
             elif name != "any_active":
                 self.give(step, have, name, ((self.info.max_loops, *shape), dtype))
         self.give(step, have, "iterations", ((), "int64"))
+
+    def drafts(self, drafting: DraftingInfo) -> None:
+        """Heads in a chain: each takes a state and a token, and gives a state that the next one and the model's own head read."""
+        state: Form = ((1, 1, self.width), "float32")
+        reads = {t.name for t in self.method("head_1").inputs}
+        if reads != {drafting.reads}:
+            self.refuse("model.drafting.reads", drafting.reads, f"{', '.join(sorted(reads))}, what head_1 takes")
+        call = self.made
+        for name in (f"draft{index}_1" for index in range(drafting.heads)):
+            self.made = {}  # each head gives the same, in a call of its own
+            self.run(name, {"h": state, "tokens": ((1, 1), "int64")})
+            self.require(name, {"drafted": state})
+        self.made = call
 
     def segment(self, rows: int) -> None:
         """blank, memorize, embed_segment: what is done once per segment."""

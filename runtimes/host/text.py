@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmse_edge.errors import ArgumentError, UserError
-from rmse_edge.info import LARGEST_STATE, ModelInfo, TextInfo
+from rmse_edge.info import LARGEST_STATE, DraftingInfo, ModelInfo, TextInfo
 from rmse_edge.layers.rope import given_angles
 from rmse_edge.loop.dials import Dials
 from rmse_edge.loop.generator import starts
@@ -59,6 +59,7 @@ class LoopRuntime:
         # Called after every segment, before it is forgotten.
         self.on_surprise: Callable[[Surprise], object] | None = None
         self._position = 0
+        self._exit: Any = None  # the state (1, 1, d) that the newest position stopped with, of models with heads
         self._prefix = 0  # tokens of the prefix that the calls of this `feed` are told of
         self._prompt = 0  # likewise, of what a plan is made of
         self.reset()
@@ -89,6 +90,7 @@ class LoopRuntime:
         self.calls.reset()
         self.inject(None)
         self._position = 0
+        self._exit = None
         self.whole = True
 
     def expert_figures(self, tokens: int) -> dict[str, Any] | None:
@@ -120,6 +122,7 @@ class LoopRuntime:
         for name, array in self.retrieved.items():
             np.copyto(array, tensors[name])
         self._position = position
+        self._exit = None
         self.whole = True
 
     def state_bytes(self) -> int:
@@ -255,9 +258,15 @@ class LoopRuntime:
     def _call(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool) -> Arrays:
         """One call with `ids`, which move the position on."""
         call = self._computed(chunk, ids, dials, head)
-        self.calls.keep(call, len(ids))
-        self._position += len(ids)
+        self._keep(call, len(ids))
         return self.calls.said(call)
+
+    def _keep(self, call: Computed, count: int) -> None:
+        """Take the first `count` rows of a call into the text."""
+        self.calls.keep(call, count)
+        self._position += count
+        if self.info.drafting is not None:
+            self._exit = self.calls.copied(call.found["h"][:, count - 1 : count])
 
     def _computed(self, chunk: int, ids: np.ndarray, dials: Dials, head: bool = True) -> Computed:
         context, inputs = self.context(chunk, len(ids)), self.inputs(chunk, ids)
@@ -314,8 +323,7 @@ class LoopRuntime:
         if ahead.call.position != self._position:
             raise ValueError(f"computed at position {ahead.call.position}, and the text is at {self._position}")
         self.whole = False
-        self.calls.keep(ahead.call, count)
-        self._position += count
+        self._keep(ahead.call, count)
         surprises = self._end_segment()
         self.whole = True
         return surprises
@@ -343,6 +351,39 @@ class LoopRuntime:
             self.calls.back(mark)
             self._position = position
             self.whole = True
+
+    def check_heads(self) -> DraftingInfo:
+        """
+        Raises:
+            ArgumentError: the model, as it is run here, has no heads that draft.
+        """
+        if (heads := self.info.drafting) is None:
+            raise ArgumentError(
+                "speculate",
+                f"{self.info.name} has no heads that draft; train some (rmse-train --stage mtp) and run or export that, for onnx "
+                "or executorch, or give a number of loops",
+            )
+        return heads
+
+    def by_heads(self) -> Callable[[int], np.ndarray]:
+        """What tries how the text might go on by the model's heads: given the newest token, then one draft after the other, it
+        returns what comes behind each, (V,). Nothing of it is kept anywhere. Behind the last head's guess the last one goes on.
+
+        Raises:
+            ArgumentError: the model has no heads.
+        """
+        heads = self.check_heads()
+        if self._exit is None:
+            raise ValueError("the text has no newest position: nothing was fed since it began or was restored")
+        state, known = self._exit, 0
+
+        def feed(token: int) -> np.ndarray:
+            nonlocal state, known
+            state, logits = self.calls.draft(min(known, heads.heads - 1), state, token)
+            known += 1
+            return logits
+
+        return feed
 
     # ------------------------------------------------------------------------------------------ memory, retrieval
 

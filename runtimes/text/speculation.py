@@ -1,6 +1,6 @@
-"""Speculative decoding with the model itself: it drafts tokens with few loops, and one call verifies them at the wished dials.
+"""Speculative decoding: tokens are drafted cheaply, by the model itself, and one call verifies them at the wished dials.
 
-    drafts d_1 .. d_m   one by one, with `Speculation.loops` loops at most
+    drafts d_1 .. d_m   one by one, by few loops or by the model's heads (drafts.py)
     one call            t d_1 .. d_m, where t is the newest token of the text -> what comes behind each of them
     the text            gains the drafts up to the first that is refused, and one token more, which that call says
 
@@ -8,13 +8,15 @@ Greedy tokens are those of plain decoding. Drawn ones have its distribution, by 
 but are others than without speculation at the same seed. What a draft does to the state is undone, and of a call only the rows
 of accepted tokens are kept, so a text leaves behind what it would have left without (`LoopRuntime.aside`, `ahead`, `accept`).
 
-Drafting with fewer loops or layers of the same model is self-speculation: Elhoushi et al. 2024, LayerSkip, arXiv 2404.16710.
+Drafting with fewer loops or layers of the same model is self-speculation: Elhoushi et al. 2024, LayerSkip, arXiv 2404.16710. Heads:
+rmse_edge/layers/mtp.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from rmse_edge.errors import ArgumentError
@@ -22,6 +24,7 @@ from rmse_edge.loop.dials import Dials
 from rmse_edge.numbers import DRAFT_TOKENS
 from rmse_edge.runtimes.host.text import Ahead, LoopRuntime
 
+from .drafts import AUTO, HEADS, NOTHING, Rates, Source, drafting, rates_of
 from .sampling import Sampler
 
 MOST_TOKENS = 63  # the newest token and these are a call of 64 rows, the largest that models have
@@ -35,10 +38,14 @@ class Speculation:
         ArgumentError: naming the setting and its range.
     """
 
-    loops: int  # of a draft, at most: the others stop it by the dials of the text
+    # Loops of a draft at most, where the dials of the text do not stop it before; "heads": the model's heads; "auto": whichever of
+    # these, or no draft, makes the most tokens a millisecond.
+    source: int | str
     tokens: int = DRAFT_TOKENS  # of a draft, at most
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, str) and self.source not in (HEADS, AUTO):
+            raise ArgumentError("speculate", f"got {self.source!r}, expected a number of loops, {HEADS} or {AUTO}")
         if not 1 <= self.tokens <= MOST_TOKENS:
             raise ArgumentError("draft_tokens", f"got {self.tokens}, expected 1..{MOST_TOKENS}")
 
@@ -46,20 +53,17 @@ class Speculation:
         """Itself, if the runtime can do it.
 
         Raises:
-            ArgumentError: the loops are not fewer than the model has, or it has calls of one position alone.
+            ArgumentError: the loops are not fewer than the model has, it has no heads, or calls of one position alone.
         """
         most = runtime.info.max_loops - 1
-        if not 1 <= self.loops <= most:
+        if isinstance(self.source, int) and not 1 <= self.source <= most:
             raise ArgumentError(
-                "speculate", f"got {self.loops}, expected 1..{most}, fewer loops than {runtime.info.name} has"
+                "speculate", f"got {self.source}, expected 1..{most}, fewer loops than {runtime.info.name} has"
             )
+        if self.source == HEADS:
+            runtime.check_heads()
         runtime.room_ahead(2)
         return self
-
-    def dials(self, wished: Dials) -> Dials:
-        """Those of a draft, for a text at `wished`."""
-        loops = min(self.loops, wished.max_loops)
-        return replace(wished, max_loops=loops, min_loops=min(wished.min_loops, loops))
 
 
 @dataclass
@@ -75,6 +79,9 @@ class Speculator:
     made: int = field(init=False, default=0)  # tokens, of all rounds
     _ahead: Ahead | None = field(init=False, default=None)  # of the round whose tokens are being taken
     _taken: int = field(init=False, default=0)
+    _source: Source = field(init=False, default=NOTHING)  # of that round
+    _spent: float = field(init=False, default=0.0)  # on that round, s
+    _rates: Rates | None = field(init=False, default=None)  # of "auto"
 
     def __post_init__(self) -> None:
         self.speculation.check(self.runtime)
@@ -87,14 +94,19 @@ class Speculator:
             most: tokens that are wanted.
             end: tokens that end the text: nothing comes behind one.
         """
+        start = perf_counter()
         runtime, unused = self.runtime, self.runtime.info.language.unused_token_ids
-        count = runtime.room_ahead(min(self.speculation.tokens + 1, most)) - 1
+        source = self.speculation.source
+        if source == AUTO:
+            self._rates = rates_of(runtime, self.speculation.tokens, dials)
+            source = self._rates.choose()
+        count = runtime.room_ahead(min(self.speculation.tokens + 1, most)) - 1 if source != NOTHING else 0
         drafts: list[tuple[int, Any]] = []
         if count > 0:
-            token, shallow = newest, self.speculation.dials(dials)
-            with runtime.aside(count) as feed:
+            token = newest
+            with drafting(runtime, source, dials, count) as feed:
                 while len(drafts) < count and token not in end:
-                    token, weights = self.sampler.draft(feed(token, shallow), unused)
+                    token, weights = self.sampler.draft(feed(token), unused)
                     drafts.append((token, weights))
         ahead = runtime.ahead([newest, *(token for token, _ in drafts)], dials)
         tokens: list[int] = []
@@ -104,9 +116,10 @@ class Speculator:
                 break
         else:
             tokens.append(self.sampler.pick(ahead.logits[len(drafts)], unused))
-        self._ahead, self._taken = ahead, 0
+        self._ahead, self._taken, self._source = ahead, 0, source
         self.iterations.append(ahead.iterations)
         self.drafted += len(drafts)
+        self._spent = perf_counter() - start
         for row, token in enumerate(tokens):
             self._taken += 1
             self.made += 1
@@ -116,17 +129,24 @@ class Speculator:
     def settle(self) -> None:
         """Keep what the tokens that were taken of the last round have read, and forget its others."""
         if self._ahead is not None:
+            start = perf_counter()
             ahead, self._ahead = self._ahead, None
             self.runtime.accept(ahead, self._taken)
+            if self._rates is not None:
+                self._rates.note(self._source, self._taken, self._spent + perf_counter() - start)
 
     def statistics(self) -> dict[str, Any]:
-        """`tokens_per_round` is the acceptance length: tokens for one call at the wished dials."""
-        rounds = len(self.iterations)
+        """`tokens_per_round` is the acceptance length: tokens for one call at the wished dials. `tokens_per_ms` is of "auto": of every
+        source that was tried.
+        """
+        rounds, source = len(self.iterations), self.speculation.source
         return {
-            "draft_loops": self.speculation.loops,
+            "drafts": "loops" if isinstance(source, int) else source,
+            "draft_loops": source if isinstance(source, int) else None,
             "draft_tokens": self.speculation.tokens,
             "rounds": rounds,
             "drafted": self.drafted,
             "accepted": self.accepted,
             "tokens_per_round": self.made / rounds if rounds else None,
+            **({} if self._rates is None else {"tokens_per_ms": self._rates.statistics()}),
         }

@@ -280,6 +280,7 @@ BOARDS_OF_PACKAGES = (
     "tests/cli/test_boards.py runs the verbs on the checkpoint, tests/arch/test_packages.py packages of small solvers"
 )
 SPECULATES = "minutes; tests/runtimes/test_speculation.py runs it on a tiny model"
+HEADS = "minutes; tests/train/test_train_mtp.py and tests/runtimes/test_speculation.py do so with a tiny model"
 ROUTERS = "minutes; tests/train/test_train_routing.py runs the verb on a tiny model"
 BLOCKWISE = "MODEL writes by blocks there; tests/runtimes/test_blocks.py runs the verbs on one"
 GPU = "needs a GPU; tests/runtimes/test_cuda.py runs the verbs with --device cpu"
@@ -326,6 +327,22 @@ NOT_RUN: dict[str, str] = {
     'build/native/rmse-runner rmse-shakespeare-executorch.rmse --prompt "ROMEO:" --show-depth': "tests/runtimes/test_runner.py",
     'rmse-run rmse-shakespeare-coreml.rmse --prompt "ROMEO:" --show-depth': "as above; tests/runtimes/test_coreml.py",
     'rmse-run MODEL -p "ROMEO:" --speculate 2 --draft-tokens 5': "runs above, with other drafts",
+    'rmse-run MODEL -p "ROMEO:" --speculate heads': HEADS,
+    'rmse-run MODEL -p "ROMEO:" --speculate auto': HEADS,
+    "rmse-train --text shakespeare.txt --stage mtp --init models/ouro-shakespeare --recipe docs/experiments/speculation/ouro-heads.json -o runs/heads": HEADS,
+    "rmse-train --text shakespeare.txt --stage mtp --init models/ouro-shakespeare --recipe docs/experiments/speculation/ouro-heads.json -o runs/ouro-heads": HEADS,
+    "rmse-train --text shakespeare.txt --stage mtp --init models/rmse-shakespeare --recipe docs/experiments/speculation/rmse-heads.json -o runs/rmse-heads": HEADS,
+    "rmse-export -m runs/heads": HEADS,
+    "rmse-export -m runs/ouro-heads": HEADS,
+    "rmse-export -m runs/rmse-heads": HEADS,
+    "rmse-export -m runs/ouro-heads --target executorch --draft-tokens 3": HEADS,
+    'rmse-run heads-onnx.rmse -p "ROMEO:" --speculate heads': HEADS,
+    "python docs/experiments/speculation/measure.py ouro-heads-onnx.rmse --loops 1 --heads --tokens 2,3,5 -n 32 -r 3": HEADS,
+    "python docs/experiments/speculation/measure.py ouro-heads-onnx.rmse --loops 1 --heads --auto --tokens 3,5 -n 32 -r 3 --adaptive": HEADS,
+    "python docs/experiments/speculation/measure.py ouro-heads-onnx.rmse --costs --loops 1 --tokens 2,3,5,7": HEADS,
+    "python docs/experiments/speculation/measure.py ouro-heads-executorch.rmse --loops 1 --heads --tokens 3 -n 32 -r 3": HEADS,
+    "python docs/experiments/speculation/measure.py rmse-heads-onnx.rmse --loops 2 --heads --tokens 2,3 -n 32 -r 3": HEADS,
+    "python docs/experiments/speculation/measure.py rmse-heads-onnx.rmse --loops 2 --heads --tokens 2,3 -n 32 -r 3 --adaptive": HEADS,
     'rmse-run MODEL -p "ROMEO:" -n 128 --show-depth': BLOCKWISE,
     'rmse-run MODEL -p "ROMEO:" -n 128 --exit-threshold 0.9': BLOCKWISE,
     "rmse-export -m MODEL --target onnx": BLOCKWISE,
@@ -338,7 +355,7 @@ NOT_RUN: dict[str, str] = {
     "python docs/experiments/dr_llm/measure.py time PACKAGE --text TEXT [-n 32] [-r 5]": "runs/routed is trained above; tests/runtimes/test_planned.py",
     "python docs/experiments/dr_llm/measure.py time routed-onnx.rmse --text shakespeare.txt -r 9": "as above",
     "python docs/experiments/dr_llm/measure.py brake OURO --text TEXT [--recipe routers.json]": "runs above, with names",
-    "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
+    "python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--heads] [--auto] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]": SPECULATES,
     "python docs/experiments/speculation/measure.py PACKAGE --costs": SPECULATES,
     "python docs/experiments/speculation/measure.py ouro-shakespeare-onnx.rmse --costs": SPECULATES,
     "python docs/experiments/speculation/measure.py rmse-shakespeare-onnx.rmse --costs --loops 2,4": SPECULATES,

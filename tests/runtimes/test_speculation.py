@@ -17,19 +17,24 @@ import numpy as np
 import pytest
 import torch
 from architectures import small_dory
-from helpers import ALPHABET, assert_one_line, mixed_model, require_executorch
+from helpers import ALPHABET, assert_one_line, mixed_model, random_heads, require_executorch, reseal
 from toy import toy
 
 from rmse_edge.arch.dory.model import Dory
 from rmse_edge.checkpoint import save_checkpoint
 from rmse_edge.cli.run import main as rmse_run
-from rmse_edge.errors import ArgumentError
+from rmse_edge.errors import ArgumentError, PackageError
 from rmse_edge.export import ExportRequest, export_package
+from rmse_edge.heads import save_heads
+from rmse_edge.info import DraftingInfo
 from rmse_edge.loop.dials import Dials
+from rmse_edge.package import Package
+from rmse_edge.runtimes import LoopRuntime, runtime_for
 from rmse_edge.runtimes.engines.executorch import ExecutorchRuntime
 from rmse_edge.runtimes.engines.torch import TorchRuntime
 from rmse_edge.runtimes.host.calls import Calls
 from rmse_edge.runtimes.host.session import restore_session, save_session
+from rmse_edge.runtimes.text.drafts import AGAIN, LATEST, TRIED, Rates
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling, probabilities
 from rmse_edge.runtimes.text.speculation import Speculation
@@ -38,13 +43,14 @@ from rmse_edge.text import TokenNumbers
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 SPECULATION = Speculation(1, 4)
+BY_HEADS = Speculation("heads", 4)
 
 
 class Letters:
     """Token i is letter i."""
 
     def decode(self, ids: list[int]) -> str:
-        return "".join(ALPHABET[i] for i in ids)
+        return "".join(ALPHABET[i % 65] for i in ids)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def model() -> Any:
 
 
 def written(
-    runtime: TorchRuntime, count: int, speculation: Speculation | None, dials: Dials | None = None, **options: Any
+    runtime: LoopRuntime, count: int, speculation: Speculation | None, dials: Dials | None = None, **options: Any
 ) -> Generation:
     """Greedy text behind PROMPT."""
     runtime.reset()
@@ -68,7 +74,7 @@ def written(
     return made
 
 
-def assert_same_state(one: TorchRuntime, other: TorchRuntime) -> None:
+def assert_same_state(one: LoopRuntime, other: LoopRuntime) -> None:
     assert one.position == other.position and one.whole and other.whole
     left, right = one.tensors(), other.tensors()
     assert left.keys() == right.keys()
@@ -82,11 +88,38 @@ def test_text_depths_and_state_are_those_of_plain_decoding(model: Any, exits: bo
     one, other = TorchRuntime(model, "tiny"), TorchRuntime(model, "tiny")
     dials = one.info.dials if exits else one.info.full_depth
     plain, fast = written(one, 130, None, dials), written(other, 130, SPECULATION, dials)
-    assert fast.tokens == plain.tokens and fast.depth == plain.depth and fast.text == plain.text
-    assert_same_state(one, other)
     found = fast.statistics()["speculation"]
     assert found["rounds"] < 129 and 0 < found["accepted"] < found["drafted"]
     assert found["tokens_per_round"] == pytest.approx(129 / found["rounds"])
+    assert fast.tokens == plain.tokens and fast.depth == plain.depth and fast.text == plain.text
+    assert_same_state(one, other)
+    helped = TorchRuntime(model, "tiny", heads=random_heads(model))
+    for speculation in (BY_HEADS, Speculation("auto", 4)):
+        fast = written(helped, 130, speculation, dials)
+        assert fast.tokens == plain.tokens and fast.depth == plain.depth and fast.text == plain.text
+        assert_same_state(one, helped)
+    assert fast.statistics()["speculation"]["accepted"] > 0  # of "auto", which tries loops, too
+
+
+def test_what_makes_the_most_tokens_a_millisecond_is_taken_after_all_were_tried(model: Any):
+    """First each once untimed, then in turns; now and then another is tried again, and a source that falls behind is left."""
+    rates = Rates.of(TorchRuntime(model, "tiny", heads=random_heads(model)))
+    speed = {"heads": 3.0, 1: 2.0, 2: 4.0, "nothing": 1.0}
+    assert list(rates.found) == [*speed]
+    chosen = []
+    for turn in range(4 * (TRIED + 1) + AGAIN):
+        source = rates.choose()
+        chosen.append(source)
+        slow = source not in rates.warm or turn == 9  # the first, and one that other work on the machine made long
+        rates.note(source, 2, 1e9 if slow else 2 / (1000 * speed[source]))
+    assert all(chosen[: 4 * (TRIED + 1)].count(source) == TRIED + 1 for source in speed)
+    assert chosen[4 * (TRIED + 1) :].count(2) == AGAIN - 1
+    assert rates.statistics() == pytest.approx({"heads": 3, "1 loop": 2, "2 loops": 4, "nothing": 1})
+    for _ in range(LATEST):
+        rates.note(2, 1, 1.0)
+    assert sum(rate.rounds for rate in rates.found.values()) % AGAIN != AGAIN - 1
+    assert rates.choose() == "heads"
+    assert list(Rates.of(TorchRuntime(toy(max_loops=2), "toy")).found) == [1, "nothing"]
 
 
 def test_a_draft_leaves_nothing_behind(model: Any):
@@ -178,12 +211,13 @@ def test_verified_tokens_have_the_distribution_of_the_model(sampling: Sampling):
     assert np.abs(p - q).sum() > 0.3
 
 
-def test_texts_have_the_distribution_of_plain_decoding():
+@pytest.mark.parametrize("source", [1, "heads"])
+def test_texts_have_the_distribution_of_plain_decoding(source: int | str):
     """All texts of three tokens of a vocabulary of three, against what their probabilities multiply to: 27 texts, of which 99.9 % of
     true samples are below 54.1. The draft itself is far from it.
     """
     model = toy(vocab_size=3)
-    runtime = TorchRuntime(model, "toy")
+    runtime = TorchRuntime(model, "toy", heads=random_heads(model))
     dials, draws, texts = runtime.info.full_depth, 500, list(product(range(3), repeat=3))
 
     def expected(dials: Dials) -> np.ndarray:
@@ -197,7 +231,7 @@ def test_texts_have_the_distribution_of_plain_decoding():
     sampler, counts = Sampler(Sampling(0.5, seed=5)), np.zeros(27)
     for _ in range(draws):
         runtime.reset()
-        made = Generation(runtime, TokenNumbers(), [0], dials, sampler, 3, speculation=Speculation(1, 2))
+        made = Generation(runtime, TokenNumbers(), [0], dials, sampler, 3, speculation=Speculation(source, 2))
         counts[texts.index(tuple(token for token, _ in made.steps()))] += 1
     assert chi_square(counts, expected(dials)) < 54.1
     assert chi_square(counts, expected(replace(dials, max_loops=1))) > 100
@@ -242,6 +276,42 @@ def test_the_measurements_are_made_of_texts_that_are_the_same(
     assert [row[1] for row in rows] == ["2", "3"] and all(1 <= float(row[3]) <= 4 for row in rows)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("onnx", marks=pytest.mark.onnx),
+        pytest.param("executorch", marks=(pytest.mark.executorch, pytest.mark.nightly)),
+    ],
+)
+@pytest.mark.slow
+def test_a_package_has_the_heads_of_its_checkpoint_and_one_copy_of_what_they_share(target: str, tmp_path: Path):
+    """20 s of one core. The heads' own weights are all that it is larger by, and it is the same model: sessions go on."""
+    model = toy(vocab_size=300)
+    save_checkpoint(model, tmp_path / "toy", dtype=torch.float32)
+    heads = random_heads(model, 1)
+    made = {}
+    for name in ("plain", "heads"):
+        if name == "heads":
+            save_heads(heads, tmp_path / "toy")
+        request = ExportRequest(target, draft_tokens=3)
+        made[name] = export_package(model, tmp_path / f"{name}.rmse", request, tmp_path / "toy")
+    plain, helped = (runtime_for(made[name]) for name in ("plain", "heads"))
+    assert isinstance(plain, LoopRuntime) and isinstance(helped, LoopRuntime)
+    assert plain.info.drafting is None and helped.info.drafting == DraftingInfo(1, "h")
+    assert helped.info.fingerprint == plain.info.fingerprint
+    own = 4 * sum(p.numel() for p in heads.parameters())
+    weights = "weights.bin" if target == "onnx" else "program.pte"
+    more = [(tmp_path / f"{name}.rmse" / weights).stat().st_size for name in ("heads", "plain")]
+    embedding = 4 * model.embed.weight.numel()
+    assert own <= more[0] - more[1] < own + embedding / 2
+    assert "draft0_1" in made["heads"].manifest["parity"]["methods"]
+    tokens = written(plain, 30, None).tokens
+    assert written(helped, 30, Speculation("heads", 3)).tokens == tokens
+    reseal(tmp_path / "heads.rmse", lambda manifest: manifest["model"]["drafting"].update(heads=2))
+    with pytest.raises(PackageError, match="draft1_1 among them"):
+        runtime_for(Package.open(tmp_path / "heads.rmse"))
+
+
 @pytest.mark.executorch
 @pytest.mark.nightly
 def test_an_executorch_package_may_have_calls_to_verify_in(tmp_path: Path):
@@ -265,6 +335,8 @@ def test_what_cannot_be_is_one_line(model: Any, tmp_path: Path, capsys: pytest.C
         ("tiny", ("--speculate", "4"), "--speculate: got 4, expected 1..3, fewer loops than tiny has"),
         ("tiny", ("--speculate", "1", "--draft-tokens", "64"), "--draft-tokens: got 64, expected 1..63"),
         ("tiny", ("--draft-tokens", "2"), "--draft-tokens: needs --speculate"),
+        ("tiny", ("--speculate", "heads"), "--speculate: tiny has no heads that draft; train some"),
+        ("tiny", ("--speculate", "much"), "--speculate: got 'much', expected a number of loops, heads or auto"),
         ("dory", ("--speculate", "1"), "--speculate: dory takes one position at a time"),
     ):
         assert rmse_run([str(tmp_path / name), "--prompt-tokens", "1,2", "-n", "3", *flags]) == 2
@@ -273,3 +345,5 @@ def test_what_cannot_be_is_one_line(model: Any, tmp_path: Path, capsys: pytest.C
         assert_one_line(err, said)
     with pytest.raises(ArgumentError):
         Speculation(1, 0)
+    with pytest.raises(ArgumentError, match="expected a number of loops, heads or auto"):
+        Speculation("tails")

@@ -265,6 +265,8 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "he"}]}
         ("completions", TEXT | {"exit_threshold": 0}, 400, "exit_threshold", "a positive number"),
         ("completions", TEXT | {"prefix": "all"}, 400, "prefix", "has none"),
         ("completions", TEXT | {"speculate": 4}, 400, "speculate", "speculate: got 4, expected 1..3, fewer loops"),
+        ("completions", TEXT | {"speculate": "heads"}, 400, "speculate", "has no heads that draft"),
+        ("completions", TEXT | {"speculate": "tails"}, 400, "speculate", "expected a number of loops, heads or auto"),
         ("completions", TEXT | {"draft_tokens": 2}, 400, "draft_tokens", "needs speculate"),
         ("completions", TEXT | {"speculate": 1, "draft_tokens": 64}, 400, "draft_tokens", "got 64, expected 1..63"),
         ("completions", TEXT | {"prompt": "x" * 20_000}, 413, None, "larger than 20000 bytes"),

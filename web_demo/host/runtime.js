@@ -63,7 +63,8 @@ export class Runtime {
   static async open(pack, ort, { gpu = false, hostLoop = gpu } = {}) {
     const runtime = new Runtime(), info = new Info(pack.manifest.model);
     info.hostLoop = hostLoop;
-    const methods = info.methods.filter((method) => method !== "embed_segment" && !(hostLoop && method === "loop"));
+    // Nothing is drafted here, so heads that draft are not loaded.
+    const methods = info.methods.filter((method) => method !== "embed_segment" && !/^draft\d+$/.test(method) && !(hostLoop && method === "loop"));
     const engine = await Engine.open(pack, ort, hostLoop ? [...methods, "begin", "step"] : methods, info.chunks, gpu);
     runtime.info = info;
     runtime.engine = engine;

@@ -1,6 +1,6 @@
-"""Greedy decoding, plain and by self-speculation with several drafts, in turns: tokens, acceptance length, and time.
+"""Greedy decoding, plain and by speculation with several drafts, in turns: tokens, acceptance length, and time.
 
-    python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]
+    python docs/experiments/speculation/measure.py PACKAGE [--loops 1,2] [--heads] [--auto] [--tokens 1,2,3,5] [--adaptive] [-n 64] [-r 5]
     python docs/experiments/speculation/measure.py PACKAGE --costs
 
 Time is the processor's, not the clock's, on one thread: other work on the machine then disturbs it less. Each ratio is the
@@ -17,6 +17,7 @@ from statistics import median
 from time import process_time
 
 from rmse_edge.runtimes import LoopRuntime, open_runtime
+from rmse_edge.runtimes.text.drafts import AUTO, HEADS, label, shallow
 from rmse_edge.runtimes.text.generate import Generation
 from rmse_edge.runtimes.text.sampling import Sampler, Sampling
 from rmse_edge.runtimes.text.speculation import Speculation
@@ -33,16 +34,18 @@ def print_costs(runtime: LoopRuntime, loops: list[int], tokens: list[int], repet
     """What each part of a round takes, as a multiple of one token at full depth: medians, taken in turns."""
     full = runtime.info.full_depth
     runtime.feed([1] * 30, full, logits="last")
+    heads = runtime.info.drafting is not None
 
     def draft(n: int) -> None:
         with runtime.aside(1) as feed:
-            feed(1, Speculation(n).dials(full))
+            feed(1, shallow(full, n))
 
     def verify(rows: int) -> None:
         runtime.calls.keep(runtime.ahead([1] * rows, full).call, rows, note=False)  # the text stays where it is
 
     parts = [("a token of full depth", partial(verify, 1))]
     parts += [(f"a token of a draft of {n} loops", partial(draft, n)) for n in loops]
+    parts += [("a token of a draft by heads", lambda: runtime.by_heads()(1))] if heads else []
     parts += [(f"a verification of {n} tokens, {n + 1} rows", partial(verify, n + 1)) for n in tokens]
     taken: dict[str, list[float]] = {name: [] for name, _ in parts}
     for _ in range(repetitions):
@@ -59,6 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path)
     parser.add_argument("--loops", type=numbers, default=[1, 2])
+    parser.add_argument("--heads", action="store_true", help="drafts by the package's heads, too")
+    parser.add_argument("--auto", action="store_true", help="and by whichever of these makes more tokens a millisecond")
     parser.add_argument("--tokens", type=numbers, default=[1, 2, 3, 5])
     parser.add_argument("--adaptive", action="store_true", help="the package's own exits instead of full depth")
     parser.add_argument("--prompt", action="append", help="instead of the three that there are; repeatable")
@@ -85,7 +90,8 @@ def main() -> None:
             pass
         return made, process_time() - start
 
-    settings = [Speculation(loops, tokens) for loops in args.loops for tokens in args.tokens]
+    sources = [*([HEADS] if args.heads else []), *args.loops, *([AUTO] if args.auto else [])]
+    settings = [Speculation(source, tokens).check(runtime) for source in sources for tokens in args.tokens]
     ratios: dict[Speculation, list[float]] = {s: [] for s in settings}
     said: dict[Speculation, list[Generation]] = {s: [] for s in settings}
     plain: list[float] = []
@@ -111,7 +117,7 @@ def main() -> None:
                 ratios[setting].append(seconds / own)
     loops = sum(sum(text.depth) for text in texts) / sum(len(text.depth) for text in texts)
     print(f"plain: {median(plain):.1f} tokens per second of processor time, {loops:.2f} loops on average\n")
-    print("| loops of a draft | tokens of a draft | accepted | tokens per verification | times as fast |")
+    print("| drafts by | tokens of a draft | accepted | tokens per verification | times as fast |")
     print("|---|---|---|---|---|")
     for setting in settings:
         found = [made.statistics()["speculation"] for made in said[setting]]
@@ -119,7 +125,7 @@ def main() -> None:
         length = len(prompts) * args.n / rounds
         times = ratios[setting]
         print(
-            f"| {setting.loops} | {setting.tokens} | {accepted / drafted:.0%} | {length:.2f} | {median(times):.2f} "
+            f"| {label(setting.source)} | {setting.tokens} | {accepted / max(drafted, 1):.0%} | {length:.2f} | {median(times):.2f} "
             f"({min(times):.2f} to {max(times):.2f}) |"
         )
 

@@ -7,16 +7,19 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rmse_edge.arch.registry import arch_of, arch_of_model
-from rmse_edge.info import ModelInfo
+from rmse_edge.info import DraftingInfo, ModelInfo
 from rmse_edge.layers.cache import scales_of
 from rmse_edge.layers.held import count
 from rmse_edge.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from rmse_edge.layers.mtp import MtpHeads
 
 
 def model_info(
@@ -29,6 +32,7 @@ def model_info(
     folder: Path | None = None,
     max_seq_len: int | None = None,
     sizes: Iterable[int] | None = None,
+    heads: MtpHeads | None = None,
 ) -> ModelInfo:
     """The host's view of a model.
 
@@ -39,9 +43,14 @@ def model_info(
         quant: how the weights are held.
         max_seq_len: tokens that a text may have, where that is fewer than the model takes.
         sizes: rows of its calls, ascending; None: the model's own.
+        heads: that draft for it, if it has any.
         folder: that the model comes from, with its tokenizer; None: the model's configuration is all there is.
     """
     specs = {chunk: model.spec(chunk).of_capacity(max_seq_len) for chunk in sizes or model.call_sizes()}
+    drafting = None
+    if heads is not None:
+        specs = {chunk: heads.added_to(spec) for chunk, spec in specs.items()}
+        drafting = DraftingInfo(heads.config.heads, next(iter(specs.values())).final.name)
     found = source or fingerprint(model)
     if scales := scales_of(model):
         found = hashlib.sha256(found.encode() + scales).hexdigest()
@@ -55,6 +64,7 @@ def model_info(
         quant=quant,
         fingerprint=found,
         config=model.config.to_dict(),
+        drafting=drafting,
         **arch_of_model(model).parts(model),
     )
     if info.text_part is None:
