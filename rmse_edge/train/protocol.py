@@ -70,6 +70,7 @@ def carried_out(
         if cell in results["runs"] or (args.only and name not in args.only.split(",")):
             continue
         results["runs"][cell] = measured(name, seed, args.runs / cell, args)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.output, json.dumps(results, indent=1) + "\n")
         print(cell, flush=True)
     return list(results["runs"].values()), args

@@ -23,9 +23,10 @@ from rmse_edge.train.protocol import carried_out, found_or_cleared, parser_of, s
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.sources import Source, TextSource
 from rmse_edge.train.tasks import make_task
-from rmse_edge.train.trainer import Trainer
+from rmse_edge.train.trainer import Trainer, evaluate
 
 RESULTS = Path(__file__).parent / "results"
+BLOCKS = 96  # of a text's validation split
 
 Run = dict[str, Any]  # "variant", "seed", and what was measured
 
@@ -85,9 +86,24 @@ class Study:
     def run(self, name: str, seed: int, out: Path, args: argparse.Namespace) -> Run:
         recipe = self.recipe_of(name, seed, args.set)
         source = self.source(recipe, getattr(args, "text", None))
-        model = trained(recipe, source, out, self.variants[name].change)
+        model = self.trained(name, recipe, source, out)
         size = sum(p.numel() for p in model.parameters())
         return {"variant": name, "seed": seed, "parameters": size, **self.measured(model, source, recipe)}
+
+    def trained(self, name: str, recipe: Recipe, source: Source, out: Path) -> Any:
+        """The model of a variant with its averaged weights; a run that was stopped goes on."""
+        resume = found_or_cleared(out)
+        out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(recipe, source, out)
+        if (change := self.variants[name].change) is not None:
+            with torch.no_grad():
+                change(trainer.model)  # weights that are to stand still lose their gradient here
+            trainer.average = {path: value.clone() for path, value in trainer.model.state_dict().items()}
+        if resume:
+            trainer.resume()
+        trainer.run(save_every=100)
+        trainer.model.load_state_dict(trainer.final_weights())
+        return trainer.model.eval()
 
     def tables(self, runs: Sequence[Run]) -> str:
         """Markdown: every claim with its verdict, then every variant."""
@@ -109,7 +125,9 @@ class Study:
     def main(self, description: str | None) -> None:
         output = RESULTS / f"{self.name}.json"
         parser = parser_of(description, f"runs/hybrid/{self.name}", output, self.variants, self.text)
-        runs, args = carried_out(parser, lambda seeds: [(seed, name) for seed in seeds for name in self.variants], self.run)
+        runs, args = carried_out(
+            parser, lambda seeds: [(seed, name) for seed in seeds for name in self.variants], self.run
+        )
         print(self.tables(runs))
         if runs:
             self.picture(runs, args.output.with_suffix(".png"))
@@ -128,27 +146,19 @@ class Study:
         plt.close(figure)
 
 
-def trained(recipe: Recipe, source: Source, out: Path, change: Callable[[Any], None] | None) -> Any:
-    """The model of a run with its averaged weights; a run that was stopped goes on."""
-    resume = found_or_cleared(out)
-    out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, source, out)
-    if change is not None:  # weights that stand still lose their gradient here, and what averages begins with the others
-        with torch.no_grad():
-            change(trainer.model)
-        trainer.average = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    if resume:
-        trainer.resume()
-    trainer.run(save_every=100)
-    trainer.model.load_state_dict(trainer.final_weights())
-    return trainer.model.eval()
+def loss_of(model: Any, source: Source) -> float:
+    """The loss on `BLOCKS` blocks of the validation split after the last loop, nats."""
+    batch = source.validation(BLOCKS)
+    return evaluate(model, torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1))[-1]
 
 
 def by_seed(runs: Sequence[Run], variant: str, measure: str) -> dict[int, float]:
     return {run["seed"]: run[measure] for run in runs if run["variant"] == variant}
 
 
-def draw_line(axis: Any, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, color: str) -> None:
+def draw_line(
+    axis: Any, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, color: str, style: str = "-"
+) -> None:
     """The mean of several seeds' values along x, and their range."""
-    axis.plot(x, [statistics.fmean(at) for at in zip(*runs)], "o-", ms=3, label=label, color=color)
+    axis.plot(x, [statistics.fmean(at) for at in zip(*runs)], f"o{style}", ms=3, label=label, color=color)
     axis.fill_between(x, [min(at) for at in zip(*runs)], [max(at) for at in zip(*runs)], color=color, alpha=0.15)
