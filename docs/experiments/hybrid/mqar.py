@@ -4,8 +4,9 @@
 
 Two layers of one mixer, an MLP behind each, on the task of mqar.json beside this file with fewer tokens and shorter texts: 64
 positions with 4 to 16 pairs. The published sizes (8,192 tokens, up to 512 positions with 64 pairs) are mqar.json's own and take hours.
-A state's numbers are those that a layer keeps of a text of any length: matrices of recurrences, keys and values of a window. Inputs of
-short convolutions and ATLAS' rows of its segment are not counted.
+A state's numbers are those by which a layer recalls: the matrix of a recurrence, keys and values of a window, and of ATLAS the weights of
+its network but for 16 biases and less. What it needs besides is not counted: inputs of short convolutions, the last position
+and the angles of Mamba-3, of ATLAS the momentum of its weights, which is as large again, and the rows of a segment.
 """
 
 from __future__ import annotations

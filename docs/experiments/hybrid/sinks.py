@@ -10,7 +10,7 @@ everywhere, and the output projection begins twice as large: what is computed is
 - sink: the share of its attention that a query beyond the first 8 positions gives to position 0, mean of loops, heads and queries.
   That of a position it sees is 0.056 in the mean.
 - peak: the largest number of a state before its norm, by the root mean square of that state: the largest of all positions and loops.
-- int8: how much predictions change (KL of a position, nats) where every product of the block has its weights rounded by
+- int8: how much predictions change (KL of a position, millionths of a nat) where every product of the block has its weights rounded by
   rmse-quantize's int8 and its inputs to 255 steps per position, as engines do.
 """
 
@@ -66,7 +66,7 @@ COLUMNS = (
     Column("loss, nats", "loss"),
     Column("sink", "sink"),
     Column("peak", "peak", "{:.2f}"),
-    Column("int8, KL", "int8", "{:.6f}"),
+    Column("int8", "int8", "{:.1f}"),
 )
 
 
@@ -119,7 +119,7 @@ def measured(model: Any, source: Source, _recipe: Recipe) -> dict[str, float]:
     tokens = source.validation(BLOCKS)["tokens"]
     sink, peak = attention_and_states(model, tokens)
     said, rounded = predictions(model, tokens), predictions(in_int8(model), tokens)
-    change = float((said.exp() * (said - rounded)).sum(-1).mean())
+    change = 1e6 * float((said.exp() * (said - rounded)).sum(-1).mean())
     return {"loss": loss_of(model, source), "sink": sink, "peak": peak, "int8": change}
 
 
@@ -128,7 +128,7 @@ def draw(axis: Any, runs: Sequence[Run]) -> None:
         sinks, costs = (list(by_seed(runs, name, measure).values()) for measure in ("sink", "int8"))
         axis.plot(sinks, costs, "o", label=variant.title)
     axis.set_xlabel("share of attention that position 0 draws")
-    axis.set_ylabel("KL of predictions by int8, nats")
+    axis.set_ylabel("KL of predictions by int8, millionths of a nat")
 
 
 STUDY = Study("sinks", RECIPE, VARIANTS, CLAIMS, COLUMNS, measured, draw, text=True)
