@@ -42,11 +42,11 @@ RECIPE = {
     "model": {
         "vocab_size": 65, "d_model": 32, "layers": ["gated_attention", "gated_deltanet", "gated_deltanet"], "think": [1, 2],
         "think_loops": LOOPS, "intermediate_size": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rotary_dims": 4,
-        "window": 8, "deltanet_key_heads": 4, "deltanet_value_heads": 4, "deltanet_key_dim": 8, "deltanet_value_dim": 8,
+        "window": 4, "deltanet_key_heads": 4, "deltanet_value_heads": 4, "deltanet_key_dim": 8, "deltanet_value_dim": 8,
         "exit_rules": ["delta"],
     },
-    "block_size": 24, "batch_size": 32, "objective": "last", "depths": [1, 2, 3], "steps": 120, "gate_steps": 0,
-    "exit_steps": 0, "lr": 0.01, "warmup": 12, "ema": 0.95, "eval_every": 60, "eval_blocks": 16, "precision": "fp32",
+    "block_size": 16, "batch_size": 32, "objective": "last", "depths": [1, 2, 3], "steps": 100, "gate_steps": 0,
+    "exit_steps": 0, "lr": 0.01, "warmup": 10, "ema": 0.95, "eval_every": 100, "eval_blocks": 16, "precision": "fp32",
 }  # fmt: skip
 
 

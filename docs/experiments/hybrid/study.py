@@ -118,7 +118,7 @@ class Study:
         for name, variant in self.variants.items():
             own = [run for run in runs if run["variant"] == name]
             if own:
-                values = [spread([run[c.measure] for run in own], c.form) for c in self.columns]
+                values = [spread(_distinct([run[c.measure] for run in own]), c.form) for c in self.columns]
                 rows.append(f"| {' | '.join((variant.title, format(own[0]['parameters'], ','), *values))} |")
         return "\n".join(rows)
 
@@ -144,6 +144,11 @@ class Study:
         figure.tight_layout()
         figure.savefig(path, dpi=90)
         plt.close(figure)
+
+
+def _distinct(values: list[float]) -> list[float]:
+    """One of what does not depend on the seed."""
+    return values[:1] if len(set(values)) == 1 else values
 
 
 def loss_of(model: Any, source: Source) -> float:
