@@ -27,7 +27,8 @@ RECIPE = {
         "n_heads": 3, "head_dim": 16, "n_kv_heads": 1, "rotary_dims": 8, "window": 8, "intermediate_size": 96,
         "exit_rules": [],
     },
-    "block_size": 32, "batch_size": 16, "objective": "last", "steps": 150, "gate_steps": 0, "exit_steps": 0,
+    "block_size": 32, "batch_size": 16, "objective": "last", "depths": [1], "steps": 150, "gate_steps": 0,
+    "exit_steps": 0,
     "lr": 0.01, "warmup": 15, "ema": 0.95, "eval_every": 75, "eval_blocks": 16, "precision": "fp32",
 }  # fmt: skip
 
