@@ -68,9 +68,10 @@ def built(
     halves = quant != "fp32" if halves is None else halves
     with quiet(), coreml_lower.silenced_bars():
         method = traced(ready, name, chunk)  # type: ignore[arg-type]
+        spec = ready.spec(chunk)  # type: ignore[operator]
         assembly = coreml_functions.Assembly(
-            ready.spec(chunk),  # type: ignore[operator]
-            {name: coreml_lower.converted(method, halves, compute)},
+            spec,
+            {name: coreml_lower.converted(method, halves, compute, coreml_lower.replaced_by(spec))},
             halves if states is None else states,
         )
         path = folder / f"{name}_{chunk}.mlpackage"

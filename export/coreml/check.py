@@ -250,7 +250,9 @@ def ideal_bytes(model: nn.Module, tensors: Mapping[str, QuantizedTensor], halves
             small = p.numel() * 4 < SMALL or any(
                 part in name for part in ("router", "step_logits", "memory", "retrieval")
             )
-            total += p.numel() * (2 if halves and not small else 4)
+            # A memory of a layer is read in float16 and learns in float32: what it begins with is there in both.
+            learns = halves and name.endswith((".up", ".down"))
+            total += p.numel() * (6 if learns else 2 if halves and not small else 4)
     return total
 
 

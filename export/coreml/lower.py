@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from coremltools.converters.mil.mil import Program
 from rmse_edge.errors import ExportError, UserError, first_line, quiet
 from rmse_edge.export.program import ExportedMethod, LoopProgram
 from rmse_edge.export.targets import LowerOptions, target
+from rmse_edge.loop.contract import LoopSpec, Replace
 from rmse_edge.numbers import KvDtype
 
 from .check import Expected, check, decides, expected
@@ -78,11 +79,12 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
         rings: dict[str, Any] = {}
         for chunk, spec in program.specs.items():
             traced = {method.name: method for method in program.methods if method.chunks == (chunk,)}
+            replaced = replaced_by(spec)
             methods = {}
             for name, method in traced.items():
                 options.progress(f"converting {method.label}")
                 with silenced_bars():
-                    methods[name] = converted(method, halves, compute)
+                    methods[name] = converted(method, halves, compute, replaced)
             assembly = Assembly(spec, methods, states=halves)
             rings = {ring.name: {"shape": ring.shape, "held": ring.held} for ring in assembly.rings}
             for name in assembly.signatures:
@@ -101,6 +103,11 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     counted = check(folder / MODEL, wanted, options.tensors, program.model, halves)  # type: ignore[arg-type]
     kept = dict.fromkeys(rings, "float16")
     return {"program": MODEL, "compute": compute, "rings": rings, "structure": counted, "kept": kept}
+
+
+def replaced_by(spec: LoopSpec) -> frozenset[str]:
+    """The results of methods that are states which every call replaces."""
+    return frozenset(state.update.source for state in spec.state if isinstance(state.update, Replace))
 
 
 @contextlib.contextmanager
@@ -138,16 +145,19 @@ def saved(program: Program, path: str) -> None:
     model.save(path)
 
 
-def converted(method: ExportedMethod, halves: bool, compute: str) -> Converted:
+def converted(method: ExportedMethod, halves: bool, compute: str, replaced: Collection[str] = frozenset()) -> Converted:
     """A traced method as a MIL function.
 
+    Args:
+        replaced: results that are states which every call replaces.
     Raises:
         ExportError: the converter refuses it.
     """
     precision: Any = ct.precision.FLOAT32
     if halves and method.name not in FULL_PRECISION:
         decisions = [i for i, t in enumerate(method.gives) if decides(method, t)]
-        precision = ct.transform.FP16ComputePrecision(op_selector=Halving(decisions, compute != "ane"))
+        states = [i for i, t in enumerate(method.gives) if t.name in replaced]
+        precision = ct.transform.FP16ComputePrecision(op_selector=Halving(decisions, compute != "ane", states))
     with refusals(method.label):
         program = ct.convert(
             method.program.run_decompositions(DECOMPOSITIONS),

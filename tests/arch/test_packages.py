@@ -95,8 +95,12 @@ def test_a_package_is_proved_whole_and_refused_when_damaged(made: Made, tmp_path
         kinds = {name: s["kind"] for name, s in package.manifest["model"]["state"].items()}
         assert kinds == {name: s.kind for name, s in info.state.items()}
         if info.capacity is None:  # no layer attends beyond a window
-            kept = runtime_for(package).info.kept_bytes
-            assert kept(1_000) == kept(100_000) > 0
+            runtime = runtime_for(package)
+            kept, text = runtime.info.kept_bytes, text_of(made.case)
+            runtime.feed(text, settings_of(made.case)["adaptive"])
+            there = runtime.tensors()  # type: ignore[attr-defined]
+            held = sum(there[name].nbytes for name in runtime.info.state)
+            assert held == kept(len(text)) == kept(1_000) == kept(100_000) > 0
     damaged = shutil.copytree(made.folder, tmp_path / "p.rmse")
     largest = max((f for f in damaged.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     content = bytearray(largest.read_bytes())

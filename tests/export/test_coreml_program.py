@@ -20,6 +20,7 @@ from rmse_edge.export.gate.methods import committed, compare_methods, example_fe
 from rmse_edge.export.pipeline import ExportRequest, as_cached, signatures
 from rmse_edge.export.program import tensors_json, trace
 from rmse_edge.export.targets import LowerOptions, get_target
+from rmse_edge.layers.memory.atlas import newton_schulz
 from rmse_edge.quantize import QuantizeRequest, Scheme, quantize
 from rmse_edge.runtimes.engines.coreml import CoremlMethods, InterpreterEngine
 from rmse_edge.runtimes.engines.torch import TorchMethods
@@ -182,15 +183,21 @@ def test_a_puzzle_solver_is_lowered_too(quant: str, tmp_path: Path) -> None:
     assert set(worst) == set(tables)
 
 
-def convert(module: torch.nn.Module, x: torch.Tensor, precision: str, path: Path) -> torch.export.ExportedProgram:
-    """Save a module of one input as Core ML's converter makes it; the traced program that it was given."""
+def convert(module: torch.nn.Module, x: torch.Tensor, precision: Any, path: Path) -> torch.export.ExportedProgram:
+    """Save a module of one input as Core ML's converter makes it; the traced program that it was given.
+
+    Args:
+        precision: the name of one, or which operators are float16.
+    """
     ct = later("coremltools")
     with quiet(), coreml_lower.silenced_bars():
         program = torch.export.export(module, (x,)).run_decompositions(coreml_ops.DECOMPOSITIONS)
         ct.convert(
             program,
             minimum_deployment_target=ct.target.iOS18,
-            compute_precision=getattr(ct.precision, precision),
+            compute_precision=getattr(ct.precision, precision)
+            if isinstance(precision, str)
+            else ct.transform.FP16ComputePrecision(op_selector=precision),
             skip_model_load=True,
         ).save(str(path))
     return program
@@ -210,6 +217,22 @@ def test_unlikely_tokens_keep_their_log_probability_in_half_precision(tmp_path: 
     interpreter = Interpreter(tmp_path / MODEL)
     (found,) = interpreter.predict({"x": logits.numpy()}).values()
     np.testing.assert_allclose(found, torch.log_softmax(logits, -1), rtol=2e-3)
+
+
+class Learns(torch.nn.Module):
+    """What a call reads, and what it leaves."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + 1, newton_schulz(x) - x
+
+
+@pytest.mark.parametrize("replaced", [(), (1,)], ids=["nothing", "the second result"])
+def test_what_a_layer_learns_is_no_float16(replaced: tuple[int, ...], tmp_path: Path) -> None:
+    """Nothing learned has a length of zero, which is 1e-7 at least in float32: in float16 it is no number divided by it."""
+    zeros = torch.zeros(1, 4, 6)
+    convert(Learns(), zeros, later("rmse_edge.export.coreml.precision").Halving((), True, replaced), tmp_path / MODEL)
+    found = list(Interpreter(tmp_path / MODEL).predict({"x": zeros.numpy()}).values())
+    assert (found[0] == 1).all() and bool((found[1] == 0).all()) == bool(replaced)
 
 
 class AllOfAnAxis(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""What a stopped position leaves to deeper loops: three ways, trained and measured at a small size.
+"""What a stopped position leaves to deeper loops: three ways, trained alike at a small size. Prints tables of verdicts, and costs.
 
     python docs/experiments/hybrid/stopped.py --text shakespeare.txt
 
@@ -6,51 +6,48 @@
 - outside: recurrences stand before and behind the loop, attention in it;
 - one state: all loops read one state, which takes in each position once, with what it had when it stopped.
 
-All have three layers, two of Gated DeltaNet and one of windowed attention, of which one is looped, and are trained alike on blocks of
-characters: the mean loss after every loop. The third is computed position by position, in training too, since a position reads
-what those before it stopped with. Positions stop by the change of their state; the value of the dial is the one at which, on
-the training text, half of the positions take fewer loops.
+All have three layers, two of Gated DeltaNet and one of windowed attention, of which one is looped up to three times; a step's loops are
+drawn from 1 to 3. The third is computed position by position, in training too, since a position reads what those before it stopped
+with. Positions stop by the change of their state; the value of the dial is the one at which, on a block of the training text in
+each hundred, half of the positions take two loops at most. Costs are those of one token in operations of matrix products: of
+one loop, and of absorbing what a position left into the states of all loops.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from study import BLOCKS, Claim, Column, Run, Study, Variant, by_seed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmse_edge.arch.common.hybrid_model import HybridModel
-from rmse_edge.arch.hybrid.config import HybridConfig
 from rmse_edge.layers.mixers.base import Call
 from rmse_edge.layers.mixers.stack import MixerStack, of_call
 from rmse_edge.loop.contract import Ring, Tensors
+from rmse_edge.loop.course import Stop, Watcher
 from rmse_edge.loop.drive import run_loop
-from rmse_edge.text import consecutive_blocks, random_blocks, read_text, split
+from rmse_edge.losses import token_loss
+from rmse_edge.train.recipe import Recipe
+from rmse_edge.train.sources import Batch, Source, TextSource
 
-GDN, ATTENTION = "gated_deltanet", "gated_attention"
-LAYERS = {
-    "every loop": (ATTENTION, GDN, GDN),
-    "outside": (GDN, ATTENTION, GDN),
-    "one state": (ATTENTION, GDN, GDN),
-}
-LOOPS, HELD_OUT = 3, 128  # blocks that are measured
-Epsilon = float
+LOOPS = 3
+COSTS = 64  # the width at which costs are counted
 
-
-def build(layers: tuple[str, ...], vocab: int, width: int) -> HybridModel:
-    head = width // 4
-    config = HybridConfig(
-        vocab_size=vocab, d_model=width, layers=layers, think=(1, 2), think_loops=LOOPS, intermediate_size=2 * width,
-        n_heads=4, n_kv_heads=2, head_dim=head, rotary_dims=head // 2, window=16, max_position_embeddings=4096,
-        deltanet_key_heads=4, deltanet_value_heads=4, deltanet_key_dim=head, deltanet_value_dim=head,
-        exit_rules=("delta",),
-    )  # fmt: skip
-    return HybridModel(config)
+RECIPE = {
+    "architecture": "hybrid",
+    "model": {
+        "vocab_size": 65, "d_model": 32, "layers": ["gated_attention", "gated_deltanet", "gated_deltanet"], "think": [1, 2],
+        "think_loops": LOOPS, "intermediate_size": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rotary_dims": 4,
+        "window": 4, "deltanet_key_heads": 4, "deltanet_value_heads": 4, "deltanet_key_dim": 8, "deltanet_value_dim": 8,
+        "exit_rules": ["delta"],
+    },
+    "block_size": 16, "batch_size": 32, "objective": "last", "depths": [1, 2, 3], "steps": 100, "gate_steps": 0,
+    "exit_steps": 0, "lr": 0.01, "warmup": 10, "ema": 0.95, "eval_every": 100, "eval_blocks": 16, "precision": "fp32",
+}  # fmt: skip
 
 
 def change(before: Tensor, after: Tensor) -> Tensor:
@@ -58,18 +55,16 @@ def change(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).norm(dim=-1) / after.norm(dim=-1)
 
 
-def by_loops(model: HybridModel, tokens: Tensor, epsilon: Epsilon) -> tuple[list[Tensor], Tensor]:
-    """(states (B, T, d) after every loop, depth (B, T)) where each loop has states of its own."""
-
-    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
-        return change(before, after) < epsilon
-
-    states, _, depth = model.trajectory(tokens, stop=stop if epsilon else None)
-    return states, depth
-
-
-def by_one_state(model: HybridModel, tokens: Tensor, epsilon: Epsilon) -> tuple[list[Tensor], Tensor]:
-    """The same where all loops read one state; position by position."""
+def by_one_state(
+    model: HybridModel,
+    tokens: Tensor,
+    loops: int | None = None,
+    stop: Stop | None = None,
+    every: bool = True,
+    watcher: Watcher | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """As `HybridModel.trajectory` of a model without a gate, where all loops read one state; position by position."""
+    loops = LOOPS if loops is None else loops
     x0 = model.encoder(model.embed_tokens(tokens), 0, None, model._of_sequences(tokens))[0]
     first = model.config.sections[1].start
     stack = MixerStack(model.core.layers, first)  # type: ignore[arg-type]
@@ -77,7 +72,7 @@ def by_one_state(model: HybridModel, tokens: Tensor, epsilon: Epsilon) -> tuple[
     specs = stack.state(1, "prelude")
     past: Tensors = {s.name: x0.new_zeros(batch, *s.shape[1:]) for s in specs}
     slotted = {s.name: s.update.source for s in specs if isinstance(s.update, Ring)}
-    found: list[list[Tensor]] = [[] for _ in range(LOOPS)]
+    found: list[list[Tensor]] = [[] for _ in range(loops)]
     depths = []
     for t in range(tokens.shape[1]):
         position, n_valid = torch.full((batch,), t), torch.ones(batch, dtype=torch.int64)
@@ -86,7 +81,7 @@ def by_one_state(model: HybridModel, tokens: Tensor, epsilon: Epsilon) -> tuple[
         active = torch.ones(batch, 1, dtype=torch.bool)
         depth = torch.zeros(batch, 1, dtype=torch.int64)
         left: Tensors = {}
-        for k in range(LOOPS):
+        for k in range(loops):
             after, rows, states = stack(h, 0, past, call)
             new = rows | states
             # Rows and states have the batch first: of what stopped, those of its last loop.
@@ -94,7 +89,8 @@ def by_one_state(model: HybridModel, tokens: Tensor, epsilon: Epsilon) -> tuple[
             before, h = h, torch.where(active.unsqueeze(-1), after, h)
             found[k].append(h)
             depth = depth + active
-            active = active & ~(change(before, h) < epsilon)
+            if stop is not None:
+                active = active & ~stop(k, before, h, torch.zeros_like(depth, dtype=h.dtype))
         depths.append(depth)
         for name, old in past.items():
             if name in slotted:
@@ -102,55 +98,75 @@ def by_one_state(model: HybridModel, tokens: Tensor, epsilon: Epsilon) -> tuple[
                 past[name] = torch.where(slot[:, None], left[slotted[name]], old)
             else:
                 past[name] = left[name.removeprefix("past_")]
-    return [torch.cat(states, 1) for states in found], torch.cat(depths, 1)
+    states = [torch.cat(of_loop, 1) for of_loop in found]
+    return states if every else states[-1:], x0.new_zeros(loops, *tokens.shape), torch.cat(depths, 1)
 
 
 def _where(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(active.reshape(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-Read = Callable[[HybridModel, Tensor, Epsilon], tuple[list[Tensor], Tensor]]
-READ: dict[str, Read] = {"every loop": by_loops, "outside": by_loops, "one state": by_one_state}
+def share_state(model: Any) -> None:
+    model.trajectory = partial(by_one_state, model)
 
 
-def loss_of(model: HybridModel, states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model.read_out(states).flatten(0, 1), targets.flatten())
+VARIANTS = {
+    "every": Variant("every loop"),
+    "outside": Variant("outside", ('model.layers=["gated_deltanet","gated_attention","gated_deltanet"]',)),
+    "one": Variant("one state", change=share_state),
+}
+CLAIMS = (
+    Claim(
+        "states of every loop are better than recurrences outside the loop, all loops run", "every", "outside", "loss"
+    ),
+    Claim("they are, where positions stop", "every", "outside", "stopped"),
+    Claim("states of every loop are better than one state, all loops run", "every", "one", "loss"),
+    Claim("they are, where positions stop", "every", "one", "stopped"),
+)
+COLUMNS = (
+    *(Column(f"loss after {k}", f"loss-{k}") for k in range(1, LOOPS)),
+    Column(f"after {LOOPS}, nats", "loss"),
+    Column("where positions stop", "stopped"),
+    Column("mean loops", "depth", "{:.2f}"),
+    Column("one loop", "loop_cost", "{:,.0f}"),
+    Column("absorbing", "absorbing_cost", "{:,.0f}"),
+)
 
 
-def trained(name: str, seed: int, ids: Tensor, vocab: int, args: argparse.Namespace) -> HybridModel:
-    torch.manual_seed(seed)
-    model = build(LAYERS[name], vocab, args.width)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
-    for step in range(args.steps):
-        block = torch.from_numpy(random_blocks(ids.numpy(), args.batch, args.length, (seed, step)))
-        states, _ = READ[name](model, block[:, :-1], 0.0)
-        loss = torch.stack([loss_of(model, h, block[:, 1:]) for h in states]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+def loss_of_states(model: Any, h: Tensor, batch: Batch) -> float:
+    return float(token_loss(model.read_out(h), batch["targets"]).mean())
 
 
 @torch.no_grad()
-def measured(name: str, model: HybridModel, blocks: Tensor, seen: Tensor) -> dict[str, float]:
-    tokens, targets = blocks[:, :-1], blocks[:, 1:]
-    states, _ = READ[name](model, seen[:, :-1], 0.0)
+def measured(model: Any, source: Source, recipe: Recipe) -> dict[str, float]:
+    assert isinstance(source, TextSource)
+    batch, seen = source.validation(BLOCKS), source.batch(BLOCKS, (1,))
+    states = model.trajectory(seen["tokens"])[0]
     epsilon = float(
         change(states[0], states[1]).median()
     )  # half of the positions stop after the second loop, at the latest
-    full, _ = READ[name](model, tokens, 0.0)
-    stopped, depth = READ[name](model, tokens, epsilon)
-    found = {f"loss {k}": float(loss_of(model, h, targets)) for k, h in enumerate(full, 1)}
-    return found | {"stopped": float(loss_of(model, stopped[-1], targets)), "depth": float(depth.float().mean())}
+
+    def stop(k: int, before: Tensor, after: Tensor, log_survival: Tensor) -> Tensor:
+        return change(before, after) < epsilon
+
+    full = [loss_of_states(model, h, batch) for h in model.trajectory(batch["tokens"])[0]]
+    stopped, _, depth = model.trajectory(batch["tokens"], stop=stop)
+    found = {f"loss-{k}": loss for k, loss in enumerate(full, 1)} | {"loss": full[-1]}
+    found |= {"stopped": loss_of_states(model, stopped[-1], batch), "depth": float(depth.float().mean())}
+    loop, absorbing = cost(recipe)
+    if "trajectory" in vars(model):  # one state, which takes a position in once
+        absorbing /= LOOPS
+    return found | {"loop_cost": loop, "absorbing_cost": absorbing}
 
 
 @torch.no_grad()
-def cost(layers: tuple[str, ...], vocab: int, width: int) -> tuple[float, float]:
-    """Products of one token, in thousands of operations: of one loop, and of what `commit` adds for all loops."""
-    model = build(layers, vocab, width).eval()
+def cost(recipe: Recipe) -> tuple[float, float]:
+    """Operations of products of one token, at a width of `COSTS`: of one loop, and of what `commit` adds for all loops."""
+    head = COSTS // 4
+    sizes = {
+        name: head for name in ("head_dim", "deltanet_key_dim", "deltanet_value_dim")
+    } | {"d_model": COSTS, "intermediate_size": 2 * COSTS, "rotary_dims": head // 2, "window": 16}  # fmt: skip
+    model = HybridModel(type(recipe.model_config()).from_dict({**recipe.model, **sizes})).eval()
     spec = model.spec(1)
     tensors = {s.name: s.zeros() for s in spec.state} | model.angles_of(1)
     tensors |= {
@@ -167,52 +183,21 @@ def cost(layers: tuple[str, ...], vocab: int, width: int) -> tuple[float, float]
         counted.append(counter.get_total_flops())
     with FlopCounterMode(display=False) as counter:
         model.commit(tensors | found)
-    return (counted[1] - counted[0]) / 1e3, counter.get_total_flops() / 1e3
+    return float(counted[1] - counted[0]), float(counter.get_total_flops())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default=",".join(LAYERS), help="names, separated by commas")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--length", type=int, default=32, help="of a block")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    text = read_text(args.text)
-    letters = {c: i for i, c in enumerate(sorted(set(text)))}
-    ids = torch.tensor([letters[c] for c in text])
-    train = torch.from_numpy(split(ids.numpy(), "train"))
-    blocks = torch.from_numpy(consecutive_blocks(split(ids.numpy(), "validation"), args.length))[::11][:HELD_OUT]
-    seen = torch.from_numpy(consecutive_blocks(train.numpy(), args.length))[::101][:HELD_OUT]
-    print("| way | loss at 1, 2, 3 loops, nats | stopping | mean loops | change | one loop | absorbing |")
-    print("|---|---|---|---|---|---|---|")
-    for name in args.only.split(","):
-        runs = []
-        for seed in map(int, args.seeds.split(",")):
-            runs.append(measured(name, trained(name, seed, train, len(letters), args), blocks, seen))
-            print(f"{name} {seed}: {runs[-1]}", flush=True)
-        loop, absorbing = cost(LAYERS[name], len(letters), args.width)
-        loss = ", ".join(_spread([run[f"loss {k}"] for run in runs]) for k in range(1, LOOPS + 1))
-        lost = _spread([100 * (run["stopped"] / run[f"loss {LOOPS}"] - 1) for run in runs], "{:+.2f} %")
-        if name == "one state":
-            absorbing /= LOOPS
-        print(
-            f"| {name} | {loss} | {_spread([run['stopped'] for run in runs])} | {_spread([run['depth'] for run in runs], '{:.2f}')} | "
-            f"{lost} | {loop:.1f} k | {absorbing:.1f} k |",
-            flush=True,
-        )
+def draw(axis: Any, runs: Sequence[Run]) -> None:
+    for name, variant in VARIANTS.items():
+        for measure, style in (("loss", "o"), ("stopped", "x")):
+            found, loops = by_seed(runs, name, measure), by_seed(runs, name, "depth")
+            color = f"C{list(VARIANTS).index(name)}"
+            at = [loops[seed] if measure == "stopped" else LOOPS for seed in found]
+            axis.plot(at, list(found.values()), style, color=color, label=f"{variant.title}, {measure}")
+    axis.set_xlabel("mean loops of a position")
+    axis.set_ylabel("validation loss, nats")
 
 
-def _spread(values: list[float], form: str = "{:.3f}") -> str:
-    """Mean, and the standard deviation over seeds."""
-    if len(values) == 1:
-        return form.format(values[0])
-    return f"{form.format(statistics.fmean(values))} ± {statistics.stdev(values):.3f}"
-
+STUDY = Study("stopped", RECIPE, VARIANTS, CLAIMS, COLUMNS, measured, draw, text=True)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -11,6 +11,7 @@ and is brought up to date after each, curves.png draws it; --only-table prints a
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -19,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import HERE, carried_out, parser_of, spread
-
 from rmse_edge.train.comparison import Axis, Run, by_seed, difference, recovered
 from rmse_edge.train.flops import flops_per_token
 from rmse_edge.train.journal import read_rows
+from rmse_edge.train.protocol import carried_out, parser_of, spread, trained
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.session import EVALUATION_FILE, RECIPE_FILE
 from rmse_edge.train.trainer import LOG_FILE
 
+HERE = Path(__file__).parent
 NO_WORSE = 0.02  # nats; single runs of this size differ by as much
 
 
@@ -101,7 +102,8 @@ def order(seeds: Sequence[int]) -> list[tuple[int, str]]:
     return [(seed, name) for part in (FIRST, rest) for seed in seeds for name in part]
 
 
-def measured(name: str, _recipe: Recipe, _text: Path, out: Path) -> dict[str, Any]:
+def measured(name: str, seed: int, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    trained(of_variant(name, seed, args.set), args.text, out)
     evaluation = json.loads((out / EVALUATION_FILE).read_text())
     recipe = Recipe.from_file(out / RECIPE_FILE)  # which says how many tokens there are
     step = recipe.batch_size * recipe.block
@@ -203,8 +205,8 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "runs/space-time", "results.json", VARIANTS)
-    found, args = carried_out(parser, order, of_variant, measured)
+    parser = parser_of(__doc__, "runs/space-time", HERE / "results.json", VARIANTS)
+    found, args = carried_out(parser, order, measured)
     runs = [Run(**run) for run in found]
     print(tables(runs))
     draw(runs, args.output.with_name("curves.png"))

@@ -11,6 +11,7 @@ what it holds.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import HERE, carried_out, parser_of, spread
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
@@ -31,9 +31,11 @@ from rmse_edge.probe.readings import read
 from rmse_edge.probe.subjects import Looped
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 from rmse_edge.text import spread as spread_evenly
+from rmse_edge.train.protocol import carried_out, parser_of, spread, trained
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import evaluate
 
+HERE = Path(__file__).parent
 BEYOND = 16  # loops
 BLOCKS = 96
 NOTHING = 0.002  # nats by which a deeper loop may be worse
@@ -77,9 +79,11 @@ def deepened(model: RMSE, loops: int) -> RMSE:
     return deep.eval()
 
 
-def measured(name: str, recipe: Recipe, text: Path, out: Path) -> dict[str, Any]:
+def measured(name: str, seed: int, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    recipe = recipe_of(name, seed, args.set)
+    trained(recipe, args.text, out)
     model = load_checkpoint(out)
-    ids = np.array(Tokenizer(out / "tokenizer.json").encode(read_text(text)))
+    ids = np.array(Tokenizer(out / "tokenizer.json").encode(read_text(args.text)))
     every = consecutive_blocks(split(ids, "validation"), recipe.block)
     blocks = every[spread_evenly(len(every), BLOCKS)]
     rules = frontiers(read(Looped(model.eval()), blocks))["rules"]
@@ -155,10 +159,8 @@ def draw(runs: Sequence[dict[str, Any]], picture: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "runs/depths", "depths.json", VARIANTS)
-    runs, args = carried_out(
-        parser, lambda seeds: [(seed, name) for seed in seeds for name in VARIANTS], recipe_of, measured
-    )
+    parser = parser_of(__doc__, "runs/depths", HERE / "depths.json", VARIANTS)
+    runs, args = carried_out(parser, lambda seeds: [(seed, name) for seed in seeds for name in VARIANTS], measured)
     print(table(runs))
     draw(runs, args.output.with_name("depths.png"))
 
