@@ -209,8 +209,10 @@ def translations(compact: bool, gathered: bool = False) -> dict[Any, Any]:
 
     def short_convolution(x, past, weight, bias, silu: bool):
         activation = "silu" if silu else "none"
-        y, _ = ms.CausalConvWithState(x, weight, bias, past, ndim=1, channels_last=1, activation=activation)
-        return y
+        # ONNX Runtime 1.29 and 1.30, which are those of phones and browsers, do not know channels_last.
+        rows, before = (op.Transpose(part, perm=[0, 2, 1]) for part in (x, past))
+        y, _ = ms.CausalConvWithState(rows, weight, bias, before, ndim=1, activation=activation)
+        return op.Transpose(y, perm=[0, 2, 1])
 
     experts_of = active_rows if compact else all_rows
     return {

@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rmse_edge.export.onnx.ops import CONTRIB
 from rmse_edge.export.program import ROWS, ExportedMethod
 from rmse_edge.layers.mixers.operators import linear_attention, short_convolution
 from rmse_edge.loop.contract import TensorSpec
 
 pytestmark = [pytest.mark.onnx, pytest.mark.slow]
+
+# What ONNX Runtime 1.29 (on phones) and 1.30 (in browsers) read of both operators; 1.31 has more, channels_last among it.
+KNOWN_TO_DEVICES = {
+    ("CausalConvWithState", "ndim"),
+    ("CausalConvWithState", "activation"),
+    *(("LinearAttention", name) for name in ("q_num_heads", "kv_num_heads", "scale", "update_rule")),
+}
 
 
 class Recurrence(nn.Module):
@@ -59,6 +67,8 @@ def test_the_operators_say_what_their_definitions_say_in_calls_of_any_size() -> 
     graph = to_onnx(ExportedMethod("recur", (1, 64), takes, gives, program), False)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("LinearAttention") == 2 and kinds.count("CausalConvWithState") == 2
+    given_of = {(node.op_type, a.name) for node in graph.graph.node if node.domain == CONTRIB for a in node.attribute}
+    assert given_of <= KNOWN_TO_DEVICES
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     for count in (1, 7, 64):
         values = given(count)
