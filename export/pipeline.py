@@ -232,6 +232,7 @@ def export_package(
             own=request.own,
             exact_twin=exact_twin,
             info=info,
+            scratch=folder,
             idle=idle,
             progress=stage,
         )
