@@ -7,7 +7,7 @@ A vector then has a lane for each output, whatever the instruction set. A tile h
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def tiles_of(q: QuantizedTensor) -> Tiles:
     for matrix in product(*map(range, outer)):
         for start in range(0, tiles, step):
             rows = slice(start * TILE, min((start + step) * TILE, outputs))
-            here = (*matrix, slice(start, start + step))
+            here: Any = (*matrix, slice(start, start + step))
             codes[here], scales[here] = _tiles(q.part((*matrix, rows)))
     return Tiles(codes, scales)
 
