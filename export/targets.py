@@ -96,6 +96,7 @@ class LowerOptions:
     # Where activations are rounded: lower to files that do not round them as well, to prove the integers by the exact rule.
     exact_twin: bool = False
     info: ModelInfo | None = None  # what the manifest is going to say of the model
+    scratch: Path | None = None  # a folder with room for files that are gone behind the export; None: the system's own
     idle: bool = False  # a core is left that nothing computes on, see `aside`
     progress: Callable[[str], None] = lambda _: None
 

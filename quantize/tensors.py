@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -88,6 +88,11 @@ class QuantizedTensor:
         zeros = 0 if self.zeros is None else self.zeros.numel()
         return self.shape.numel() * self.format.bits // 8 + 2 * self.scales.numel() + zeros
 
+    def part(self, index: Any) -> QuantizedTensor:
+        """The weights that `index` picks from all axes but the last."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return QuantizedTensor(self.format, self.codes[index], self.scales[index], zeros)
+
     def dequantize(self) -> Tensor:
         """The float32 weights (..., N, K) that these integers stand for."""
         return decode(grouped(self.codes.float(), self.format), self.scales, self.zeros, self.format).flatten(-2)
@@ -140,6 +145,10 @@ class PackedTensor(QuantizedTensor):
 
     def packed(self) -> Tensor:
         return self._packed
+
+    def part(self, index: Any) -> PackedTensor:
+        zeros = None if self.zeros is None else self.zeros[index]
+        return PackedTensor(self.format, scales=self.scales[index], zeros=zeros, packed=self._packed[index])
 
 
 def grouped(weight: Tensor, fmt: Format) -> Tensor:

@@ -26,7 +26,8 @@ from rmse_edge.export.targets import LowerOptions, target
 from rmse_edge.parts import PARTS, cut
 from rmse_edge.quantize import QuantizedTensor
 
-from .ops import check_format, prepare, signed
+from .constants import left_on_disk
+from .ops import check_format, prepare, rows_of
 from .options import ExecutorchOptions
 from .passes import EDGE_PASSES
 from .tiles import tiles_of
@@ -60,7 +61,7 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     """
     methods = {f"{method.name}_{method.chunks[0]}": method.program for method in program.methods}
     options.progress("lowering to XNNPACK")
-    with quiet():
+    with quiet(), left_on_disk(options.scratch):
         partitioners = {name: [XnnpackPartitioner()] if delegated(name, options) else [] for name in methods}
         try:
             edge = to_edge_transform_and_lower(
@@ -169,8 +170,7 @@ def check_weights(path: Path, tensors: Mapping[str, QuantizedTensor]) -> list[tu
 def stored_forms(q: QuantizedTensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The codes and scales that a weight may be stored as: for the kernels, or for looking up rows."""
     yield tiles_of(q)
-    rows = signed(q) if q.format.bits == 8 else (q.codes[..., 0::2] << 4) | q.codes[..., 1::2]
-    yield rows, q.scales
+    yield rows_of(q), q.scales
 
 
 def _bytes(tensor: Tensor) -> memoryview:

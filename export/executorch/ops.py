@@ -1,14 +1,15 @@
 """How the model becomes a program for ExecuTorch: quantised layers are operators of our own, whose kernels are in runtimes/native.
 
 They read weights where they lie in the mapped file, so that none is unpacked or copied and idle experts stay out of memory.
-Embeddings become torchao tensors, which trace to ExecuTorch's own operators. The float layers of a quantised model are operators,
-too; a float model stays what it is, for XNNPACK.
+Embeddings are read by ExecuTorch's own operators. The float layers of a quantised model are operators, too; a float model stays what it is, for XNNPACK.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import executorch.exir.passes  # noqa: F401  (its operators are known from then on)
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +24,19 @@ from rmse_edge.layers.held import release
 from rmse_edge.layers.norm import RMSNorm
 from rmse_edge.quantize import QuantizedTensor
 from rmse_edge.quantize.parallel import shared_copy
-from rmse_edge.quantize.tensors import Format
+from rmse_edge.quantize.tensors import Format, in_blocks
 
+from .constants import Shelf
 from .operators import float_linear, gated, quantized_experts, quantized_linear, rms_norm, swiglu
 from .options import ExecutorchOptions
 from .placement import ExpertProfile
 from .tiles import BLOCK, tiles_of
+
+Keep = Callable[[Tensor], Tensor]  # where a weight is to lie: gives a tensor that is equal
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class DelegatedNorm(nn.Module):
@@ -82,17 +90,53 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear, q: QuantizedTensor) -> None:
+    def __init__(self, layer: nn.Linear, q: QuantizedTensor, keep: Keep = as_it_is) -> None:
+        """
+        Args:
+            keep: see `Shelf.tensor`.
+        """
         super().__init__()
         for name, value in vars(layer).items():  # a model may keep more there than a weight
             self.__dict__[name] = copy.copy(value)
         del self._parameters["weight"]
         self.outputs = q.shape[0]
         for name, tensor in tiles_of(q)._asdict().items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, keep(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.codes, self.scales, self.bias, None, self.outputs)
+
+
+class QuantizedRows(nn.Embedding):
+    """Looks rows up by ExecuTorch's operators for quantised tables, in the form that these read."""
+
+    rows: Tensor  # see `rows_of`
+    scales: Tensor  # (N, groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = torch.ops.quantized_decomposed
+        operator, low = (found.embedding_4bit, -8) if self.rows.dtype == torch.uint8 else (found.embedding_byte, -128)
+        return operator.dtype(self.rows, self.scales, None, low, -low - 1, input, dtype=torch.float32)
+
+
+def read_rows(table: nn.Embedding, q: QuantizedTensor, keep: Keep) -> None:
+    """Make an embedding look up quantised rows. Its own class goes on making of them what it does."""
+    kind = type(table)
+    del table._parameters["weight"]
+    table.register_buffer("rows", keep(rows_of(q)))
+    table.register_buffer("scales", keep(q.scales))
+    table.__class__ = QuantizedRows if kind is nn.Embedding else type(kind.__name__, (kind, QuantizedRows), {})
+
+
+def rows_of(q: QuantizedTensor) -> Tensor:
+    """Codes (N, K) as a table of ExecuTorch's operators has them: int8, or two in a byte, the first in the high half."""
+    if q.format.bits == 8:
+        return signed(q)
+    packed = q.packed()  # the first in the low half
+    rows = torch.empty_like(packed)
+    for block, given in zip(in_blocks(rows), in_blocks(packed)):
+        torch.bitwise_or(given << 4, given >> 4, out=block)
+    return rows
 
 
 class QuantizedExperts(StoredExperts):
@@ -105,14 +149,19 @@ class QuantizedExperts(StoredExperts):
     places: Tensor | None
 
     def __init__(
-        self, experts: SparseExperts, gate_up: QuantizedTensor, down: QuantizedTensor, places: Tensor | None = None
+        self,
+        experts: SparseExperts,
+        gate_up: QuantizedTensor,
+        down: QuantizedTensor,
+        places: Tensor | None = None,
+        keep: Keep = as_it_is,
     ) -> None:
         super().__init__(experts)
         self.width = down.shape[-1]
         self.register_buffer("places", places)
         for name, q in (("gate_up", gate_up), ("down", down)):
             for part, tensor in tiles_of(q)._asdict().items():
-                self.register_buffer(f"{name}_{part}", tensor)
+                self.register_buffer(f"{name}_{part}", keep(tensor))
 
     def router_logits(self, x: Tensor, k: int | Tensor) -> Tensor:
         logits = self.router(x)
@@ -130,7 +179,9 @@ class QuantizedExperts(StoredExperts):
 
 def signed(q: QuantizedTensor) -> Tensor:
     """Codes (..., N, K) counted from their zero, int8."""
-    return (q.codes.to(torch.int16) - q.format.middle).to(torch.int8)
+    return (q.codes - q.format.middle).view(
+        torch.int8
+    )  # the difference of bytes is that of numbers, in two's complement
 
 
 def check_format(name: str, fmt: Format, inputs: int, use: Use) -> None:
@@ -157,6 +208,11 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
     Raises:
         ExportError: a weight has a format that these do not read; names it.
     """
+    with Shelf(options.scratch) as shelf:
+        return _prepared(model, options, shelf.tensor)
+
+
+def _prepared(model: nn.Module, options: LowerOptions, keep: Keep) -> nn.Module:
     own: ExecutorchOptions = options.own or ExecutorchOptions()
     model = shared_copy(model)
     release(model)
@@ -171,15 +227,18 @@ def prepare(model: nn.Module, options: LowerOptions) -> nn.Module:
             model.set_submodule(path, DelegatedNorm(module))
     for path, module in list(model.named_modules()):
         if isinstance(module, SparseExperts) and f"{path}.gate_up_proj" in left:
-            _replace_experts(model, path, module, left, own.profile_experts)
+            _replace_experts(model, path, module, left, own.profile_experts, keep)
     for name, q in left.items():
-        path, _, attribute = name.rpartition(".")
+        path = name.rpartition(".")[0]
         owner = model.get_submodule(path)
         check_format(name, q.format, q.shape[-1], "matrix" if isinstance(owner, nn.Linear) else "rows")
         if isinstance(owner, nn.Linear):
-            model.set_submodule(path, QuantizedLinear(owner, q))
+            model.set_submodule(path, QuantizedLinear(owner, q, keep))
+        elif isinstance(owner, nn.Embedding):
+            read_rows(owner, q, keep)
         else:
-            setattr(owner, attribute, nn.Parameter(torchao_rows(q), requires_grad=False))
+            raise ExportError(f"{name}: executorch reads integers in linear layers, experts and embeddings only; "
+                              "export with quant=fp32")  # fmt: skip
     if quantised:
         for module in model.modules():
             module.__class__ = NATIVE.get(type(module), type(module))
@@ -192,6 +251,7 @@ def _replace_experts(
     module: SparseExperts,
     left: dict[str, QuantizedTensor],
     profile: ExpertProfile | None,
+    keep: Keep,
 ) -> None:
     names = [f"{path}.{weight}" for weight in ("gate_up_proj", "down_proj")]
     up, down = (left.pop(name) for name in names)
@@ -201,19 +261,4 @@ def _replace_experts(
     if profile is not None:
         up, down = (profile.placed(name, q) for name, q in zip(names, (up, down)))
         places = profile.places[path]
-    model.set_submodule(path, QuantizedExperts(module, up, down, places).eval())
-
-
-def torchao_rows(q: QuantizedTensor) -> Tensor:
-    """A weight (N, K) whose rows are looked up."""
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
-
-    return IntxUnpackedToInt8Tensor(
-        qdata=signed(q),
-        scale=q.scales,
-        zero_point=torch.zeros_like(q.scales, dtype=torch.int8),
-        target_dtype=getattr(torch, f"int{q.format.bits}"),
-        block_size=(1, q.format.group or q.shape[-1]),
-        dtype=torch.float32,
-        activation_quantization=None,
-    )
+    model.set_submodule(path, QuantizedExperts(module, up, down, places, keep).eval())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,7 @@ class ExpertProfile:
         places = self.places.get(name.rpartition(".")[0])
         if places is None or not name.endswith(("gate_up_proj", "down_proj")):
             return tensor
-        order = places.argsort()
-        return replace(tensor, codes=tensor.codes[order], scales=tensor.scales[order])
+        return tensor.part(places.argsort())
 
 
 def profile_experts(model: Any, ids: np.ndarray) -> ExpertProfile:

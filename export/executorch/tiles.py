@@ -6,7 +6,8 @@ A vector then has a lane for each output, whatever the instruction set. A tile h
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from rmse_edge.quantize import QuantizedTensor
 
 TILE = 16  # outputs
 BLOCK = 32  # inputs, and the activations that share a scale
+AT_ONCE = 1 << 22  # weights that are laid out at once
 BYTES = {4: TILE * BLOCK // 2, 8: TILE * BLOCK}  # of a block, by bits
 
 
@@ -27,17 +29,32 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(q: QuantizedTensor) -> Tiles:
-    """A quantised weight in tiles."""
-    outputs, inputs = q.shape[-2:]
+    """A quantised weight in tiles. What it takes beside them is little, however large the weight is."""
+    *outer, outputs, inputs = q.shape
+    tiles, blocks = -(-outputs // TILE), -(-inputs // BLOCK)
+    codes = torch.empty((*outer, tiles, blocks, BYTES[q.format.bits]), dtype=torch.uint8)
+    scales = torch.empty((*outer, tiles, q.scales.shape[-1], TILE), dtype=torch.bfloat16)
+    step = max(1, AT_ONCE // (TILE * inputs))
+    for matrix in product(*map(range, outer)):
+        for start in range(0, tiles, step):
+            rows = slice(start * TILE, min((start + step) * TILE, outputs))
+            here: Any = (*matrix, slice(start, start + step))
+            codes[here], scales[here] = _tiles(q.part((*matrix, rows)))
+    return Tiles(codes, scales)
+
+
+def _tiles(q: QuantizedTensor) -> Tiles:
+    """Those of some rows (n, K) of one matrix."""
+    outputs, inputs = q.shape
     rest = -outputs % TILE
     codes = F.pad(q.codes, (0, -inputs % BLOCK, 0, rest), value=q.format.middle)
-    chunks = codes.contiguous().view(torch.int32)  # (..., N, chunks): 4 inputs are moved at once
+    chunks = codes.contiguous().view(torch.int32)  # (N, chunks): 4 inputs are moved at once
     if q.format.bits == 4:
-        chunks = chunks[..., 0::2] | chunks[..., 1::2] << 4  # no code has a bit that would go into the next one
-    chunks = chunks.unflatten(-2, (-1, TILE)).transpose(-1, -2).contiguous()  # (..., tiles, chunks, TILE)
+        chunks = chunks[:, 0::2] | chunks[:, 1::2] << 4  # no code has a bit that would go into the next one
+    chunks = chunks.unflatten(0, (-1, TILE)).transpose(-1, -2).contiguous()  # (tiles, chunks, TILE)
     tiles = chunks.view(torch.uint8).unflatten(-2, (-1, BYTES[q.format.bits] // (4 * TILE))).flatten(-2)
-    scales = F.pad(q.scales, (0, 0, 0, rest)).unflatten(-2, (-1, TILE)).transpose(-1, -2)
-    return Tiles(tiles, scales.to(torch.bfloat16).contiguous())
+    scales = F.pad(q.scales, (0, 0, 0, rest)).unflatten(0, (-1, TILE)).transpose(-1, -2)
+    return Tiles(tiles, scales.to(torch.bfloat16))
 
 
 def weight_of(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> Tensor:

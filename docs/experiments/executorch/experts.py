@@ -37,7 +37,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
 from rmse_edge.export.executorch.operators import quantized_experts
-from rmse_edge.export.executorch.ops import torchao_rows
+from rmse_edge.export.executorch.ops import signed
 from rmse_edge.export.executorch.tiles import tiles_of
 from rmse_edge.layers.experts import select
 from rmse_edge.quantize.tensors import Format, QuantizedTensor, round_to_nearest
@@ -99,6 +99,21 @@ class Stack(nn.Module):
 
     def forward(self, chosen: Tensor) -> Tensor:
         return self.weight.index_select(0, chosen)
+
+
+def torchao_rows(q: QuantizedTensor) -> Tensor:
+    """A weight (N, K) of torchao's, which ExecuTorch makes readers of quantised embeddings of."""
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
+
+    return IntxUnpackedToInt8Tensor(
+        qdata=signed(q),
+        scale=q.scales,
+        zero_point=torch.zeros_like(q.scales, dtype=torch.int8),
+        target_dtype=getattr(torch, f"int{q.format.bits}"),
+        block_size=(1, q.format.group or q.shape[-1]),
+        dtype=torch.float32,
+        activation_quantization=None,
+    )
 
 
 def embedding(q: QuantizedTensor) -> nn.Embedding:
