@@ -12,7 +12,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from rmse_edge.train.protocol import carried_out, parser_of
+from rmse_edge.cli.protocol import carried_out, parser_of
 from rmse_edge.train.trainer import build_model
 
 FOLDER = ROOT / "docs" / "experiments" / "hybrid"

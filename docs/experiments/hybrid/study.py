@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from rmse_edge.cli.protocol import carried_out, found_or_cleared, parser_of, spread
 from rmse_edge.text import read_text, split
 from rmse_edge.train.comparison import Difference
-from rmse_edge.train.protocol import carried_out, found_or_cleared, parser_of, spread
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.sources import Source, TextSource
 from rmse_edge.train.tasks import make_task

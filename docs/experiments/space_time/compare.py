@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmse_edge.cli.protocol import carried_out, parser_of, spread, trained
 from rmse_edge.train.comparison import Axis, Run, by_seed, difference, recovered
 from rmse_edge.train.flops import flops_per_token
 from rmse_edge.train.journal import read_rows
-from rmse_edge.train.protocol import carried_out, parser_of, spread, trained
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.session import EVALUATION_FILE, RECIPE_FILE
 from rmse_edge.train.trainer import LOG_FILE

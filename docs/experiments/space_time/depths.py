@@ -24,6 +24,7 @@ import torch
 
 from rmse_edge.arch.rmse.model import RMSE
 from rmse_edge.checkpoint import load_checkpoint
+from rmse_edge.cli.protocol import carried_out, parser_of, spread, trained
 from rmse_edge.layers.rope import inverse_frequencies
 from rmse_edge.probe.diversity import CODES
 from rmse_edge.probe.exits import frontiers
@@ -31,7 +32,6 @@ from rmse_edge.probe.readings import read
 from rmse_edge.probe.subjects import Looped
 from rmse_edge.text import Tokenizer, consecutive_blocks, read_text, split
 from rmse_edge.text import spread as spread_evenly
-from rmse_edge.train.protocol import carried_out, parser_of, spread, trained
 from rmse_edge.train.recipe import Recipe
 from rmse_edge.train.trainer import evaluate
 

@@ -1,7 +1,7 @@
 """Protocols: variants of a recipe, each trained with several seeds, and one file of what was measured of them.
 
 Runs go on where they were stopped, and what the file holds already is not trained again. The scripts of docs/experiments that compare
-variants are made of this; comparison.py says what differences between runs are worth.
+variants are made of this; rmse_edge/train/comparison.py says what differences between runs are worth.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from rmse_edge.files import write_text
-
-from .recipe import Recipe
-from .session import EVALUATION_FILE, train
-from .trainer import STATE_FILE
+from rmse_edge.train.recipe import Recipe
+from rmse_edge.train.session import EVALUATION_FILE, train
+from rmse_edge.train.trainer import STATE_FILE
 
 
 def parser_of(
