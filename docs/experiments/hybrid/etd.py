@@ -32,7 +32,7 @@ RECIPE = {
     "lr": 0.01, "warmup": 15, "ema": 0.95, "eval_every": 75, "eval_blocks": 16, "precision": "fp32",
 }  # fmt: skip
 
-VARIANTS = {f"k{k}": Variant(f"{k} loops", (f"model.think_loops={k}", f"depths=[{k}]")) for k in LOOPS}
+VARIANTS = {f"k{k}": Variant(f"{k} loop{'s' * (k > 1)}", (f"model.think_loops={k}", f"depths=[{k}]")) for k in LOOPS}
 CLAIMS = tuple(
     Claim(f"{more} loops beat {fewer}", f"k{more}", f"k{fewer}", "loss")
     for fewer, more in (*itertools.pairwise(LOOPS), (LOOPS[0], LOOPS[-1]))
@@ -45,9 +45,11 @@ def measured(model: Any, source: Source, _recipe: Recipe) -> dict[str, float]:
 
 def draw(axis: Any, runs: Sequence[Run]) -> None:
     found = {k: by_seed(runs, f"k{k}", "loss") for k in LOOPS}
-    seeds = set.intersection(*(set(of) for of in found.values()))
+    found = {k: by for k, by in found.items() if by}
+    seeds = set.intersection(*(set(by) for by in found.values()))
     if seeds:
-        draw_line(axis, LOOPS, [[found[k][seed] for k in LOOPS] for seed in seeds], "mean and range of seeds", "C0")
+        values = [[by[seed] for by in found.values()] for seed in seeds]
+        draw_line(axis, list(found), values, "mean and range of seeds", "C0")
     axis.set_xticks(LOOPS)
     axis.set_xlabel("loops, in training and after it")
     axis.set_ylabel("validation loss, nats")
