@@ -12,20 +12,28 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 fail() { echo "error: $1" >&2; exit 2; }
 
 model= out=$root/build/android/rmse-edge.apk keystore=
-while getopts m:o:k: option; do
+while getopts hm:o:k: option; do
     case $option in
+        h) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;;
         m) model=$(realpath -m "$OPTARG") ;;
         o) out=$(realpath -m "$OPTARG") ;;
         k) keystore=$(realpath -m "$OPTARG") ;;
         *) fail "see the head of $0" ;;
     esac
 done
+[ $OPTIND -gt $# ] || fail "${*:OPTIND}: expected only flags; see the head of $0"
+[ -d "$(dirname "$out")" ] || [ "$(dirname "$out")" = "$root/build/android" ] || fail "-o $out: no such folder"
+[ ! -d "$out" ] || fail "-o $out: is a folder, expected the file to write"
 [ -z "$model" ] || [[ $model == *.rmse.zip && -f $model ]] || fail "-m $model: expected a package that rmse-export --archive wrote"
 [ -z "$keystore" ] || [ -f "$keystore" ] || fail "-k $keystore: no such file"
+if [ -n "$keystore" ] && [ -z "${KEYSTORE_ALIAS:+${KEYSTORE_PASSWORD_FILE:-}}" ]; then
+    fail "-k: needs KEYSTORE_ALIAS and KEYSTORE_PASSWORD_FILE; see the head of android_demo/sign.sh"
+fi
 cd "$root"
 command -v javac >/dev/null || fail "no javac; install a JDK of version 17 or later (Debian: openjdk-17-jdk-headless)"
 
 python=${PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || fail "$python: no such Python; make setup makes it, or give another in PYTHON"
 parts=build/android/parts
 work=build/android/apk
 assets=build/android/assets # stays there: Gradle takes it, too

@@ -100,6 +100,8 @@ def unpacked(path: str | Path) -> Path:
     """
     path = Path(path)
     if not is_archive(path):
+        if path.name.endswith(SUFFIX) and path.is_file():
+            raise PackageError(f"{path}: not a whole zip archive (it does not begin as one); {AGAIN}")
         return path
     with path.open("rb") as file:
         try:

@@ -84,7 +84,22 @@ class LoopedLM(TemplateLM):
         if unknown:
             known = "package, runtime, device, threads, expert_ram, memory, prefix_token_id, max_gen_toks, seed"
             raise ArgumentError(unknown[0], f"is no argument of the model; known: {known}, {', '.join(DIALS)}")
-        self.folder = unpacked(or_shipped(package))
+        for name, value, least, most in (
+            ("threads", threads, 1, 1024),
+            ("prefix_token_id", prefix_token_id, 0, 2**31 - 1),
+            ("max_gen_toks", max_gen_toks, 1, 2**31 - 1),
+            ("seed", seed, 0, 2**64 - 1),
+        ):  # lm-eval makes numbers of what looks like some, and leaves the rest as text
+            if value is not None and (type(value) is not int or not least <= value <= most):
+                raise ArgumentError(name, f"got {value!r}, expected a whole number from {least} to {most}")
+        for name, value in dials.items():
+            if type(value) not in (int, float):
+                raise ArgumentError(name, f"got {value!r}, expected a number")
+        if type(memory) is not bool:
+            raise ArgumentError("memory", f"got {memory!r}, expected True or False")
+        if device is not None and str(device).partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ArgumentError("device", f"got {device!r}, expected cpu or cuda")
+        self.folder = unpacked(or_shipped(str(package)))
         found = open_runtime(self.folder, runtime, self._place(device), threads, expert_ram)
         assert isinstance(found, LoopRuntime)
         self.runtime, self.info = found, found.info
@@ -97,6 +112,10 @@ class LoopedLM(TemplateLM):
         self.runtime.remember, self.runtime.noise_seed = memory, seed
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self.text = Tokenizer(self.folder / "tokenizer.json").fitting(self.info.vocab_size)
+        if prefix_token_id is not None and prefix_token_id >= self.info.vocab_size:
+            raise ArgumentError(
+                "prefix_token_id", f"got {prefix_token_id}, the model has {self.info.vocab_size} tokens"
+            )
         self._prefix = prefix_token_id
         # Of every task, loops and count of the positions whose predictions were scored or drawn from.
         self._loops: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2, np.int64))
@@ -250,6 +269,10 @@ class LoopedLM(TemplateLM):
         else:
             first, *after = self._begun(self.text.encode(continuation, special=False))
             before = [first]
+            if not after:  # it would be sure, whatever it is
+                raise UserError(
+                    f"{self.info.name}: has no token to score {continuation!r} behind; give prefix_token_id"
+                )
         limit = self.max_length
         if limit is not None and len(after) > limit:
             raise UserError(f"a continuation of {len(after)} tokens; {self.info.name} reads {limit} at most")

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .cache import cache_folder
 from .errors import ExportError, PackageError
 from .files import Digests, check_folder, kind_of, new_folder, tidy
 from .parts import PARTS, Parts, hashed
@@ -83,12 +84,18 @@ class Package:
             size = path.stat().st_size
             if size != sizes.get(name, size):  # known at once, and says more than a hash that differs
                 how = "truncated" if size < sizes[name] else "written to since"
-                raise PackageError(f"{path}: {size} bytes, the manifest says {sizes[name]}; {how}? export again")
+                raise PackageError(f"{path}: {size} bytes, the manifest says {sizes[name]}; {how}? {self._mended()}")
             if name in parts and parts[name].nbytes != size:
                 got = f"got {parts[name].nbytes} bytes in all, expected {size}"
                 raise PackageError(f"{self.folder / MANIFEST}: {PARTS}.{name}.parts: {got}; {AGAIN}")
             if digests.of(path) != digest or (name in parts and parts[name].sha256 != digest):
-                raise PackageError(f"{path}: its SHA-256 is not that in {SUMS}; the file is damaged, export again")
+                raise PackageError(f"{path}: its SHA-256 is not that in {SUMS}; the file is damaged, {self._mended()}")
+
+    def _mended(self) -> str:
+        """What to do about a file that is not the one that was exported: an archive that was unpacked is whole itself."""
+        if self.folder.absolute().parent == (cache_folder() / "packages").absolute():
+            return f"remove {self.folder}, and the archive is unpacked again"
+        return "export again"
 
     def section(self, kind: type[T], name: str) -> T:
         """A part of the manifest as an instance of the type `kind`; see `schema.validated`.

@@ -212,6 +212,8 @@ def _line(kind: Any, found: ValidationError, name: str = "") -> str:
     loc = list(complaint["loc"])
     if complaint["type"] == "missing":  # an object's field, or an item of a list
         return f"{_follow(kind, loc, name)[1]}: is missing"
+    if complaint["type"] == "extra_forbidden":
+        return f"{'.'.join(map(str, [name, *loc] if name else loc))}: unknown field"
     if loc and loc[-1] == KEY:
         kind, path = _follow(kind, loc[:-2], name)
         return f"{path or 'it'}: got the name {_shortened(complaint['input'])}, expected {describe(get_args(_bare(kind))[0])}"

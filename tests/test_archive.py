@@ -206,12 +206,25 @@ def test_a_bad_archive_is_one_line_and_leaves_nothing(case: str, archive: Path, 
     assert {name for name in contents(tmp_path) if not name.endswith(".lock")} == before.keys()
 
 
-def test_what_begins_as_no_archive_is_none(tmp_path: Path) -> None:
-    (tmp_path / "a.rmse.zip").write_text("not a zip")
+@pytest.mark.parametrize("content", ["", "not a zip"])
+def test_what_begins_as_no_archive_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.rmse.zip").write_text(content)
     assert not is_archive(tmp_path / "a.rmse.zip")
     with pytest.raises(UserError) as caught:
         open_runtime(tmp_path / "a.rmse.zip")
-    assert_one_line(str(caught.value), "a.rmse.zip")
+    assert_one_line(str(caught.value), "a.rmse.zip: not a whole zip archive")
+
+
+def test_a_file_damaged_in_the_cache_is_unpacked_again_once_it_is_removed(archive: Path, cache: Path) -> None:
+    folder = unpacked(archive)
+    content = bytearray((folder / "weights.bin").read_bytes())
+    content[7] ^= 1
+    (folder / "weights.bin").write_bytes(content)
+    with pytest.raises(PackageError) as caught:
+        Package.open(unpacked(archive))
+    assert_one_line(str(caught.value), f"remove {folder}, and the archive is unpacked again")
+    shutil.rmtree(folder)
+    Package.open(unpacked(archive))
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(

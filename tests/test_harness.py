@@ -266,6 +266,13 @@ def test_what_cannot_be_run_is_one_line(checkpoint: Path, capsys: pytest.Capture
         ({"memory": False}, "memory: "),
         ({"runtime": "onnx"}, "is not a package"),
         ({"batch_size": 8}, "batch_size: got 8, expected 1"),
+        ({"exit_threshold": "x"}, "exit_threshold: got 'x', expected a number"),
+        ({"threads": 0}, "threads: got 0, expected a whole number from 1"),
+        ({"seed": "x"}, "seed: got 'x', expected a whole number from 0"),
+        ({"max_gen_toks": 0}, "max_gen_toks: got 0, expected a whole number from 1"),
+        ({"prefix_token_id": 999}, "prefix_token_id: got 999, the model has"),
+        ({"memory": "no"}, "memory: got 'no', expected True or False"),
+        ({"device": "tpu"}, "device: got 'tpu', expected cpu or cuda"),
         ({"package": str(ROOT / "models" / "trm-sudoku")}, "reads no text"),
     ]
     for settings, needle in cases:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rmse_edge.serve
+from rmse_edge.archive import is_archive
 from rmse_edge.cache import cache_folder
-from rmse_edge.cli.common import Parser, existing_path, verb
+from rmse_edge.cli.common import Parser, existing_path, port, verb
 from rmse_edge.errors import UserError
+from rmse_edge.package import MANIFEST
 from rmse_edge.registries import have, read_lock
 
 if TYPE_CHECKING:
@@ -110,9 +112,9 @@ def fetched() -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="web_demo", description="Serve the page in which a browser runs a package by itself.")
     parser.add_argument("package", type=existing_path, nargs="?", help="NAME.rmse or NAME.rmse.zip, for onnx")
-    parser.add_argument("--port", type=int, default=8001, metavar="N")
+    parser.add_argument("--port", type=port, default=8001, metavar="N", help="8001 by default; 0: any that is free")
     args: argparse.Namespace = parser.parse_args(argv)
-    if args.package is not None and args.package.is_dir() and not (args.package / "manifest.json").is_file():
+    if args.package is not None and not ((args.package / MANIFEST).is_file() or is_archive(args.package)):
         raise UserError(f"{args.package}: is no package; make one with rmse-export")
     try:
         import starlette  # noqa: F401

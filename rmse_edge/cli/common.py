@@ -248,6 +248,13 @@ def positive_int(text: str) -> int:
     return _number(int, text, lambda v: v >= 1, "a whole number of at least 1")
 
 
+def port(text: str) -> int:
+    number = non_negative_int(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number up to 65535")
+    return number
+
+
 def finite_float(text: str) -> float:
     return _number(float, text, math.isfinite, "a number")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rmse_edge.errors import TextError, UserError
 
-from .common import Parser, existing_file, existing_model, model_folder, non_negative_int, positive_int, verb
+from .common import Parser, existing_file, existing_model, model_folder, non_negative_int, port, positive_int, verb
 from .flags import add_memory_flags, add_runtime_flags, open_model, prepare_memory
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -97,13 +97,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def warn(message: str) -> None:
     print(f"rmse-serve: {message}", file=sys.stderr)
-
-
-def port(text: str) -> int:
-    number = non_negative_int(text)
-    if number > 65535:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number up to 65535")
-    return number
 
 
 def size(text: str) -> int:

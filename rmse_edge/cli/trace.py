@@ -15,6 +15,7 @@ from .display import table
 from .flags import add_dial_flags, add_memory_flags, add_runtime_flags, chosen_dials, open_model, prepare_memory
 
 TOKENS = 160  # of a text, unless more are asked for
+WRITTEN = 64  # behind a prompt, likewise
 
 
 @verb("rmse-trace")
@@ -39,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     librarian = prepare_memory(runtime, args, lambda message: print(f"rmse-trace: {message}", file=sys.stderr))
     tracer = Tracer(runtime, tokenizer, dials, librarian)
     if args.text:
-        tracer.read(tokenizer.encode(read_text(args.text))[: args.max_tokens + 1])
+        tracer.read(tokenizer.encode(read_text(args.text))[: (args.max_tokens or TOKENS) + 1])
     else:
         prompt = tokenizer.encode(args.prompt)
         if not prompt:
             raise UserError("--prompt: is empty; give at least one token")
-        tracer.write(prompt, sampling, args.max_new_tokens)
+        tracer.write(prompt, sampling, args.max_new_tokens or WRITTEN)
     found = tracer.document()
     with changed_folder(args.output) as folder:
         (folder / "trace.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -69,10 +70,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument("--text", type=existing_file, metavar="FILE", help="UTF-8 text to read")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for what is written")
     parser.add_argument(
-        "-n", "--max-new-tokens", type=positive_int, default=64, metavar="N", help="of a prompt: tokens to write"
+        "-n",
+        "--max-new-tokens",
+        type=positive_int,
+        metavar="N",
+        help=f"of a prompt: tokens to write (default: {WRITTEN})",
     )
     parser.add_argument(
-        "--max-tokens", type=positive_int, default=TOKENS, metavar="N", help="of a text: tokens to read at most"
+        "--max-tokens", type=positive_int, metavar="N", help=f"of a text: tokens to read at most (default: {TOKENS})"
     )
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token, always")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same tokens on every runtime")
@@ -80,6 +85,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_memory_flags(parser)
     add_runtime_flags(parser)
     args = parser.parse_args(argv)
+    if args.text and args.max_new_tokens:
+        parser.error("--max-new-tokens: is of a prompt; a text is read up to --max-tokens")
+    if not args.text and args.max_tokens:
+        parser.error("--max-tokens: is of a text; behind a prompt --max-new-tokens are written")
     args.model = model_folder(args.model)
     return args
 

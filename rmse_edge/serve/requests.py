@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from rmse_edge.errors import ArgumentError
@@ -41,6 +41,8 @@ class Message(TypedDict):
 
 
 class StreamOptions(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
     include_usage: NotRequired[bool]
 
 

@@ -92,6 +92,8 @@ def script_flags(path: Path) -> set[str]:
     source = path.read_text()
     beside = (path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.MULTILINE))
     source += "".join(module.read_text() for module in beside if module.is_file())
+    ours = re.findall(r"^from rmse_edge\.cli\.(\w+) import", source, re.MULTILINE)
+    source += "".join((ROOT / "rmse_edge" / "cli" / f"{name}.py").read_text() for name in ours)
     calls = re.findall(r"add_argument\(([^)]*)", source)
     return {flag for call in calls for flag in re.findall(r'"(--?[a-z][\w-]*)"', call)}
 
@@ -192,9 +194,6 @@ RUN: dict[str, list[str]] = {
     "python docs/experiments/dr_llm/measure.py brake models/ouro-shakespeare --text shakespeare.txt --recipe docs/experiments/dr_llm/routers.json": [
         "--prompts", "2", "--text", "models/ouro-shakespeare/sample.txt",
     ],
-    "python docs/experiments/hybrid/stopped.py --text shakespeare.txt": [
-        "--seeds", "0", "--steps", "2", "--batch", "4", "--length", "8",
-    ],
     "rmse-train --text shakespeare.txt --stage gate --init runs/dory -o runs/gated": [
         "--set", "gate_steps=2", "--set", "eval_blocks=2", "--set", "block_size=64",
     ],
@@ -255,6 +254,16 @@ SLOW: dict[str, list[str]] = {
     "python docs/experiments/gathered_experts.py [--experts 512] [--top-k 10] [--d-model 192] [--width 32] [--reps 31]": [
         "--experts", "8", "--top-k", "2", "--d-model", "32", "--reps", "1",
     ],
+    "python docs/experiments/hybrid/stopped.py --text shakespeare.txt": [
+        "--text", SAMPLE, "--seeds", "0", "--only", "one", "-o", "stopped.json", *(word for change in (
+            "steps=2", "warmup=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
+        ) for word in ("--set", change)),
+    ],
+    "python docs/experiments/hybrid/mqar.py": [
+        "--seeds", "0", "--only", "gated_deltanet-256", "-o", "mqar.json", *(word for change in (
+            "steps=2", "warmup=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
+        ) for word in ("--set", change)),
+    ],
     "python docs/experiments/space_time/compare.py --text shakespeare.txt": [
         "--text", SAMPLE, "--seeds", "0", "--only", "gpt-1,loop-2", "-o", "results.json", *(word for change in (
             "steps=4", "warmup=1", "eval_every=2", "eval_blocks=2", "batch_size=2",
@@ -274,6 +283,7 @@ SLOW: dict[str, list[str]] = {
 
 EXPORTS = "the session's packages are exported by the same verb, and tests/test_export*.py hold its flags"
 OTHER = "runs above, for another model"
+TEXT = " --text shakespeare.txt"
 TRAINS = "training takes hours as documented; tests/cli/test_train_cli.py and test_train_resume.py run the verb"
 PUBLISHED = "a checkpoint of gigabytes; tests/arch/test_{ouro,dory,hrm_text,inkling}.py and tests/quantize/test_streamed.py have small ones"
 BOARDS_OF_PACKAGES = (
@@ -286,6 +296,11 @@ BLOCKWISE = "MODEL writes by blocks there; tests/runtimes/test_blocks.py runs th
 GPU = "needs a GPU; tests/runtimes/test_cuda.py runs the verbs with --device cpu"
 SERVES = "serves until it is ended; tests/serve"
 NOT_RUN: dict[str, str] = {
+    **{
+        f"python docs/experiments/hybrid/{name}.py{text}": "tests/train/test_train_studies.py; stopped.py and mqar.py run above"
+        for name, text in {"etd": TEXT, "rodimus": TEXT, "sinks": TEXT, "reach": ""}.items()
+    },
+    "python docs/experiments/hybrid/state.py PACKAGE.rmse --positions 1000,10000,100000": "tests/arch/test_packages.py asks for these bytes",
     "make apk": "tests/android/test_apk.py builds it with a tiny model, its nightly test as here",
     "make demo": "tests/test_shipped.py does what it does",
     "make test test-devices": "this is it",

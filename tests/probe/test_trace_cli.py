@@ -88,6 +88,8 @@ def test_what_cannot_be_followed_is_one_line(model: Path, tmp_path: Path, capsys
         ([model], "--prompt"),
         ([ROOT / "models" / "trm-sudoku", "-p", "A"], "reads no text"),
         ([model, "-p", "A", "--max-loops", 9], "--max-loops"),
+        ([model, "-p", "A", "--max-tokens", 9], "--max-tokens: is of a text"),
+        ([model, "--text", tmp_path / "one", "-n", 9], "--max-new-tokens: is of a prompt"),
     ]
     for argv, needle in cases:
         assert rmse_trace([*map(str, argv), "-o", str(tmp_path / "out")]) == 2

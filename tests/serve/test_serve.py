@@ -252,6 +252,7 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "he"}]}
         ("completions", TEXT | {"seed": -1}, 400, "seed", "a whole number from 0"),
         ("completions", TEXT | {"stop": [""]}, 400, "stop", "a text to stop at"),
         ("completions", TEXT | {"stream": 1}, 400, "stream", "true or false"),
+        ("completions", TEXT | {"stream_options": {"usage": True}}, 400, "stream_options", "stream_options.usage: unknown field"),
         ("completions", TEXT | {"n": 2}, 400, "n", "n: got 2, supported is 1"),
         ("completions", TEXT | {"logprobs": 3}, 400, "logprobs", "not supported"),
         ("completions", TEXT | {"prompt": ["a", "b"]}, 400, "prompt", "one prompt a request"),
