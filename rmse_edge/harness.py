@@ -84,17 +84,17 @@ class LoopedLM(TemplateLM):
         if unknown:
             known = "package, runtime, device, threads, expert_ram, memory, prefix_token_id, max_gen_toks, seed"
             raise ArgumentError(unknown[0], f"is no argument of the model; known: {known}, {', '.join(DIALS)}")
-        for name, value, least, most in (
+        for name, number, least, most in (
             ("threads", threads, 1, 1024),
             ("prefix_token_id", prefix_token_id, 0, 2**31 - 1),
             ("max_gen_toks", max_gen_toks, 1, 2**31 - 1),
             ("seed", seed, 0, 2**64 - 1),
         ):  # lm-eval makes numbers of what looks like some, and leaves the rest as text
-            if value is not None and (type(value) is not int or not least <= value <= most):
-                raise ArgumentError(name, f"got {value!r}, expected a whole number from {least} to {most}")
-        for name, value in dials.items():
-            if type(value) not in (int, float):
-                raise ArgumentError(name, f"got {value!r}, expected a number")
+            if number is not None and (type(number) is not int or not least <= number <= most):
+                raise ArgumentError(name, f"got {number!r}, expected a whole number from {least} to {most}")
+        for name, dial in dials.items():
+            if type(dial) not in (int, float):
+                raise ArgumentError(name, f"got {dial!r}, expected a number")
         if type(memory) is not bool:
             raise ArgumentError("memory", f"got {memory!r}, expected True or False")
         if device is not None and str(device).partition(":")[0] not in ("cpu", "cuda", "mps"):

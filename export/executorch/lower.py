@@ -8,6 +8,7 @@ are no faster, several times slower as exported by default, and out of the host'
 
 from __future__ import annotations
 
+import gc
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,6 +85,8 @@ def lower(program: LoopProgram, folder: Path, options: LowerOptions) -> dict[str
     path = folder / PROGRAM
     with path.open("wb") as file:
         lowered.write_to_file(file)
+    del lowered, edge
+    gc.collect()  # graphs go round in circles; what is compared next takes room of its own
     own: ExecutorchOptions = options.own or ExecutorchOptions()
     profile = own.profile_experts
     stored = options.tensors
