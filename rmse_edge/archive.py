@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from .cache import cache_folder, one_at_a_time
+from .cache import one_at_a_time, unpacked_packages
 from .errors import ExportError, FileError, PackageError
 from .files import check_file, named, new_file, new_folder
 from .package import MANIFEST, SUMS, Package
@@ -108,7 +108,7 @@ def unpacked(path: str | Path) -> Path:
             with ZipFile(file) as archive:
                 entries = checked(archive, path)
                 sums = archive.read(entries[SUMS])
-                folder = cache_folder() / "packages" / f"{hashlib.sha256(sums).hexdigest()}.rmse"
+                folder = unpacked_packages() / f"{hashlib.sha256(sums).hexdigest()}.rmse"
                 _unpack_once(archive, entries, sums, folder, path)
         except DAMAGED as reason:
             raise PackageError(f"{path}: not a whole zip archive ({reason}); {AGAIN}") from None

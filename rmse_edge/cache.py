@@ -20,6 +20,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmse-edge"
 
 
+def unpacked_packages() -> Path:
+    """Where archives are unpacked, each under the hash of what it holds."""
+    return cache_folder() / "packages"
+
+
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Only one process at a time makes `path`; those that wait find it made. The lock, an empty file beside it, stays."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
+from pydantic import Field
 from tqdm import tqdm
 
 from .archive import unpacked
@@ -29,6 +30,7 @@ from .runtimes import LoopRuntime, open_runtime
 from .runtimes.measure.evaluate import cross_entropy
 from .runtimes.text.generate import Generation
 from .runtimes.text.sampling import Sampler, Sampling
+from .schema import check_value
 from .shipped import or_shipped
 from .text import Tokenizer
 
@@ -84,17 +86,17 @@ class LoopedLM(TemplateLM):
         if unknown:
             known = "package, runtime, device, threads, expert_ram, memory, prefix_token_id, max_gen_toks, seed"
             raise ArgumentError(unknown[0], f"is no argument of the model; known: {known}, {', '.join(DIALS)}")
-        for name, number, least, most in (
-            ("threads", threads, 1, 1024),
-            ("prefix_token_id", prefix_token_id, 0, 2**31 - 1),
-            ("max_gen_toks", max_gen_toks, 1, 2**31 - 1),
-            ("seed", seed, 0, 2**64 - 1),
-        ):  # lm-eval makes numbers of what looks like some, and leaves the rest as text
-            if number is not None and (type(number) is not int or not least <= number <= most):
-                raise ArgumentError(name, f"got {number!r}, expected a whole number from {least} to {most}")
-        for name, dial in dials.items():
-            if type(dial) not in (int, float):
-                raise ArgumentError(name, f"got {dial!r}, expected a number")
+        # lm-eval makes numbers of what looks like some, and leaves the rest as text.
+        given: dict[str, tuple[Any, Any]] = {
+            "threads": (Annotated[int, Field(ge=1, le=1024)], threads),
+            "prefix_token_id": (Annotated[int, Field(ge=0, le=2**31 - 1)], prefix_token_id),
+            "max_gen_toks": (Annotated[int, Field(ge=1, le=2**31 - 1)], max_gen_toks),
+            "seed": (Annotated[int, Field(ge=0, le=2**64 - 1)], seed),
+            **{name: (float, value) for name, value in dials.items()},
+        }
+        for name, (kind, value) in given.items():
+            if value is not None:
+                check_value(kind, value, name, UserError)
         if type(memory) is not bool:
             raise ArgumentError("memory", f"got {memory!r}, expected True or False")
         if device is not None and str(device).partition(":")[0] not in ("cpu", "cuda", "mps"):

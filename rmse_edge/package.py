@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .cache import cache_folder
+from .cache import unpacked_packages
 from .errors import ExportError, PackageError
 from .files import Digests, check_folder, kind_of, new_folder, tidy
 from .parts import PARTS, Parts, hashed
@@ -93,7 +93,7 @@ class Package:
 
     def _mended(self) -> str:
         """What to do about a file that is not the one that was exported: an archive that was unpacked is whole itself."""
-        if self.folder.absolute().parent == (cache_folder() / "packages").absolute():
+        if self.folder.absolute().parent == unpacked_packages().absolute():
             return f"remove {self.folder}, and the archive is unpacked again"
         return "export again"
 

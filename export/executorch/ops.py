@@ -179,9 +179,8 @@ class QuantizedExperts(StoredExperts):
 
 def signed(q: QuantizedTensor) -> Tensor:
     """Codes (..., N, K) counted from their zero, int8."""
-    return (q.codes - q.format.middle).view(
-        torch.int8
-    )  # the difference of bytes is that of numbers, in two's complement
+    # The difference of bytes is that of numbers, in two's complement.
+    return (q.codes - q.format.middle).view(torch.int8)
 
 
 def check_format(name: str, fmt: Format, inputs: int, use: Use) -> None:
